@@ -1,0 +1,1 @@
+"""Training data: records, conversations to tokens, images, mixtures, batches."""

@@ -1,0 +1,45 @@
+"""The errors a user can cause, and how a command ends on one.
+
+A message says what was given, what is allowed and what to do. `command` turns it into one line on stderr and an
+exit code, so that no entry point prints a traceback for a mistake in a file or an option.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; the message is complete and needs no traceback."""
+
+
+class ConfigError(UserError):
+    """A configuration key or value is wrong."""
+
+
+class DataError(UserError):
+    """A record or an image is wrong; the message starts with `file:line`."""
+
+
+class WeightsError(UserError):
+    """A weight file is absent, does not fit or cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint directory is incomplete, damaged or of another kind."""
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Make `main` an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"llava-mole: error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+
+    return run

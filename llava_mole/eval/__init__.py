@@ -1,0 +1,1 @@
+"""Evaluation: answering benchmark questions and scoring the answers."""
