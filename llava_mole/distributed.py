@@ -1,0 +1,45 @@
+"""Facts about the process group, the same with and without one."""
+
+import torch
+import torch.distributed as dist
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """Rank of this process; 0 without a process group."""
+    return dist.get_rank() if _initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if _initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, which writes files and prints."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing without a process group."""
+    if _initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over ranks in place and return it."""
+    if _initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_objects(value: object) -> list:
+    """`[value of rank 0, value of rank 1, ...]` on every rank."""
+    if not _initialized():
+        return [value]
+    values: list = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values

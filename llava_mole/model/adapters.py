@@ -1,0 +1,94 @@
+"""What is added to the frozen language model: nothing, plain LoRA, or the mixture of LoRA experts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_mole.errors import ConfigError
+
+
+def add_adapter(
+    language_model: nn.Module,
+    method: str,
+    *,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    num_experts: int,
+    preset: str,
+    options: dict[str, Any],
+) -> nn.Module:
+    """Wrap a causal LM in a PEFT model.
+
+    Args:
+        language_model: the frozen causal LM; adapters are injected in place.
+        method: `none`, `lora` (every linear of the decoder layers) or `mole` (LoRA on attention, experts in the FFN).
+        rank: LoRA rank r of every adapter.
+        alpha: LoRA alpha; None takes 2 * rank.
+        dropout: on the adapters' input.
+        num_experts: K (`mole` only).
+        preset: named MoLE options (`mole` only).
+        options: MoLE options that differ from the preset.
+
+    Returns:
+        The model unchanged for `none`, else a `PeftModel` whose adapter parameters are float32 and trainable.
+
+    Raises:
+        ConfigError: an unknown option, or options that cannot learn.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if method != "mole" and options:
+        raise ConfigError(f"adapter.options {sorted(options)} need adapter.method 'mole', got {method!r}")
+    if method == "none":
+        return language_model
+    alpha = 2.0 * rank if alpha is None else alpha
+    if method == "lora":
+        lora = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        return get_peft_model(language_model, lora)
+    from llava_mole.mole import MoleConfig
+
+    reserved = sorted(options.keys() & {"r", "alpha", "dropout", "num_experts"})
+    if reserved:
+        raise ConfigError(f"adapter.options {reserved}: set adapter.rank, alpha, dropout and num_experts instead")
+    mole = MoleConfig.from_preset(
+        preset, r=rank, alpha=alpha, dropout=dropout, num_experts=num_experts, task_type="CAUSAL_LM", **options
+    )
+    return get_peft_model(language_model, mole)
+
+
+def parameter_part(name: str) -> str:
+    """The part of the model a parameter of `LlavaMole` belongs to, for reports and parameter groups.
+
+    One of `vision tower`, `projector`, `router`, `experts`, `attention LoRA`, `FFN LoRA`, `language model`.
+    """
+    if name.startswith("vision_tower."):
+        return "vision tower"
+    if name.startswith("projector."):
+        return "projector"
+    if ".mole_router" in name:
+        return "router"
+    if ".mole_" in name:
+        return "attention LoRA" if "attn" in name else "experts"
+    if ".lora_" in name:
+        return "attention LoRA" if "attn" in name else "FFN LoRA"
+    return "language model"
+
+
+def parameter_report(model: nn.Module) -> list[tuple[str, int, int]]:
+    """`(part, trainable, total)` parameter counts, in the order of the model's parts."""
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        entry = counts.setdefault(parameter_part(name), [0, 0])
+        entry[1] += parameter.numel()
+        if parameter.requires_grad:
+            entry[0] += parameter.numel()
+    return [(part, trainable, total) for part, (trainable, total) in counts.items()]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Name -> parameter for everything that trains, in registration order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,204 @@
+"""Builds the multimodal model: new for training, or from a checkpoint for inference."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_mole.config import AdapterConfig, ModelConfig, RunConfig, load_config
+from llava_mole.data.images import ImageProcessor
+from llava_mole.data.tokenization import HFTextTokenizer
+from llava_mole.errors import CheckpointError, WeightsError
+from llava_mole.model.adapters import add_adapter
+from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
+from llava_mole.model.language_model import check_language_model_dir, load_language_model, load_tokenizer
+from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.model.multimodal_encoder import build_vision_tower, read_tower_config
+from llava_mole.model.multimodal_projector import build_projector
+
+PROJECTOR_FILE = "mm_projector.safetensors"
+PROJECTOR_PREFIX = "mm_projector."
+ADAPTER_DIR = "adapter"
+TOKENIZER_DIR = "tokenizer"
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass
+class LoadedModel:
+    """A model ready for inference, with what turns images and text into its input."""
+
+    model: LlavaMole
+    tokenizer: HFTextTokenizer
+    image_processor: ImageProcessor
+    template: str
+    """Name of the conversation template it was trained with."""
+    context_length: int
+    """Longest sequence in tokens, image tokens included."""
+    config: RunConfig
+    path: Path
+    """The checkpoint directory."""
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def check_model_files(config: ModelConfig) -> None:
+    """Raise one WeightsError that names every absent model file. Loads nothing."""
+    absent = []
+    for key, path, kind in (
+        ("model.language_model", config.language_model, "dir"),
+        ("model.vision_tower.weights", config.vision_tower.weights, "file"),
+        ("model.projector_weights", config.projector_weights, "any"),
+    ):
+        if path is None:
+            continue
+        target = Path(path)
+        if not {"dir": target.is_dir(), "file": target.is_file(), "any": target.exists()}[kind]:
+            absent.append(f"{key} = {path}")
+    if absent:
+        raise WeightsError(
+            f"weights are missing: {'; '.join(absent)}. Put them there (docs/models.md says where they come from) or "
+            "use a config that needs no download, such as configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
+        )
+    check_language_model_dir(config.language_model)
+    read_tower_config(config.vision_tower.name)
+
+
+def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
+    """The model without adapters, its Hugging Face tokenizer and the fingerprints of its frozen parts.
+
+    Raises:
+        WeightsError, ConfigError: see the builders of the parts.
+    """
+    check_model_files(config)
+    tower = build_vision_tower(
+        config.vision_tower.name,
+        config.vision_tower.weights,
+        config.vision_tower.activation,
+        config.vision_tower.select_layer,
+    )
+    language_model, lm_fingerprint = load_language_model(config.language_model, config.attn_implementation)
+    tokenizer = load_tokenizer(config.language_model)
+    projector = build_projector(config.projector, tower.hidden_size, language_model.config.get_text_config().hidden_size)
+    if config.projector_weights is not None:
+        load_projector(projector, config.projector_weights)
+    fingerprints = {"language_model": lm_fingerprint, "vision_tower": tower.weights_fingerprint}
+    return LlavaMole(tower, projector, language_model), tokenizer, fingerprints
+
+
+def attach_adapter(model: LlavaMole, config: AdapterConfig) -> None:
+    """Add the configured adapter to the model's language model, in place."""
+    model.language_model = add_adapter(
+        model.language_model,
+        config.method,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        num_experts=config.num_experts,
+        preset=config.preset,
+        options=config.options,
+    )
+
+
+def load_projector(projector: nn.Sequential, source: str | Path) -> None:
+    """Load projector weights from a checkpoint, a run directory or a `.safetensors` file, in place.
+
+    Raises:
+        WeightsError: no such file, or keys or shapes that do not fit, each named.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(source)
+    if path.is_dir():
+        path = resolve_checkpoint(path) / PROJECTOR_FILE
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise WeightsError(
+            f"projector weights {str(source)!r}: no such checkpoint directory or .safetensors file "
+            "(model.projector_weights); run stage 1 first"
+        )
+    state = {key.removeprefix(PROJECTOR_PREFIX): value.float() for key, value in load_file(path).items()}
+    expected = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if found != expected:
+        raise WeightsError(f"{path} does not fit the projector: it has {found}, the model needs {expected}")
+    projector.load_state_dict(state)
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    *,
+    model_base: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> LoadedModel:
+    """Load a checkpoint for inference.
+
+    Args:
+        model_path: a `checkpoint-<step>` directory, or a run directory (its newest valid checkpoint).
+        model_base: directory of the language model, where it is no longer where the run found it.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `float32` or `bfloat16`.
+
+    Raises:
+        CheckpointError: the directory does not verify, or the base model is another than the one trained on.
+        WeightsError: a base model is not where it should be.
+    """
+    path = resolve_checkpoint(model_path)
+    manifest = read_manifest(path)
+    config = load_config(path / CONFIG_FILE)
+    config.model.projector_weights = None
+    config.model.language_model = model_base or _where(config.model.language_model, manifest, "language_model")
+    tower = config.model.vision_tower
+    tower.weights = _where(tower.weights, manifest, "vision_tower_weights")
+    if tower.name.endswith(".json"):
+        tower.name = _where(tower.name, manifest, "vision_tower_config")
+    model, hf_tokenizer, fingerprints = build_parts(config.model)
+    for part, found in fingerprints.items():
+        recorded = manifest["fingerprints"][part]
+        if found != recorded:
+            raise CheckpointError(
+                f"{path} was trained on another {part.replace('_', ' ')} (fingerprint {recorded}) than the one given "
+                f"({found}): {config.model.language_model if part == 'language_model' else tower.weights}; "
+                "pass --model-base or put the original weights back"
+            )
+    load_projector(model.projector, path / PROJECTOR_FILE)
+    if (path / ADAPTER_DIR).is_dir():
+        model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR)
+    model.requires_grad_(False)
+    model.to(select_device(device), getattr(torch, dtype)).eval()
+    context = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length)
+    return LoadedModel(
+        model=model,
+        tokenizer=HFTextTokenizer(hf_tokenizer),
+        image_processor=build_image_processor(model, config.data.image_aspect_ratio),
+        template=manifest["template"],
+        context_length=context,
+        config=config,
+        path=path,
+    )
+
+
+def build_image_processor(model: LlavaMole, aspect_ratio: str) -> ImageProcessor:
+    """The preprocessing that fits the model's tower."""
+    tower = model.vision_tower
+    return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio)
+
+
+def _where(configured: str, manifest: dict[str, Any], key: str) -> str:
+    """The configured path, or where the run found it if the working directory is another now."""
+    absolute = manifest["paths"][key]
+    return configured if Path(configured).exists() or not Path(absolute).exists() else absolute
+
+
+def _load_adapter(language_model: nn.Module, directory: Path) -> nn.Module:
+    from peft import PeftModel
+
+    import llava_mole.mole  # noqa: F401  registers the MOLE adapter type with PEFT
+
+    return PeftModel.from_pretrained(language_model, str(directory))

@@ -1,0 +1,24 @@
+"""A short, cheap identity of a set of weights, so that an adapter is never put on another base by mistake."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+_SAMPLES = 64
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hex digest over the names, shapes and up to 64 evenly spaced values of every tensor.
+
+    Args:
+        tensors: `(name, tensor)` pairs in any order, in the dtype they are stored in. Values are read as float32,
+            so a file in half precision and its float32 copy have the same fingerprint. Quantised weights do not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLES)
+        digest.update(flat[::stride][:_SAMPLES].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]

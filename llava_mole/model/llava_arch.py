@@ -1,0 +1,123 @@
+"""The multimodal model: vision tower -> projector -> scatter into the token embeddings -> language model.
+
+Shapes: B samples, L tokens, D hidden size, V vocabulary, N images, P patches of an image, S image side, W tower width.
+The data code has already expanded every `<image>` to P placeholder ids, so lengths do not change here.
+"""
+
+import torch
+from torch import nn
+
+from llava_mole.constants import IMAGE_TOKEN_INDEX
+from llava_mole.errors import DataError
+from llava_mole.model.multimodal_encoder import VisionTower
+
+
+class LlavaMole(nn.Module):
+    """Composition of the three parts. `language_model` is a causal LM of transformers, or a PEFT model around one."""
+
+    def __init__(self, vision_tower: VisionTower, projector: nn.Sequential, language_model: nn.Module):
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.language_model = language_model
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions an image takes in the sequence (P)."""
+        return self.vision_tower.num_patches
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model, without its PEFT wrapper."""
+        model = self.language_model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def device(self) -> torch.device:
+        return self.projector[0].weight.device
+
+    def encode_images(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Projected features [N, P, D] of images float [N, 3, S, S]."""
+        return self.projector(self.vision_tower(images_NCHW).to(self.projector[0].weight.dtype))
+
+    def embed(self, ids_BL: torch.Tensor, images_NCHW: torch.Tensor | None) -> torch.Tensor:
+        """Input embeddings [B, L, D]: token embeddings, with image features at the placeholder positions.
+
+        Features fill the placeholders in order: image 0 the first P, image 1 the next P, and so on.
+
+        Raises:
+            DataError: the number of placeholders is not N * P.
+        """
+        is_image_BL = ids_BL == IMAGE_TOKEN_INDEX
+        num_images = 0 if images_NCHW is None else images_NCHW.shape[0]
+        num_placeholders = int(is_image_BL.sum())
+        if num_placeholders != num_images * self.num_image_tokens:
+            raise DataError(
+                f"a batch has {num_placeholders} image positions but {num_images} images of "
+                f"{self.num_image_tokens} features; every <image> needs its own image"
+            )
+        text_BLD = self.causal_lm.get_input_embeddings()(ids_BL.masked_fill(is_image_BL, 0))
+        if images_NCHW is not None:
+            features_NPD = self.encode_images(images_NCHW).to(text_BLD.dtype)
+            return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
+        if self.training and torch.is_grad_enabled() and self.projector[0].weight.requires_grad:
+            # A rank without an image still gives the projector a (zero) gradient, at the same place of the graph as
+            # on the other ranks: gradient buckets are reduced by position, and a missing one would corrupt or hang.
+            zeros = self.projector[0].weight.new_zeros(1, 1, self.projector[0].in_features)
+            return text_BLD + 0.0 * self.projector(zeros).sum().to(text_BLD.dtype)
+        return text_BLD
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        images: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Next-token logits.
+
+        Args:
+            input_ids: int64 [B, L], IMAGE_TOKEN_INDEX at image positions.
+            attention_mask: bool [B, L], False at padding.
+            images: float [N, 3, S, S] in the order of their placeholders, or None.
+            loss_mask: bool [B, L]; logits are computed at these positions only, which saves the head's memory where
+                most tokens are image or prompt.
+
+        Returns:
+            Logits [B, L, V], or [n, V] for the n positions of `loss_mask` in row-major order.
+        """
+        inputs_BLD = self.embed(input_ids, images)
+        # No mask at all where nothing is padded lets the attention kernels take their causal fast path.
+        mask = None if bool(attention_mask.all()) else attention_mask
+        causal_lm = self.causal_lm
+        if loss_mask is None:
+            return causal_lm(inputs_embeds=inputs_BLD, attention_mask=mask, use_cache=False).logits
+        hidden_BLD = causal_lm.get_decoder()(
+            inputs_embeds=inputs_BLD, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        logits = causal_lm.get_output_embeddings()(hidden_BLD[loss_mask])
+        softcap = getattr(causal_lm.config, "final_logit_softcapping", None)  # Gemma's, applied in its own forward
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        images: torch.Tensor | None = None,
+        **generate_kwargs,
+    ) -> torch.Tensor:
+        """Continue left-padded prompts with a KV cache; greedy unless `do_sample=True` is given.
+
+        Args:
+            input_ids, attention_mask, images: as in `forward`, padded on the left.
+            generate_kwargs: passed to transformers' `generate` (max_new_tokens, do_sample, temperature, ...).
+
+        Returns:
+            New token ids int64 [B, new], without the prompt.
+        """
+        if bool((~attention_mask[:, -1]).any()):
+            raise DataError("generate() needs prompts padded on the left; a row ends in padding")
+        return self.language_model.generate(
+            inputs_embeds=self.embed(input_ids, images), attention_mask=attention_mask, **generate_kwargs
+        )

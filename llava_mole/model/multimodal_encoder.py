@@ -1,0 +1,155 @@
+"""The frozen vision tower: an open_clip ViT whose block `select_layer` gives the patch features.
+
+`select_layer` counts as Hugging Face's `hidden_states` does: with L blocks, -1 is the output of the last block and
+LLaVA-1.5's -2 that of block L-2. The class token is dropped and no final norm is applied, so the features equal
+`CLIPVisionModel(...).hidden_states[-2][:, 1:]`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_mole.constants import CLIP_MEAN, CLIP_STD
+from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.model.fingerprint import fingerprint
+
+
+class VisionTower(nn.Module):
+    """Images float [N, 3, S, S] -> patch features [N, P, W], never with gradients, always in eval mode."""
+
+    def __init__(self, visual: nn.Module, select_layer: int, weights_fingerprint: str):
+        super().__init__()
+        num_blocks = len(visual.transformer.resblocks)
+        block = num_blocks + select_layer if select_layer < 0 else select_layer - 1
+        if not 0 <= block < num_blocks:
+            raise ConfigError(
+                f"model.vision_tower.select_layer {select_layer}: the tower has {num_blocks} blocks; "
+                f"allowed are -{num_blocks}..-1 and 1..{num_blocks}"
+            )
+        # Blocks above the selected one never run: not keeping them saves memory and start-up time.
+        del visual.transformer.resblocks[block + 1 :]
+        visual.ln_post = nn.Identity()
+        visual.proj = None
+        self.visual = visual
+        self.block = block
+        self.image_size: int = visual.image_size[0]
+        self.num_patches: int = visual.grid_size[0] * visual.grid_size[1]
+        self.hidden_size: int = visual.conv1.out_channels
+        self.image_mean, self.image_std = CLIP_MEAN, CLIP_STD
+        self.weights_fingerprint = weights_fingerprint
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "VisionTower":
+        """Stays in eval mode whatever is asked: the tower is frozen."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Patch features [N, P, W] in the tower's dtype."""
+        images_NCHW = images_NCHW.to(self.visual.conv1.weight.dtype)
+        out = self.visual.forward_intermediates(
+            images_NCHW, indices=[self.block], stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )
+        return out["image_intermediates"][0]
+
+
+def read_tower_config(name: str) -> dict[str, Any]:
+    """The open_clip model configuration called `name`, or read from the JSON file of that path."""
+    import open_clip
+
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise WeightsError(f"vision tower config {name!r} does not exist (model.vision_tower.name)")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from None
+    else:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ConfigError(
+                f"model.vision_tower.name {name!r} is no open_clip model; see open_clip.list_models(), or give a JSON file"
+            )
+    missing = [key for key in ("embed_dim", "vision_cfg") if key not in config]
+    if missing or "timm_model_name" in config.get("vision_cfg", {}):
+        raise ConfigError(f"model.vision_tower.name {name!r}: only open_clip's own ViT towers are supported")
+    return config
+
+
+def build_vision_tower(name: str, weights: str, activation: str, select_layer: int = -2) -> VisionTower:
+    """Build the tower `name` and load `weights` into it, in the dtype they are stored in.
+
+    Args:
+        name: open_clip model name or JSON config path.
+        weights: `.safetensors` or `.pt`/`.bin` state dict of the CLIP model or of its visual part.
+        activation: `quick_gelu` or `gelu`, what the weights were trained with.
+        select_layer: see the module docstring.
+
+    Raises:
+        WeightsError: file absent, keys missing or unexpected, shapes differ, non-finite values.
+        ConfigError: the model of this name uses another activation.
+    """
+    import open_clip
+
+    config = read_tower_config(name)
+    built_with = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
+    if built_with != activation:
+        raise ConfigError(
+            f"vision tower {name!r} is built with {built_with}, but its weights need {activation} "
+            f"(model.vision_tower.activation); for OpenAI's weights take the name ending in '-quickgelu'"
+        )
+    state = _read_state(Path(weights))
+    if any(key.startswith("visual.") for key in state):
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    with torch.device("meta"):
+        clip = open_clip.CLIP(
+            embed_dim=config["embed_dim"],
+            vision_cfg=config["vision_cfg"],
+            text_cfg=open_clip.CLIPTextCfg(),
+            quick_gelu=built_with == "quick_gelu",
+        )
+    visual = clip.visual
+    expected = visual.state_dict()
+    problems = [f"missing {key}" for key in expected.keys() - state.keys()]
+    problems += [f"unexpected {key}" for key in state.keys() - expected.keys()]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, the model needs {tuple(expected[key].shape)}"
+        for key in expected.keys() & state.keys()
+        if state[key].shape != expected[key].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        raise WeightsError(f"{weights} does not fit vision tower {name!r}: {len(problems)} problems: {shown}")
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{weights}: {key} has values that are not finite; download or build the file again")
+    identity = fingerprint(state.items())
+    visual.load_state_dict(state, strict=True, assign=True)
+    return VisionTower(visual, select_layer, identity)
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"vision tower weights {str(path)!r} do not exist (model.vision_tower.weights)")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is not a readable safetensors file ({error})") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here; all mean that the file holds more than tensors
+        reason = " ".join(str(error).split())[:120]
+        raise WeightsError(
+            f"{path} holds more than plain tensors (OpenAI's own .pt are TorchScript archives); use the open_clip "
+            f"safetensors file instead ({reason})"
+        ) from None
+    return state.get("state_dict", state)
