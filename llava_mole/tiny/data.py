@@ -1,0 +1,233 @@
+"""`python -m llava_mole.tiny.data --out playground/data/tiny`: write the tiny world's data.
+
+Three domains (general, document, biomedicine) with disjoint train and test splits, stage-1 captions of the train
+images, and a few photographs. Everything follows from the seed. Image paths in the records are relative to the output
+folder. The folder appears complete or not at all; a second call finds it, verifies it and leaves it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from llava_mole.errors import DataError, command
+from llava_mole.tiny import biomedicine, document, general
+from llava_mole.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
+
+FORMAT = 1
+"""Raised whenever the same seed would give other data."""
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
+MAX_TURNS = 6
+"""Questions in one training record; they share the image and the system prompt."""
+PACKAGES = ("easy-vqa", "scikit-image", "numpy", "pillow")
+
+
+def domain_samples(domain: str, split: str, count: int, seed: int) -> tuple[list[Sample], dict[str, Path]]:
+    """At most `count` samples of a domain's split, and the original files of those that are copied, by name."""
+    if domain == "general":
+        samples, files = general.load(split)
+        return samples[:count], files
+    rng = Random(f"{seed}-{domain}-{split}")
+    if domain == "biomedicine":
+        return biomedicine.generate(count, split, rng), {}
+    taken: set[bytes] = set()
+    if split == "train":  # the test split is drawn first, so that its size decides nothing about it
+        document.generate(TEST_IMAGES, Random(f"{seed}-{domain}-test"), taken)
+    return document.generate(count, rng, taken), {}
+
+
+TEST_IMAGES = 1000
+"""Images drawn for a test split; those without a chosen question are not written."""
+
+
+def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> list[dict[str, Any]]:
+    """LLaVA records with up to `MAX_TURNS` balanced questions each; images left without a question have none."""
+    turns: dict[int, list[Question]] = {}
+    for index, question in balance(samples, rng):
+        turns.setdefault(index, []).append(question)
+    records = []
+    for index, asked in turns.items():
+        rng.shuffle(asked)
+        conversations = []
+        for number, question in enumerate(asked[:MAX_TURNS]):
+            prefix = "<image>\n" if number == 0 else ""
+            conversations.append({"from": "human", "value": prefix + question.text})
+            conversations.append({"from": "gpt", "value": question.answer})
+        name = samples[index].name
+        records.append({"id": f"{domain}-train-{name}", "image": image_path(domain, "train", name)})
+        records[-1]["conversations"] = conversations
+    rng.shuffle(records)
+    return records
+
+
+def image_path(domain: str, split: str, name: str) -> str:
+    """Where an image lies, relative to the output folder."""
+    return f"{domain}/images/{split}/{name}.png"
+
+
+def write_split(
+    out: Path, domain: str, split: str, samples: Sequence[Sample], files: dict[str, Path], seed: int, limit: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write one split of one domain. Returns its counts for the manifest and its caption records."""
+    rng = Random(f"{seed}-{domain}-{split}-questions")
+    folder = out / domain
+    (folder / "images" / split).mkdir(parents=True)
+    used = range(len(samples))
+    if split == "train":
+        records = training_records(domain, samples, rng)
+    else:
+        drawn = draw_test(balance(samples, rng), rng, limit)
+        used_set = {index for index, _ in drawn}
+        used = [index for index in used if index in used_set]
+        records, lines = [], []
+        for number, (index, question) in enumerate(drawn):
+            path = image_path(domain, split, samples[index].name)
+            ident = f"{domain}-test-{number:04d}"
+            turns = [{"from": "human", "value": "<image>\n" + question.text}, {"from": "gpt", "value": question.answer}]
+            records.append({"id": ident, "image": path, "conversations": turns})
+            line = {"question_id": ident, "image": path, "text": question.text, "category": question.category}
+            lines.append(json.dumps(line | {"answer": question.answer}))
+        (folder / "test_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / f"{split}.json", records)
+    captions = []
+    for index in tqdm(used, desc=f"{domain} {split}", unit="image", leave=False, disable=None):
+        sample = samples[index]
+        path = image_path(domain, split, sample.name)
+        if sample.name in files:
+            shutil.copyfile(files[sample.name], out / path)
+        else:
+            sample.image.save(out / path)
+        turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": sample.caption}]
+        captions.append({"id": f"{domain}-caption-{sample.name}", "image": path, "conversations": turns})
+    questions = [turn["value"] for record in records for turn in record["conversations"][::2]]
+    counts = {"images": len(captions), "records": len(records), "questions": len(questions)}
+    return counts, captions
+
+
+def write_json(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a list with one record a line, so that a line number names a record."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def write_photos(folder: Path) -> None:
+    """Save a few of scikit-image's photographs for the chat demonstration."""
+    from PIL import Image
+    from skimage import data
+
+    folder.mkdir()
+    for name in PHOTOS:
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png", compress_level=1)
+
+
+def tree_digest(root: Path) -> tuple[str, int]:
+    """sha256 over the relative paths and contents of all files under `root` but the manifest; and their number."""
+    digest = hashlib.sha256()
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path != root / "manifest.json")
+    for path in paths:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest(), len(paths)
+
+
+def write(out: Path, train_per_domain: int, test_per_domain: int, seed: int) -> dict[str, Any]:
+    """Write the data set into the empty folder `out`. Returns the manifest."""
+    counts: dict[str, Any] = {}
+    captions: list[dict[str, Any]] = []
+    for domain in DOMAINS:
+        for split, count in (("train", train_per_domain), ("test", TEST_IMAGES)):
+            samples, files = domain_samples(domain, split, count, seed)
+            counts[f"{domain}/{split}"], described = write_split(
+                out, domain, split, samples, files, seed, test_per_domain
+            )
+            captions += described if split == "train" else []
+    Random(f"{seed}-captions").shuffle(captions)
+    (out / "captions").mkdir()
+    write_json(out / "captions" / "train.json", captions)
+    counts["captions"] = {"records": len(captions)}
+    write_photos(out / "photos")
+    digest, files_written = tree_digest(out)
+    return {
+        **request(train_per_domain, test_per_domain, seed),
+        "counts": counts,
+        "files": files_written,
+        "sha256": digest,
+    }
+
+
+def request(train_per_domain: int, test_per_domain: int, seed: int) -> dict[str, Any]:
+    """The part of the manifest that decides what is written."""
+    return {
+        "format": FORMAT,
+        "seed": seed,
+        "train_per_domain": train_per_domain,
+        "test_per_domain": test_per_domain,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def is_complete(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `out` holds what `wanted` asks for, with every file as it was written."""
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return {key: manifest.get(key) for key in wanted} == wanted and tree_digest(out)[0] == manifest.get("sha256")
+
+
+def build(out: Path, train_per_domain: int = 4000, test_per_domain: int = 800, seed: int = 0) -> bool:
+    """Write the data set to `out` unless it is there. Returns whether anything was written.
+
+    Raises:
+        DataError: `out` holds something that this command did not write, or a package is missing.
+    """
+    if train_per_domain < 1 or test_per_domain < 1:
+        raise DataError(
+            f"--train-per-domain {train_per_domain}, --test-per-domain {test_per_domain}: both must be at least 1"
+        )
+    if is_complete(out, request(train_per_domain, test_per_domain, seed)):
+        return False
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "manifest.json").is_file())):
+        raise DataError(f"{out}: holds other files (no manifest.json); give an empty or a new folder with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        manifest = write(new, train_per_domain, test_per_domain, seed)
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            os.rename(out, Path(temporary, "old"))
+        os.rename(new, out)
+    return True
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llava_mole.tiny.data", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("playground/data/tiny"), help="folder to write (%(default)s)")
+    parser.add_argument("--train-per-domain", type=int, default=4000, metavar="N", help="train images (%(default)s)")
+    parser.add_argument("--test-per-domain", type=int, default=800, metavar="N", help="test questions (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides everything (%(default)s)")
+    given = parser.parse_args(arguments)
+    written = build(given.out, given.train_per_domain, given.test_per_domain, given.seed)
+    manifest = json.loads((given.out / "manifest.json").read_text(encoding="utf-8"))
+    print(f"tiny world: {'written to' if written else 'already in'} {given.out} (sha256 {manifest['sha256'][:12]})")
+    for name, counts in manifest["counts"].items():
+        print(f"  {name:20s} " + ", ".join(f"{number:,} {kind}" for kind, number in Counter(counts).items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The general domain: easy-VQA (Victor Zhou, MIT licence), the real files of the PyPI package `easy-vqa`.
+
+Every image shows one coloured shape on a light ground, 64 x 64 pixels. Questions, answers and the split into train
+and test are the data set's own. Shape and colour for the captions are measured from the pixels.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from llava_mole.errors import DataError
+from llava_mole.tiny.samples import Question, Sample
+
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+    "teal": (0, 128, 128),
+    "brown": (165, 42, 42),
+}
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def load(split: str) -> tuple[list[Sample], dict[str, Path]]:
+    """All images of easy-VQA's `train` (4,000) or `test` (1,000) split in a fixed shuffled order.
+
+    Returns:
+        The samples, and the original file of each sample's name.
+
+    Raises:
+        DataError: the package `easy-vqa` is not installed.
+    """
+    try:
+        import easy_vqa
+    except ImportError:
+        raise DataError(
+            "the general domain needs the package easy-vqa, which is not installed; `pip install easy-vqa`"
+        ) from None
+    read_questions, read_paths = {
+        "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
+        "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
+    }[split]
+    questions: dict[int, list[Question]] = defaultdict(list)
+    for text, answer, image_id in zip(*read_questions(), strict=True):
+        questions[image_id].append(Question(text, answer, category(text, answer)))
+    samples, files = [], {}
+    paths = sorted(read_paths().items())
+    Random(f"easy-vqa-{split}").shuffle(paths)
+    for image_id, path in paths:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        shape, colour, place = measure(image)
+        rng = Random(f"general-{split}-{image_id}")
+        name = str(image_id)
+        files[name] = Path(path)
+        facts = (f"a {colour} {shape}", f"a {colour} shape", f"a shape that is a {shape}", f"a shape in the {place}")
+        unique = tuple(dict.fromkeys(questions[image_id]))
+        samples.append(Sample(name, image, caption(shape, colour, place, rng), facts, unique))
+    return samples, files
+
+
+def category(text: str, answer: str) -> str:
+    """Kind of an easy-VQA question: `color`, `shape` or `presence` (yes or no)."""
+    if answer in ("yes", "no"):
+        return "presence"
+    return "color" if answer in COLOURS else "shape"
+
+
+def measure(image: Image.Image) -> tuple[str, str, str]:
+    """Shape, colour and place of the one object of an easy-VQA image.
+
+    The colour is the palette colour with most pixels. A rectangle fills its bounding box; a triangle has less than
+    40% of its pixels in the upper half of the box, a circle about half.
+    """
+    pixels = np.asarray(image)
+    masks = {name: (pixels == np.array(rgb, np.uint8)).all(-1) for name, rgb in COLOURS.items()}
+    colour = max(masks, key=lambda name: int(masks[name].sum()))
+    rows, columns = np.nonzero(masks[colour])
+    top, bottom, left, right = rows.min(), rows.max(), columns.min(), columns.max()
+    if len(rows) == (bottom - top + 1) * (right - left + 1):
+        shape = "rectangle"
+    else:
+        upper = np.mean(rows < (top + bottom) / 2)
+        shape = "triangle" if upper < 0.4 else "circle"
+    return shape, colour, place_name((top + bottom) / 2, (left + right) / 2, image.height)
+
+
+def place_name(row: float, column: float, size: int) -> str:
+    """`upper left`, `left`, `center`, ... : the cell of a 3 x 3 grid over an image of `size` pixels."""
+    vertical = ("upper", "", "lower")[min(2, int(3 * row / size))]
+    horizontal = ("left", "", "right")[min(2, int(3 * column / size))]
+    return " ".join(word for word in (vertical, horizontal) if word) or "center"
+
+
+def caption(shape: str, colour: str, place: str, rng: Random) -> str:
+    """A plain sentence that names colour and shape."""
+    return rng.choice(
+        (
+            f"A {colour} {shape} in the {place}.",
+            f"There is a {colour} {shape} in the {place} of the image.",
+            f"The image shows a {shape}. It is {colour} and lies in the {place}.",
+        )
+    )
