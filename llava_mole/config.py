@@ -145,6 +145,8 @@ class TrainConfig:
     """Recompute activations in the backward pass."""
     distributed: Literal["zero2", "ddp"] = "zero2"
     """DeepSpeed ZeRO stage 2 or torch DDP. Plain `python` without a launcher runs one process without either."""
+    deepspeed_config: str = "scripts/zero2.json"
+    """DeepSpeed's settings; its "auto" values are filled from this configuration."""
     seed: int = 42
     """Seeds initialisation and the sample order."""
     save_every: int = 1000
@@ -213,7 +215,8 @@ def check_run_config(config: RunConfig) -> None:
         raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")
     if config.stage == "pretrain" and config.adapter.method != "none":
         raise ConfigError(
-            f"adapter.method is {config.adapter.method!r} in stage 'pretrain', which trains the projector only; use 'none'"
+            f"adapter.method is {config.adapter.method!r} in stage 'pretrain', which trains the projector only; "
+            "use 'none'"
         )
     if config.stage == "pretrain" and not config.model.train_projector:
         raise ConfigError("model.train_projector is false in stage 'pretrain': nothing would train")

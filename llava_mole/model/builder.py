@@ -15,7 +15,7 @@ from llava_mole.model.adapters import add_adapter
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
 from llava_mole.model.language_model import check_language_model_dir, load_language_model, load_tokenizer
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.model.multimodal_encoder import build_vision_tower, read_tower_config
+from llava_mole.model.multimodal_encoder import build_vision_tower
 from llava_mole.model.multimodal_projector import build_projector
 
 PROJECTOR_FILE = "mm_projector.safetensors"
@@ -48,35 +48,13 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_model_files(config: ModelConfig) -> None:
-    """Raise one WeightsError that names every absent model file. Loads nothing."""
-    absent = []
-    for key, path, kind in (
-        ("model.language_model", config.language_model, "dir"),
-        ("model.vision_tower.weights", config.vision_tower.weights, "file"),
-        ("model.projector_weights", config.projector_weights, "any"),
-    ):
-        if path is None:
-            continue
-        target = Path(path)
-        if not {"dir": target.is_dir(), "file": target.is_file(), "any": target.exists()}[kind]:
-            absent.append(f"{key} = {path}")
-    if absent:
-        raise WeightsError(
-            f"weights are missing: {'; '.join(absent)}. Put them there (docs/models.md says where they come from) or "
-            "use a config that needs no download, such as configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
-        )
-    check_language_model_dir(config.language_model)
-    read_tower_config(config.vision_tower.name)
-
-
 def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
     """The model without adapters, its Hugging Face tokenizer and the fingerprints of its frozen parts.
 
     Raises:
         WeightsError, ConfigError: see the builders of the parts.
     """
-    check_model_files(config)
+    check_language_model_dir(config.language_model)
     tower = build_vision_tower(
         config.vision_tower.name,
         config.vision_tower.weights,
@@ -85,7 +63,9 @@ def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
     )
     language_model, lm_fingerprint = load_language_model(config.language_model, config.attn_implementation)
     tokenizer = load_tokenizer(config.language_model)
-    projector = build_projector(config.projector, tower.hidden_size, language_model.config.get_text_config().hidden_size)
+    projector = build_projector(
+        config.projector, tower.hidden_size, language_model.config.get_text_config().hidden_size
+    )
     if config.projector_weights is not None:
         load_projector(projector, config.projector_weights)
     fingerprints = {"language_model": lm_fingerprint, "vision_tower": tower.weights_fingerprint}

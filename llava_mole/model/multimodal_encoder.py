@@ -73,7 +73,8 @@ def read_tower_config(name: str) -> dict[str, Any]:
         config = open_clip.get_model_config(name)
         if config is None:
             raise ConfigError(
-                f"model.vision_tower.name {name!r} is no open_clip model; see open_clip.list_models(), or give a JSON file"
+                f"model.vision_tower.name {name!r} is no open_clip model; see open_clip.list_models(), "
+                "or give a JSON file"
             )
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in config]
     if missing or "timm_model_name" in config.get("vision_cfg", {}):

@@ -1,0 +1,53 @@
+"""The language-model loss and its weights, global over a step.
+
+A step's loss does not depend on how its samples are cut into micro-batches or spread over ranks: every token's weight
+is computed from counts of the whole step, and the weighted sums of all micro-batches and ranks add up to the loss.
+"""
+
+from typing import Literal
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from llava_mole.constants import IGNORE_INDEX
+
+
+def next_token_targets(labels_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that predict a supervised token, and those tokens.
+
+    Returns:
+        mask bool [B, L] (the last column is False) and targets int64 [n] in row-major order of the mask.
+    """
+    shifted_BL = torch.full_like(labels_BL, IGNORE_INDEX)
+    shifted_BL[:, :-1] = labels_BL[:, 1:]
+    mask_BL = shifted_BL != IGNORE_INDEX
+    return mask_BL, shifted_BL[mask_BL]
+
+
+def sample_losses(
+    logits_nV: torch.Tensor, targets_n: torch.Tensor, mask_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of token cross-entropies (float32 [B]) and number of supervised tokens (float32 [B]) of every sample."""
+    token_losses_n = cross_entropy(logits_nV.float(), targets_n, reduction="none")
+    losses_BL = torch.zeros(mask_BL.shape, device=logits_nV.device).masked_scatter(mask_BL, token_losses_n)
+    return losses_BL.sum(dim=1), mask_BL.sum(dim=1).float()
+
+
+def weigh(
+    sums_B: torch.Tensor,
+    counts_B: torch.Tensor,
+    reduction: Literal["sample_mean", "token_mean"],
+    global_samples: int,
+    global_tokens: float,
+) -> torch.Tensor:
+    """This micro-batch's share of the step's loss.
+
+    Args:
+        sums_B, counts_B: from `sample_losses`.
+        reduction: `sample_mean`: mean over samples of their token mean; `token_mean`: mean over tokens.
+        global_samples: samples of the step over all ranks and micro-batches.
+        global_tokens: supervised tokens of the step, likewise.
+    """
+    if reduction == "sample_mean":
+        return (sums_B / counts_B.clamp(min=1.0)).sum() / global_samples
+    return sums_B.sum() / max(global_tokens, 1.0)

@@ -1,0 +1,96 @@
+"""Where numbers go: `metrics.jsonl` always, Weights & Biases when configured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_mole.config import RunConfig, config_to_dict
+from llava_mole.log import get_logger
+
+METRICS_FILE = "metrics.jsonl"
+
+logger = get_logger(__name__)
+
+
+class Tracker:
+    """Writes one entry a step on rank 0. A tracker service that fails is reported once and left out from then on."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, first_step: int, enabled: bool):
+        """
+        Args:
+            first_step: 0-based step the run starts with; entries of later steps, left by a run that was cut off after
+                its last checkpoint, are dropped so that no step stands in the file twice.
+            enabled: False on ranks other than 0.
+        """
+        self._wandb = None
+        self._file = None
+        if not enabled:
+            return
+        path = run_dir / METRICS_FILE
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= first_step] if first_step else []
+        self._file = path.open("w", encoding="utf-8")
+        for entry in kept:
+            self._write(entry)
+        if config.tracker.wandb_project:
+            self._start_wandb(config, run_dir)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Record one step; `entry["step"]` is the number of optimizer steps done (1 after the first)."""
+        if self._file is None:
+            return
+        self._write(entry)
+        if self._wandb is not None:
+            try:
+                self._wandb.log(_flatten(entry), step=entry["step"])
+            except Exception as error:  # whatever the service raises, training goes on
+                logger.warning("wandb failed (%s); the run goes on with %s only", error, METRICS_FILE)
+                self._wandb = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:  # as above
+                logger.warning("wandb did not finish cleanly: %s", error)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def _start_wandb(self, config: RunConfig, run_dir: Path) -> None:
+        try:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.tracker.wandb_project,
+                mode=config.tracker.wandb_mode,
+                name=run_dir.name,
+                dir=str(run_dir),
+                config=config_to_dict(config),
+            )
+        except Exception as error:  # not installed, no network, no account: none of them may stop training
+            logger.warning("wandb is not available (%s); metrics go to %s only", error, METRICS_FILE)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics file; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _flatten(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in entry.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(_flatten(value, name + "/"))
+        elif isinstance(value, list):
+            flat.update(_flatten({str(i): v for i, v in enumerate(value)}, name + "/"))
+        elif isinstance(value, int | float):
+            flat[name] = value
+    return flat

@@ -1,0 +1,69 @@
+"""Optimizer groups and the learning-rate schedule."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from llava_mole.config import TrainConfig
+from llava_mole.model.adapters import parameter_part
+
+
+def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over named parameters in up to three groups: `adapter`, `projector`, `router`.
+
+    Each group keeps its peak rate under `peak_lr`. Weight decay is applied to the projector's and attention LoRA's
+    matrices only: decay would pull experts and routers towards zero on the steps that give them no gradient.
+    """
+    peaks = {
+        "adapter": config.learning_rate,
+        "projector": _or(config.projector_learning_rate, config.learning_rate),
+        "router": _or(config.router_learning_rate, config.learning_rate),
+    }
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        part = parameter_part(name)
+        group = part if part in ("projector", "router") else "adapter"
+        decays = parameter.ndim >= 2 and part not in ("router", "experts")
+        groups.setdefault((group, decays and config.weight_decay > 0), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": members,
+                "name": group,
+                "lr": peaks[group],
+                "peak_lr": peaks[group],
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (group, decays), members in groups.items()
+        ],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+
+
+def schedule_factor(step: int, total_steps: int, warmup_steps: int, floor: float) -> float:
+    """Share of the peak rate at optimizer step `step` (0-based): linear warm-up, then cosine down to `floor`.
+
+    The first step has rate peak / warmup_steps, step `warmup_steps` the peak, the last step the floor.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    span = max(1, total_steps - 1 - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / span)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer, step: int, total_steps: int, config: TrainConfig) -> dict[str, float]:
+    """Set every group's rate for `step` and return them by group name. The floor scales with a group's own peak."""
+    floor = config.min_learning_rate / config.learning_rate if config.learning_rate else 0.0
+    factor = schedule_factor(step, total_steps, config.warmup_steps, floor)
+    rates = {}
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+        rates[group["name"]] = group["lr"]
+    return rates
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

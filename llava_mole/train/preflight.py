@@ -1,0 +1,53 @@
+"""What can be checked before anything is loaded or any process group is joined: it takes a second, not minutes."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_mole.config import RunConfig, accumulation_steps, parse_run_config
+from llava_mole.errors import ConfigError, WeightsError, command
+
+TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """`key = path` for every weight and data file or folder of the run that is not there."""
+    model = config.model
+    wanted = [
+        ("model.language_model", model.language_model, Path(model.language_model).is_dir()),
+        ("model.vision_tower.weights", model.vision_tower.weights, Path(model.vision_tower.weights).is_file()),
+    ]
+    if model.projector_weights is not None:
+        wanted.append(("model.projector_weights", model.projector_weights, Path(model.projector_weights).exists()))
+    for name, source in config.data.sources.items():
+        if config.data.mixture.get(name, 1.0) > 0:
+            key = f"data.sources.{name}"
+            wanted.append((f"{key}.annotations", source.annotations, Path(source.annotations).is_file()))
+            wanted.append((f"{key}.image_folder", source.image_folder, Path(source.image_folder).is_dir()))
+    return [f"{key} = {path}" for key, path, there in wanted if not there]
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Raise one WeightsError that names every absent input, what to do, and what runs without them."""
+    absent = missing_inputs(config)
+    if absent:
+        raise WeightsError(
+            f"{len(absent)} inputs of this run are not there: {'; '.join(absent)}. Put them there (docs/models.md and "
+            f"docs/data.md say where they come from), or name other paths with --key PATH, or run what needs no "
+            f"download: {TINY_CONFIGS} (after `llava-mole prepare tiny`)"
+        )
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m llava_mole.train.preflight WORLD_SIZE CONFIG [overrides]`: exit code 2 if the run cannot start."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or not arguments[0].isdigit():
+        raise ConfigError("usage: python -m llava_mole.train.preflight WORLD_SIZE CONFIG [--key value ...]")
+    config = parse_run_config(arguments[1:])
+    check_inputs(config)
+    accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, int(arguments[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Where a run computes: device, process group, and DeepSpeed ZeRO-2 or DDP through accelerate.
+
+On CPU ranks two combinations of accelerate's switches train without DeepSpeed, or with every rank believing it is
+alone, and say nothing; `start_runtime` uses the one order that works and `check_engine` proves it at every start.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llava_mole.config import RunConfig, accumulation_steps
+from llava_mole.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Runtime:
+    """What the loop needs to know of the machine it runs on."""
+
+    accelerator: "Accelerator"
+    accumulation: int
+    """Micro-batches per rank and optimizer step."""
+    uses_deepspeed: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+
+def launched_world_size() -> int | None:
+    """Ranks that torchrun or deepspeed started, or None under plain `python`."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
+
+
+def start_runtime(config: RunConfig) -> Runtime:
+    """Join the process group and set up accelerate.
+
+    Raises:
+        ConfigError: batch sizes that do not divide, or a device that is not there.
+    """
+    launched = launched_world_size()
+    accumulation = accumulation_steps(
+        config.train.global_batch_size, config.train.micro_batch_size, launched if launched is not None else 1
+    )
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'")
+    on_cpu = config.device == "cpu" or not has_gpu
+    if on_cpu and config.train.precision == "bf16":
+        raise ConfigError("train.precision 'bf16' needs a GPU; on a CPU use --train.precision fp32")
+    uses_deepspeed = launched is not None and config.train.distributed == "zero2"
+    if uses_deepspeed:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DeepSpeedPlugin
+
+    if on_cpu:
+        PartialState(cpu=True)  # joins with gloo; must come before the Accelerator, which would ignore DeepSpeed
+    plugin = None
+    if uses_deepspeed:
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, accumulation, launched or 1))
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin,
+        gradient_accumulation_steps=accumulation,
+        mixed_precision="no" if uses_deepspeed or config.train.precision == "fp32" else "bf16",
+        cpu=None if uses_deepspeed else on_cpu,
+    )
+    return Runtime(accelerator, accumulation, uses_deepspeed)
+
+
+def deepspeed_config(config: RunConfig, accumulation: int, world_size: int) -> dict[str, Any]:
+    """`train.deepspeed_config` with every "auto" replaced by the run's own value.
+
+    Raises:
+        ConfigError: the file is absent, is no JSON, asks for another ZeRO stage or repeats a number of the run.
+    """
+    path = Path(config.train.deepspeed_config)
+    if not path.is_file():
+        raise ConfigError(f"train.deepspeed_config {str(path)!r} does not exist; the shipped one is scripts/zero2.json")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (0, 1, 2):
+        raise ConfigError(
+            f"{path}: zero_optimization.stage is {stage!r}; allowed are 0, 1 and 2. Stage 3 shards the frozen model "
+            "as well, which this trainer's checkpoints do not gather"
+        )
+    values = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.max_grad_norm,
+    }
+    for key, value in values.items():
+        if settings.get(key, "auto") not in ("auto", value):
+            raise ConfigError(f'{path}: {key} is {settings[key]}, the run has {value}; write "auto"')
+        settings[key] = value
+    precision = settings.setdefault("bf16", {})
+    if precision.get("enabled", "auto") == "auto":
+        precision["enabled"] = config.train.precision == "bf16"
+    return settings
+
+
+def prepare(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Wrap model and optimizer for the run's strategy and check that it is the one asked for."""
+    engine, prepared = runtime.accelerator.prepare(model, optimizer)
+    check_engine(runtime, engine)
+    return engine, prepared
+
+
+def check_engine(runtime: Runtime, engine: nn.Module) -> None:
+    """Raise RuntimeError unless the engine and the number of ranks are what was asked for."""
+    launched = launched_world_size() or 1
+    kind = type(engine).__name__
+    if runtime.world_size != launched:
+        raise RuntimeError(f"{launched} ranks were launched, but accelerate counts {runtime.world_size}")
+    if runtime.uses_deepspeed and kind != "DeepSpeedEngine":
+        raise RuntimeError(f"ZeRO-2 was asked for, but the model is wrapped in {kind}")
+    if not runtime.uses_deepspeed and launched > 1 and kind != "DistributedDataParallel":
+        raise RuntimeError(f"DDP was asked for, but the model is wrapped in {kind}")

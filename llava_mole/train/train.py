@@ -1,0 +1,136 @@
+"""Train one stage: `python -m llava_mole.train.train CONFIG [--key.sub value ...]`, alone or under a launcher."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llava_mole.config import RunConfig, parse_run_config, save_config
+from llava_mole.distributed import all_gather_objects, is_main_process
+from llava_mole.errors import CheckpointError, command
+from llava_mole.log import get_logger, setup_logging
+from llava_mole.train.preflight import check_inputs
+
+logger = get_logger(__name__)
+
+
+def train(config: RunConfig) -> Path:
+    """Run the configured stage from start (or from a checkpoint) to end.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: see the steps; nothing has been written before the model and the data are known to be good.
+    """
+    from llava_mole.data.dataset import build_dataset
+    from llava_mole.data.tokenization import HFTextTokenizer
+    from llava_mole.model.adapters import trainable_parameters
+    from llava_mole.model.builder import attach_adapter, build_image_processor, build_parts
+    from llava_mole.train.metrics import Tracker
+    from llava_mole.train.optim import build_optimizer
+    from llava_mole.train.runtime import prepare, start_runtime
+    from llava_mole.train.saving import CheckpointWriter, Progress, find_resume, read_progress, write_environment
+    from llava_mole.train.state import load_optimizer_state
+    from llava_mole.train.trainer import Trainer
+
+    check_inputs(config)
+    checkpoint = find_resume(config)
+    runtime = start_runtime(config)
+
+    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+    model, hf_tokenizer, fingerprints = build_parts(config.model)
+    tokenizer = HFTextTokenizer(hf_tokenizer)
+    dataset = build_dataset(
+        config.data,
+        tokenizer,
+        build_image_processor(model, config.data.image_aspect_ratio),
+        model.num_image_tokens,
+        seed=config.train.seed,
+        epochs=config.train.epochs,
+    )
+    attach_adapter(model, config.adapter)
+    model.projector.requires_grad_(config.model.train_projector)
+    cast_for_training(model, config.train.precision)
+    if config.train.gradient_checkpointing:
+        # Re-entrant checkpointing would silently give the router no gradient from the balance loss.
+        model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if is_main_process():
+        print(trainable_table(model), file=sys.stderr, flush=True)
+
+    parameters = trainable_parameters(model)
+    engine, optimizer = prepare(runtime, model, build_optimizer(parameters, config.train))
+    progress = Progress(plan_digest=dataset.plan.digest)
+    if checkpoint is not None:
+        progress, state = read_progress(checkpoint, config)
+        check_same_plan(progress, dataset.plan.digest, checkpoint)
+        load_optimizer_state(state, progress.step, parameters, optimizer, runtime.uses_deepspeed)
+        logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
+
+    run_dir = Path(config.train.output_dir)
+    if is_main_process():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+        write_environment(run_dir, runtime.world_size, str(runtime.device))
+    Trainer(
+        config=config,
+        runtime=runtime,
+        model=model,
+        engine=engine,
+        optimizer=optimizer,
+        dataset=dataset,
+        pad_token_id=tokenizer.pad_token_id,
+        writer=CheckpointWriter(run_dir, config, hf_tokenizer, fingerprints),
+        tracker=Tracker(config, run_dir, progress.step, enabled=is_main_process()),
+        progress=progress,
+    ).run()
+    return run_dir
+
+
+def cast_for_training(model: torch.nn.Module, precision: str) -> None:
+    """Frozen weights in the compute dtype, trainable ones in float32 (DeepSpeed keeps float32 masters of its own)."""
+    for parameter in model.parameters():
+        wide = parameter.requires_grad or precision == "fp32"
+        parameter.data = parameter.data.to(torch.float32 if wide else torch.bfloat16)
+
+
+def trainable_table(model: torch.nn.Module) -> str:
+    """Parameters of every part of the model, trainable and in all, as text."""
+    from llava_mole.model.adapters import parameter_report
+
+    rows = parameter_report(model)
+    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    lines = [f"{'part':<16}{'trainable':>16}{'all':>18}"]
+    lines += [f"{part:<16}{trainable:>16,}{total:>18,}" for part, trainable, total in rows]
+    return "\n".join(lines)
+
+
+def check_same_plan(progress, digest: str, checkpoint: Path) -> None:
+    """Raise CheckpointError if the sample order is another than the checkpoint's."""
+    if progress.plan_digest != digest:
+        raise CheckpointError(
+            f"{checkpoint} consumed {progress.samples_consumed} samples of another sample order: data files, mixture, "
+            "epochs or seed have changed. Restore them, or start a new run in another --train.output_dir"
+        )
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    setup_logging()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after tokenizers has threads
+    config = parse_run_config(sys.argv[1:] if arguments is None else arguments)
+    train(config)
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Wait for the slowest rank and close the process group, so that no rank reports a lost peer."""
+    if torch.distributed.is_initialized():
+        all_gather_objects(None)
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

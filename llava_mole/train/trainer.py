@@ -1,0 +1,239 @@
+"""The training loop.
+
+One optimizer step covers the same samples whatever the number of ranks and the micro-batch are. Losses are weighed by
+counts of the whole step, so the update is the same too. Every step seeds its own random generators from
+(seed, step, rank): nothing of them needs to be saved for an exact resume.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from llava_mole.config import RunConfig
+from llava_mole.data.collator import collate
+from llava_mole.data.dataset import SupervisedDataset
+from llava_mole.data.sampler import batch_positions
+from llava_mole.distributed import all_gather_objects, all_reduce_sum, barrier
+from llava_mole.errors import UserError
+from llava_mole.log import get_logger
+from llava_mole.model.adapters import trainable_parameters
+from llava_mole.model.checkpoint import rotate_checkpoints
+from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.train.loss import next_token_targets, sample_losses, weigh
+from llava_mole.train.metrics import Tracker
+from llava_mole.train.optim import set_learning_rates
+from llava_mole.train.runtime import Runtime
+from llava_mole.train.saving import CheckpointWriter, Progress
+from llava_mole.train.state import gather_optimizer_state
+from llava_mole.train.step_stats import StepStats
+
+logger = get_logger(__name__)
+
+
+class TrainingError(UserError):
+    """Training cannot go on; the message names the step and the samples."""
+
+
+@dataclass
+class Trainer:
+    """The state of a run and its loop; `run` is the entry point."""
+
+    config: RunConfig
+    runtime: Runtime
+    model: LlavaMole
+    engine: torch.nn.Module
+    """`model`, wrapped by DeepSpeed or DDP."""
+    optimizer: Any
+    dataset: SupervisedDataset
+    pad_token_id: int
+    writer: CheckpointWriter
+    tracker: Tracker
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        train = self.config.train
+        available = len(self.dataset) // train.global_batch_size
+        self.total_steps = available if train.max_steps is None else min(available, train.max_steps)
+        if self.total_steps == 0:
+            raise UserError(
+                f"the mixture has {len(self.dataset)} samples, fewer than one batch of train.global_batch_size "
+                f"{train.global_batch_size}; lower it or add data"
+            )
+        self.sources = sorted(self.dataset.plan.names)
+
+    def run(self) -> None:
+        """Train from `progress.step` to the last step, saving on the way and at the end."""
+        train, main = self.config.train, self.runtime.rank == 0
+        first = self.progress.step
+        self._check_shards(first)
+        batches = iter(self._loader(first))
+        self.engine.train()
+        name = f"{self.config.stage} ({self.config.adapter.method})"
+        bar = tqdm(total=self.total_steps, initial=first, disable=None if main else True, unit="step", desc=name)
+        for step in range(first, self.total_steps):
+            started = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(self.runtime.accumulation)]
+            waited = time.perf_counter() - started
+            rates = set_learning_rates(self.optimizer, step, self.total_steps, train)
+            stats = self._step(step, micro_batches)
+            self._count(stats)
+            if (step + 1) % self.config.tracker.log_every == 0 or step + 1 == self.total_steps:
+                entry = stats.entry(step + 1, rates, time.perf_counter() - started, waited)
+                self.tracker.log(entry)
+                bar.set_postfix(loss=f"{entry['loss']:.3f}", lr=f"{max(rates.values()):.1e}")
+                if bar.disable and main and (step + 1) % max(1, self.total_steps // 10) == 0:
+                    logger.info("step %d/%d loss %.4f", step + 1, self.total_steps, entry["loss"])
+            bar.update()
+            if (step + 1) % train.save_every == 0 or step + 1 == self.total_steps:
+                self.save(final=step + 1 == self.total_steps)
+        bar.close()
+        self.tracker.close()
+
+    def save(self, final: bool) -> None:
+        """Write a checkpoint; a collective. One that fails is reported and training goes on, unless it is the last."""
+        state = gather_optimizer_state(trainable_parameters(self.model), self.optimizer, self.runtime.uses_deepspeed)
+        problem = None
+        if self.runtime.rank == 0:
+            try:
+                path = self.writer.write(self.model, state, self.progress)
+                rotate_checkpoints(self.writer.run_dir, self.config.train.keep_checkpoints)
+                logger.info("saved %s", path)
+            except OSError as error:
+                problem = str(error)
+        problem = all_gather_objects(problem)[0]
+        if problem is not None:
+            message = f"the checkpoint of step {self.progress.step} could not be written: {problem}"
+            if final:
+                raise TrainingError(message + "; free disk space and run again with --train.resume auto")
+            logger.error("%s; training goes on, earlier checkpoints are untouched", message)
+        barrier()
+
+    def _step(self, step: int, micro_batches: list[dict]) -> StepStats:
+        """Forward and backward over one step's micro-batches, then the optimizer's update."""
+        train, runtime = self.config.train, self.runtime
+        seed = np.random.SeedSequence([train.seed, step, runtime.rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        micro_batches = [_to_device(batch, runtime.device) for batch in micro_batches]
+        targets = sum(int(next_token_targets(batch["labels"])[0].sum()) for batch in micro_batches)
+        global_tokens = float(all_reduce_sum(torch.tensor(float(targets), device=runtime.device)))
+        stats = StepStats(self.sources, runtime.device)
+        for index, batch in enumerate(micro_batches):
+            with runtime.accelerator.accumulate(self.engine):
+                loss = self._loss(batch, global_tokens, stats)
+                if index == len(micro_batches) - 1:
+                    stats.reduce()
+                    self._check_finite(step, stats, micro_batches)
+                self._backward(loss)
+                if index == len(micro_batches) - 1:
+                    stats.grad_norm = self._clip()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return stats
+
+    def _loss(self, batch: dict, global_tokens: float, stats: StepStats) -> torch.Tensor:
+        """This micro-batch's share of the step's loss; the shares of all micro-batches and ranks add up to it."""
+        train = self.config.train
+        loss_mask, targets = next_token_targets(batch["labels"])
+        logits = self.engine(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            images=batch["images"],
+            loss_mask=loss_mask,
+        )
+        sums, counts = sample_losses(logits, targets, loss_mask)
+        loss = weigh(sums, counts, train.loss_reduction, train.global_batch_size, global_tokens)
+        stats.add_batch(batch, loss.detach(), sums.detach(), counts)
+        if self.config.adapter.method == "mole":
+            loss = loss + self._auxiliary_loss(batch, loss_mask, stats)
+        return loss
+
+    def _auxiliary_loss(self, batch: dict, loss_mask: torch.Tensor, stats: StepStats) -> torch.Tensor:
+        from llava_mole.constants import IMAGE_TOKEN_INDEX
+        from llava_mole.mole import collect_routing, mole_auxiliary_loss
+
+        language_model = self.model.language_model
+        image_mask = batch["input_ids"] == IMAGE_TOKEN_INDEX
+        auxiliary = mole_auxiliary_loss(
+            language_model, token_mask=batch["attention_mask"], supervised_mask=loss_mask, image_mask=image_mask
+        )
+        # A mean over this micro-batch's samples becomes its share of the mean over the step's samples.
+        auxiliary = auxiliary * (batch["input_ids"].shape[0] / self.config.train.global_batch_size)
+        stats.add_routing(batch, collect_routing(language_model), auxiliary.detach())
+        return auxiliary
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Gradients are averaged over ranks, so the share is scaled by their number first. Accumulation adds up."""
+        loss = loss * self.runtime.world_size
+        if self.runtime.uses_deepspeed:
+            self.runtime.accelerator.backward(loss, scale_wrt_gas=False)
+        else:
+            self.runtime.accelerator.backward(loss * self.runtime.accumulation)  # undoes accelerate's own division
+
+    def _clip(self) -> float:
+        limit = self.config.train.max_grad_norm or math.inf
+        parameters = list(trainable_parameters(self.model).values())
+        return float(self.runtime.accelerator.clip_grad_norm_(parameters, limit))
+
+    def _check_finite(self, step: int, stats: StepStats, micro_batches: list[dict]) -> None:
+        if not math.isfinite(stats.loss + stats.auxiliary):
+            ids = [sample for batch in micro_batches for sample in batch["ids"]]
+            raise TrainingError(
+                f"the loss of step {step + 1} is {stats.loss} (auxiliary {stats.auxiliary}); samples of rank "
+                f"{self.runtime.rank}: {ids[:8]}. Lower train.learning_rate or look at these samples, then go on with "
+                "--train.resume auto"
+            )
+
+    def _count(self, stats: StepStats) -> None:
+        self.progress.step += 1
+        self.progress.samples_consumed += self.config.train.global_batch_size
+        for name, count in stats.samples_by_source().items():
+            self.progress.consumed_by_source[name] = self.progress.consumed_by_source.get(name, 0) + count
+
+    def _positions(self, step: int) -> list[list[int]]:
+        return batch_positions(
+            step,
+            global_batch_size=self.config.train.global_batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            micro_batch_size=self.config.train.micro_batch_size,
+        )
+
+    def _loader(self, first: int) -> DataLoader:
+        def all_positions() -> Iterator[list[int]]:
+            for step in range(first, self.total_steps):
+                yield from self._positions(step)
+
+        workers = self.config.data.num_workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=list(all_positions()),
+            collate_fn=partial(collate, pad_token_id=self.pad_token_id),
+            num_workers=workers,
+            pin_memory=self.runtime.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+
+    def _check_shards(self, step: int) -> None:
+        """Raise RuntimeError unless the ranks' samples of a step are disjoint and together the whole step."""
+        if step >= self.total_steps:
+            return
+        shards = all_gather_objects([p for micro in self._positions(step) for p in micro])
+        union = {position for shard in shards for position in shard}
+        size = self.config.train.global_batch_size
+        if sum(map(len, shards)) != size or union != set(range(step * size, (step + 1) * size)):
+            raise RuntimeError(f"the ranks' samples of step {step + 1} are no partition of the step's {size} samples")
+
+
+def _to_device(batch: dict, device: torch.device) -> dict:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
