@@ -40,10 +40,6 @@ class ModelConfig:
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
     """`linear` or `mlp<N>x_gelu`; `mlp2x_gelu` is LLaVA-1.5's."""
-    projector_weights: str | None = None
-    """Projector to start from: a checkpoint directory of stage `pretrain`, or a `.safetensors` file."""
-    train_projector: bool = True
-    """Whether the projector trains. True in both stages of LLaVA-1.5."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of the language model."""
 
@@ -93,8 +89,6 @@ class DataConfig:
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
     max_length: int = 4096
     """Longest sample in tokens, image tokens included; longer ones are cut and counted."""
-    num_workers: int = 2
-    """Data loader processes per rank; 0 loads in the training process."""
 
 
 @dataclass(kw_only=True)
@@ -147,6 +141,8 @@ class TrainConfig:
     """DeepSpeed ZeRO stage 2 or torch DDP. Plain `python` without a launcher runs one process without either."""
     deepspeed_config: str = "scripts/zero2.json"
     """DeepSpeed's settings; its "auto" values are filled from this configuration."""
+    num_workers: int = 4
+    """Data loader processes per rank; 0 loads in the training process."""
     seed: int = 42
     """Seeds initialisation and the sample order."""
     save_every: int = 1000
@@ -165,6 +161,10 @@ class RunConfig:
     """`pretrain` trains the projector only; `finetune` trains adapters and projector."""
     train: TrainConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    projector_weights: str | None = None
+    """Projector to start from: a run or checkpoint directory of stage `pretrain`, or a `.safetensors` file."""
+    train_projector: bool = True
+    """Whether the projector trains. True in both stages of LLaVA-1.5."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -185,7 +185,9 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         if not Path(arguments[0]).is_file():
             raise ConfigError(f"config file {arguments[0]!r} does not exist; the shipped ones are in configs/")
         arguments[:1] = ["--config", arguments[0]]
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Train one stage; see configs/ for examples.")
+    parser = ArgumentParser(
+        prog=prog, exit_on_error=False, allow_abbrev=False, description="Train one stage; see configs/ for examples."
+    )
     parser.add_argument("--config", action="config", help="YAML file; may stand first without the option name")
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
@@ -218,8 +220,8 @@ def check_run_config(config: RunConfig) -> None:
             f"adapter.method is {config.adapter.method!r} in stage 'pretrain', which trains the projector only; "
             "use 'none'"
         )
-    if config.stage == "pretrain" and not config.model.train_projector:
-        raise ConfigError("model.train_projector is false in stage 'pretrain': nothing would train")
+    if config.stage == "pretrain" and not config.train_projector:
+        raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
     train = config.train
     positive = ("global_batch_size", "micro_batch_size", "epochs", "save_every", "keep_checkpoints")
     for key in positive:

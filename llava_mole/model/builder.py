@@ -66,8 +66,6 @@ def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
     projector = build_projector(
         config.projector, tower.hidden_size, language_model.config.get_text_config().hidden_size
     )
-    if config.projector_weights is not None:
-        load_projector(projector, config.projector_weights)
     fingerprints = {"language_model": lm_fingerprint, "vision_tower": tower.weights_fingerprint}
     return LlavaMole(tower, projector, language_model), tokenizer, fingerprints
 
@@ -100,7 +98,7 @@ def load_projector(projector: nn.Sequential, source: str | Path) -> None:
     if not path.is_file() or path.suffix != ".safetensors":
         raise WeightsError(
             f"projector weights {str(source)!r}: no such checkpoint directory or .safetensors file "
-            "(model.projector_weights); run stage 1 first"
+            "(projector_weights); run stage 1 first"
         )
     state = {key.removeprefix(PROJECTOR_PREFIX): value.float() for key, value in load_file(path).items()}
     expected = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
@@ -132,7 +130,6 @@ def load_pretrained_model(
     path = resolve_checkpoint(model_path)
     manifest = read_manifest(path)
     config = load_config(path / CONFIG_FILE)
-    config.model.projector_weights = None
     config.model.language_model = model_base or _where(config.model.language_model, manifest, "language_model")
     tower = config.model.vision_tower
     tower.weights = _where(tower.weights, manifest, "vision_tower_weights")

@@ -17,8 +17,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
         ("model.language_model", model.language_model, Path(model.language_model).is_dir()),
         ("model.vision_tower.weights", model.vision_tower.weights, Path(model.vision_tower.weights).is_file()),
     ]
-    if model.projector_weights is not None:
-        wanted.append(("model.projector_weights", model.projector_weights, Path(model.projector_weights).exists()))
+    if config.projector_weights is not None:
+        wanted.append(("projector_weights", config.projector_weights, Path(config.projector_weights).exists()))
     for name, source in config.data.sources.items():
         if config.data.mixture.get(name, 1.0) > 0:
             key = f"data.sources.{name}"

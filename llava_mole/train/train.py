@@ -28,7 +28,7 @@ def train(config: RunConfig) -> Path:
     from llava_mole.data.dataset import build_dataset
     from llava_mole.data.tokenization import HFTextTokenizer
     from llava_mole.model.adapters import trainable_parameters
-    from llava_mole.model.builder import attach_adapter, build_image_processor, build_parts
+    from llava_mole.model.builder import attach_adapter, build_image_processor, build_parts, load_projector
     from llava_mole.train.metrics import Tracker
     from llava_mole.train.optim import build_optimizer
     from llava_mole.train.runtime import prepare, start_runtime
@@ -51,8 +51,10 @@ def train(config: RunConfig) -> Path:
         seed=config.train.seed,
         epochs=config.train.epochs,
     )
+    if config.projector_weights is not None:
+        load_projector(model.projector, config.projector_weights)
     attach_adapter(model, config.adapter)
-    model.projector.requires_grad_(config.model.train_projector)
+    model.projector.requires_grad_(config.train_projector)
     cast_for_training(model, config.train.precision)
     if config.train.gradient_checkpointing:
         # Re-entrant checkpointing would silently give the router no gradient from the balance loss.

@@ -211,7 +211,7 @@ class Trainer:
             for step in range(first, self.total_steps):
                 yield from self._positions(step)
 
-        workers = self.config.data.num_workers
+        workers = self.config.train.num_workers
         return DataLoader(
             self.dataset,
             batch_sampler=list(all_positions()),
