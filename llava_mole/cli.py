@@ -1,0 +1,45 @@
+"""The `llava-mole` command: one name for the entry points, each imported only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from llava_mole import __version__
+from llava_mole.errors import ConfigError, command
+
+SUBCOMMANDS = {
+    "train": ("llava_mole.train.train", "train one stage: CONFIG.yaml [--key value ...]"),
+    "chat": ("llava_mole.serve.cli", "talk with a model about an image"),
+    "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
+    "report": ("llava_mole.eval.report", "compare scored runs in one table"),
+    "inspect": ("llava_mole.model.inspection", "say what a run or checkpoint directory holds"),
+    "prepare": ("llava_mole.prepare", "write a data set to disk"),
+}
+"""Name -> module with `main(argv)`, and its line in the help."""
+
+
+def usage() -> str:
+    """The text of `llava-mole --help`."""
+    lines = [f"llava-mole {__version__}", "", "usage: llava-mole COMMAND [ARGUMENTS]", "", "commands:"]
+    lines += [f"  {name:<9}{text}" for name, (_, text) in SUBCOMMANDS.items()]
+    return "\n".join([*lines, "", "`llava-mole COMMAND --help` lists a command's arguments."])
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that `argv[0]` names with the rest of the arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    if arguments[0] not in SUBCOMMANDS:
+        raise ConfigError(f"no command {arguments[0]!r}; there are {', '.join(SUBCOMMANDS)}")
+    module = importlib.import_module(SUBCOMMANDS[arguments[0]][0])
+    return int(module.main(arguments[1:]) or 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

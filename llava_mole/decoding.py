@@ -1,0 +1,135 @@
+"""Decoding: its options, when a sample is done, and how token ids become the answer's text, whole or piece by piece."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llava_mole.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+
+    from llava_mole.data.tokenization import TextTokenizer
+
+INCOMPLETE_CHARACTER = "\ufffd"
+"""What tokenizers decode the first bytes of an unfinished character to."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen. The defaults are greedy; LLaVA's meaning where LLaVA has the option."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0 is greedy; above it tokens are sampled, among the 50 likeliest as in LLaVA."""
+    top_p: float | None = None
+    """Sample within this probability mass only."""
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.num_beams < 1:
+            raise ConfigError(f"num_beams is {self.num_beams}; it must be at least 1")
+
+    def generation_config(self, *, eos_ids: Sequence[int], pad_id: int) -> "GenerationConfig":
+        """The same for transformers.
+
+        Every field that bends the distribution is set, because transformers fills unset ones from the language
+        model's own generation config, where for example Vicuna keeps sampling values and others a repetition penalty.
+        """
+        from transformers import GenerationConfig
+
+        sample = self.temperature > 0
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=sample,
+            num_beams=self.num_beams,
+            temperature=self.temperature if sample else 1.0,
+            top_p=self.top_p if sample and self.top_p is not None else 1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            length_penalty=1.0,
+            num_return_sequences=1,
+            eos_token_id=list(eos_ids) or None,
+            pad_token_id=pad_id,
+        )
+
+
+class AnswerDecoder:
+    """Turns the ids a model continued a prompt with into the answer's text.
+
+    The answer ends before the first end-of-sequence id or the first stop text, and has no blanks around it.
+    """
+
+    def __init__(self, tokenizer: "TextTokenizer", eos_ids: Sequence[int], stops: Sequence[str]):
+        self._tokenizer = tokenizer
+        self.eos_ids = tuple(eos_ids)
+        self._stops = tuple(stop for stop in stops if stop)
+
+    def final(self, ids: Sequence[int]) -> str:
+        """The answer, given all ids."""
+        text = self._decode(ids)
+        return text[: self._stop_position(text)].strip()
+
+    def stable(self, ids: Sequence[int]) -> str:
+        """The part of the answer that no later id can change: a prefix of `final` of any continuation.
+
+        Held back are unfinished characters, blanks at the end (they may turn out to be the answer's end) and what
+        may be the beginning of a stop text.
+        """
+        text = self._decode(ids)
+        stop = self._stop_position(text)
+        if stop is not None:
+            return text[:stop].strip()
+        text = text.rstrip(INCOMPLETE_CHARACTER)
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        return text[: len(text) - held].strip()
+
+    def is_done(self, ids: Sequence[int]) -> bool:
+        """Whether a stop text occurred near the end. To be asked after every id."""
+        # Every id adds at least one byte or is special, so a stop text that has just been completed lies in this tail.
+        tail = ids[-max((len(stop.encode()) for stop in self._stops), default=0) - 8 :]
+        return bool(self._stops) and self._stop_position(self._decode(tail)) is not None
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
+        return self._tokenizer.decode(list(ids[:end]))
+
+    def _stop_position(self, text: str) -> int | None:
+        return min((position for stop in self._stops if (position := text.find(stop)) >= 0), default=None)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class RowStop:
+    """Stopping criterion of transformers: each row ends by itself, at a stop text or at its own length limit.
+
+    Setting `cancelled` ends all rows.
+    """
+
+    def __init__(self, answer: AnswerDecoder, limits: Sequence[int]):
+        """`limits[i]`: new tokens sample i may have. Rows of one sample's beams follow each other."""
+        self._answer = answer
+        self._limits = list(limits)
+        self.cancelled = False
+
+    def __call__(self, input_ids: "torch.Tensor", scores: object, **kwargs: object) -> "torch.Tensor":
+        """Done flags bool [rows] from the new ids int64 [rows, new] (prompts are given as embeddings)."""
+        import torch
+
+        beams = input_ids.shape[0] // len(self._limits)
+        done = [
+            self.cancelled or len(ids) >= self._limits[row // beams] or self._answer.is_done(ids)
+            for row, ids in enumerate(input_ids.tolist())
+        ]
+        return input_ids.new_tensor(done, dtype=torch.bool)

@@ -1,0 +1,76 @@
+"""`llava-mole eval`: answer question files with a model and score the answers, in one command.
+
+    llava-mole eval RUN --questions general=Q1.jsonl document=Q2.jsonl --image-folder DIR --answers-file answers.jsonl
+
+Beside `answers.jsonl` it writes `answers.score.json`, which `llava-mole report` compares, and for a model with experts
+`answers.routing.json`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_mole.decoding import Decoding
+from llava_mole.errors import command
+from llava_mole.eval.answers import read_answers
+from llava_mole.eval.baseline import read_train_files
+from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, load_predictor, refuse_existing
+from llava_mole.eval.questions import check_images, read_questions
+from llava_mole.eval.score import SCORE_SUFFIX, check_references, format_scores, score_answers, write_scores
+from llava_mole.log import setup_logging
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and score."""
+    parser = argparse.ArgumentParser(prog="llava-mole eval", description=__doc__.split("\n")[0])
+    parser.add_argument("model_path", metavar="MODEL_DIR", help="run directory or checkpoint")
+    parser.add_argument("--questions", nargs="+", required=True, metavar="[DOMAIN=]FILE", help="with answers")
+    parser.add_argument("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
+    parser.add_argument("--answers-file", required=True, metavar="FILE", help="the scores are written beside it")
+    parser.add_argument(
+        "--train-file", nargs="+", metavar="[DOMAIN=]FILE", help="training split, for the majority baseline"
+    )
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    setup_logging()
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+    image_folder, answers_file = Path(args.image_folder), Path(args.answers_file)
+    score_file = answers_file.with_suffix(SCORE_SUFFIX)
+    for path in (answers_file, score_file):
+        refuse_existing(path, overwrite=args.overwrite)
+    questions = read_questions(args.questions)
+    check_references(questions)
+    check_images(questions, image_folder)
+    train_pairs = read_train_files(args.train_file) if args.train_file else None
+    predictor = load_predictor(args.model_path, args)
+    has_experts = predictor.loaded.config.adapter.method == "mole"
+    routing_file = answers_file.with_suffix(".routing.json") if has_experts else None
+    answer_questions(
+        predictor,
+        questions,
+        image_folder,
+        answers_file,
+        decoding,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+        routing_stats=routing_file,
+    )
+    scores = score_answers(questions, read_answers([answers_file]), train_pairs)
+    write_scores(
+        score_file,
+        scores,
+        model_path=str(predictor.loaded.path),
+        template=predictor.template.name,
+        questions=args.questions,
+        image_folder=args.image_folder,
+        answers=str(answers_file),
+        routing=str(routing_file) if routing_file else None,
+    )
+    print(format_scores(scores))
+    print(f"answers: {answers_file}   scores: {score_file}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,148 @@
+"""Answers question files with a model: LLaVA's `model_vqa`, batched and resumable.
+
+    python -m llava_mole.eval.model_vqa --model-path RUN --question-file Q.jsonl --image-folder DIR --answers-file A
+
+Decoding is greedy unless `--temperature` is above 0. An interrupted run continues where it stopped when the same
+command is given again. `--num-chunks N --chunk-idx I` answers one part; the parts' files in order are the whole.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_mole.decoding import Decoding
+from llava_mole.errors import ConfigError, command
+from llava_mole.eval.answers import AnswerFile, answer_record
+from llava_mole.eval.questions import Question, check_images, read_questions, take_chunk, windows
+from llava_mole.log import setup_logging
+
+if TYPE_CHECKING:
+    from llava_mole.inference import Predictor
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how the model is loaded, batched and decoded."""
+    parser.add_argument("--model-base", metavar="DIR", help="language model, where it has moved since training")
+    parser.add_argument("--conv-mode", metavar="TEMPLATE", help="default: the template stored in the checkpoint")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
+    parser.add_argument("--top_p", "--top-p", type=float)
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
+
+
+def model_id(path: Path) -> str:
+    """The name in the answers file: the directory's, with its parent's in front for a `checkpoint-<step>`."""
+    path = path.resolve()
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
+
+
+def describe_run(predictor: "Predictor", questions: Sequence[Question], decoding: Decoding) -> dict[str, Any]:
+    """Everything the answers depend on, to recognise a partial file of the same run."""
+    from llava_mole.model.checkpoint import MANIFEST
+
+    asked = [(question.key, question.text, question.image) for question in questions]
+    path = predictor.loaded.path
+    return {
+        "model": str(path.resolve()),
+        "manifest": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+        "template": predictor.template.name,
+        "decoding": dataclasses.asdict(decoding),
+        "questions": hashlib.sha256(repr(asked).encode()).hexdigest(),
+    }
+
+
+def answer_questions(
+    predictor: "Predictor",
+    questions: Sequence[Question],
+    image_folder: Path,
+    answers_file: Path,
+    decoding: Decoding,
+    *,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    routing_stats: Path | None = None,
+) -> None:
+    """Answer the questions into `answers_file`; see the module.
+
+    Raises:
+        ConfigError: an output file exists and `overwrite` is not set, or routing statistics of a model without experts.
+        DataError: an image is missing or unreadable, or a prompt is too long.
+    """
+    from tqdm import tqdm
+
+    from llava_mole.eval.routing_stats import RoutingStats, collect_routing_stats
+
+    if routing_stats:
+        refuse_existing(routing_stats, overwrite=overwrite)
+        RoutingStats(predictor)  # refuses an unfit model before the work, not after it
+    output = AnswerFile(answers_file, questions, describe_run(predictor, questions, decoding), overwrite=overwrite)
+    pending = output.pending
+    name = model_id(predictor.loaded.path)
+    with tqdm(total=len(questions), initial=len(questions) - len(pending), unit="q", disable=None) as progress:
+        for window, images in windows(pending, image_folder, batch_size):
+            texts = predictor.generate(
+                images, [q.text for q in window], batch_size=batch_size, **dataclasses.asdict(decoding)
+            )
+            output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
+            progress.update(len(window))
+    if routing_stats:
+        collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size).write(routing_stats)
+    output.finish()
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer one question file, or one chunk of it."""
+    parser = argparse.ArgumentParser(prog="python -m llava_mole.eval.model_vqa", description=__doc__.split("\n")[0])
+    parser.add_argument("--model-path", required=True, metavar="DIR", help="run directory or checkpoint")
+    parser.add_argument("--question-file", nargs="+", required=True, metavar="[DOMAIN=]FILE", help="JSON lines")
+    parser.add_argument("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
+    parser.add_argument("--answers-file", required=True, metavar="FILE", help="written when complete")
+    parser.add_argument("--num-chunks", type=int, default=1)
+    parser.add_argument("--chunk-idx", type=int, default=0)
+    parser.add_argument("--routing-stats", metavar="FILE", help="write the share of tokens per expert as JSON")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    setup_logging()
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+    questions = take_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
+    check_images(questions, Path(args.image_folder))
+    answers_file = Path(args.answers_file)
+    refuse_existing(answers_file, overwrite=args.overwrite)
+    answer_questions(
+        load_predictor(args.model_path, args),
+        questions,
+        Path(args.image_folder),
+        answers_file,
+        decoding,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+        routing_stats=Path(args.routing_stats) if args.routing_stats else None,
+    )
+    print(f"{len(questions)} answers in {answers_file}")
+    return 0
+
+
+def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
+    """The model that the options of `add_model_arguments` describe."""
+    from llava_mole.inference import Predictor
+
+    return Predictor.from_pretrained(
+        model_path, model_base=args.model_base, device=args.device, template=args.conv_mode
+    )
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError if `path` exists and may not be replaced. Asked before a model is loaded."""
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists; give --overwrite to replace it, or another name")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

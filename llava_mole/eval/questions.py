@@ -1,0 +1,169 @@
+"""Question files: JSON lines in LLaVA's format, read strictly, and their split into chunks.
+
+A line is `{"question_id": 7, "image": "a/b.png", "text": "...", "category": "..."}`. `image` and `category` may be
+absent; `answer`, where present, is what `eval/score.py` compares with. Other keys are allowed and ignored.
+
+Files are given as `FILE` or `DOMAIN=FILE`. The domain groups the scores; a file without one is grouped by `category`.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llava_mole.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NO_DOMAIN = "all"
+"""Domain of a question with neither a domain nor a category."""
+
+WINDOW = 8
+"""Batches that are loaded, and sorted by length, together."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a question file."""
+
+    question_id: str | int
+    text: str
+    """The question without the image placeholder."""
+    image: str | None
+    """Path relative to the image folder, or None for a question about no image."""
+    domain: str
+    """What its accuracy is reported under."""
+    category: str | None
+    """Kind of question, for the finer break-down."""
+    answer: str | None
+    where: str
+    """`file:line`, for messages."""
+
+    @property
+    def key(self) -> str:
+        """Identity of the question: 7 and "7" are the same one."""
+        return str(self.question_id)
+
+
+def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every object of a JSON-lines file with its `file:line`. Blank lines are skipped.
+
+    Raises:
+        DataError: no such file, or a line that is no JSON object.
+    """
+    try:
+        # Not splitlines(): it also splits at characters that JSON allows inside a text, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    objects = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not valid JSON ({error}); the file needs one JSON object per line") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: {type(value).__name__} found; the file needs one JSON object per line")
+        objects.append((where, value))
+    return objects
+
+
+def parse_named_file(argument: str) -> tuple[str | None, Path]:
+    """`DOMAIN=FILE` or `FILE`; an existing file whose name holds `=` is a file."""
+    domain, separator, name = argument.partition("=")
+    if not separator or Path(argument).is_file():
+        return None, Path(argument)
+    return domain, Path(name)
+
+
+def read_questions(arguments: Sequence[str]) -> list[Question]:
+    """All questions of the files, in order.
+
+    Args:
+        arguments: `FILE` or `DOMAIN=FILE` each.
+
+    Raises:
+        DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, no question.
+    """
+    questions: dict[str, Question] = {}
+    for argument in arguments:
+        domain, path = parse_named_file(argument)
+        for where, line in read_json_lines(path):
+            question = _parse(line, where, domain)
+            first = questions.setdefault(question.key, question)
+            if first is not question:
+                raise DataError(
+                    f"{where}: question_id {question.question_id!r} was already used at {first.where}; ids must differ"
+                )
+    if not questions:
+        raise DataError(f"{', '.join(arguments)}: no questions in it")
+    return list(questions.values())
+
+
+def _parse(line: dict[str, Any], where: str, domain: str | None) -> Question:
+    question_id = line.get("question_id")
+    if isinstance(question_id, bool) or not isinstance(question_id, (str, int)) or question_id == "":
+        found = repr(question_id) if "question_id" in line else "nothing"
+        raise DataError(f"{where}: question_id must be a number or a text that is not empty; found {found}")
+    for key, required in (("text", True), ("image", False), ("category", False), ("answer", False)):
+        value = line.get(key)
+        if not isinstance(value, str) and (required or value is not None):
+            found = f"{value!r}" if key in line else "nothing"
+            raise DataError(f"{where}: {key!r} must be a text; found {found}")
+    return Question(
+        question_id=question_id,
+        text=line["text"],
+        image=line.get("image"),
+        domain=domain or line.get("category") or NO_DOMAIN,
+        category=line.get("category"),
+        answer=line.get("answer"),
+        where=where,
+    )
+
+
+def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T]:
+    """Contiguous chunk `chunk_idx` of `num_chunks`; sizes differ by one at most, and every item is in one chunk.
+
+    With more chunks than items some chunks are empty. The chunks in order are the items in order.
+
+    Raises:
+        ConfigError: fewer than one chunk, or an index outside 0..num_chunks-1.
+    """
+    if num_chunks < 1:
+        raise ConfigError(f"--num-chunks is {num_chunks}; it must be at least 1")
+    if not 0 <= chunk_idx < num_chunks:
+        raise ConfigError(f"--chunk-idx is {chunk_idx}; with {num_chunks} chunks it must be 0 to {num_chunks - 1}")
+    return items[len(items) * chunk_idx // num_chunks : len(items) * (chunk_idx + 1) // num_chunks]
+
+
+def check_images(questions: Sequence[Question], folder: Path) -> None:
+    """Raise DataError that names the first question whose image file is absent."""
+    for question in questions:
+        if question.image is not None and not (folder / question.image).is_file():
+            raise DataError(f"{question.where}: image {question.image!r} does not exist in {folder}")
+
+
+def windows(
+    questions: Sequence[Question], folder: Path, batch_size: int
+) -> "Iterator[tuple[Sequence[Question], list[Image | None]]]":
+    """The questions in pieces of some batches, each with its images; an image several questions share is one object.
+
+    Raises:
+        DataError: an image that cannot be read.
+    """
+    from llava_mole.data.images import load_image
+
+    for start in range(0, len(questions), WINDOW * batch_size):
+        window = questions[start : start + WINDOW * batch_size]
+        names = dict.fromkeys(question.image for question in window if question.image is not None)
+        images = {name: load_image(name, folder) for name in names}
+        yield window, [None if question.image is None else images[question.image] for question in window]
