@@ -54,8 +54,8 @@ class AdapterConfig:
     """LoRA rank r of every adapter (paper, section 4)."""
     alpha: float | None = None
     """LoRA alpha; the update is scaled by alpha / rank. None takes 2 * rank, as LLaVA-1.5 and the released code do."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input."""
+    dropout: float | None = None
+    """Dropout on the adapters' input. None takes the preset's (0 for `lora` and `paper`)."""
     num_experts: int = 3
     """K, experts in each FFN (paper: 3 for three domains, 2 for two)."""
     preset: Literal["paper", "released", "best"] = "paper"

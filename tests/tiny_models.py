@@ -82,7 +82,7 @@ def make_vision_tower(directory: Path, seed: int = 0) -> None:
 
 
 def make_data(directory: Path, name: str, samples: int, seed: int = 0, text_only_every: int = 0) -> Path:
-    """A LLaVA JSON with plain-colour images; every `text_only_every`-th sample has no image. Returns the JSON's path."""
+    """A LLaVA JSON with plain-colour images, every `text_only_every`-th sample without one. Returns its path."""
     generator = torch.Generator().manual_seed(seed)
     (directory / "images").mkdir(parents=True, exist_ok=True)
     records = []

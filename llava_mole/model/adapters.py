@@ -14,7 +14,7 @@ def add_adapter(
     *,
     rank: int,
     alpha: float | None,
-    dropout: float,
+    dropout: float | None,
     num_experts: int,
     preset: str,
     options: dict[str, Any],
@@ -26,7 +26,7 @@ def add_adapter(
         method: `none`, `lora` (every linear of the decoder layers) or `mole` (LoRA on attention, experts in the FFN).
         rank: LoRA rank r of every adapter.
         alpha: LoRA alpha; None takes 2 * rank.
-        dropout: on the adapters' input.
+        dropout: on the adapters' input; None takes the preset's, 0 for `lora`.
         num_experts: K (`mole` only).
         preset: named MoLE options (`mole` only).
         options: MoLE options that differ from the preset.
@@ -46,7 +46,7 @@ def add_adapter(
     alpha = 2.0 * rank if alpha is None else alpha
     if method == "lora":
         lora = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=rank, lora_alpha=alpha, lora_dropout=dropout or 0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         return get_peft_model(language_model, lora)
     from llava_mole.mole import MoleConfig
@@ -54,8 +54,10 @@ def add_adapter(
     reserved = sorted(options.keys() & {"r", "alpha", "dropout", "num_experts"})
     if reserved:
         raise ConfigError(f"adapter.options {reserved}: set adapter.rank, alpha, dropout and num_experts instead")
+    if dropout is not None:
+        options = {**options, "dropout": dropout}
     mole = MoleConfig.from_preset(
-        preset, r=rank, alpha=alpha, dropout=dropout, num_experts=num_experts, task_type="CAUSAL_LM", **options
+        preset, r=rank, alpha=alpha, num_experts=num_experts, task_type="CAUSAL_LM", **options
     )
     return get_peft_model(language_model, mole)
 

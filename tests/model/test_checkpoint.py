@@ -107,6 +107,10 @@ def test_steps_are_ordered_as_numbers_and_rotated(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         write(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-old").mkdir()
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [
+        "checkpoint-100",
+        "checkpoint-10",
+        "checkpoint-9",
+    ]
     checkpoint.rotate_checkpoints(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-old"]

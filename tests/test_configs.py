@@ -1,0 +1,114 @@
+"""Every shipped configuration loads; every mistake in one is named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_mole.config import (
+    DataConfig,
+    ModelConfig,
+    accumulation_steps,
+    config_to_dict,
+    load_config,
+    parse_run_config,
+    save_config,
+)
+from llava_mole.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "stage:" in p.read_text(encoding="utf-8"))
+PARTS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(RUNS))
+MINIMAL = ["--stage", "finetune", "--train.output_dir", "x", "--data.sources.a.annotations", "a.json"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_run_configurations_load(path: Path) -> None:
+    config = load_config(path)
+    assert config.data.sources
+    assert path.read_text(encoding="utf-8").startswith("#"), "a configuration opens with what it reproduces"
+    assert "bash scripts/" in path.read_text(encoding="utf-8"), "and with the command that runs it"
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_parts_load(path: Path) -> None:
+    kind = {"models": ModelConfig, "mixtures": DataConfig}[path.parent.name]
+    key = {"models": "model", "mixtures": "data"}[path.parent.name]
+    config = parse_run_config([*MINIMAL, f"--{key}", str(path)])
+    assert isinstance(getattr(config, key), kind)
+
+
+def test_paper_recipe() -> None:
+    pretrain, mole = load_config(ROOT / "configs/pretrain.yaml"), load_config(ROOT / "configs/finetune_mole.yaml")
+    assert (pretrain.train.global_batch_size, pretrain.train.warmup_steps) == (256, 500)
+    assert pretrain.train.min_learning_rate == 2e-5
+    assert (mole.train.global_batch_size, mole.train.warmup_steps, mole.train.epochs) == (64, 500, 1)
+    assert (mole.train.learning_rate, mole.train.min_learning_rate) == (2e-5, 2e-6)
+    assert (mole.adapter.rank, mole.adapter.num_experts, mole.data.max_length) == (32, 3, 4096)
+
+
+def test_lora_and_mole_differ_in_the_adapter_only() -> None:
+    for folder in ("configs", "configs/tiny"):
+        mole, lora = (config_to_dict(load_config(ROOT / folder / f"finetune_{m}.yaml")) for m in ("mole", "lora"))
+        assert mole["adapter"]["rank"] == lora["adapter"]["rank"]
+        assert mole["adapter"]["alpha"] == lora["adapter"]["alpha"]
+        for config in (mole, lora):
+            config.pop("adapter")
+            config["train"].pop("output_dir")
+            config["train"].pop("router_learning_rate")
+        assert mole == lora
+
+
+def test_overrides_and_round_trip(tmp_path: Path) -> None:
+    config = parse_run_config(
+        [str(ROOT / "configs/finetune_mole.yaml"), "--data.mixture.pathvqa", "0.5", "--train.learning_rate", "3e-4"]
+    )
+    assert config.data.mixture["pathvqa"] == 0.5
+    assert config.data.mixture["ureader"] == 1
+    assert config.train.learning_rate == 3e-4
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+MISTAKES = {
+    "unknown key": (["--train.learning_rat", "1"], "learning_rat"),
+    "unknown nested key": (["--model.vision_tower.nme", "x"], "nme"),
+    "wrong type": (["--train.warmup_steps", "many"], "train.warmup_steps.*many"),
+    "wrong choice": (["--adapter.method", "moe"], "adapter.method.*none.*lora.*mole.*moe"),
+    "negative lambda": (["--data.mixture.a", "-1"], "data.mixture.a is -1.0; lambda must be >= 0"),
+    "unknown source": (["--data.mixture.b", "1"], "data.mixture.b: no such source"),
+    "empty mixture": (["--data.mixture.a", "0"], "data.mixture is empty"),
+    "zero batch": (["--train.global_batch_size", "0"], "train.global_batch_size is 0"),
+    "negative rate": (["--train.learning_rate", "-1"], "train.learning_rate is -1"),
+    "floor above peak": (["--train.min_learning_rate", "1"], "train.min_learning_rate 1.0 is above"),
+    "rank zero": (["--adapter.rank", "0"], "adapter.rank is 0"),
+    "no experts": (["--adapter.num_experts", "0"], "adapter.num_experts is 0"),
+    "adapter in stage 1": (["--stage", "pretrain", "--adapter.method", "lora"], "stage 'pretrain'.*use 'none'"),
+    "nothing to train": (["--stage", "pretrain", "--train_projector", "false"], "nothing would train"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name: str) -> None:
+    arguments, message = MISTAKES[name]
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_run_config([*MINIMAL, *arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({"stage": "finetune", "train": {"output_dir": "x", "lr": 1}}))
+    with pytest.raises(ConfigError, match=r"bad\.yaml.*lr"):
+        load_config(path)
+    path.write_text("stage: [finetune")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"none\.yaml' does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_accumulation_is_derived_or_refused() -> None:
+    assert accumulation_steps(64, 2, 8) == 4
+    with pytest.raises(ConfigError, match=r"global_batch_size 64 is not a multiple .* 3 x 8 ranks = 24"):
+        accumulation_steps(64, 3, 8)
