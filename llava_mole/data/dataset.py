@@ -1,0 +1,215 @@
+"""The training set: positions of a plan become examples, and `build_dataset` checks everything before a run starts."""
+
+from collections.abc import Mapping, Sequence
+
+from llava_mole.config import DataConfig
+from llava_mole.conversation import Rendered, Template, get_template, render
+from llava_mole.data.collator import Example
+from llava_mole.data.images import ImageProcessor, load_image, resolve_image
+from llava_mole.data.mixture import TrainingPlan, check_lambdas
+from llava_mole.data.records import Record, read_records
+from llava_mole.data.tokenization import Encoded, TextTokenizer, encode
+from llava_mole.errors import ConfigError, DataError
+from llava_mole.log import get_logger
+
+logger = get_logger(__name__)
+
+
+class SupervisedDataset:
+    """Map-style data set over the positions of a plan; can be pickled into data loader workers.
+
+    Args:
+        records_by_source: Records of each source of the plan.
+        image_folders: Root of the image paths, by source.
+        plan: Which sample comes when.
+        tokenizer: Tokenizes the rendered conversations.
+        template_name: One of `conversation.TEMPLATES`; unknown names raise ConfigError.
+        image_processor: Makes the tower's input of an image.
+        num_image_tokens: Placeholder ids for one image.
+        max_length: Most tokens of a sample; longer ones are cut at the end.
+    """
+
+    def __init__(
+        self,
+        records_by_source: Mapping[str, Sequence[Record]],
+        image_folders: Mapping[str, str],
+        plan: TrainingPlan,
+        tokenizer: TextTokenizer,
+        template_name: str,
+        image_processor: ImageProcessor,
+        num_image_tokens: int,
+        max_length: int,
+    ) -> None:
+        self.plan = plan
+        self._template = get_template(template_name)
+        self._records = dict(records_by_source)
+        self._image_folders = dict(image_folders)
+        self._source_index = {name: index for index, name in enumerate(plan.names)}
+        self._tokenizer = tokenizer
+        self._image_processor = image_processor
+        self._num_image_tokens = num_image_tokens
+        self._max_length = max_length
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Sources in the order of `Example.source_index`."""
+        return self.plan.names
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, position: int) -> Example:
+        """The example at a position of the plan.
+
+        Raises:
+            DataError: the image cannot be read, or the record cannot be used; the message starts with `file:line`.
+        """
+        source, sample = self.plan[position]
+        record = self._records[source][sample]
+        encoded = encode_record(record, self._template, self._tokenizer, self._num_image_tokens, self._max_length)
+        image = None
+        if record.image is not None:
+            try:
+                image = self._image_processor(load_image(record.image, self._image_folders[source]))
+            except DataError as error:
+                raise DataError(f"{record.where}: {error}") from None
+        return Example(record.id, source, self._source_index[source], encoded.input_ids, encoded.labels, image)
+
+
+def encode_record(
+    record: Record, template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int
+) -> Encoded:
+    """Render and tokenize one record.
+
+    Raises:
+        DataError: the template cannot hold it, its image is cut off by `max_length`, or no supervised token is left;
+            the message starts with `file:line`.
+    """
+    rendered = _render(record, template)
+    try:
+        encoded = encode(rendered, tokenizer, num_image_tokens=num_image_tokens, max_length=max_length)
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from None
+    if not encoded.num_supervised:
+        raise DataError(
+            f"{record.where}: no token of an answer is left after the cut at data.max_length {max_length} "
+            f"({len(encoded.input_ids) + encoded.truncated} tokens); raise it, or shorten or remove the record"
+        )
+    return encoded
+
+
+def build_dataset(
+    data_config: DataConfig,
+    tokenizer: TextTokenizer,
+    image_processor: ImageProcessor,
+    num_image_tokens: int,
+    *,
+    seed: int,
+    epochs: int,
+) -> SupervisedDataset:
+    """Read the sources of a configuration and check all of it: template, files, records, images, lengths.
+
+    Sources with lambda 0 are not read. Logs for each source how many records it has, how many samples of it an epoch
+    takes, and how many of its records are cut at `max_length`.
+
+    Args:
+        data_config: Section `data` of the configuration.
+        tokenizer: Of the language model.
+        image_processor: Of the vision tower.
+        num_image_tokens: Feature rows of one image.
+        seed: Seed of the order.
+        epochs: Passes over the mixture.
+
+    Raises:
+        ConfigError: unknown template, empty mixture, lambda below 0, `max_length` too small for one image.
+        DataError: anything wrong with a file, a record or an image; the message starts with the file.
+    """
+    template = get_template(data_config.template)
+    names = _active_sources(data_config)
+    if data_config.max_length <= num_image_tokens:
+        raise ConfigError(
+            f"data.max_length {data_config.max_length} leaves no room for text beside the {num_image_tokens} tokens of "
+            "an image; raise it"
+        )
+    _warn_about_end_marker(template, tokenizer)
+    records = {name: read_records(data_config.sources[name].annotations, name) for name in names}
+    image_folders = {name: data_config.sources[name].image_folder for name in names}
+    lambdas = {name: value for name, value in data_config.mixture.items() if name in records}
+    plan = TrainingPlan({name: len(records[name]) for name in names}, lambdas, seed, epochs)
+    for name in names:
+        _check_images(records[name], image_folders[name])
+        cut = _count_cut(records[name], template, tokenizer, num_image_tokens, data_config.max_length)
+        logger.info(
+            "data: %s: %d records, lambda %g, %d samples an epoch, %d text only, %d cut at %d tokens",
+            name,
+            len(records[name]),
+            lambdas.get(name, 1.0),
+            plan.counts[name] // epochs,
+            sum(record.image is None for record in records[name]),
+            cut,
+            data_config.max_length,
+        )
+    logger.info("data: %d samples in %d epochs, plan %s", len(plan), epochs, plan.digest[:12])
+    return SupervisedDataset(
+        records,
+        image_folders,
+        plan,
+        tokenizer,
+        data_config.template,
+        image_processor,
+        num_image_tokens,
+        data_config.max_length,
+    )
+
+
+def _active_sources(data_config: DataConfig) -> list[str]:
+    """Names with lambda above 0. The mixture is checked here, before any file is read."""
+    check_lambdas(data_config.sources, data_config.mixture)
+    return [name for name in data_config.sources if data_config.mixture.get(name, 1.0) > 0]
+
+
+def _warn_about_end_marker(template: Template, tokenizer: TextTokenizer) -> None:
+    if template.stop.strip() and len(tokenizer.encode_with_offsets(template.stop)[0]) != 1:
+        logger.warning(
+            "template %r ends answers with %r, which is several tokens of this tokenizer: the model learns to write it "
+            "out, and generation must stop at that string",
+            template.name,
+            template.stop,
+        )
+
+
+def _check_images(records: Sequence[Record], folder: str) -> None:
+    known: set[str] = set()
+    for record in records:
+        if record.image is not None and record.image not in known:
+            try:
+                resolve_image(record.image, folder)
+            except DataError as error:
+                raise DataError(f"{record.where}: {error}") from None
+            known.add(record.image)
+
+
+def _count_cut(
+    records: Sequence[Record], template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int
+) -> int:
+    """How many records are longer than `max_length`; finds those that the template or the cut makes unusable.
+
+    Only records that may be too long are tokenized. A token covers at least one byte of the text, but for the leading
+    space of each piece, so bytes bound the tokens. A normaliser that lengthens rare characters could pass the bound;
+    such a record is then cut, and checked, when it is loaded.
+    """
+    cut = 0
+    for record in records:
+        rendered = _render(record, template)
+        images = record.image is not None
+        most_tokens = 1 + len(rendered.text.encode()) + (images + 1) + images * num_image_tokens
+        if most_tokens > max_length:
+            cut += bool(encode_record(record, template, tokenizer, num_image_tokens, max_length).truncated)
+    return cut
+
+
+def _render(record: Record, template: Template) -> Rendered:
+    try:
+        return render(template, record.turns)
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from None
