@@ -1,0 +1,42 @@
+"""A mixture of LoRA experts as a PEFT method: `get_peft_model(any_hf_causal_lm, MoleConfig(...))`.
+
+Importing this package registers the method, which `PeftModel.from_pretrained` needs too.
+"""
+
+from llava_mole.mole.auxiliary import (
+    active_config,
+    collect_routing,
+    find_tuner,
+    mole_after_step,
+    mole_auxiliary_loss,
+    set_routing_inputs,
+)
+from llava_mole.mole.config import PRESETS, MoleConfig
+from llava_mole.mole.layer import MoleLinear, MoleMlp
+from llava_mole.mole.loss import balance_loss, z_loss
+from llava_mole.mole.model import MoleModel
+from llava_mole.mole.record import Routing, RoutingInputs
+from llava_mole.mole.register import register_mole
+from llava_mole.mole.stats import routing_load
+
+register_mole()
+
+__all__ = [
+    "PRESETS",
+    "MoleConfig",
+    "MoleLinear",
+    "MoleMlp",
+    "MoleModel",
+    "Routing",
+    "RoutingInputs",
+    "active_config",
+    "balance_loss",
+    "collect_routing",
+    "find_tuner",
+    "mole_after_step",
+    "mole_auxiliary_loss",
+    "register_mole",
+    "routing_load",
+    "set_routing_inputs",
+    "z_loss",
+]

@@ -1,0 +1,243 @@
+"""`MoleConfig`: every option of a mixture of LoRA experts, its presets, and the combinations that cannot work."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from llava_mole.errors import ConfigError
+
+PEFT_TYPE = "MOLE"
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("sparse", "dense"),
+    "granularity": ("token", "sequence", "task", "given"),
+    "router": ("learned", "random", "hash", "oracle"),
+    "expert_scale": ("none", "straight_through", "prob", "prob_times_k", "topk_renorm"),
+    "shared_scale": ("one", "complement"),
+    "balance_scale": ("mean", "switch", "raw"),
+    "balance_layers": ("mean_of_layers", "pooled"),
+    "balance_group": ("sample", "micro_batch", "global_batch"),
+    "balance_tokens": ("all", "text", "supervised", "stratified"),
+    "backend": ("auto", "masked", "grouped", "gather", "loop"),
+}
+"""Allowed values of the options that name something."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "router_bias": True,
+        "dropout": 0.05,
+        "balance_layers": "pooled",
+    },
+    "best": {
+        "expert_scale": "straight_through",
+        "balance_scale": "switch",
+        "balance_group": "global_batch",
+    },
+}
+"""Differences from the field defaults, which are the paper's text. `released` is what the authors' code does."""
+
+
+@dataclass
+class MoleConfig(PeftConfig):
+    """A sparse mixture of K LoRA experts in every FFN, with plain LoRA on the attention linears.
+
+    Field defaults are the preset `paper`. docs/mole.md explains every option with its source.
+
+    Raises:
+        ConfigError: a value is not allowed, or a combination cannot learn; the message gives the reason.
+    """
+
+    r: int = field(default=32, metadata={"help": "LoRA rank of every expert and of the attention adapters."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "LoRA alpha; the update is scaled by alpha / r. None takes 2 * r."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input, shared by gate and up."})
+    num_experts: int = field(default=3, metadata={"help": "K, experts in each FFN. 1 is plain LoRA without a router."})
+    top_k: int = field(default=1, metadata={"help": "Experts a token uses in mode `sparse`."})
+    mode: str = field(default="sparse", metadata={"help": "`sparse`: the top_k experts; `dense`: all, by softmax."})
+    granularity: str = field(
+        default="token", metadata={"help": "What is routed: `token`, `sequence`, `task`, or `given` from outside."}
+    )
+    router: str = field(
+        default="learned", metadata={"help": "`learned`, or a control: `random`, `hash`, `oracle` (expert = source)."}
+    )
+    expert_scale: str = field(
+        default="none",
+        metadata={
+            "help": "Factor on an expert's output: `none` (Eq. 4), `straight_through` (value 1, gradient of p), `prob` "
+            "(p), `prob_times_k` (K p), `topk_renorm` (p over the sum of the chosen)."
+        },
+    )
+    router_bias: bool = field(default=False, metadata={"help": "Bias in the router."})
+    train_router: bool = field(default=True, metadata={"help": "False freezes the router at its initialisation."})
+    router_detach_input: bool = field(
+        default=False, metadata={"help": "Stop the router's gradient from reaching earlier layers."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the router's logits."})
+    jitter: float = field(
+        default=0.0, metadata={"help": "In training the router's input is multiplied by uniform(1 - j, 1 + j)."}
+    )
+    num_tasks: int = field(default=0, metadata={"help": "Number of task ids, for granularity `task`."})
+    shared_r: int = field(default=0, metadata={"help": "Rank of an expert that every token uses; 0: none."})
+    shared_scale: str = field(
+        default="one", metadata={"help": "Weight of the shared expert: `one`, or `complement` (1 - p of the chosen)."}
+    )
+    balance_coef: float = field(default=1e-2, metadata={"help": "Coefficient of the balance loss (paper: 1e-2)."})
+    balance_scale: str = field(
+        default="mean", metadata={"help": "`mean`: sum f P; `switch`: K sum f P; `raw`: Eq. 7-8 read literally."}
+    )
+    balance_layers: str = field(
+        default="mean_of_layers", metadata={"help": "`mean_of_layers` (paper) or `pooled` (released code)."}
+    )
+    balance_group: str = field(
+        default="sample", metadata={"help": "Tokens balanced together: `sample`, `micro_batch`, `global_batch`."}
+    )
+    balance_tokens: str = field(
+        default="all", metadata={"help": "Which tokens count: `all`, `text`, `supervised`, `stratified` by modality."}
+    )
+    z_loss_coef: float = field(default=0.0, metadata={"help": "Coefficient of mean(logsumexp(logits)^2)."})
+    bias_update_rate: float = field(
+        default=0.0, metadata={"help": "Loss-free balancing: step of the selection bias per optimizer step; 0: off."}
+    )
+    backend: str = field(default="auto", metadata={"help": "How experts are computed; `auto` follows docs/mole.md."})
+    attention_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linears with plain LoRA, by name ending. None: q,k,v,o_proj or the family's."}
+    )
+    ffn_modules: list[str] | None = field(
+        default=None, metadata={"help": "FFN modules with experts, by name ending. None: found by their structure."}
+    )
+    ffn_projections: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Roles to attribute names for an unknown FFN: up, down, activation and maybe gate."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules never adapted: name endings, or one regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules trained and saved."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Filled in: attention_modules and ffn_modules together."}
+    )
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Filled in on saving: identifies the base model the adapter was trained on."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.target_parameters = None  # PEFT's matcher asks for it
+        if self.alpha is None:
+            self.alpha = 2.0 * self.r
+        check_mole_config(self)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "MoleConfig":
+        """The preset `name` (`paper`, `released` or `best`) with `overrides` on top.
+
+        Raises:
+            ConfigError: unknown preset, unknown option, or a refused combination.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"unknown MoLE preset {name!r}; there are {', '.join(PRESETS)}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in overrides:
+            if key not in known:
+                raise ConfigError(f"unknown MoLE option {key!r}; the options are {', '.join(sorted(known))}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the factor on every adapter's update."""
+        assert self.alpha is not None
+        return self.alpha / self.r
+
+    @property
+    def has_router(self) -> bool:
+        """Whether FFNs own router parameters."""
+        return self.num_experts > 1 and self.granularity != "given" and self.router in ("learned", "hash")
+
+    @property
+    def router_trains(self) -> bool:
+        """Whether the router's parameters receive updates."""
+        return self.has_router and self.router == "learned" and self.train_router
+
+
+def check_mole_config(c: MoleConfig) -> None:
+    """Refuse values and combinations that cannot work. Raises ConfigError with the reason and what to do."""
+    for key, allowed in CHOICES.items():
+        if getattr(c, key) not in allowed:
+            raise ConfigError(f"{key} is {getattr(c, key)!r}; it must be one of {', '.join(allowed)}")
+    for key, low in (("r", 1), ("num_experts", 1), ("top_k", 1), ("num_tasks", 0), ("shared_r", 0)):
+        value = getattr(c, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{key} is {value!r}; it must be a whole number of at least {low}")
+    for key in ("balance_coef", "z_loss_coef", "bias_update_rate", "alpha"):
+        if not _is_number(getattr(c, key)) or getattr(c, key) < 0:
+            raise ConfigError(f"{key} is {getattr(c, key)!r}; it must be a number that is not negative")
+    for key in ("dropout", "jitter"):
+        if not _is_number(getattr(c, key)) or not 0 <= getattr(c, key) < 1:
+            raise ConfigError(f"{key} is {getattr(c, key)!r}; it must be at least 0 and below 1")
+    if not _is_number(c.temperature) or c.temperature <= 0:
+        raise ConfigError(f"temperature is {c.temperature!r}; it must be above 0")
+    if c.top_k > c.num_experts:
+        raise ConfigError(f"top_k is {c.top_k} but num_experts is {c.num_experts}; a token cannot use more than all")
+    _check_gate(c)
+    _check_router_learns(c)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_gate(c: MoleConfig) -> None:
+    if c.mode == "dense" and c.expert_scale in ("straight_through", "topk_renorm"):
+        raise ConfigError(
+            f"expert_scale {c.expert_scale!r} has no meaning in mode 'dense', where the softmax already weighs every "
+            "expert; use 'none', 'prob' or 'prob_times_k'"
+        )
+    if c.mode == "dense" and c.top_k != 1:
+        raise ConfigError(f"top_k is {c.top_k} in mode 'dense', which uses all experts; leave it at 1")
+    if c.mode == "sparse" and c.expert_scale == "topk_renorm" and c.top_k == 1 and c.num_experts > 1:
+        raise ConfigError(
+            "expert_scale 'topk_renorm' with top_k 1 makes the weight exactly 1 and the router's gradient exactly 0; "
+            "use 'straight_through' (same output, real gradient), 'prob', or top_k >= 2"
+        )
+    if c.granularity == "task" and c.num_tasks < 1 and c.router == "learned":
+        raise ConfigError("granularity 'task' needs num_tasks, the number of task ids")
+    fixed = c.router != "learned" or c.granularity == "given"
+    if c.router != "learned" and c.granularity != "token":
+        raise ConfigError(
+            f"router {c.router!r} is a control that replaces token routing; granularity must be 'token', "
+            f"not {c.granularity!r}"
+        )
+    if fixed and (c.mode == "dense" or c.expert_scale != "none") and not (c.granularity == "given"):
+        raise ConfigError(
+            f"router {c.router!r} has no probabilities; use mode 'sparse' and expert_scale 'none' with it"
+        )
+    if c.router in ("random", "oracle") and c.top_k != 1:
+        raise ConfigError(f"router {c.router!r} chooses one expert; top_k must be 1, not {c.top_k}")
+    if c.granularity == "given" and c.expert_scale != "none":
+        raise ConfigError("granularity 'given' brings its own weights; expert_scale must be 'none'")
+    if c.shared_scale == "complement" and (c.mode != "sparse" or c.top_k != 1 or not c.has_router):
+        raise ConfigError("shared_scale 'complement' is 1 - p of the chosen expert: it needs a sparse top-1 router")
+    if c.shared_scale == "complement" and c.shared_r == 0:
+        raise ConfigError("shared_scale 'complement' needs a shared expert: set shared_r")
+
+
+def _check_router_learns(c: MoleConfig) -> None:
+    if c.balance_group == "sample" and c.granularity in ("sequence", "task") and c.balance_coef > 0 and c.router_trains:
+        raise ConfigError(
+            f"balance_group 'sample' with granularity {c.granularity!r}: all tokens of a sample share one expert, so "
+            "balancing within the sample only flattens the gate; use 'micro_batch' or 'global_batch', or balance_coef 0"
+        )
+    if c.router_trains and c.mode == "sparse" and c.expert_scale == "none" and c.balance_coef == 0:
+        raise ConfigError(
+            "expert_scale 'none' with balance_coef 0: nothing gives the router a gradient; use 'straight_through', a "
+            "balance_coef above 0, or train_router=False for a fixed random router"
+        )
+    if c.bias_update_rate > 0 and not (c.has_router and c.mode == "sparse"):
+        raise ConfigError("bias_update_rate shifts a sparse router's choice; this configuration has none")

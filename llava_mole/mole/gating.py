@@ -1,0 +1,161 @@
+"""From an FFN's input to its gate: every granularity, and the controls that replace a learned router.
+
+Shape legend: B samples, S positions, D model width, K experts, k experts a token uses, T = B S tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava_mole.errors import ConfigError
+from llava_mole.mole.record import RoutingInputs, RoutingSlot
+from llava_mole.mole.router import Gate, Router, choose, dense_gate, router_dtype, sparse_gate
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """The options of `MoleConfig` that decide the gate, as plain values."""
+
+    num_experts: int
+    mode: str
+    top_k: int
+    granularity: str
+    router: str
+    expert_scale: str
+    temperature: float
+    jitter: float
+    detach_input: bool
+
+
+def make_gate(
+    x_BSD: Tensor,
+    router: Router | None,
+    options: GateOptions,
+    inputs: RoutingInputs,
+    slot: RoutingSlot,
+    selection_bias_K: Tensor | None,
+    training: bool,
+) -> tuple[Gate | None, Tensor, Tensor]:
+    """The gate of all tokens (None for one expert), the logits `[B, S, K]` and the chosen experts int64 `[B, S, k]`.
+
+    The logits are those the probabilities come from (after the temperature), float32. Gates without probabilities
+    report zeros. In mode `dense` the chosen expert is the most probable one, for statistics and the balance loss.
+
+    Raises:
+        ConfigError: the gate needs a routing input that was not set, or it has the wrong shape.
+        FloatingPointError: the logits are not finite (checked on the CPU only: on a GPU it would synchronise).
+    """
+    batch, length, _ = x_BSD.shape
+    num_experts = options.num_experts
+    if num_experts == 1:
+        zeros = torch.zeros(batch, length, 1, dtype=router_dtype(x_BSD.dtype), device=x_BSD.device)
+        return None, zeros, zeros.long()
+    if options.granularity == "given":
+        return _given(inputs.experts, x_BSD, num_experts)
+    if options.router in ("random", "oracle"):
+        index_BS1 = _control(x_BSD, options, inputs)
+        logits = torch.zeros(batch, length, num_experts, dtype=router_dtype(x_BSD.dtype), device=x_BSD.device)
+        return Gate(index_BS1.flatten(0, 1), None), logits, index_BS1
+    assert router is not None
+    logits_BSK = _logits(x_BSD, router, options, inputs, slot, training)
+    if logits_BSK.device.type == "cpu" and not torch.compiler.is_compiling() and not logits_BSK.isfinite().all():
+        raise FloatingPointError(
+            "the router's logits are not finite: its input holds NaN or infinity, or its weights do; "
+            "look for a diverged loss or a damaged checkpoint"
+        )
+    index_BSk = choose(logits_BSK, options.top_k, selection_bias_K)
+    logits_TK = logits_BSK.flatten(0, 1)
+    if options.mode == "dense":
+        return dense_gate(logits_TK, options.expert_scale), logits_BSK, index_BSk
+    return sparse_gate(logits_TK, index_BSk.flatten(0, 1), options.expert_scale), logits_BSK, index_BSk
+
+
+def _logits(
+    x_BSD: Tensor, router: Router, options: GateOptions, inputs: RoutingInputs, slot: RoutingSlot, training: bool
+) -> Tensor:
+    batch, length, _ = x_BSD.shape
+    if options.granularity == "task":
+        task_B = _per_sample(inputs.task, "task", batch)
+        logits_BK = router.weight.to(router_dtype(x_BSD.dtype))[task_B]
+        return (logits_BK / options.temperature).unsqueeze(1).expand(-1, length, -1)
+    if options.detach_input or options.router == "hash":
+        x_BSD = x_BSD.detach()
+    if training and options.jitter > 0:
+        x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - options.jitter, 1 + options.jitter)
+    if options.granularity == "sequence":
+        logits_BK = _sequence_logits(x_BSD, router, inputs, slot, training)
+        return (logits_BK / options.temperature).unsqueeze(1).expand(-1, length, -1)
+    logits = router(x_BSD)
+    return logits if options.temperature == 1 else logits / options.temperature
+
+
+def _sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs, slot: RoutingSlot, training: bool) -> Tensor:
+    """Mean logits over the prompt, `[B, K]`; a decoding step reuses those of its prompt."""
+    if inputs.decoding and slot.prompt_logits is not None:
+        return slot.prompt_logits
+    mask = inputs.prompt_mask
+    if mask is None and training:
+        raise ConfigError(
+            "granularity 'sequence' needs set_routing_inputs(model, prompt_mask=...) in training: an average over "
+            "the answers would let tokens see later ones"
+        )
+    if mask is not None and mask.shape != x_BSD.shape[:2]:
+        raise ConfigError(
+            f"prompt_mask has shape {tuple(mask.shape)}, but the batch is {tuple(x_BSD.shape[:2])} samples x positions"
+        )
+    logits_BSK = router(x_BSD)
+    if mask is None:
+        pooled = logits_BSK.mean(dim=1)
+    else:
+        weight = mask.to(logits_BSK.dtype).unsqueeze(-1)
+        pooled = (logits_BSK * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    if not training:
+        slot.prompt_logits = pooled.detach()
+    return pooled
+
+
+def _given(experts: Tensor | None, x_BSD: Tensor, num_experts: int) -> tuple[Gate, Tensor, Tensor]:
+    if experts is None:
+        raise ConfigError("granularity 'given' needs set_routing_inputs(model, experts=...) before the forward pass")
+    batch, length, _ = x_BSD.shape
+    dtype = router_dtype(x_BSD.dtype)
+    if experts.is_floating_point():
+        weights = _repeat(experts, batch, "experts")
+        if weights.dim() == 2:
+            weights = weights.unsqueeze(1).expand(-1, length, -1)
+        if weights.shape != (batch, length, num_experts):
+            raise ConfigError(
+                f"experts holds weights of shape {tuple(experts.shape)}; [B, K] or [B, S, K] = "
+                f"[{batch}, {length}, {num_experts}] is needed"
+            )
+        index = weights.argmax(dim=-1, keepdim=True)
+        return Gate(None, weights.flatten(0, 1)), torch.zeros_like(weights, dtype=dtype), index
+    index = _repeat(experts, batch, "experts")
+    index = index.unsqueeze(1).expand(-1, length) if index.dim() == 1 else index
+    if index.shape != (batch, length):
+        raise ConfigError(f"experts has shape {tuple(experts.shape)}; [B] or [B, S] = [{batch}, {length}] is needed")
+    index = index.long().unsqueeze(-1)
+    logits = torch.zeros(batch, length, num_experts, dtype=dtype, device=x_BSD.device)
+    return Gate(index.flatten(0, 1), None), logits, index
+
+
+def _control(x_BSD: Tensor, options: GateOptions, inputs: RoutingInputs) -> Tensor:
+    batch, length, _ = x_BSD.shape
+    if options.router == "random":
+        return torch.randint(options.num_experts, (batch, length, 1), device=x_BSD.device)
+    source_B = _per_sample(inputs.source, "source", batch)
+    return source_B.view(-1, 1, 1).expand(-1, length, -1)
+
+
+def _per_sample(value: Tensor | None, name: str, batch: int) -> Tensor:
+    if value is None:
+        raise ConfigError(f"this gate needs set_routing_inputs(model, {name}=...) before the forward pass")
+    return _repeat(value, batch, name).long()
+
+
+def _repeat(value: Tensor, batch: int, name: str) -> Tensor:
+    """`value` for `batch` rows; beam search repeats each sample, and so does this."""
+    if batch % value.shape[0]:
+        raise ConfigError(f"{name} describes {value.shape[0]} samples, but the batch has {batch}")
+    return value if value.shape[0] == batch else value.repeat_interleave(batch // value.shape[0], dim=0)
