@@ -1,10 +1,14 @@
 """The recorded results can be read, and the copies kept here stay small."""
 
+import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 import golden_cases
 import pytest
 
+COPIES = Path(__file__).parent / "golden"
 JSON_ONLY = ["collate_cases", "sampler_cases"]
 TEMPLATES = ["plain", "vicuna_v1", "llava_v1", "llava_llama_2", "mpt", "chatml_direct"]
 
@@ -26,11 +30,19 @@ def test_each_keyed_case_has_arrays(name: str) -> None:
         assert any(key.startswith(case["key"]) for key in arrays), case["key"]
 
 
-def test_every_kind_of_expert_case_is_kept() -> None:
-    _, cases = golden_cases.load_cases("mole_ffn")
-    assert {case["kind"] for case in cases} >= {"random", "zero_router", "one_expert_starved", "zero_B"}
+def test_copies_kept_here_hold_every_sort_of_case() -> None:
+    def kept(name: str) -> list[dict[str, Any]]:
+        return json.loads(gzip.decompress((COPIES / f"{name}.json.gz").read_bytes()))["cases"]
+
+    assert {case["kind"] for case in kept("mole_ffn")} == {"random", "zero_router", "one_expert_starved", "zero_B"}
+    for template in ("vicuna_v1", "llava_llama_2"):
+        cases = kept(f"prompts_labels_{template}")
+        for key in ("legacy", "has_image", "quirk", "all_masked"):
+            assert {bool(case[key]) for case in cases} == {True, False}, key
+        assert any(case["error"] for case in cases)
+    collated = kept("collate_cases")
+    assert any(case["pad_token_id"] in row["input_ids"] for case in collated for row in case["instances"])
 
 
 def test_copies_stay_below_three_megabytes() -> None:
-    folder = Path(__file__).parent / "golden"
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 2_900_000
+    assert sum(path.stat().st_size for path in COPIES.iterdir()) < 2_900_000

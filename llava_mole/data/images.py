@@ -61,7 +61,7 @@ class ImageProcessor:
         image = image.convert("RGB")
         image = self._pad_to_square(image) if self.aspect_ratio == "pad" else _cut_strip(image)
         pixels = np.asarray(self._resize_and_crop(image), dtype=np.float32) / np.float32(255)
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     def _pad_to_square(self, image: Image.Image) -> Image.Image:

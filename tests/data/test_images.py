@@ -129,6 +129,7 @@ def test_missing_file_folder_and_directory(tmp_path: Path) -> None:
         open_image(tmp_path / "a.png")
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
 def test_truncated_file_is_refused_in_one_line(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
