@@ -10,6 +10,17 @@ class _RankFilter(logging.Filter):
         return record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0"
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the time, which tests and progress bars replace."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):  # type: ignore[override]
+        return sys.stderr
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of module `name`; `setup_logging` decides where it writes."""
     return logging.getLogger(name)
@@ -21,7 +32,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     root.setLevel(level)
     root.propagate = False
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         handler.addFilter(_RankFilter())
         root.addHandler(handler)

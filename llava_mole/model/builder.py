@@ -108,6 +108,26 @@ def load_projector(projector: nn.Sequential, source: str | Path) -> None:
     projector.load_state_dict(state)
 
 
+def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
+    """Load a checkpoint's adapter weights and counters into the adapter the model has already, in place.
+
+    Raises:
+        CheckpointError: the checkpoint's adapter has other parameters.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not (checkpoint / ADAPTER_DIR).is_dir():
+        return
+    path = checkpoint / ADAPTER_DIR / "adapter_model.safetensors"
+    try:
+        result = set_peft_model_state_dict(model.language_model, load_file(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit this run's adapter: {' '.join(str(error).split())}") from None
+    if result.unexpected_keys:
+        raise CheckpointError(f"{path} has parameters this run's adapter has not: {result.unexpected_keys[:3]}")
+
+
 def load_pretrained_model(
     model_path: str | Path,
     *,

@@ -30,6 +30,7 @@ from llava_mole.train.state import MASTER
 OPTIMIZER_FILE = "trainer/optimizer.safetensors"
 STATE_FILE = "trainer/state.json"
 ENVIRONMENT_FILE = "environment.json"
+SUMMARY_FILE = "summary.json"
 
 
 @dataclass
@@ -128,22 +129,28 @@ def find_resume(config: RunConfig) -> Path | None:
     return newest_valid_checkpoint(run_dir)
 
 
-def read_progress(checkpoint: Path, config: RunConfig) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Progress and optimizer state of a checkpoint that has been verified.
-
-    Raises:
-        CheckpointError: it belongs to another stage or kind of adapter.
-    """
+def check_same_run(checkpoint: Path, config: RunConfig) -> None:
+    """Raise CheckpointError unless the checkpoint is of the configured stage and kind of adapter."""
     manifest = read_manifest(checkpoint)
     for key, wanted in (("stage", config.stage), ("adapter", config.adapter.method)):
         if manifest[key] != wanted:
             raise CheckpointError(f"{checkpoint} has {key} {manifest[key]!r}, this run has {wanted!r}: another run")
+
+
+def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """Progress and optimizer state of a checkpoint that has been verified."""
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     return Progress(**state), load_file(checkpoint / OPTIMIZER_FILE)
 
 
-def write_environment(run_dir: Path, world_size: int, device: str) -> None:
-    """Record what the run ran on."""
+def write_summary(run_dir: Path, progress: Progress, entry: dict[str, Any] | None, seconds: float) -> None:
+    """Mark the run as finished: what it did, its last metrics and the seconds of its last (or only) part."""
+    summary = {**vars(progress), "last_step": entry, "seconds": seconds}
+    (run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def write_environment(run_dir: Path, world_size: int, device: str, engine: str) -> None:
+    """Record what the run ran on; `engine` is the class that wraps the model."""
     packages = {}
     for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch"):
         try:
@@ -157,6 +164,7 @@ def write_environment(run_dir: Path, world_size: int, device: str) -> None:
         "packages": packages,
         "world_size": world_size,
         "device": device,
+        "engine": engine,
         "arguments": sys.argv[1:],
     }
     (run_dir / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")

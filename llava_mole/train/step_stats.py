@@ -1,11 +1,13 @@
 """Numbers of one optimizer step, summed over micro-batches and ranks: losses per source, tokens, expert load."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from llava_mole.distributed import all_reduce_sum
+from llava_mole.mole import Routing, routing_load
 
 _TOTALS = ("loss", "auxiliary", "supervised_tokens", "tokens", "samples")
 
@@ -13,7 +15,7 @@ _TOTALS = ("loss", "auxiliary", "supervised_tokens", "tokens", "samples")
 class StepStats:
     """Collects on the device; only `reduce` and later methods wait for it."""
 
-    def __init__(self, sources: list[str], device: torch.device):
+    def __init__(self, sources: Sequence[str], device: torch.device):
         self.sources = sources
         self.grad_norm = math.nan
         self._totals = torch.zeros(len(_TOTALS), dtype=torch.float64, device=device)
@@ -31,10 +33,8 @@ class StepStats:
         self._source_loss += member_SB.double() @ means_B
         self._source_samples += member_SB.sum(dim=1)
 
-    def add_routing(self, batch: dict, routing: Any, auxiliary: torch.Tensor) -> None:
+    def add_routing(self, batch: dict, routing: Routing, auxiliary: torch.Tensor) -> None:
         """Add a micro-batch's expert choices (of tokens that are not padding) and its share of the auxiliary loss."""
-        from llava_mole.mole import routing_load
-
         self._totals[1] += auxiliary
         counts = []
         for member_B in self._membership(batch):
@@ -107,8 +107,8 @@ class StepStats:
 
     def _membership(self, batch: dict) -> torch.Tensor:
         """Bool [sources, B]: which sample is of which source."""
-        indices_B = torch.tensor([self.sources.index(name) for name in batch["sources"]], device=self._totals.device)
-        return torch.arange(len(self.sources), device=self._totals.device)[:, None] == indices_B[None, :]
+        sources = torch.arange(len(self.sources), device=self._totals.device)
+        return sources[:, None] == batch["source_index"][None, :]
 
 
 def _shares(counts: torch.Tensor) -> list[float]:

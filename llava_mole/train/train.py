@@ -26,18 +26,34 @@ def train(config: RunConfig) -> Path:
         UserError: see the steps; nothing has been written before the model and the data are known to be good.
     """
     from llava_mole.data.dataset import build_dataset
+    from llava_mole.data.sampler import count_steps
     from llava_mole.data.tokenization import HFTextTokenizer
     from llava_mole.model.adapters import trainable_parameters
-    from llava_mole.model.builder import attach_adapter, build_image_processor, build_parts, load_projector
+    from llava_mole.model.builder import (
+        attach_adapter,
+        build_image_processor,
+        build_parts,
+        load_adapter_state,
+        load_projector,
+    )
     from llava_mole.train.metrics import Tracker
     from llava_mole.train.optim import build_optimizer
     from llava_mole.train.runtime import prepare, start_runtime
-    from llava_mole.train.saving import CheckpointWriter, Progress, find_resume, read_progress, write_environment
+    from llava_mole.train.saving import (
+        CheckpointWriter,
+        Progress,
+        check_same_run,
+        find_resume,
+        read_progress,
+        write_environment,
+    )
     from llava_mole.train.state import load_optimizer_state
     from llava_mole.train.trainer import Trainer
 
     check_inputs(config)
     checkpoint = find_resume(config)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config)
     runtime = start_runtime(config)
 
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
@@ -51,9 +67,12 @@ def train(config: RunConfig) -> Path:
         seed=config.train.seed,
         epochs=config.train.epochs,
     )
+    count_steps(len(dataset), config.train.global_batch_size)  # refuses a mixture smaller than one batch
     if config.projector_weights is not None:
         load_projector(model.projector, config.projector_weights)
     attach_adapter(model, config.adapter)
+    if checkpoint is not None:
+        load_adapter_state(model, checkpoint)
     model.projector.requires_grad_(config.train_projector)
     cast_for_training(model, config.train.precision)
     if config.train.gradient_checkpointing:
@@ -66,7 +85,7 @@ def train(config: RunConfig) -> Path:
     engine, optimizer = prepare(runtime, model, build_optimizer(parameters, config.train))
     progress = Progress(plan_digest=dataset.plan.digest)
     if checkpoint is not None:
-        progress, state = read_progress(checkpoint, config)
+        progress, state = read_progress(checkpoint)
         check_same_plan(progress, dataset.plan.digest, checkpoint)
         load_optimizer_state(state, progress.step, parameters, optimizer, runtime.uses_deepspeed)
         logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
@@ -75,7 +94,7 @@ def train(config: RunConfig) -> Path:
     if is_main_process():
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
-        write_environment(run_dir, runtime.world_size, str(runtime.device))
+        write_environment(run_dir, runtime.world_size, str(runtime.device), type(engine).__name__)
     Trainer(
         config=config,
         runtime=runtime,

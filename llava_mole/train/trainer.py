@@ -18,20 +18,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_mole.config import RunConfig
+from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
-from llava_mole.data.sampler import batch_positions
+from llava_mole.data.sampler import batch_positions, count_steps
 from llava_mole.distributed import all_gather_objects, all_reduce_sum, barrier
 from llava_mole.errors import UserError
 from llava_mole.log import get_logger
 from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.checkpoint import rotate_checkpoints
 from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.mole import collect_routing, mole_after_step, mole_auxiliary_loss
 from llava_mole.train.loss import next_token_targets, sample_losses, weigh
 from llava_mole.train.metrics import Tracker
 from llava_mole.train.optim import set_learning_rates
 from llava_mole.train.runtime import Runtime
-from llava_mole.train.saving import CheckpointWriter, Progress
+from llava_mole.train.saving import CheckpointWriter, Progress, write_summary
 from llava_mole.train.state import gather_optimizer_state
 from llava_mole.train.step_stats import StepStats
 
@@ -60,19 +62,22 @@ class Trainer:
 
     def __post_init__(self) -> None:
         train = self.config.train
-        available = len(self.dataset) // train.global_batch_size
-        self.total_steps = available if train.max_steps is None else min(available, train.max_steps)
-        if self.total_steps == 0:
-            raise UserError(
-                f"the mixture has {len(self.dataset)} samples, fewer than one batch of train.global_batch_size "
-                f"{train.global_batch_size}; lower it or add data"
-            )
-        self.sources = sorted(self.dataset.plan.names)
+        steps, left_over = count_steps(len(self.dataset), train.global_batch_size)
+        self.total_steps = steps if train.max_steps is None else min(steps, train.max_steps)
+        logger.info(
+            "%d optimizer steps of %d samples (%d ranks x %d micro-batches x %d); %d samples of the plan are left over",
+            self.total_steps,
+            train.global_batch_size,
+            self.runtime.world_size,
+            self.runtime.accumulation,
+            train.micro_batch_size,
+            left_over + (steps - self.total_steps) * train.global_batch_size,
+        )
 
     def run(self) -> None:
         """Train from `progress.step` to the last step, saving on the way and at the end."""
         train, main = self.config.train, self.runtime.rank == 0
-        first = self.progress.step
+        first, run_started, entry = self.progress.step, time.perf_counter(), None
         self._check_shards(first)
         batches = iter(self._loader(first))
         self.engine.train()
@@ -92,10 +97,13 @@ class Trainer:
                 if bar.disable and main and (step + 1) % max(1, self.total_steps // 10) == 0:
                     logger.info("step %d/%d loss %.4f", step + 1, self.total_steps, entry["loss"])
             bar.update()
-            if (step + 1) % train.save_every == 0 or step + 1 == self.total_steps:
-                self.save(final=step + 1 == self.total_steps)
+            final = step + 1 == self.total_steps
+            if final or (step + 1) % train.save_every == 0:
+                self.save(final)
         bar.close()
         self.tracker.close()
+        if main:
+            write_summary(self.writer.run_dir, self.progress, entry, time.perf_counter() - run_started)
 
     def save(self, final: bool) -> None:
         """Write a checkpoint; a collective. One that fails is reported and training goes on, unless it is the last."""
@@ -124,7 +132,7 @@ class Trainer:
         micro_batches = [_to_device(batch, runtime.device) for batch in micro_batches]
         targets = sum(int(next_token_targets(batch["labels"])[0].sum()) for batch in micro_batches)
         global_tokens = float(all_reduce_sum(torch.tensor(float(targets), device=runtime.device)))
-        stats = StepStats(self.sources, runtime.device)
+        stats = StepStats(self.dataset.source_names, runtime.device)
         for index, batch in enumerate(micro_batches):
             with runtime.accelerator.accumulate(self.engine):
                 loss = self._loss(batch, global_tokens, stats)
@@ -136,6 +144,8 @@ class Trainer:
                     stats.grad_norm = self._clip()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        if self.config.adapter.method == "mole":
+            mole_after_step(self.model.language_model)
         return stats
 
     def _loss(self, batch: dict, global_tokens: float, stats: StepStats) -> torch.Tensor:
@@ -156,9 +166,6 @@ class Trainer:
         return loss
 
     def _auxiliary_loss(self, batch: dict, loss_mask: torch.Tensor, stats: StepStats) -> torch.Tensor:
-        from llava_mole.constants import IMAGE_TOKEN_INDEX
-        from llava_mole.mole import collect_routing, mole_auxiliary_loss
-
         language_model = self.model.language_model
         image_mask = batch["input_ids"] == IMAGE_TOKEN_INDEX
         auxiliary = mole_auxiliary_loss(

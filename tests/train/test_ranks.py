@@ -1,0 +1,106 @@
+"""Two CPU ranks under DeepSpeed ZeRO-2 and DDP do what one process does, and a run moves between numbers of ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_world
+
+from llava_mole.config import parse_run_config
+from llava_mole.train.metrics import read_metrics
+from llava_mole.train.train import train
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+ROOT = Path(__file__).parents[2]
+OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--train.micro_batch_size", "1",
+             "--adapter.preset", "paper", "--adapter.options.expert_scale", "straight_through"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("world")
+    # Of every three samples one has no image: some micro-batches of a rank are text only while the other's are not.
+    make_world(directory, samples=12, text_only_every=3)
+    return directory
+
+
+def arguments(world: Path, name: str, *more: str) -> list[str]:
+    return [str(world / "config.yaml"), "--train.output_dir", str(world / name), *OVERRIDES, *more]
+
+
+def run_ranks(world: Path, name: str, *more: str) -> list[dict]:
+    """Train on two ranks; returns what each of them reported."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(Path(__file__).with_name("ranks_worker.py")), *arguments(world, name, *more)]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((world / name / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def losses(world: Path, name: str) -> list[float]:
+    return [e["loss"] + e["auxiliary_loss"] for e in read_metrics(world / name / "metrics.jsonl")]
+
+
+def masters(world: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(world / name / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
+
+
+def assert_same_run(world: Path, name: str, other: str) -> None:
+    assert losses(world, name) == pytest.approx(losses(world, other), abs=2e-5)
+    expected = masters(world, other)
+    for key, value in masters(world, name).items():
+        torch.testing.assert_close(value, expected[key], atol=5e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.fixture(scope="module")
+def single(world: Path) -> str:
+    train(parse_run_config(arguments(world, "single")))
+    return "single"
+
+
+@pytest.fixture(scope="module")
+def zero2(world: Path) -> list[dict]:
+    return run_ranks(world, "zero2")
+
+
+def test_zero2_is_really_deepspeed_on_two_ranks_with_disjoint_shards(zero2: list[dict]) -> None:
+    for report in zero2:
+        assert report["engine"] == "DeepSpeedEngine"
+        assert report["zero_stage"] == 2
+        assert report["world_size"] == report["accelerate_world_size"] == 2
+        # Each rank keeps about half of the optimizer's state (a few elements more, for alignment).
+        assert report["partition_elements"] < 0.6 * report["trainable_elements"]
+    for step in range(STEPS):
+        shards = [[i for s, *ids in report["ids"] if s == step for i in ids] for report in zero2]
+        assert [len(shard) for shard in shards] == [2, 2]
+        assert not set(shards[0]) & set(shards[1])
+
+
+def test_zero2_equals_one_process(world: Path, single: str, zero2: list[dict]) -> None:
+    assert_same_run(world, "zero2", single)
+
+
+def test_ddp_equals_one_process(world: Path, single: str) -> None:
+    reports = run_ranks(world, "ddp", "--train.distributed", "ddp")
+    assert {report["engine"] for report in reports} == {"DistributedDataParallel"}
+    assert_same_run(world, "ddp", single)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(world: Path, single: str, zero2: list[dict]) -> None:
+    for source, name in (("zero2", "two-to-one"), (single, "one-to-two")):
+        shutil.copytree(world / source, world / name)
+        shutil.rmtree(world / name / f"checkpoint-{STEPS}")
+    train(parse_run_config(arguments(world, "two-to-one", "--train.resume", "auto")))
+    run_ranks(world, "one-to-two", "--train.resume", "auto")
+    for name in ("two-to-one", "one-to-two"):
+        assert_same_run(world, name, single)
