@@ -79,10 +79,11 @@ class AnswerDecoder:
         return text[: self._stop_position(text)].strip()
 
     def stable(self, ids: Sequence[int]) -> str:
-        """The part of the answer that no later id can change: a prefix of `final` of any continuation.
+        """What can be shown already: a prefix of `final` of every continuation that is valid text.
 
         Held back are unfinished characters, blanks at the end (they may turn out to be the answer's end) and what
-        may be the beginning of a stop text.
+        may be the beginning of a stop text. It may be shorter than for fewer ids: tokenizers decode a run of single
+        bytes, such as two characters outside the vocabulary, as a whole or not at all.
         """
         text = self._decode(ids)
         stop = self._stop_position(text)

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -124,7 +125,8 @@ class Predictor:
     ) -> Iterator[str]:
         """Yield the answer to one prompt in pieces, as they come; joined they equal `generate`'s answer.
 
-        Closing the iterator ends the generation. Arguments and errors as for `generate`; errors are raised at the call.
+        Should the model write invalid UTF-8, the pieces end where that begins. Closing the iterator ends the
+        generation. Arguments and errors as for `generate`; errors of the arguments are raised at the call.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p)
         (batch,) = self.batches([image], [prompt], batch_size=1)
@@ -151,6 +153,24 @@ class Predictor:
             return text_BLD
         features_NPD = model.encode_images(batch.images)[batch.image_index].to(text_BLD.dtype)
         return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
+
+    @contextmanager
+    def routing_inputs(self, batch: Batch, copies: int = 1) -> Iterator[None]:
+        """Tell a mixture of experts, while forward passes run inside, which positions are prompt and not padding.
+
+        `copies` is the number of rows each sample is repeated to (beams).
+        """
+        if self.loaded.config.adapter.method != "mole":
+            yield
+            return
+        from llava_mole.mole import set_routing_inputs
+
+        language_model = self.loaded.model.language_model
+        set_routing_inputs(language_model, prompt_mask=batch.attention_mask.repeat_interleave(copies, dim=0))
+        try:
+            yield
+        finally:
+            set_routing_inputs(language_model)
 
     def _encode(self, prompt: Prompt, image: ImageLike, position: int) -> list[int]:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
@@ -211,7 +231,7 @@ class Predictor:
         """New ids of every row, cut at the row's own limit."""
         limits = [min(decoding.max_new_tokens, self.loaded.context_length - length) for length in batch.lengths]
         criterion = criterion or RowStop(answer, limits)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.routing_inputs(batch, copies=decoding.num_beams):
             new_ids = self.loaded.model.language_model.generate(
                 inputs_embeds=self.embed(batch),
                 attention_mask=batch.attention_mask,
@@ -238,18 +258,20 @@ class Predictor:
         worker = threading.Thread(target=work, name="llava-mole-stream", daemon=True)
         worker.start()
         ids: list[int] = []
-        sent = 0
+        sent = ""
         try:
             while (item := tokens.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 ids.append(item)
                 text = answer.stable(ids)
-                if len(text) > sent:
-                    yield text[sent:]
-                    sent = len(text)
-            if rest := answer.final(ids)[sent:]:
-                yield rest
+                # The stable text can shrink for a while, see there; what has been sent is not taken back.
+                if len(text) > len(sent) and text.startswith(sent):
+                    yield text[len(sent) :]
+                    sent = text
+            text = answer.final(ids)
+            if len(text) > len(sent) and text.startswith(sent):
+                yield text[len(sent) :]
         finally:
             criterion.cancelled = True
             worker.join()

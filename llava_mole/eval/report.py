@@ -141,7 +141,11 @@ def expert_shares(routing: Mapping[str, Any]) -> dict[str, Any]:
     def values(cell: tuple[int, int]) -> dict[str, float]:
         return {domain: share[cell[0]][cell[1]] for domain, share in shares.items()}
 
-    layer, expert = max(cells, key=lambda cell: max(values(cell).values()) - min(values(cell).values()))
+    def spread(cell: tuple[int, int]) -> float:
+        # Rounded, so that of equal differences (with two experts they come in pairs) the first is taken.
+        return round(max(values(cell).values()) - min(values(cell).values()), 9)
+
+    layer, expert = max(cells, key=spread)
     return {"mean": mean, "largest_spread": {"layer": layer, "expert": expert, "shares": values((layer, expert))}}
 
 

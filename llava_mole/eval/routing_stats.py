@@ -39,7 +39,7 @@ class RoutingStats:
         from llava_mole.mole import collect_routing, routing_load
 
         model = self._predictor.loaded.model
-        with torch.inference_mode():
+        with torch.inference_mode(), self._predictor.routing_inputs(batch):
             inputs_BLD = self._predictor.embed(batch)
             model.causal_lm.get_decoder()(
                 inputs_embeds=inputs_BLD, attention_mask=batch.attention_mask, use_cache=False

@@ -1,0 +1,210 @@
+"""The runner: LLaVA's file formats; single, batched, chunked and interrupted runs write the same answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from eval_models import make_checkpoint
+from tiny_models import NUM_IMAGE_TOKENS
+
+from llava_mole import cli
+from llava_mole.constants import IMAGE_TOKEN_INDEX
+from llava_mole.decoding import Decoding
+from llava_mole.eval import model_vqa, questions
+from llava_mole.eval.model_vqa import answer_questions, main, model_id
+from llava_mole.eval.questions import read_questions
+from llava_mole.eval.routing_stats import collect_routing_stats
+from llava_mole.inference import Predictor
+
+DECODING = Decoding(max_new_tokens=6)
+
+
+def run(run_dir: Path, asked: Path, answers: Path, *more: str) -> int:
+    command = ["--model-path", str(run_dir), "--question-file", str(asked), "--image-folder", str(asked.parent)]
+    return main([*command, "--answers-file", str(answers), "--max_new_tokens", "6", "--device", "cpu", *more])
+
+
+@pytest.fixture
+def loaded_once(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands take the model that is already loaded."""
+    monkeypatch.setattr(model_vqa, "load_predictor", lambda path, args: Predictor(predictor.loaded))
+    monkeypatch.setattr("llava_mole.eval.evaluate.load_predictor", lambda path, args: Predictor(predictor.loaded))
+
+
+@pytest.fixture(scope="module")
+def reference(predictor: Predictor, asked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answers of an uninterrupted run, one prompt a batch."""
+    path = tmp_path_factory.mktemp("reference") / "a.jsonl"
+    answer_questions(predictor, read_questions([str(asked)]), asked.parent, path, DECODING, batch_size=1)
+    return path
+
+
+def test_command_writes_llavas_format(
+    mole_run: Path, asked: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "answers" / "a.jsonl"
+    assert run(mole_run, asked, path) == 0
+    assert "11 answers in" in capsys.readouterr().out
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    given = [json.loads(line) for line in asked.read_text().splitlines()]
+    for record, question in zip(records, given, strict=True):
+        assert list(record) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+        assert record["question_id"] == question["question_id"]
+        assert record["prompt"] == question["text"]
+        assert record["text"] == record["text"].strip()
+        assert record["model_id"] == "run_checkpoint-1"
+        assert record["metadata"] == {}
+    assert len({record["answer_id"] for record in records}) == len(records)
+    assert len({record["text"] for record in records}) > 3
+    assert path.read_bytes() == reference.read_bytes()
+    assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("num_chunks", [3, 13])
+def test_chunks_in_order_are_the_whole(
+    mole_run: Path, asked: Path, reference: Path, tmp_path: Path, num_chunks: int
+) -> None:
+    content = b""
+    for i in range(num_chunks):
+        path = tmp_path / f"{i}.jsonl"
+        assert run(mole_run, asked, path, "--num-chunks", str(num_chunks), "--chunk-idx", str(i)) == 0
+        content += path.read_bytes()
+    assert content == reference.read_bytes()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_interrupted_run_continues(
+    mole_run: Path, asked: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    monkeypatch.setattr(questions, "WINDOW", 2)
+    generate, calls = Predictor.generate, []
+
+    def interrupted(self: Predictor, *args, **options) -> list[str]:
+        calls.append(len(args[1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(Predictor, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(mole_run, asked, path, "--batch-size", "2")
+    assert not path.exists()
+    assert run(mole_run, asked, path, "--batch-size", "2") == 0
+    assert calls == [4, 4, 3, 3]  # the eight answers that were there are not asked for again
+    assert path.read_bytes() == reference.read_bytes()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_partial_answers_of_other_settings_are_refused(
+    mole_run: Path, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: Predictor, *args, **options) -> list[str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Predictor, "generate", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(mole_run, asked, tmp_path / "a.jsonl")
+    assert run(mole_run, asked, tmp_path / "a.jsonl", "--temperature", "0.7") == 2
+    assert "comes from a run with decoding {'max_new_tokens': 6, 'temperature': 0.0" in capsys.readouterr().err
+    assert run(mole_run, asked, tmp_path / "a.jsonl", "--temperature", "0.7", "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model-path", "no/such/run"], "no/such/run does not exist"),
+        (["--question-file", "no.jsonl"], "no.jsonl: no such file"),
+        (["--image-folder", "/nowhere"], "image 'images/0.png' does not exist in /nowhere"),
+        (["--conv-mode", "nope"], "template 'nope' does not exist"),
+        (["--max_new_tokens", "0"], "max_new_tokens is 0"),
+        (["--num-chunks", "2", "--chunk-idx", "2"], "--chunk-idx is 2"),
+        (["--answers-file", "EXISTING"], "exists; give --overwrite to replace it"),
+    ],
+)
+def test_bad_arguments_write_nothing(
+    mole_run: Path,
+    asked: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    message: str,
+) -> None:
+    existing = tmp_path / "existing.jsonl"
+    existing.write_text("kept")
+    assert run(mole_run, asked, tmp_path / "a.jsonl", *[str(existing) if c == "EXISTING" else c for c in change]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("llava-mole: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["existing.jsonl"]
+    assert existing.read_text() == "kept"
+
+
+def test_model_id_names_checkpoint_and_run(tmp_path: Path) -> None:
+    assert model_id(tmp_path / "my_run" / "checkpoint-20") == "my_run_checkpoint-20"
+    assert model_id(tmp_path / "my_run") == "my_run"
+
+
+def test_routing_shares_count_prompt_tokens_once(predictor: Predictor, asked: Path) -> None:
+    given = read_questions([str(asked)])
+    single = collect_routing_stats(predictor, given, asked.parent, batch_size=1).result()
+    assert set(single["domains"]) == {"one", "two"}
+    rows: dict[str, list[torch.Tensor]] = {"one": [], "two": []}
+    for question in given:
+        image = None if question.image is None else asked.parent / question.image
+        (batch,) = predictor.batches([image], [question.text], batch_size=1)
+        rows[question.domain].append(batch.input_ids[0])
+    for domain, ids in rows.items():
+        tokens = {name: entry["tokens"] for name, entry in single["domains"][domain].items()}
+        images = sum(int((row == IMAGE_TOKEN_INDEX).sum()) for row in ids)
+        assert images % NUM_IMAGE_TOKENS == 0
+        total = sum(map(len, ids))
+        assert tokens == {"all": total, "image": images, "text": total - images}
+
+    batched = collect_routing_stats(predictor, given, asked.parent, batch_size=8).result()
+    for domain, modalities in single["domains"].items():
+        for modality, entry in modalities.items():
+            share = torch.tensor(entry["share"])
+            assert share.shape == (2, 2)  # layers, experts
+            torch.testing.assert_close(share.sum(dim=1), torch.ones(2))
+            torch.testing.assert_close(torch.tensor(batched["domains"][domain][modality]["share"]), share)
+    assert 0 < single["domains"]["one"]["all"]["share"][0][0] < 1
+
+
+def test_routing_statistics_need_experts(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = make_checkpoint(tmp_path / "world", "lora")
+    assert run(plain, asked, tmp_path / "a.jsonl", "--routing-stats", str(tmp_path / "r.json")) == 2
+    assert "routing statistics need a model with adapter.method 'mole'" in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl.partial").exists()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_eval_answers_scores_and_counts_routing(
+    mole_run: Path, asked: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = tmp_path / "out" / "mole.jsonl"
+    command = ["eval", str(mole_run), "--questions", f"colors={asked}", "--image-folder", str(asked.parent)]
+    command += ["--answers-file", str(answers), "--max_new_tokens", "6", "--device", "cpu"]
+    assert cli.main(command) == 0
+    assert "colors   0.0 [0.0, 25.9] 0/11" in capsys.readouterr().out
+    assert answers.read_bytes() == reference.read_bytes()
+    assert sorted(p.name for p in answers.parent.iterdir()) == ["mole.jsonl", "mole.routing.json", "mole.score.json"]
+    scores = json.loads((answers.parent / "mole.score.json").read_text())
+    assert scores["template"] == "vicuna_v1"
+    assert scores["domains"]["colors"]["majority"]["correct"] == 11
+    assert json.loads(Path(scores["routing"]).read_text())["domains"]["colors"]["all"]["tokens"] > 0
+
+    assert cli.main(command) == 2
+    assert "mole.jsonl exists; give --overwrite" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite"]) == 0
+
+
+def test_eval_needs_reference_answers(mole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "What?"}\n')
+    command = ["eval", str(mole_run), "--questions", str(tmp_path / "q.jsonl"), "--answers-file", str(tmp_path / "a")]
+    assert cli.main(command) == 2
+    assert "q.jsonl:1: no 'answer' to score against" in capsys.readouterr().err

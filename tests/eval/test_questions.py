@@ -1,0 +1,85 @@
+"""Question files are read strictly, and chunks cover them exactly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_mole.errors import ConfigError, DataError
+from llava_mole.eval.questions import check_images, read_questions, take_chunk
+
+
+def write(path: Path, *lines: object) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+def test_fields_and_domains(tmp_path: Path) -> None:
+    first = {"question_id": 3, "image": "a.png", "text": "What?", "category": "color", "answer": "red", "extra": 1}
+    path = write(tmp_path / "q.jsonl", first, "", {"question_id": "x", "text": "line\u2028separator"})
+    named, bare = read_questions([f"general={path}"]), read_questions([path])
+    assert [q.question_id for q in named] == [3, "x"]
+    assert (named[0].image, named[0].category, named[0].answer) == ("a.png", "color", "red")
+    assert named[1].text == "line\u2028separator"
+    assert named[1].where == f"{path}:3"
+    assert [q.domain for q in named] == ["general", "general"]
+    assert [q.domain for q in bare] == ["color", "all"]
+
+
+def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "k=3.jsonl", {"question_id": 1, "text": "What?"})
+    assert read_questions([path])[0].domain == "all"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{"], r"q\.jsonl:1: not valid JSON"),
+        (["[1]"], r"q\.jsonl:1: list found; the file needs one JSON object"),
+        ([{"text": "a"}], r"q\.jsonl:1: question_id must be a number or a text .* found nothing"),
+        ([{"question_id": True, "text": "a"}], r"q\.jsonl:1: question_id .* found True"),
+        ([{"question_id": 1}], r"q\.jsonl:1: 'text' must be a text; found nothing"),
+        ([{"question_id": 1, "text": 5}], r"q\.jsonl:1: 'text' must be a text; found 5"),
+        ([{"question_id": 1, "text": "a", "image": ["x"]}], r"q\.jsonl:1: 'image' must be a text; found \['x'\]"),
+        (
+            [{"question_id": 1, "text": "a"}, {"question_id": "1", "text": "b"}],
+            r"q\.jsonl:2: question_id '1' was already used at .*q\.jsonl:1",
+        ),
+        ([""], "no questions in it"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path: Path, lines: list[object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_questions([write(tmp_path / "q.jsonl", *lines)])
+
+
+def test_ids_must_differ_across_files(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", {"question_id": 1, "text": "a"})
+    two = write(tmp_path / "two.jsonl", {"question_id": 1, "text": "b"})
+    with pytest.raises(DataError, match=r"two\.jsonl:1: question_id 1 was already used at .*one\.jsonl:1"):
+        read_questions([one, two])
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        read_questions([str(tmp_path / "nowhere.jsonl")])
+    questions = read_questions([write(tmp_path / "q.jsonl", {"question_id": 1, "text": "a", "image": "no.png"})])
+    with pytest.raises(DataError, match=r"q\.jsonl:1: image 'no\.png' does not exist"):
+        check_images(questions, tmp_path)
+
+
+def test_chunks_partition_any_number_of_items() -> None:
+    for n in range(23):
+        for num_chunks in range(1, 26):
+            chunks = [take_chunk(range(n), num_chunks, i) for i in range(num_chunks)]
+            assert [item for chunk in chunks for item in chunk] == list(range(n))
+            assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("num_chunks", "chunk_idx", "message"),
+    [(0, 0, "--num-chunks is 0"), (4, 4, "--chunk-idx is 4; with 4 chunks it must be 0 to 3"), (4, -1, "is -1")],
+)
+def test_chunk_arguments_are_checked(num_chunks: int, chunk_idx: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        take_chunk([1, 2, 3], num_chunks, chunk_idx)

@@ -1,0 +1,62 @@
+"""The `llava-mole` command finds its subcommands, quickly, and names them when asked for another one."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from llava_mole import __version__, cli, prepare
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for name in ("train", "chat", "eval", "report", "inspect", "prepare"):
+        assert f"\n  {name} " in printed
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from llava_mole.cli import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fly"]) == 2
+    assert "no command 'fly'; there are train, chat, eval, report, inspect, prepare" in capsys.readouterr().err
+
+
+def test_every_command_has_its_module() -> None:
+    for module, _ in [*cli.SUBCOMMANDS.values(), *prepare.SOURCES.values()]:
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize("name", ["chat", "eval", "report", "inspect"])
+def test_arguments_are_forwarded(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: llava-mole {name}" in capsys.readouterr().out
+
+
+def test_prepare_names_its_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prepare"]) == 0
+    assert "\n  tiny " in capsys.readouterr().out
+    assert cli.main(["prepare", "imagenet"]) == 2
+    assert "no source 'imagenet' to prepare; there are tiny" in capsys.readouterr().err
+
+
+def test_prepare_forwards_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    import llava_mole.tiny.data
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(llava_mole.tiny.data, "main", lambda argv: seen.append(argv) or 0)
+    assert cli.main(["prepare", "tiny", "--out", "somewhere"]) == 0
+    assert seen == [["--out", "somewhere"]]
