@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from llava_mole.errors import ConfigError
+from llava_mole.mole.compute import ExpertMix, ffn_with_experts, lora_linear
 from llava_mole.mole.experts import ExpertStack, LoraPair
-from llava_mole.mole.ffn import FfnLayout, activate, linear_widths
+from llava_mole.mole.ffn import FfnLayout, linear_widths
 from llava_mole.mole.gating import GateOptions, make_gate
-from llava_mole.mole.kernels import expert_delta
 from llava_mole.mole.record import RoutingInputs, RoutingSlot, in_backward
 from llava_mole.mole.router import Gate, Router, router_dtype
 from llava_mole.mole.state import RouterState
@@ -107,17 +106,15 @@ class MoleLinear(nn.Module, AdaptedLayer):
         self.mole_lora[name] = LoraPair(*widths, r, device=device, dtype=dtype)
         self.adapter_options[name] = (scaling, dropout)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., I]` to `[..., O]`, in the base linear's output dtype."""
-        y = self.base_layer(x, *args, **kwargs)
         name = self.current_adapter()
         if name is None:
-            return y
+            return self.base_layer(x)
         scaling, dropout = self.adapter_options[name]
         pair = self.mole_lora[name]
-        x = F.dropout(x, dropout, self.training) if dropout else x
-        delta = expert_delta(x.flatten(0, -2), pair.A.unsqueeze(0), pair.B.unsqueeze(0), None, scaling)
-        return y + delta.view(y.shape).to(y.dtype)
+        y = lora_linear(self.base_layer, x.flatten(0, -2), pair.A, pair.B, scaling, dropout if self.training else 0.0)
+        return y.view(x.shape[:-1] + y.shape[-1:])
 
 
 class MoleMlp(nn.Module, AdaptedLayer):
@@ -191,38 +188,29 @@ class MoleMlp(nn.Module, AdaptedLayer):
             self.routing.logits = self.routing.index = None
             return self.base_layer(x)
         options = self.adapter_options[name]
-        gate = self._route(x, name, options)
-        x_TD = x.flatten(0, -2)
-        y_TD = self._mixture(x_TD, gate, name, options)
+        gate, shared_weight = self._route(x, name, options)
+        mix = ExpertMix(
+            experts=self.mole_experts[name],
+            gate=gate,
+            shared_weight=shared_weight,
+            scaling=options.scaling,
+            dropout=options.dropout if self.training else 0.0,
+            backend=options.backend,
+        )
+        y_TD = ffn_with_experts(self.base_layer, self.layout, x.flatten(0, -2), mix)
         if self.layout.dropout:
             y_TD = getattr(self.base_layer, self.layout.dropout)(y_TD)
         return y_TD.view(x.shape[:-1] + y_TD.shape[-1:])
 
-    def _route(self, x: Tensor, name: str, options: FfnOptions) -> Gate | None:
+    def _route(self, x: Tensor, name: str, options: FfnOptions) -> tuple[Gate | None, Tensor | None]:
+        """The gate, and the weight `[T, 1]` of the shared expert (None: 1); the routing goes into its slot."""
         x_BSD = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x.unsqueeze(0)
         router = self.mole_router[name] if name in self.mole_router else None
         bias = self.mole_state[name].selection_bias() if name in self.mole_state else None
         gate, logits, index = make_gate(x_BSD, router, options.gate, self.inputs, self.routing, bias, self.training)
         if torch.compiler.is_compiling() or not in_backward():
             self.routing.logits, self.routing.index = logits, index
-        return gate
-
-    def _mixture(self, x_TD: Tensor, gate: Gate | None, name: str, options: FfnOptions) -> Tensor:
-        layout, base = self.layout, self.base_layer
-        x_lora = F.dropout(x_TD, options.dropout, self.training) if options.dropout else x_TD
-
-        def project(projection: str, inputs: Tensor, lora_inputs: Tensor) -> Tensor:
-            y = getattr(base, projection)(inputs)
-            experts = self.mole_experts[name]
-            y = y + expert_delta(lora_inputs, *experts.pair(projection), gate, options.scaling).to(y.dtype)
-            if options.shared_r:
-                a, b = experts.shared_pair(projection)
-                shared = expert_delta(lora_inputs, a.unsqueeze(0), b.unsqueeze(0), None, options.scaling)
-                y = y + shared.to(y.dtype)
-            return y
-
-        up = project(layout.up, x_TD, x_lora)
-        gated = None if layout.gate is None else project(layout.gate, x_TD, x_lora)
-        h_TF = activate(layout, base, up, gated)
-        h_lora = F.dropout(h_TF, options.dropout, self.training) if options.dropout else h_TF
-        return project(layout.down, h_TF, h_lora)
+        if not options.shared_r or options.shared_scale == "one":
+            return gate, None
+        chosen = logits.softmax(dim=-1).gather(-1, index)
+        return gate, 1 - chosen.flatten(0, 1)
