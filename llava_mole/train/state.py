@@ -4,11 +4,12 @@ Optimizer state is kept by parameter name: float32 master weights and both Adam 
 partitions and put back into them. Randomness needs no state: every step seeds its own generators (see `trainer`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from llava_mole.distributed import all_reduce_sum
 from llava_mole.errors import CheckpointError
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
@@ -21,9 +22,13 @@ def gather_optimizer_state(
 
     A collective under DeepSpeed: every rank must call it, after at least one optimizer step.
     """
+    if uses_deepspeed:
+        return _gather_partitions(parameters, optimizer)
+    moments = _inner(optimizer).state
     state = {}
     for name, parameter in parameters.items():
-        for kind, value in _full_state(parameter, optimizer, uses_deepspeed).items():
+        values = {MASTER: parameter, **{kind: moments[parameter][kind] for kind in MOMENTS}}
+        for kind, value in values.items():
             state[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True)
     return state
 
@@ -65,37 +70,50 @@ def load_optimizer_state(
             }
 
 
-def _full_state(parameter: torch.nn.Parameter, optimizer: Any, uses_deepspeed: bool) -> dict[str, torch.Tensor]:
-    if uses_deepspeed:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        moments = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
-        return {MASTER: safe_get_full_fp32_param(parameter), **moments}
-    moments = {kind: _inner(optimizer).state[parameter][kind] for kind in MOMENTS}
-    return {MASTER: parameter, **moments}
-
-
 def _inner(optimizer: Any) -> Any:
     """The torch or ZeRO optimizer under accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _fill_partitions(state, step, parameters, optimizer) -> None:
-    zero = _inner(optimizer)
-    buffers: dict[int, dict[str, torch.Tensor]] = {}
-    for index, flat in enumerate(zero.single_partition_of_fp32_groups):
-        buffers[index] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **buffers[index]}
+def _fragments(parameters: Mapping[str, torch.nn.Parameter], zero: Any) -> Iterator[tuple]:
+    """`(name, parameter, group, slice of the flat parameter, slice of this rank's flat partition of the group)`.
+
+    Both slices are empty where the partition holds nothing of the parameter.
+    """
     group_of = {id(p): index for index, group in enumerate(zero.bit16_groups) for p in group}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            mapping = parameter._hp_mapping  # None where this rank's partition holds nothing of the parameter
-            if mapping is None:
-                continue
+    for name, parameter in parameters.items():
+        mapping, inside, partition = parameter._hp_mapping, slice(0, 0), slice(0, 0)
+        if mapping is not None:
             source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
+            inside = slice(source.start, source.start + source.numel)
+            partition = slice(target.start, target.start + target.numel)
+        yield name, parameter, group_of[id(parameter)], inside, partition
+
+
+def _gather_partitions(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any) -> dict[str, torch.Tensor]:
+    zero = _inner(optimizer)
+    state = {}
+    for name, parameter, group, inside, partition in _fragments(parameters, zero):
+        master = zero.single_partition_of_fp32_groups[group]
+        for kind in (MASTER, *MOMENTS):
+            held = master if kind == MASTER else zero.optimizer.state[master][kind]
+            # Every element is in the partition of exactly one rank, so the sum over ranks is the whole, exactly.
+            whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=master.device)
+            whole[inside] = held.detach()[partition]
+            state[f"{kind}/{name}"] = all_reduce_sum(whole).reshape(parameter.shape).cpu()
+    return state
+
+
+def _fill_partitions(
+    state: Mapping[str, torch.Tensor], step: int, parameters: Mapping[str, torch.nn.Parameter], optimizer: Any
+) -> None:
+    zero = _inner(optimizer)
+    for master in zero.single_partition_of_fp32_groups:
+        moments = {kind: torch.zeros_like(master) for kind in MOMENTS}
+        zero.optimizer.state[master] = {"step": torch.tensor(float(step)), **moments}
+    with torch.no_grad():
+        for name, _, group, inside, partition in _fragments(parameters, zero):
+            master = zero.single_partition_of_fp32_groups[group]
             for kind in (MASTER, *MOMENTS):
-                fragment = state[f"{kind}/{name}"].reshape(-1)[source.start : source.start + source.numel]
-                if kind == MASTER:
-                    mapping.hp_fragment.copy_(fragment)
-                else:
-                    buffers[group_of[id(parameter)]][kind][target.start : target.start + target.numel].copy_(fragment)
+                held = master if kind == MASTER else zero.optimizer.state[master][kind]
+                held[partition] = state[f"{kind}/{name}"].reshape(-1)[inside].to(held.device)
