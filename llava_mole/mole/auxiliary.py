@@ -98,16 +98,9 @@ def mole_auxiliary_loss(
             )
     if config.z_loss_coef > 0:
         loss = loss + config.z_loss_coef * z_loss(routing, token_mask.bool(), sample_weights)
-    if torch.is_grad_enabled() and needs_state(config):
+    if torch.is_grad_enabled() and config.counts_load:
         _count(model, routing, masks)
     return loss
-
-
-def needs_state(config: MoleConfig) -> bool:
-    """Whether the configuration needs `mole_after_step` after every optimizer step."""
-    return config.has_router and (
-        config.bias_update_rate > 0 or (config.balance_group == "global_batch" and config.balance_coef > 0)
-    )
 
 
 def _set_weights(masks: tuple[Tensor, ...], sample_weights: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -147,9 +140,9 @@ def mole_after_step(model: nn.Module) -> None:
         return
     counts_LMK = all_reduce_sum(tuner.pending_counts)
     tuner.pending_counts = None
-    layers = [m for m in model.modules() if isinstance(m, MoleMlp) and m.current_state() is not None]
-    for layer, counts_MK in zip(layers, counts_LMK, strict=True):
-        layer.current_state().step(counts_MK)
+    states = [m.current_state() for m in model.modules() if isinstance(m, MoleMlp)]
+    for state, counts_MK in zip([s for s in states if s is not None], counts_LMK, strict=True):
+        state.step(counts_MK)
 
 
 def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
@@ -180,9 +173,9 @@ def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
 def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
     if not config.router_trains or not routing.layers[0].training:
         return
-    routers = [layer.mole_router[layer.current_adapter()] for layer in routing.layers]
+    routers = [layer.router(layer.current_adapter()) for layer in routing.layers]
     for name, logits, router in zip(routing.names, routing.logits, routers, strict=True):
-        if router.weight.requires_grad and not logits.requires_grad:
+        if router is not None and router.weight.requires_grad and not logits.requires_grad:
             raise ConfigError(
                 f"{name}: the router's logits carry no gradient. Re-entrant gradient checkpointing does this and would "
                 "leave the router untrained: use gradient_checkpointing_kwargs={'use_reentrant': False} (or run the "

@@ -54,6 +54,9 @@ class MoleConfig(PeftConfig):
     alpha: float | None = field(
         default=None, metadata={"help": "LoRA alpha; the update is scaled by alpha / r. None takes 2 * r."}
     )
+    attention_r: int | None = field(
+        default=None, metadata={"help": "LoRA rank on attention linears, at the same alpha / r. None: r."}
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input, shared by gate and up."})
     num_experts: int = field(default=3, metadata={"help": "K, experts in each FFN. 1 is plain LoRA without a router."})
     top_k: int = field(default=1, metadata={"help": "Experts a token uses in mode `sparse`."})
@@ -131,7 +134,7 @@ class MoleConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         self.target_parameters = None  # PEFT's matcher asks for it
         if self.alpha is None:
-            self.alpha = 2.0 * self.r
+            self.alpha = 2.0 * self.r if _is_number(self.r) else None
         check_mole_config(self)
 
     @classmethod
@@ -165,6 +168,12 @@ class MoleConfig(PeftConfig):
         """Whether the router's parameters receive updates."""
         return self.has_router and self.router == "learned" and self.train_router
 
+    @property
+    def counts_load(self) -> bool:
+        """Whether expert counts outlive a step, so that `mole_after_step` must follow every optimizer step."""
+        balances_globally = self.balance_group == "global_batch" and self.balance_coef > 0
+        return self.has_router and (self.bias_update_rate > 0 or balances_globally)
+
 
 def check_mole_config(c: MoleConfig) -> None:
     """Refuse values and combinations that cannot work. Raises ConfigError with the reason and what to do."""
@@ -175,6 +184,8 @@ def check_mole_config(c: MoleConfig) -> None:
         value = getattr(c, key)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{key} is {value!r}; it must be a whole number of at least {low}")
+    if c.attention_r is not None and (not isinstance(c.attention_r, int) or c.attention_r < 1):
+        raise ConfigError(f"attention_r is {c.attention_r!r}; it must be a whole number of at least 1, or None")
     for key in ("balance_coef", "z_loss_coef", "bias_update_rate", "alpha"):
         if not _is_number(getattr(c, key)) or getattr(c, key) < 0:
             raise ConfigError(f"{key} is {getattr(c, key)!r}; it must be a number that is not negative")

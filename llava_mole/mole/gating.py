@@ -95,6 +95,8 @@ def _sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs, slot:
     if inputs.decoding and slot.prompt_logits is not None:
         return slot.prompt_logits
     mask = inputs.prompt_mask
+    if mask is None and not training:
+        mask = inputs.attention_mask
     if mask is None and training:
         raise ConfigError(
             "granularity 'sequence' needs set_routing_inputs(model, prompt_mask=...) in training: an average over "

@@ -6,8 +6,8 @@ linears be of any kind, since they are only called.
 Shape legend: B samples, S positions, D model width, T = B S tokens, K experts, F FFN width.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,7 +18,7 @@ from llava_mole.mole.compute import ExpertMix, ffn_with_experts, lora_linear
 from llava_mole.mole.experts import ExpertStack, LoraPair
 from llava_mole.mole.ffn import FfnLayout, linear_widths
 from llava_mole.mole.gating import GateOptions, make_gate
-from llava_mole.mole.record import RoutingInputs, RoutingSlot, in_backward
+from llava_mole.mole.record import RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
 from llava_mole.mole.router import Gate, Router, router_dtype
 from llava_mole.mole.state import RouterState
 
@@ -26,6 +26,11 @@ _NO_MERGE = (
     "a mixture of experts cannot be merged into the base weights: which expert acts depends on the token. Export a "
     "plain LoRA with llava_mole.mole.surgery.to_lora(model, expert=k | 'uniform' | 'usage') and merge that, or use "
     "unload() for the base model"
+)
+
+_NO_REENTRANT = (
+    "re-entrant gradient checkpointing runs the forward pass without a graph, so the balance loss would give the "
+    "router no gradient; use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 
 
@@ -112,9 +117,13 @@ class MoleLinear(nn.Module, AdaptedLayer):
         if name is None:
             return self.base_layer(x)
         scaling, dropout = self.adapter_options[name]
-        pair = self.mole_lora[name]
+        pair = self.pair(name)
         y = lora_linear(self.base_layer, x.flatten(0, -2), pair.A, pair.B, scaling, dropout if self.training else 0.0)
         return y.view(x.shape[:-1] + y.shape[-1:])
+
+    def pair(self, name: str) -> LoraPair:
+        """The LoRA pair of adapter `name`. Raises KeyError where it is not on this layer."""
+        return cast(LoraPair, self.mole_lora[name])
 
 
 class MoleMlp(nn.Module, AdaptedLayer):
@@ -179,7 +188,48 @@ class MoleMlp(nn.Module, AdaptedLayer):
     def current_state(self) -> RouterState | None:
         """Counters of the adapter in use, where it keeps any."""
         name = self.current_adapter()
-        return self.mole_state[name] if name is not None and name in self.mole_state else None
+        return None if name is None else self._state(name)
+
+    def router(self, name: str) -> Router | None:
+        """The router of adapter `name`, where it has one."""
+        return cast(Router, self.mole_router[name]) if name in self.mole_router else None
+
+    def experts(self, name: str) -> ExpertStack:
+        """The experts of adapter `name`. Raises KeyError where it is not on this layer."""
+        return cast(ExpertStack, self.mole_experts[name])
+
+    @torch.no_grad()
+    def select_experts(self, name: str, index: Tensor, *, first_new: int, noise: float) -> None:
+        """Rebuild adapter `name` from its experts `index` (int64 on the CPU), some of them maybe twice.
+
+        From position `first_new` on they are copies; `noise` (relative standard deviation) goes on their B and router
+        rows. Counters start anew.
+        """
+        experts, router, state = self.experts(name), self.router(name), self._state(name)
+        options = self.adapter_options[name]
+        assert router is not None
+
+        def pick(parameter: nn.Parameter, noisy: bool, dim: int = 0) -> nn.Parameter:
+            value = parameter.index_select(dim, index.to(parameter.device))
+            if noisy and noise > 0:
+                new = value.narrow(dim, first_new, len(index) - first_new)
+                new += torch.randn_like(new) * noise * parameter.std()
+            return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+        for key, parameter in list(experts.named_parameters()):
+            if "_shared_" not in key:
+                setattr(experts, key, pick(parameter, key.endswith("_B")))
+        experts.num_experts = len(index)
+        router.weight = pick(router.weight, True, dim=1 if options.gate.granularity == "task" else 0)
+        if router.bias is not None:
+            router.bias = pick(router.bias, False)
+        if state is not None:
+            sets = state.load.shape[0]
+            self.mole_state[name] = RouterState(len(index), sets, state.rate, state.load.device)
+        self.adapter_options[name] = replace(options, gate=replace(options.gate, num_experts=len(index)))
+
+    def _state(self, name: str) -> RouterState | None:
+        return cast(RouterState, self.mole_state[name]) if name in self.mole_state else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., D]` to the FFN's output, in the base's dtype. Raises what `gating.make_gate` raises."""
@@ -190,7 +240,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         options = self.adapter_options[name]
         gate, shared_weight = self._route(x, name, options)
         mix = ExpertMix(
-            experts=self.mole_experts[name],
+            experts=self.experts(name),
             gate=gate,
             shared_weight=shared_weight,
             scaling=options.scaling,
@@ -205,11 +255,15 @@ class MoleMlp(nn.Module, AdaptedLayer):
     def _route(self, x: Tensor, name: str, options: FfnOptions) -> tuple[Gate | None, Tensor | None]:
         """The gate, and the weight `[T, 1]` of the shared expert (None: 1); the routing goes into its slot."""
         x_BSD = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x.unsqueeze(0)
-        router = self.mole_router[name] if name in self.mole_router else None
-        bias = self.mole_state[name].selection_bias() if name in self.mole_state else None
-        gate, logits, index = make_gate(x_BSD, router, options.gate, self.inputs, self.routing, bias, self.training)
+        state = self._state(name)
+        bias = None if state is None else state.selection_bias()
+        gate, logits, index = make_gate(
+            x_BSD, self.router(name), options.gate, self.inputs, self.routing, bias, self.training
+        )
         if torch.compiler.is_compiling() or not in_backward():
             self.routing.logits, self.routing.index = logits, index
+        elif in_reentrant_checkpoint():
+            raise ConfigError(_NO_REENTRANT)
         if not options.shared_r or options.shared_scale == "one":
             return gate, None
         chosen = logits.softmax(dim=-1).gather(-1, index)

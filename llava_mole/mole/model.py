@@ -1,6 +1,6 @@
 """The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them."""
 
-from typing import ClassVar
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -27,12 +27,25 @@ class MoleModel(BaseTuner):
 
     prefix = "mole_"
     tuner_layer_cls = AdaptedLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if "routing_inputs" not in self.__dict__:
             self.routing_inputs = RoutingInputs()
             self.pending_counts: Tensor | None = None
+            self.watches_cache = False
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        assert isinstance(peft_config, MoleConfig)
+        if peft_config.granularity == "sequence" and not self.watches_cache:
+            self.watches_cache = True
+            model.register_forward_pre_hook(self._note_decoding, with_kwargs=True)
+
+    def _note_decoding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell sequence gates whether this pass continues a cached prompt, and which positions are padding."""
+        cache = kwargs.get("past_key_values")
+        self.routing_inputs.decoding = cache is not None and int(cache.get_seq_length()) > 0
+        mask = kwargs.get("attention_mask")
+        self.routing_inputs.attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, MoleConfig)
@@ -182,7 +195,6 @@ def add_experts(mlp: MoleMlp, adapter_name: str, config: MoleConfig) -> None:
         shared_scale=config.shared_scale,
         backend=config.backend,
     )
-    balances_globally = config.balance_group == "global_batch" and config.balance_coef > 0
     mlp.add_adapter(
         adapter_name,
         options,
@@ -191,13 +203,13 @@ def add_experts(mlp: MoleMlp, adapter_name: str, config: MoleConfig) -> None:
         has_router=config.has_router,
         router_trains=config.router_trains,
         count_sets=2 if config.balance_tokens == "stratified" else 1,
-        counts=config.has_router and (config.bias_update_rate > 0 or balances_globally),
+        counts=config.counts_load,
         bias_update_rate=config.bias_update_rate,
     )
 
 
 def _add_lora(linear: MoleLinear, adapter_name: str, config: MoleConfig) -> None:
-    linear.add_adapter(adapter_name, r=config.r, scaling=config.scaling, dropout=config.dropout)
+    linear.add_adapter(adapter_name, r=config.attention_r or config.r, scaling=config.scaling, dropout=config.dropout)
 
 
 def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

@@ -39,8 +39,9 @@ class RoutingInputs:
     `experts`: for granularity `given`, int64 `[B]` or `[B, S]` (expert of a sample or token), or float weights
     `[B, K]` or `[B, S, K]`. `source`: int64 `[B]`, for router `oracle` the expert of each sample. `task`: int64
     `[B]`, for granularity `task`. `prompt_mask`: bool `[B, S]`, for granularity `sequence` the positions to average
-    over, which must not include answers. `decoding` is true while a generation continues a cached prompt. Whatever
-    is set stays until replaced, because recomputation in the backward pass needs it again.
+    over, which must not include answers. `decoding` (a cached prompt is being continued) and
+    `attention_mask` are noted by the model itself. Whatever is set stays until replaced, because recomputation in
+    the backward pass needs it again.
     """
 
     experts: Tensor | None = None
@@ -48,10 +49,11 @@ class RoutingInputs:
     task: Tensor | None = None
     prompt_mask: Tensor | None = None
     decoding: bool = False
+    attention_mask: Tensor | None = None
 
     def update(self, **values: Tensor | None) -> None:
         """Replace every field; those not named become None. Raises ConfigError for an unknown name."""
-        names = {f.name for f in fields(self)} - {"decoding"}
+        names = {f.name for f in fields(self)} - {"decoding", "attention_mask"}
         for name in values:
             if name not in names:
                 raise ConfigError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")
@@ -87,3 +89,8 @@ class Routing:
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass: then a forward is the recomputation of a checkpointed layer."""
     return torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether a recomputation is that of a re-entrant checkpoint, which runs without saved-tensor hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None

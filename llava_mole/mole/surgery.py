@@ -1,0 +1,265 @@
+"""Expert surgery: experts out of and into plain LoRAs, more experts, fewer experts. docs/mole.md says what is exact.
+
+Every function changes Parameters, so build the optimizer afterwards.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.mole.auxiliary import find_tuner
+from llava_mole.mole.config import MoleConfig
+from llava_mole.mole.layer import MoleLinear, MoleMlp
+from llava_mole.mole.model import MoleModel
+
+_PREFIX = "base_model.model."
+
+
+def to_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    expert: int | str,
+    usage: Tensor | None = None,
+    adapter_name: str = "default",
+) -> Path:
+    """Write a plain PEFT LoRA made of the experts of `model` to `directory`.
+
+    Args:
+        model: a model with a MoLE adapter.
+        directory: receives `adapter_config.json` and `adapter_model.safetensors`.
+        expert: the number of one expert (rank r in the FFN); `uniform`, the mean of all (rank K r); `usage`, their
+            mean weighted by `usage`.
+        usage: for `usage`: share of tokens by layer and expert `[L, K]`, as `routing_load` gives it.
+        adapter_name: which adapter.
+
+    Exact: the LoRA equals the mixture whose every token is routed to `expert`, or given the weights. It only
+    approximates a mixture that routes token by token.
+
+    Raises:
+        ConfigError: no such expert or adapter, or `usage` is missing or of the wrong shape.
+    """
+    tuner, config = _adapter(model, adapter_name)
+    ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
+    weights = _expert_weights(expert, usage, len(ffns), config.num_experts)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for (name, ffn), weight_K in zip(ffns, weights, strict=True):
+        for projection in ffn.layout.projections:
+            a_NI, b_NO = _fold(ffn, adapter_name, projection, weight_K)
+            _put(tensors, f"{name}.{projection}", a_NI, b_NO)
+            ranks[f"{name.rpartition('.')[-1]}.{projection}"] = a_NI.shape[0]
+    attention_r = config.attention_r or config.r
+    for name, linear in _layers(tuner.model, MoleLinear, adapter_name):
+        pair = linear.pair(adapter_name)
+        _put(tensors, name, pair.A.detach(), pair.B.detach())
+    targets = sorted({key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in tensors})
+    lora = LoraConfig(
+        r=attention_r,
+        lora_alpha=config.scaling * attention_r,  # type: ignore[arg-type]
+        target_modules=targets,
+        rank_pattern=ranks,
+        alpha_pattern={name: config.scaling * rank for name, rank in ranks.items()},
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    out = Path(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora.save_pretrained(str(out))
+    return out
+
+
+def from_loras(
+    model: nn.Module,
+    directories: Sequence[str | os.PathLike[str]],
+    *,
+    attention: str = "mean",
+    **options: Any,
+) -> PeftModel:
+    """Put a MoLE adapter on `model` whose FFN experts are the LoRAs in `directories`, in their order.
+
+    Args:
+        model: the base model the LoRAs were trained on.
+        directories: saved PEFT LoRAs; ranks may differ (padded with zeros) and so may alpha (folded into B).
+        attention: what the shared attention LoRA becomes: the `mean` of all (rank K r), the `first`, or `none`.
+        options: further options of `MoleConfig`; `r` and `num_experts` follow from the LoRAs.
+
+    Exact: expert k's update of every FFN linear is LoRA k's. With several LoRAs the attention part is shared, so a
+    token routed to expert k sees LoRA k's FFN with the mean attention: an approximation of LoRA k. The router is new.
+
+    Raises:
+        ConfigError: an unknown choice of `attention`.
+        WeightsError: a directory holds no plain LoRA, or its tensors do not fit the model.
+    """
+    if attention not in ("mean", "first", "none"):
+        raise ConfigError(f"attention is {attention!r}; it must be mean, first or none")
+    loras = [_read_lora(Path(directory)) for directory in directories]
+    if not loras:
+        raise ConfigError("from_loras needs at least one directory")
+    r = max(pair[0].shape[0] for lora in loras for pair in lora.values())
+    count = len(loras)
+    attention_r = r * count if attention == "mean" else r
+    config = MoleConfig(**{"alpha": float(r), **options, "r": r, "attention_r": attention_r, "num_experts": count})
+    mole = get_peft_model(model, config)
+    tuner, _ = _adapter(mole, "default")
+    used: set[str] = set()
+    with torch.no_grad():
+        for name, ffn in _layers(tuner.model, MoleMlp, "default"):
+            for projection in ffn.layout.projections:
+                path = f"{name}.{projection}"
+                used.add(path)
+                a_KRI, b_KRO = ffn.experts("default").pair(projection)
+                for k, lora in enumerate(loras):
+                    if path in lora:
+                        _fill(a_KRI[k], b_KRO[k], [lora[path]], 1 / config.scaling, path)
+        for name, linear in _layers(tuner.model, MoleLinear, "default"):
+            used.add(name)
+            pair = linear.pair("default")
+            found = [lora[name] for lora in loras if name in lora]
+            if found and attention != "none":
+                chosen = found if attention == "mean" else found[:1]
+                share = 1 / count if attention == "mean" else 1.0
+                _fill(pair.A, pair.B, chosen, share / config.scaling, name)
+    lost = sorted(set().union(*loras) - used)
+    if lost:
+        raise WeightsError(f"the LoRAs adapt {lost[0]}, where this MoLE has no place; name it in attention_modules")
+    return mole
+
+
+def grow(model: nn.Module, num_experts: int, *, noise: float = 0.0, adapter_name: str = "default") -> None:
+    """Add experts up to `num_experts`, as copies of the present ones in turn.
+
+    `noise` is the standard deviation, relative to each tensor's own, of what is added to the copies' B and router
+    rows. Exact without noise for sparse top-1 gates whose weight does not depend on K: a tie goes to the first, so
+    the copy waits unused until noise or training separates them.
+
+    Raises:
+        ConfigError: fewer experts than now, or no router to grow.
+    """
+    tuner, config = _adapter(model, adapter_name)
+    if num_experts <= config.num_experts:
+        raise ConfigError(f"grow to {num_experts} experts: the adapter has {config.num_experts} already; use prune")
+    if not config.has_router:
+        raise ConfigError("grow needs an adapter with a router, so with at least two experts")
+    index = torch.arange(num_experts) % config.num_experts
+    for _, ffn in _layers(tuner.model, MoleMlp, adapter_name):
+        ffn.select_experts(adapter_name, index, first_new=config.num_experts, noise=noise)
+    config.num_experts = num_experts
+
+
+def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: str = "default") -> None:
+    """Keep the `num_experts` most used experts of each layer; `usage` is `[L, K]`, as `routing_load` gives it.
+
+    Exact for tokens whose expert stays (sparse top 1 with a weight that is constant); the others go to the best
+    remaining expert. `num_experts` must be at least 2, so that the router stays one.
+
+    Raises:
+        ConfigError: a number of experts that cannot be kept, or `usage` of the wrong shape.
+    """
+    tuner, config = _adapter(model, adapter_name)
+    ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
+    if not 2 <= num_experts < config.num_experts:
+        raise ConfigError(f"prune to {num_experts} experts: it must be 2 to {config.num_experts - 1}")
+    if usage.shape != (len(ffns), config.num_experts):
+        raise ConfigError(f"usage is {tuple(usage.shape)}; it must be [{len(ffns)}, {config.num_experts}]")
+    for (_, ffn), used_K in zip(ffns, usage, strict=True):
+        keep = used_K.argsort(descending=True, stable=True)[:num_experts].sort().values
+        ffn.select_experts(adapter_name, keep.cpu(), first_new=num_experts, noise=0.0)
+    config.num_experts = num_experts
+
+
+def _adapter(model: nn.Module, adapter_name: str) -> tuple[MoleModel, MoleConfig]:
+    tuner = find_tuner(model)
+    if tuner is None:
+        raise ConfigError(f"{type(model).__name__} has no MoLE adapter")
+    config = tuner.peft_config.get(adapter_name)
+    if not isinstance(config, MoleConfig):
+        raise ConfigError(f"no adapter {adapter_name!r}; there are {', '.join(tuner.peft_config)}")
+    return tuner, config
+
+
+def _layers(
+    model: nn.Module, kind: type[MoleMlp] | type[MoleLinear], adapter_name: str
+) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, kind) and adapter_name in module.adapter_options:
+            yield name, module
+
+
+def _expert_weights(expert: int | str, usage: Tensor | None, layers: int, num_experts: int) -> Tensor:
+    """Weights `[L, K]` of the experts in the exported LoRA."""
+    if expert == "uniform":
+        return torch.full((layers, num_experts), 1 / num_experts)
+    if expert == "usage":
+        if usage is None or usage.shape != (layers, num_experts):
+            shape = None if usage is None else tuple(usage.shape)
+            raise ConfigError(f"expert='usage' needs usage of shape [{layers}, {num_experts}], not {shape}")
+        return usage.float() / usage.float().sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_experts:
+        raise ConfigError(f"expert is {expert!r}; it must be 0 to {num_experts - 1}, 'uniform' or 'usage'")
+    return torch.nn.functional.one_hot(torch.full((layers,), expert), num_experts).float()
+
+
+def _fold(ffn: MoleMlp, adapter_name: str, projection: str, weight_K: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts with a weight below each other, the weight in B: `[N, I]`, `[N, O]`; the shared expert last."""
+    experts = ffn.experts(adapter_name)
+    a_KRI, b_KRO = (t.detach() for t in experts.pair(projection))
+    parts = [(a_KRI[k], b_KRO[k] * w) for k, w in enumerate(weight_K.tolist()) if w > 0]
+    if experts.shared_r:
+        a, b = experts.shared_pair(projection)
+        parts.append((a.detach(), b.detach()))
+    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
+
+
+def _put(tensors: dict[str, Tensor], name: str, a_RI: Tensor, b_RO: Tensor) -> None:
+    tensors[f"{_PREFIX}{name}.lora_A.weight"] = a_RI.cpu().contiguous()
+    tensors[f"{_PREFIX}{name}.lora_B.weight"] = b_RO.T.cpu().contiguous()
+
+
+def _read_lora(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module path -> (A `[r, I]`, B `[r, O]` with alpha / r folded in) of a saved PEFT LoRA."""
+    files = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    for file in files:
+        if not file.is_file():
+            raise WeightsError(f"{file} does not exist; from_loras reads directories that PEFT saved a LoRA in")
+    raw = json.loads(files[0].read_text(encoding="utf-8"))
+    if raw.get("peft_type") != "LORA" or raw.get("use_dora"):
+        raise WeightsError(
+            f"{files[0]} is no plain LoRA (peft_type {raw.get('peft_type')}, DoRA {raw.get('use_dora')})"
+        )
+    tensors = load_file(files[1])
+    pairs = {}
+    for key, a in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        path = key.removesuffix(".lora_A.weight")
+        b = tensors[f"{path}.lora_B.weight"]
+        path = path.removeprefix(_PREFIX)
+        alpha = _pattern(raw.get("alpha_pattern") or {}, path, raw["lora_alpha"])
+        rank = a.shape[0]
+        pairs[path] = (a, b.T * (alpha / (rank**0.5 if raw.get("use_rslora") else rank)))
+    return pairs
+
+
+def _pattern(patterns: dict[str, float], path: str, default: float) -> float:
+    return next((v for name, v in patterns.items() if path == name or path.endswith(f".{name}")), default)
+
+
+def _fill(a_RI: Tensor, b_RO: Tensor, pairs: list[tuple[Tensor, Tensor]], factor: float, where: str) -> None:
+    """Write LoRA pairs below each other into A and B; rows left over keep A and get B = 0, so they add nothing."""
+    a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+    if a.shape[1] != a_RI.shape[1] or b.shape[1] != b_RO.shape[1] or a.shape[0] > a_RI.shape[0]:
+        raise WeightsError(f"{where}: the LoRA is {tuple(a.shape)} and {tuple(b.shape)}, which does not fit the model")
+    b_RO.zero_()
+    a_RI[: a.shape[0]].copy_(a)
+    b_RO[: b.shape[0]].copy_(b * factor)

@@ -1,0 +1,95 @@
+"""Time of one training step (forward and backward) of one Vicuna-7B decoder layer with MoLE, against plain LoRA.
+
+Measured: seconds of each variant, interleaved, and the ratio to PEFT's LoRA of the same rank on the same layer.
+`frozen` has no adapter at all. `loop` computes every expert for every token, one after the other; `stacked` is the
+dense mixture that stacks the K full outputs, as the authors' code does. Steps of ours include the balance loss.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mole_common as common
+
+
+class StackedMlp(nn.Module):
+    """Softmax mixture of K LoRA experts whose full outputs are stacked: `[T, K, out]` in every projection."""
+
+    def __init__(self, base: nn.Module, num_experts: int, r: int) -> None:
+        super().__init__()
+        self.base = base
+        like = {"device": base.gate_proj.weight.device, "dtype": base.gate_proj.weight.dtype}
+        self.router = nn.Linear(base.gate_proj.in_features, num_experts, **like)
+        self.experts = nn.ModuleDict()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(base, name)
+            pairs = (
+                nn.Sequential(
+                    nn.Linear(linear.in_features, r, bias=False, **like),
+                    nn.Linear(r, linear.out_features, bias=False, **like),
+                )
+                for _ in range(num_experts)
+            )
+            self.experts[name] = nn.ModuleList(pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.softmax(self.router(x), dim=-1)
+
+        def project(name: str, value: Tensor) -> Tensor:
+            outputs = torch.stack([expert(value) for expert in self.experts[name]], dim=-2)
+            return getattr(self.base, name)(value) + 2 * (outputs * weight.unsqueeze(-1)).sum(dim=-2)
+
+        return project("down_proj", self.base.act_fn(project("gate_proj", x)) * project("up_proj", x))
+
+
+def stacked_dense(base: nn.Module, num_experts: int, r: int) -> nn.Module:
+    """Plain LoRA on attention (PEFT's), stacked dense experts in the FFN."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=common.LORA_TARGETS[:4])
+    model = get_peft_model(common.share(base), config, autocast_adapter_dtype=False)
+    for layer in model.base_model.model.layers:
+        layer.mlp = StackedMlp(layer.mlp, num_experts, r)
+    return model
+
+
+def main() -> None:
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", help="sequence lengths, one sample each")
+    parser.add_argument("--experts", type=int, nargs="+", help="values of K")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--width", type=int, help="hidden size; the FFN is 2.6875 times as wide")
+    parser.add_argument("--backends", nargs="+", default=["auto"], help="auto, masked, grouped, gather, loop")
+    parser.add_argument("--no-dense", action="store_true", help="leave the dense variants out")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    width = args.width or (512 if args.quick else 4096)
+    tokens = args.tokens or ([128] if args.quick else [256, 1024])
+    experts = args.experts or ([1, 3] if args.quick else [1, 2, 3, 5, 8, 16])
+    repeats = args.repeats or (3 if args.quick else 7)
+    base = common.decoder(width, width * 43 // 16, max(1, width // 128), args.device)
+    rows: list[dict[str, Any]] = []
+    for length in tokens:
+        x = torch.randn(1, length, width, device=args.device, dtype=common.precision(args.device)).requires_grad_()
+        models: dict[str, nn.Module] = {"frozen": common.share(base), "plain_lora": common.plain_lora(base, args.rank)}
+        for count in experts:
+            for backend in args.backends:
+                models[f"mole K={count} {backend}"] = common.mole(base, r=args.rank, num_experts=count, backend=backend)
+        if not args.no_dense:
+            models["mole K=3 loop"] = common.mole(base, r=args.rank, num_experts=3, backend="loop")
+            models["dense K=3 ours"] = common.mole(base, r=args.rank, num_experts=3, mode="dense")
+            models["dense K=3 stacked"] = stacked_dense(base, 3, args.rank)
+        steps = {name: common.training_step(model, x) for name, model in models.items()}
+        times = common.interleave(steps, repeats, args.device)
+        rows += common.summary(times, "plain_lora", tokens=length, width=width, rank=args.rank)
+    common.report("Training step of one decoder layer (measured)", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
