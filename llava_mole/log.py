@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 
 class _RankFilter(logging.Filter):
@@ -27,7 +28,8 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's log lines to stderr. Called by entry points, never at import."""
+    """Send the package's log lines to stderr and quieten libraries. Called by entry points, never at import."""
+    _quieten_libraries()
     root = logging.getLogger("llava_mole")
     root.setLevel(level)
     root.propagate = False
@@ -36,3 +38,15 @@ def setup_logging(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         handler.addFilter(_RankFilter())
         root.addHandler(handler)
+
+
+def _quieten_libraries() -> None:
+    """Keep messages that no user can act on off the screen."""
+    import torch
+
+    # PEFT and transformers call each other's renamed methods; both names work.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -85,7 +85,7 @@ class Trainer:
         bar = tqdm(total=self.total_steps, initial=first, disable=None if main else True, unit="step", desc=name)
         for step in range(first, self.total_steps):
             started = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(self.runtime.accumulation)]
+            micro_batches = [_next(batches) for _ in range(self.runtime.accumulation)]
             waited = time.perf_counter() - started
             rates = set_learning_rates(self.optimizer, step, self.total_steps, train)
             stats = self._step(step, micro_batches)
@@ -237,6 +237,15 @@ class Trainer:
         size = self.config.train.global_batch_size
         if sum(map(len, shards)) != size or union != set(range(step * size, (step + 1) * size)):
             raise RuntimeError(f"the ranks' samples of step {step + 1} are no partition of the step's {size} samples")
+
+
+def _next(batches: Iterator[dict]) -> dict:
+    """The next micro-batch. A loader process wraps an error in its own traceback; only its message is kept."""
+    try:
+        return next(batches)
+    except UserError as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
 
 
 def _to_device(batch: dict, device: torch.device) -> dict:
