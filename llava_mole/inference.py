@@ -17,7 +17,7 @@ import torch
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template, place_image_first, render
-from llava_mole.data.images import load_image
+from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
 from llava_mole.decoding import AnswerDecoder, Decoding, RowStop
 from llava_mole.errors import ConfigError, DataError
@@ -231,8 +231,9 @@ class Predictor:
         """New ids of every row, cut at the row's own limit."""
         limits = [min(decoding.max_new_tokens, self.loaded.context_length - length) for length in batch.lengths]
         criterion = criterion or RowStop(answer, limits)
+        language_model: Any = self.loaded.model.language_model
         with torch.inference_mode(), self.routing_inputs(batch, copies=decoding.num_beams):
-            new_ids = self.loaded.model.language_model.generate(
+            new_ids = language_model.generate(
                 inputs_embeds=self.embed(batch),
                 attention_mask=batch.attention_mask,
                 generation_config=decoding.generation_config(
@@ -293,8 +294,7 @@ class _QueueStreamer:
 
 def _open(image: ImageLike) -> "Image":
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image).resolve()
-        return load_image(path.name, path.parent)
+        return open_image(image)
     assert image is not None
     return image.convert("RGB")
 
@@ -304,7 +304,8 @@ def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:
 
     A special token such as `<|im_end|>` never shows up in decoded text, so it has to be recognised by its id.
     """
-    configured = loaded.model.causal_lm.generation_config.eos_token_id
+    causal_lm: Any = loaded.model.causal_lm
+    configured = causal_lm.generation_config.eos_token_id
     ids = [loaded.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     marker, _ = loaded.tokenizer.encode_with_offsets(stop)
     if len(marker) == 1:

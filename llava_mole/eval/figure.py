@@ -37,7 +37,8 @@ def draw_accuracies(report: Mapping[str, Any], path: Path) -> bool:
         axes.bar(centres, heights, width * 0.92, yerr=errors, capsize=3, label=name)
     for d, domain in enumerate(domains):
         level = 100 * report["domains"][domain]["majority"]["accuracy"]
-        axes.hlines(level, d - 0.45, d + 0.45, colors="black", linestyles="dashed", label=None if d else "majority")
+        label = "_majority" if d else "majority"  # a leading underscore keeps repetitions out of the legend
+        axes.hlines(level, d - 0.45, d + 0.45, colors="black", linestyles="dashed", label=label)
     axes.set_xticks(range(len(domains)), domains)
     axes.set_ylabel("accuracy in percent, 95% interval")
     axes.set_ylim(0, 100)

@@ -146,10 +146,17 @@ def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[
 
 
 def check_images(questions: Sequence[Question], folder: Path) -> None:
-    """Raise DataError that names the first question whose image file is absent."""
-    for question in questions:
-        if question.image is not None and not (folder / question.image).is_file():
-            raise DataError(f"{question.where}: image {question.image!r} does not exist in {folder}")
+    """Raise DataError that names the first question whose image is no file inside `folder`."""
+    from llava_mole.data.images import resolve_image
+
+    with_image = [question for question in questions if question.image is not None]
+    if with_image and not folder.is_dir():
+        raise DataError(f"--image-folder {folder} is no directory; {with_image[0].where} needs an image from it")
+    for question in with_image:
+        try:
+            resolve_image(question.image or "", folder)
+        except DataError as error:
+            raise DataError(f"{question.where}: {error}") from None
 
 
 def windows(

@@ -211,10 +211,11 @@ def _format_routing(name: str, shares: Mapping[str, Any]) -> str:
             rows.append((domain, modality, *(f"{100 * value:.1f}%" for value in values)))
     spread = shares["largest_spread"]
     text = ", ".join(f"{domain} {100 * value:.1f}%" for domain, value in spread["shares"].items())
-    return (
-        f"Share of prompt tokens per expert of {name}, mean over layers\n{format_table(rows)}\n"
-        f"largest difference between domains: layer {spread['layer'] + 1}, expert {spread['expert'] + 1}: {text}"
-    )
+    table = f"Share of prompt tokens per expert of {name}, mean over layers\n{format_table(rows)}"
+    if len(mean) < 2:
+        return table
+    cell = f"layer {spread['layer'] + 1}, expert {spread['expert'] + 1}"
+    return f"{table}\nlargest difference between domains: {cell}: {text}"
 
 
 def _format_chat(report: Mapping[str, Any]) -> str:
@@ -258,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     drawn = draw_accuracies(report, out / "accuracy.png")
     print(text)
-    print(f"report: {out / 'report.txt'}, {out / 'report.json'}" + (f", {out / 'accuracy.png'}" if drawn else ""))
+    print(f"\nreport: {out / 'report.txt'}, {out / 'report.json'}" + (f", {out / 'accuracy.png'}" if drawn else ""))
     return 0
 
 

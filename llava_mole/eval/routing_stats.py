@@ -39,11 +39,10 @@ class RoutingStats:
         from llava_mole.mole import collect_routing, routing_load
 
         model = self._predictor.loaded.model
+        causal_lm: Any = model.causal_lm
         with torch.inference_mode(), self._predictor.routing_inputs(batch):
             inputs_BLD = self._predictor.embed(batch)
-            model.causal_lm.get_decoder()(
-                inputs_embeds=inputs_BLD, attention_mask=batch.attention_mask, use_cache=False
-            )
+            causal_lm.get_decoder()(inputs_embeds=inputs_BLD, attention_mask=batch.attention_mask, use_cache=False)
             routing = collect_routing(model.language_model)
             is_image_BL = batch.input_ids == IMAGE_TOKEN_INDEX
             for domain in dict.fromkeys(domains):

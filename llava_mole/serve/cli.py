@@ -9,7 +9,6 @@ The image belongs to the first turn. An empty line, Ctrl-D or Ctrl-C ends the ch
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_mole.decoding import Decoding
@@ -41,10 +40,9 @@ def read_image(name: str):
     """The image as RGB. Raises DataError for an address on the network or a file that is no image."""
     if "://" in name:
         raise DataError(f"--image-file {name}: addresses are not opened; download the image and give its path")
-    from llava_mole.data.images import load_image
+    from llava_mole.data.images import open_image
 
-    path = Path(name).resolve()
-    return load_image(path.name, path.parent)
+    return open_image(name)
 
 
 def questions_from(prompts: Sequence[str] | None) -> Iterator[str]:

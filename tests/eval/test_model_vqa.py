@@ -118,7 +118,7 @@ def test_partial_answers_of_other_settings_are_refused(
     [
         (["--model-path", "no/such/run"], "no/such/run does not exist"),
         (["--question-file", "no.jsonl"], "no.jsonl: no such file"),
-        (["--image-folder", "/nowhere"], "image 'images/0.png' does not exist in /nowhere"),
+        (["--image-folder", "/nowhere"], "--image-folder /nowhere is no directory"),
         (["--conv-mode", "nope"], "template 'nope' does not exist"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["--num-chunks", "2", "--chunk-idx", "2"], "--chunk-idx is 2"),

@@ -64,8 +64,13 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         read_questions([str(tmp_path / "nowhere.jsonl")])
     questions = read_questions([write(tmp_path / "q.jsonl", {"question_id": 1, "text": "a", "image": "no.png"})])
-    with pytest.raises(DataError, match=r"q\.jsonl:1: image 'no\.png' does not exist"):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: image 'no\.png' is no file in the image folder"):
         check_images(questions, tmp_path)
+    with pytest.raises(DataError, match=r"--image-folder .*nowhere is no directory; .*q\.jsonl:1 needs an image"):
+        check_images(questions, tmp_path / "nowhere")
+    outside = read_questions([write(tmp_path / "q.jsonl", {"question_id": 1, "text": "a", "image": "../q.jsonl"})])
+    with pytest.raises(DataError, match=r"q\.jsonl:1: image path '\.\./q\.jsonl' must be relative"):
+        check_images(outside, tmp_path)
 
 
 def test_chunks_partition_any_number_of_items() -> None:
