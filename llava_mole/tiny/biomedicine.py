@@ -79,12 +79,8 @@ def findings(m: Measurement) -> dict[str, str]:
         "dab_half": grade(m.dab, ("no", 0, 0.42), ("yes", 0.58, 1)),
         "dab_area": grade(m.dab, ("small", 0.05, 0.25), ("medium", 0.37, 0.63), ("large", 0.75, 1)),
         "dab_where": QUADRANTS[m.quadrants.index(order[-1])] if order[-1] - order[-2] >= 0.15 else None,
-        "left_browner": grade(
-            upper_left + lower_left - upper_right - lower_right, ("no", -2, -0.3), ("yes", 0.3, 2)
-        ),
-        "upper_browner": grade(
-            upper_left + upper_right - lower_left - lower_right, ("no", -2, -0.3), ("yes", 0.3, 2)
-        ),
+        "left_browner": grade(upper_left + lower_left - upper_right - lower_right, ("no", -2, -0.3), ("yes", 0.3, 2)),
+        "upper_browner": grade(upper_left + upper_right - lower_left - lower_right, ("no", -2, -0.3), ("yes", 0.3, 2)),
         "nuclei": grade(m.nuclei, ("low", 0, 0.045), ("medium", 0.075, 0.12), ("high", 0.16, 1)),
         "nuclei_visible": grade(m.nuclei, ("no", 0, 0.02), ("yes", 0.08, 1)),
         "stain": grade(m.dab - m.nuclei, ("hematoxylin", -1, -0.06), ("DAB", 0.12, 1)),

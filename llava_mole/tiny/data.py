@@ -19,10 +19,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tqdm import tqdm
-
 from llava_mole.errors import DataError, command
 from llava_mole.tiny import biomedicine, document, general
+from llava_mole.tiny.progress import progress
 from llava_mole.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
 
 FORMAT = 1
@@ -30,25 +29,22 @@ FORMAT = 1
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
 MAX_TURNS = 6
 """Questions in one training record; they share the image and the system prompt."""
+MOST_TEST_IMAGES = 1000
+"""Images drawn for a test split at most (easy-VQA has as many); those without a chosen question are not written."""
 PACKAGES = ("easy-vqa", "scikit-image", "numpy", "pillow")
 
 
 def domain_samples(domain: str, split: str, count: int, seed: int) -> tuple[list[Sample], dict[str, Path]]:
     """At most `count` samples of a domain's split, and the original files of those that are copied, by name."""
     if domain == "general":
-        samples, files = general.load(split)
-        return samples[:count], files
+        return general.load(split, count)
     rng = Random(f"{seed}-{domain}-{split}")
     if domain == "biomedicine":
         return biomedicine.generate(count, split, rng), {}
     taken: set[bytes] = set()
-    if split == "train":  # the test split is drawn first, so that its size decides nothing about it
-        document.generate(TEST_IMAGES, Random(f"{seed}-{domain}-test"), taken)
+    if split == "train":  # no picture that any test split of this seed has
+        document.generate(MOST_TEST_IMAGES, Random(f"{seed}-{domain}-test"), taken)
     return document.generate(count, rng, taken), {}
-
-
-TEST_IMAGES = 1000
-"""Images drawn for a test split; those without a chosen question are not written."""
 
 
 def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> list[dict[str, Any]]:
@@ -101,7 +97,7 @@ def write_split(
         (folder / "test_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(folder / f"{split}.json", records)
     captions = []
-    for index in tqdm(used, desc=f"{domain} {split}", unit="image", leave=False, disable=None):
+    for index in progress(used, f"{domain} {split}", "image"):
         sample = samples[index]
         path = image_path(domain, split, sample.name)
         if sample.name in files:
@@ -146,7 +142,8 @@ def write(out: Path, train_per_domain: int, test_per_domain: int, seed: int) -> 
     counts: dict[str, Any] = {}
     captions: list[dict[str, Any]] = []
     for domain in DOMAINS:
-        for split, count in (("train", train_per_domain), ("test", TEST_IMAGES)):
+        test_images = min(MOST_TEST_IMAGES, test_per_domain + 200)
+        for split, count in (("train", train_per_domain), ("test", test_images)):
             samples, files = domain_samples(domain, split, count, seed)
             counts[f"{domain}/{split}"], described = write_split(
                 out, domain, split, samples, files, seed, test_per_domain

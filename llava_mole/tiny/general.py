@@ -27,8 +27,8 @@ COLOURS = {
 SHAPES = ("circle", "rectangle", "triangle")
 
 
-def load(split: str) -> tuple[list[Sample], dict[str, Path]]:
-    """All images of easy-VQA's `train` (4,000) or `test` (1,000) split in a fixed shuffled order.
+def load(split: str, count: int) -> tuple[list[Sample], dict[str, Path]]:
+    """The first `count` images of easy-VQA's `train` (4,000) or `test` (1,000) split in a fixed shuffled order.
 
     Returns:
         The samples, and the original file of each sample's name.
@@ -52,7 +52,7 @@ def load(split: str) -> tuple[list[Sample], dict[str, Path]]:
     samples, files = [], {}
     paths = sorted(read_paths().items())
     Random(f"easy-vqa-{split}").shuffle(paths)
-    for image_id, path in paths:
+    for image_id, path in paths[:count]:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         shape, colour, place = measure(image)

@@ -1,0 +1,137 @@
+"""`python -m llava_mole.tiny.build --out llava_mole/tiny/assets`: build the small pre-trained models.
+
+Three stages, each of which can run alone once the ones before it have run: `tokenizer`, `tower`, `language_model`.
+The same seed, package versions and number of threads give the same files. Nothing is read but easy-VQA's and
+scikit-image's installed files.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from llava_mole.errors import ConfigError, WeightsError, command
+
+STAGES = ("tokenizer", "tower", "language_model")
+PACKAGES = ("torch", "transformers", "tokenizers", "open_clip_torch", "easy-vqa", "scikit-image", "numpy", "pillow")
+BUILT_FILES = (
+    "vision_tower/config.json",
+    "vision_tower/model.safetensors",
+    "language_model/config.json",
+    "language_model/generation_config.json",
+    "language_model/model.safetensors",
+    "language_model/tokenizer.json",
+    "language_model/tokenizer_config.json",
+)
+MANIFEST = "manifest.json"
+
+
+def build_tokenizer(out: Path, seed: int, quick: bool) -> dict[str, float]:
+    """Train and save the tokenizer. Returns measurements."""
+    from llava_mole.tiny import language, tokenizer, tower
+
+    started = time.perf_counter()
+    samples = tower.training_samples(100 if quick else 1000, seed)
+    Random(seed).shuffle(samples)
+    trained = tokenizer.train(tokenizer.training_lines(samples, 500 if quick else 8000, seed))
+    tokenizer.save(trained, out / "language_model", language.CONTEXT_LENGTH)
+    return {"vocabulary": trained.get_vocab_size(), "seconds": time.perf_counter() - started}
+
+
+def load_tokenizer(out: Path) -> Any:
+    """The tokenizer of an earlier stage. Raises WeightsError where it is missing."""
+    from transformers import AutoTokenizer
+
+    from llava_mole.data.tokenization import HFTextTokenizer
+
+    if not (out / "language_model" / "tokenizer.json").is_file():
+        raise WeightsError(f"{out}/language_model/tokenizer.json does not exist; run the stage `tokenizer` first")
+    return HFTextTokenizer(AutoTokenizer.from_pretrained(out / "language_model"))
+
+
+def build_tower(out: Path, seed: int, quick: bool) -> dict[str, float]:
+    """Train and save the vision tower. Returns measurements."""
+    from llava_mole.tiny import tower
+
+    tokenizer = load_tokenizer(out)
+    recipe = tower.QUICK if quick else tower.Recipe()
+    state, measured = tower.train(lambda text: tokenizer.encode_with_offsets(text)[0], recipe, seed)
+    tower.save(state, out / "vision_tower")
+    return measured
+
+
+def build_language_model(out: Path, seed: int, quick: bool) -> dict[str, float]:
+    """Train and save the language model. Returns measurements."""
+    from llava_mole.tiny import language
+
+    recipe = language.QUICK if quick else language.Recipe()
+    model, measured = language.train(load_tokenizer(out), recipe, seed)
+    language.save(model, out / "language_model")
+    return measured
+
+
+BUILDERS = {"tokenizer": build_tokenizer, "tower": build_tower, "language_model": build_language_model}
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool = False, threads: int = 2) -> None:
+    """Run `stages` in order and bring `manifest.json` up to date. `quick` builds untrained-sized models in seconds."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    measured = manifest.get("measured", {})
+    for stage in stages:
+        print(f"building {stage} ...", flush=True)
+        numbers = BUILDERS[stage](out, seed, quick)
+        measured[stage] = {key: round(value, 4) for key, value in numbers.items()}
+        print(f"  {measured[stage]}", flush=True)
+    manifest = {
+        "command": "python -m llava_mole.tiny.build" + (" --quick" if quick else "") + f" --seed {seed}",
+        "seed": seed,
+        "threads": threads,
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "measured": measured,
+        "sha256": {name: sha256(out / name) for name in BUILT_FILES if (out / name).is_file()},
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m llava_mole.tiny.build", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("llava_mole/tiny/assets"), help="folder (%(default)s)")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which, comma-separated (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a reduced run of every stage, for tests")
+    parser.add_argument("--seed", type=int, default=0, help="decides everything (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    given = parser.parse_args(arguments)
+    stages = given.stages.split(",")
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise ConfigError(f"--stages {given.stages}: no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    build(given.out, stages, given.seed, given.quick, given.threads)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The small language model: a Llama, pre-trained on generated text.
+
+The text (`text_grids`, `text_scenes`) gives the skills of reading: look up, copy, compare, count, describe, answer in
+the `vicuna_v1` format. Nothing in it comes from an image.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_mole.conversation import Turn, get_template, render
+from llava_mole.data.tokenization import HFTextTokenizer, encode
+from llava_mole.tiny.progress import progress
+from llava_mole.tiny.text_grids import grid_item
+from llava_mole.tiny.text_items import Item
+from llava_mole.tiny.text_scenes import scene_item
+
+CONTEXT_LENGTH = 512
+ARCHITECTURE = {
+    "hidden_size": 160,
+    "intermediate_size": 432,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT_LENGTH,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONTEXT_WEIGHT = 0.1
+"""Weight in the loss of a token that is read; what is answered weighs 1."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Size of the training run."""
+
+    items: int = 60000
+    steps: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 60
+    noise: float = 0.1
+    """Deviation of the noise on input embeddings, as a share of the embeddings' own (as in NEFTune)."""
+
+
+QUICK = Recipe(items=64, steps=4, batch_size=16, warmup_steps=2)
+
+
+def pretraining_item(rng: Random) -> Item:
+    """One piece of pre-training text."""
+    return grid_item(rng) if rng.random() < 0.75 else scene_item(rng)
+
+
+def to_tokens(item: Item, tokenizer: HFTextTokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of an item, in exactly the layout that training with an image has.
+
+    What is read takes the place of the image's tokens, one piece a word where the vocabulary has the word.
+    """
+    plain = not item.turns[0][0]
+    turns = []
+    for number, (question, answer) in enumerate(item.turns):
+        marker = DEFAULT_IMAGE_TOKEN + "\n" if number == 0 and item.reading else ""
+        turns += [Turn("user", marker + question), Turn("assistant", answer)]
+    rendered = render(get_template("plain" if plain else "vicuna_v1"), turns)
+    encoded = encode(rendered, tokenizer, num_image_tokens=1, max_length=None)
+    ids, labels = encoded.input_ids, encoded.labels
+    if item.reading:
+        reading, _ = tokenizer.encode_with_offsets(" ".join(item.reading))
+        # a digit's space piece is left out, so that one cell of a grid is one token
+        space = tokenizer.hf.convert_tokens_to_ids("\u2581")
+        reading = [token for token in reading if token != space]
+        where = ids.index(IMAGE_TOKEN_INDEX)
+        ids[where : where + 1] = reading
+        labels[where : where + 1] = [IGNORE_INDEX] * len(reading)
+    return ids, labels
+
+
+def batches(
+    encoded: list[tuple[list[int], list[int], str]], batch_size: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+    """Endless batches of items of similar length: ids int64 `[B, L]` (0 where padded), labels, skills."""
+    order = Random(f"{seed}-batches")
+    while True:
+        keyed = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]) + order.uniform(-4, 4), index))
+        groups = [keyed[start : start + batch_size] for start in range(0, len(keyed) - batch_size + 1, batch_size)]
+        order.shuffle(groups)
+        for group in groups:
+            longest = max(len(encoded[index][0]) for index in group)
+            ids = torch.zeros(len(group), longest, dtype=torch.long)
+            labels = torch.full((len(group), longest), IGNORE_INDEX)
+            for row, index in enumerate(group):
+                ids[row, : len(encoded[index][0])] = torch.tensor(encoded[index][0])
+                labels[row, : len(encoded[index][1])] = torch.tensor(encoded[index][1])
+            yield ids, labels, [encoded[index][2] for index in group]
+
+
+def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, dict[str, float]]:
+    """Pre-train. Returns the `LlamaForCausalLM` and measurements (loss, token accuracy per skill, seconds)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    started = time.perf_counter()
+    rng = Random(f"{seed}-language")
+    encoded = []
+    for _ in progress(range(recipe.items), "text", "item"):
+        item = pretraining_item(rng)
+        encoded.append((*to_tokens(item, tokenizer), item.skill))
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer.hf), **ARCHITECTURE))
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    source = batches(encoded, recipe.batch_size, seed)
+    bar = progress(range(recipe.steps), "language model", "step")
+    average, right, seen = 0.0, defaultdict(float), defaultdict(int)
+    model.train()
+    for step in bar:
+        scale = min(1.0, (step + 1) / recipe.warmup_steps) * (
+            0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * scale
+        ids, labels, skills = next(source)
+        embeddings = model.get_input_embeddings()(ids)
+        embeddings = embeddings + torch.randn_like(embeddings) * embeddings.detach().std() * recipe.noise
+        # no attention mask: padding stands on the right, where a causal model does not see it
+        logits = model(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
+        inside = ids[:, 1:] != 0  # generated text holds no <unk>
+        target, answered = ids[:, 1:], labels[:, 1:] != IGNORE_INDEX
+        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        weight = answered.float() + CONTEXT_WEIGHT * (inside & ~answered).float()
+        loss = (losses * weight).sum() / answered.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        answer_loss = losses.detach()[answered].mean().item()
+        average = answer_loss if step == 0 else 0.95 * average + 0.05 * answer_loss
+        if step >= recipe.steps * 0.9:
+            hit = ((logits.argmax(-1) == target) & answered).sum(1) / answered.sum(1)
+            for skill, share in zip(skills, hit.tolist(), strict=True):
+                right[skill] += share
+                seen[skill] += 1
+        bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
+    measured = {"answer_loss": average, "seconds": time.perf_counter() - started}
+    measured |= {f"token_accuracy/{skill}": right[skill] / seen[skill] for skill in sorted(seen)}
+    model.eval()
+    return model, measured
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the model in float16 safetensors, as `LlamaForCausalLM.from_pretrained` reads it."""
+    import copy
+
+    copy.deepcopy(model).half().save_pretrained(folder)

@@ -1,0 +1,235 @@
+"""Reading skills: a 4 x 4 grid of words, as a page would be typed out, then a description of it or questions.
+
+The grids are text and only text: a chart typed in words, a table, a shape, an area in two or three words. What they
+teach is where things stand, how to copy, compare and count. No picture is involved.
+"""
+
+from random import Random
+
+from llava_mole.tiny.text_items import (
+    BLANK,
+    COLOURS,
+    DIGITS,
+    NAMES,
+    ORDINALS,
+    QUADRANTS,
+    SHAPES,
+    THINGS,
+    TITLES,
+    Item,
+    dialogue,
+    either,
+    yes_no,
+)
+
+SIDE = 4
+PLACES = (("upper left", "upper", "upper right"), ("left", "center", "right"), ("lower left", "lower", "lower right"))
+
+
+def grid_item(rng: Random, describe: float = 0.45) -> Item:
+    """A random grid; with probability `describe` followed by its description, else by questions."""
+    cells, caption, questions, skill = rng.choices(
+        (chart_grid, table_grid, shape_grid, area_grid, word_grid), weights=(4, 4, 4, 4, 1)
+    )[0](rng)
+    reading = [word for row in cells for word in row]
+    if caption and rng.random() < describe:
+        return Item(f"{skill} description", tuple(reading), (("", caption),))
+    return dialogue(f"{skill} questions", reading, questions, rng)
+
+
+Grid = tuple[list[list[str]], str, list[tuple[str, str]], str]
+
+
+def blank() -> list[list[str]]:
+    """An empty grid."""
+    return [[BLANK] * SIDE for _ in range(SIDE)]
+
+
+def chart_grid(rng: Random) -> Grid:
+    """Two or three columns: a value, colour words under it, a name in the last row."""
+    cells = blank()
+    count = rng.choice((2, 3))
+    names, values = rng.sample(NAMES, count), rng.sample(DIGITS, count)
+    colours = rng.sample(COLOURS, count)
+    columns = {2: ((0, 1), (2, 3)), 3: ((0,), (1, 2), (3,))}[count]
+    for name, value, colour, where in zip(names, values, colours, columns, strict=True):
+        top = 2 - (int(value) + 1) // 4
+        cells[top][rng.choice(where)] = value
+        for row in range(top + 1, 3):
+            for column in where:
+                cells[row][column] = colour
+        cells[3][rng.choice(where)] = name
+        if top == 2:  # no room for a colour below the value
+            cells[2][where[0]], cells[1][where[0]] = colour, value
+    return cells, chart_text(names, values, colours, rng), chart_questions(names, values, colours, rng), "chart"
+
+
+def chart_text(names: list[str], values: list[str], colours: list[str], rng: Random) -> str:
+    """A chart in one sentence."""
+    bars = [f"{name} {value} in {colour}" for name, value, colour in zip(names, values, colours, strict=True)]
+    listed = ", ".join(bars[:-1]) + " and " + bars[-1]
+    count = {2: "two", 3: "three"}[len(bars)]
+    return rng.choice((f"A chart with {count} bars: {listed}.", f"A bar chart: {listed}."))
+
+
+def chart_questions(names: list[str], values: list[str], colours: list[str], rng: Random) -> list[tuple[str, str]]:
+    """Look-ups and comparisons about bars from left to right."""
+    out = value_questions(names, values, rng)
+    for name, colour in zip(names, colours, strict=True):
+        out.append((rng.choice((f"Which color has {name}?", f"{name} is drawn in what color?")), colour))
+        out.append((rng.choice((f"Who is {colour}?", f"Which bar is {colour}?")), name))
+    taller = int(values[0]) > int(values[-1])
+    out += [(rng.choice(("Is the left one taller than the right one?", "Is the left bar higher?")), yes_no(taller))] * 2
+    out += [(rng.choice(("Is the right one taller?", "Is the right bar larger?")), yes_no(not taller))]
+    guess = rng.choice(("two", "three"))
+    out.append((f"Do you see {guess} bars?", yes_no({2: "two", 3: "three"}[len(names)] == guess)))
+    return out
+
+
+def value_questions(names: list[str], values: list[str], rng: Random) -> list[tuple[str, str]]:
+    """Look-ups both ways, the extremes, and whether a name is there."""
+    out = []
+    for name, value in zip(names, values, strict=True):
+        out.append(
+            (rng.choice((f"How much has {name}?", f"What number belongs to {name}?", f"Value of {name}?")), value)
+        )
+        out.append((rng.choice((f"Who has {value}?", f"Which one is at {value}?", f"Name with value {value}?")), name))
+    order = sorted(zip(values, names, strict=True))
+    out += [(rng.choice(("Who has the most?", "Name with the highest number?", "Which is highest?")), order[-1][1])] * 2
+    out += [(rng.choice(("Who has the least?", "Name with the lowest number?", "Which is lowest?")), order[0][1])] * 2
+    first, second = rng.sample(range(len(names)), 2)
+    more = int(values[first]) > int(values[second])
+    out.append((f"Has {names[first]} more than {names[second]}?", yes_no(more)))
+    asked = either(rng, names, NAMES)
+    out.append((f"Is {asked} listed?", yes_no(asked in names)))
+    return out
+
+
+def table_grid(rng: Random) -> Grid:
+    """A heading, then three rows of a name and a number."""
+    cells = blank()
+    names, values, title = rng.sample(NAMES, 3), rng.sample(DIGITS, 3), rng.choice(TITLES)
+    cells[0][rng.choice((0, 1))] = title
+    if rng.random() < 0.5:
+        cells[0][2] = title
+    for row in range(3):
+        cells[row + 1][0] = names[row]
+        if rng.random() < 0.5:
+            cells[row + 1][1] = names[row]
+        cells[row + 1][rng.choice((2, 3))] = values[row]
+    listed = f"{names[0]} {values[0]}, {names[1]} {values[1]} and {names[2]} {values[2]}"
+    caption = rng.choice((f"A table of the {title}: {listed}.", f"The table shows the {title} of {listed}."))
+    questions = value_questions(names, values, rng)
+    for row in range(3):
+        questions.append((rng.choice((f"Who is {ORDINALS[row]}?", f"Name in row {row + 1}?")), names[row]))
+    larger = int(values[0]) > int(values[2])
+    questions += [(rng.choice(("Is the first number larger?", "Is the first one above the last one?")), yes_no(larger))]
+    questions += [(rng.choice(("What is it about?", "What is listed?", "Title of the table?")), title)] * 2
+    return cells, caption, questions, "table"
+
+
+def shape_grid(rng: Random) -> Grid:
+    """A shape that covers one to six cells, each of which reads its colour or its name."""
+    cells = blank()
+    shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
+    height, width = rng.choice(((1, 2), (2, 1), (2, 2), (2, 3), (3, 2)))
+    top, left = rng.randint(0, SIDE - height), rng.randint(0, SIDE - width)
+    covered = [(top + row, left + column) for row in range(height) for column in range(width)]
+    words = [colour, shape] + [rng.choice((colour, shape, BLANK)) for _ in covered[2:]]
+    rng.shuffle(words)
+    for (row, column), word in zip(covered, words, strict=True):
+        cells[row][column] = word
+    middle = (top + height / 2, left + width / 2)
+    place = PLACES[min(2, int(3 * middle[0] / SIDE))][min(2, int(3 * middle[1] / SIDE))]
+    return cells, shape_text(shape, colour, place, rng), shape_questions(shape, colour, place, rng), "shape"
+
+
+def shape_text(shape: str, colour: str, place: str, rng: Random) -> str:
+    """A shape in one or two sentences."""
+    return rng.choice(
+        (
+            f"A {colour} {shape} in the {place}.",
+            f"There is a {colour} {shape} in the {place} of the image.",
+            f"The image shows a {shape}. It is {colour} and lies in the {place}.",
+        )
+    )
+
+
+def shape_questions(shape: str, colour: str, place: str, rng: Random) -> list[tuple[str, str]]:
+    """Look-ups, presence and absence."""
+    out = [
+        (rng.choice(("which color do you see?", f"which color has the {shape}?", "name the color")), colour),
+        (rng.choice(("which shape do you see?", f"which shape is {colour}?", "name the shape")), shape),
+        (rng.choice((f"where is the {shape}?", f"where is the {colour} one?")), place),
+    ]
+    for present, words in ((colour, COLOURS), (shape, SHAPES)) * 2:
+        asked = either(rng, [present], words)
+        noun = f"{asked} shape" if words is COLOURS else asked
+        there = asked == present
+        if rng.random() < 0.5:
+            out.append((rng.choice((f"do you see a {noun}?", f"can a {noun} be seen?")), yes_no(there)))
+        else:
+            out.append((rng.choice((f"is a {noun} missing?", f"do you not see a {noun}?")), yes_no(not there)))
+    return out
+
+
+def area_grid(rng: Random) -> Grid:
+    """Every cell reads one of three materials; questions about amounts and places count the cells."""
+    first, second, third = rng.sample(("brown", "blue", "white", "pink", "black", "green", "gray"), 3)
+    lean = (rng.random(), rng.random())
+    amount = rng.random()
+    cells = blank()
+    for row in range(SIDE):
+        for column in range(SIDE):
+            slope = (lean[0] - 0.5) * (row - 1.5) + (lean[1] - 0.5) * (column - 1.5)
+            chance = amount + slope + rng.uniform(-0.2, 0.2)
+            cells[row][column] = first if chance > 0.5 else rng.choice((second, third))
+    share = sum(row.count(first) for row in cells) / SIDE**2
+    size = "small" if share < 0.31 else "medium" if share < 0.69 else "large"
+    quadrants = [
+        sum(cells[top + row][left + column] == first for row in range(2) for column in range(2))
+        for top in (0, 2)
+        for left in (0, 2)
+    ]
+    out = [
+        (f"What is the size of the {first} area?", size),
+        (f"Does {first} cover most of it?", yes_no(share > 0.5)),
+        (f"Is any {first} visible?", yes_no(share > 0)),
+    ]
+    text = f"A section with a {size} {first} area."
+    if sorted(quadrants)[-1] > sorted(quadrants)[-2]:
+        where = QUADRANTS[quadrants.index(max(quadrants))]
+        out += [(f"In which corner is most {first}?", where)] * 2
+        text += f" The {first} area is largest in the {where}."
+    left, upper = quadrants[0] + quadrants[2], quadrants[0] + quadrants[1]
+    right, lower = quadrants[1] + quadrants[3], quadrants[2] + quadrants[3]
+    sides = []
+    for one, other, name, opposite in ((left, right, "left", "right"), (upper, lower, "upper", "lower")):
+        if abs(one - other) >= 2:
+            asked = rng.choice((name, opposite))
+            out.append((f"Has the {asked} half more {first}?", yes_no((one > other) == (asked == name))))
+            sides.append(f"{name if one > other else opposite} half")
+    if sides:
+        text += f" The {' and the '.join(sides)} has more {first}."
+    amounts = {word: sum(row.count(word) for row in cells) for word in (first, second, third)}
+    most = max(amounts.values())
+    if list(amounts.values()).count(most) == 1:
+        winner = max(amounts, key=lambda word: amounts[word])
+        out.append(("What covers most?", winner))
+        text += f" {winner} covers the larger area."
+    return cells, text, out, "area"
+
+
+def word_grid(rng: Random) -> Grid:
+    """Any words anywhere: what stands where, and what is there."""
+    cells = blank()
+    words = rng.sample(THINGS + NAMES + COLOURS, rng.randint(3, 6))
+    spots = rng.sample([(row, column) for row in range(SIDE) for column in range(SIDE)], len(words))
+    for word, (row, column) in zip(words, spots, strict=True):
+        cells[row][column] = word
+    in_order = [word for _, word in sorted(zip(spots, words, strict=True))]
+    out = [("Which word comes first?", in_order[0]), ("Which word comes last?", in_order[-1])]
+    out.append(("Read the words.", " ".join(in_order)))
+    asked = either(rng, words, THINGS)
+    out.append((f"Is there the word {asked}?", yes_no(asked in words)))
+    return cells, " ".join(in_order), out, "words"
