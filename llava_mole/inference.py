@@ -8,7 +8,6 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -154,24 +153,6 @@ class Predictor:
         features_NPD = model.encode_images(batch.images)[batch.image_index].to(text_BLD.dtype)
         return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
 
-    @contextmanager
-    def routing_inputs(self, batch: Batch, copies: int = 1) -> Iterator[None]:
-        """Tell a mixture of experts, while forward passes run inside, which positions are prompt and not padding.
-
-        `copies` is the number of rows each sample is repeated to (beams).
-        """
-        if self.loaded.config.adapter.method != "mole":
-            yield
-            return
-        from llava_mole.mole import set_routing_inputs
-
-        language_model = self.loaded.model.language_model
-        set_routing_inputs(language_model, prompt_mask=batch.attention_mask.repeat_interleave(copies, dim=0))
-        try:
-            yield
-        finally:
-            set_routing_inputs(language_model)
-
     def _encode(self, prompt: Prompt, image: ImageLike, position: int) -> list[int]:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
         if not turns or turns[-1].role != "user":
@@ -232,7 +213,7 @@ class Predictor:
         limits = [min(decoding.max_new_tokens, self.loaded.context_length - length) for length in batch.lengths]
         criterion = criterion or RowStop(answer, limits)
         language_model: Any = self.loaded.model.language_model
-        with torch.inference_mode(), self.routing_inputs(batch, copies=decoding.num_beams):
+        with torch.inference_mode():
             new_ids = language_model.generate(
                 inputs_embeds=self.embed(batch),
                 attention_mask=batch.attention_mask,

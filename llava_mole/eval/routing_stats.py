@@ -40,9 +40,11 @@ class RoutingStats:
 
         model = self._predictor.loaded.model
         causal_lm: Any = model.causal_lm
-        with torch.inference_mode(), self._predictor.routing_inputs(batch):
+        with torch.inference_mode():
             inputs_BLD = self._predictor.embed(batch)
-            causal_lm.get_decoder()(inputs_embeds=inputs_BLD, attention_mask=batch.attention_mask, use_cache=False)
+            # Through the whole model, which notes the padding for gates that average over a prompt; of the logits,
+            # which nobody needs here, only the last position's are computed.
+            causal_lm(inputs_embeds=inputs_BLD, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
             routing = collect_routing(model.language_model)
             is_image_BL = batch.input_ids == IMAGE_TOKEN_INDEX
             for domain in dict.fromkeys(domains):

@@ -33,6 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", "--top_p", type=float)
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is for GPUs")
     return parser.parse_args(argv)
 
 
