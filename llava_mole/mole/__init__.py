@@ -17,7 +17,7 @@ from llava_mole.mole.loss import balance_loss, z_loss
 from llava_mole.mole.model import MoleModel
 from llava_mole.mole.record import Routing, RoutingInputs
 from llava_mole.mole.register import register_mole
-from llava_mole.mole.stats import routing_load
+from llava_mole.mole.stats import RoutingMeter, routing_load
 
 register_mole()
 
@@ -29,6 +29,7 @@ __all__ = [
     "MoleModel",
     "Routing",
     "RoutingInputs",
+    "RoutingMeter",
     "active_config",
     "balance_loss",
     "collect_routing",

@@ -1,0 +1,237 @@
+"""The PEFT life cycle, other model families, gradient checkpointing, compilation."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from llava_mole.errors import ConfigError
+from llava_mole.mole import (
+    MoleConfig,
+    MoleLinear,
+    MoleMlp,
+    collect_routing,
+    mole_auxiliary_loss,
+    routing_load,
+)
+
+Make = Callable[[], LlamaForCausalLM]
+Randomize = Callable[[nn.Module], nn.Module]
+IDS = torch.arange(1, 19).view(2, 9)
+MASK = torch.ones(2, 9).bool()
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "Llama": GATED,
+    "Mistral": GATED,
+    "Qwen2": {k: v for k, v in GATED.items() if k != "head_dim"},
+    "Qwen3": GATED,
+    "Gemma": GATED,
+    "Gemma2": GATED,
+    "Phi3": {k: v for k, v in GATED.items() if k != "head_dim"},
+    "Phi": {**SIZES, "intermediate_size": 48},
+    "GPTNeoX": {**SIZES, "intermediate_size": 48},
+    "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+
+
+def make_family(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**FAMILIES[name], bos_token_id=1, eos_token_id=2)
+    model_class = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    return getattr(transformers, model_class)(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_family_trains_saves_and_generates(family: str, randomized: Randomize, tmp_path: Path) -> None:
+    base = make_family(family).eval()
+    expected = base(IDS).logits
+    model = get_peft_model(copy.deepcopy(base), MoleConfig(r=4)).eval()
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    wrapped = [m for m in model.modules() if isinstance(m, MoleMlp)]
+    linears = [m for m in model.modules() if isinstance(m, MoleLinear)]
+    assert len(wrapped) == 2
+    assert len(linears) >= 4
+    randomized(model).train()
+    loss = model(input_ids=IDS, labels=IDS).loss + mole_auxiliary_loss(model, token_mask=MASK)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("mole_" in name)
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+    model.eval()
+    adapted = model(IDS).logits
+    assert not torch.allclose(adapted, expected, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(make_family(family), tmp_path).eval()(IDS).logits, adapted)
+    assert model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 12)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_several_adapters_of_different_sizes(tiny_llama: Make, randomized: Randomize, tmp_path: Path) -> None:
+    base = tiny_llama().eval()
+    expected = base(IDS).logits
+    model = get_peft_model(base, MoleConfig(r=4, num_experts=3), adapter_name="one")
+    model.add_adapter("two", MoleConfig.from_preset("best", r=2, num_experts=5))
+    randomized(model).eval()
+    model.set_adapter("one")
+    one = model(IDS).logits
+    model.set_adapter("two")
+    two = model(IDS).logits
+    assert routing_load(collect_routing(model), MASK).shape == (2, 5)
+    assert not torch.allclose(one, two, atol=1e-3)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all(".two" in name for name in trainable)
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(tiny_llama(), tmp_path / "two", adapter_name="b").eval()
+    fresh.load_adapter(tmp_path / "one", adapter_name="a")
+    assert torch.equal(fresh(IDS).logits, two)
+    fresh.set_adapter("a")
+    assert torch.equal(fresh(IDS).logits, one)
+    model.delete_adapter("two")
+    assert torch.equal(model(IDS).logits, one)
+    assert not any(".two" in name for name, _ in model.named_parameters())
+    plain = model.unload()
+    assert torch.equal(plain(IDS).logits, expected)
+    assert not any(isinstance(m, MoleMlp | MoleLinear) for m in plain.modules())
+
+
+def test_two_active_adapters_are_refused(tiny_llama: Make) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=4), adapter_name="one")
+    model.add_adapter("two", MoleConfig(r=2))
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(ConfigError, match="one at a time"):
+        model(IDS)
+
+
+def test_merging_is_refused_and_names_the_alternatives(tiny_llama: Make) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=4))
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ConfigError, match="to_lora"):
+            merge()
+    assert not torch.isnan(model(IDS).logits).any(), "the model still works"
+
+
+def test_loading_with_little_memory_and_the_trainable_report(
+    tiny_llama: Make, randomized: Randomize, tmp_path: Path
+) -> None:
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig.from_preset("best", r=4))).eval()
+    trainable, total = model.get_nb_trainable_parameters()
+    assert 0 < trainable < total
+    status = model.get_model_status()
+    assert status.enabled
+    assert status.available_adapters == ["default"]
+    model.save_pretrained(tmp_path)
+    lean = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(lean(IDS).logits, model(IDS).logits)
+    assert not any(p.requires_grad for p in lean.parameters())
+    trained = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in trained.parameters())
+
+
+def test_injection_without_a_peft_model(tiny_llama: Make) -> None:
+    model = inject_adapter_in_model(MoleConfig(r=4), tiny_llama())
+    model(IDS)
+    assert len(collect_routing(model).logits) == 2
+
+
+def test_a_bfloat16_base_keeps_a_float32_router(tiny_llama: Make, randomized: Randomize) -> None:
+    model = randomized(get_peft_model(tiny_llama().to(torch.bfloat16), MoleConfig.from_preset("best", r=4)))
+    out = model(input_ids=IDS, labels=IDS)
+    assert out.logits.dtype == torch.bfloat16
+    assert collect_routing(model).logits[0].dtype == torch.float32
+    (out.loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    assert all(
+        p.grad is not None and p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    )
+    cast = model.to(torch.bfloat16)
+    cast(IDS)
+    assert collect_routing(cast).logits[0].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        model.float()(IDS)
+    assert collect_routing(model).logits[0].dtype == torch.float32
+
+
+def test_a_model_that_ran_can_be_copied(tiny_llama: Make) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=4, granularity="given"))
+    from llava_mole.mole import set_routing_inputs
+
+    set_routing_inputs(model, experts=torch.tensor([0, 1]))
+    model(IDS)
+    twin = copy.deepcopy(model)
+    assert collect_routing(twin).logits == ()
+    with pytest.raises(ConfigError, match="experts="):
+        twin(IDS)
+    set_routing_inputs(twin, experts=torch.tensor([1, 1]))
+    assert torch.equal(twin(IDS).logits[1], model(IDS).logits[1])
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    out = model(input_ids=IDS, labels=IDS, use_cache=False)
+    (out.loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("backend", ["masked", "grouped"])
+@pytest.mark.parametrize("preset", ["paper", "best", "released"])
+def test_checkpointing_changes_nothing(tiny_llama: Make, randomized: Randomize, preset: str, backend: str) -> None:
+    config = MoleConfig.from_preset(preset, r=4, backend=backend)
+    model = randomized(get_peft_model(tiny_llama(), config)).train()
+    torch.manual_seed(3)
+    plain = gradients(model)
+    index = [i.clone() for i in collect_routing(model).index]
+    logits_before = collect_routing(model).logits[0]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(3)
+    again = gradients(model)
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(collect_routing(model).index, index, strict=True))
+    assert collect_routing(model).logits[0] is not logits_before
+
+
+def test_reentrant_checkpointing_is_refused(tiny_llama: Make) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=4)).train()
+    model.enable_input_require_grads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        out = model(input_ids=IDS, labels=IDS, use_cache=False)
+        with pytest.raises(ConfigError, match="use_reentrant"):
+            mole_auxiliary_loss(model, token_mask=MASK)
+        with pytest.raises(ConfigError, match="use_reentrant"):
+            out.loss.backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "dense"}, {"top_k": 2, "expert_scale": "prob", "shared_r": 2}], ids=str
+)
+def test_compiling_breaks_no_graph(tiny_llama: Make, randomized: Randomize, options: dict) -> None:
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, **options)))
+    layer = next(m for m in model.modules() if isinstance(m, MoleMlp))
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    torch._dynamo.reset()
+    if not options:
+        found = torch._dynamo.explain(layer)(x)
+        assert (found.graph_break_count, found.graph_count) == (0, 1), found.break_reasons
+    expected = layer(x)
+    logits = layer.routing.logits
+    got = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(layer.routing.logits, logits)
+    grads = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (got, expected)]
+    torch.testing.assert_close(*grads)

@@ -1,0 +1,135 @@
+"""Experts out of and into plain LoRAs, more and fewer experts: what is claimed to be exact is."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.mole import MoleConfig, MoleMlp, collect_routing, routing_load, set_routing_inputs
+from llava_mole.mole.surgery import from_loras, grow, prune, to_lora
+
+Make = Callable[[], LlamaForCausalLM]
+Randomize = Callable[[nn.Module], nn.Module]
+IDS = torch.arange(1, 19).view(2, 9)
+MASK = torch.ones(2, 9).bool()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("expert", [0, 2, "uniform", "usage"])
+def test_an_exported_lora_equals_the_mixture_with_fixed_weights(
+    tiny_llama: Make, randomized: Randomize, tmp_path: Path, expert: int | str, family: str
+) -> None:
+    make: Callable[[], Any] = tiny_llama if family == "llama" else tiny_gpt2
+    config = MoleConfig(r=4, granularity="given", shared_r=2, attention_r=3)
+    model = randomized(get_peft_model(make(), config)).eval()
+    usage = torch.tensor([[0.5, 0.25, 0.25]] * 2)
+    weights = {"uniform": torch.full((3,), 1 / 3), "usage": usage[0]}.get(expert)
+    if weights is None:
+        weights = torch.nn.functional.one_hot(torch.tensor(expert), 3).float()
+    set_routing_inputs(model, experts=weights.expand(2, 3).contiguous())
+    expected = model(IDS).logits
+    to_lora(model, tmp_path, expert=expert, usage=usage)
+    plain = PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    merged = plain.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def train_lora(make: Make, directory: Path, seed: int, **options: Any) -> Tensor:
+    modules = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(seed)
+    model = get_peft_model(make(), LoraConfig(target_modules=modules, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(directory)
+    return model(IDS).logits
+
+
+def test_loras_become_experts(tiny_llama: Make, tmp_path: Path) -> None:
+    first = train_lora(tiny_llama, tmp_path / "a", 1, r=4, lora_alpha=8)
+    train_lora(tiny_llama, tmp_path / "b", 2, r=2, lora_alpha=6)
+    one = from_loras(tiny_llama(), [tmp_path / "a"]).eval()
+    torch.testing.assert_close(one(IDS).logits, first, rtol=1e-4, atol=1e-5)
+    for k, name in enumerate("ab"):
+        both = from_loras(tiny_llama(), [tmp_path / "a", tmp_path / "b"], attention="none", granularity="given").eval()
+        set_routing_inputs(both, experts=torch.full((2,), k))
+        lora = PeftModel.from_pretrained(tiny_llama(), tmp_path / name).eval()
+        with torch.no_grad():
+            for key, parameter in lora.named_parameters():
+                if "self_attn" in key and "lora_B" in key:
+                    parameter.zero_()
+        torch.testing.assert_close(both(IDS).logits, lora(IDS).logits, rtol=1e-4, atol=1e-5)
+    mean = from_loras(tiny_llama(), [tmp_path / "a", tmp_path / "b"]).eval()
+    assert mean.peft_config["default"].num_experts == 2
+    mean.save_pretrained(tmp_path / "mole")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "mole").eval()
+    assert torch.equal(again(IDS).logits, mean(IDS).logits)
+
+
+def test_what_is_no_lora_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="does not exist"):
+        from_loras(tiny_llama(), [tmp_path])
+    get_peft_model(tiny_llama(), MoleConfig(r=4)).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="no plain LoRA"):
+        from_loras(tiny_llama(), [tmp_path])
+    with pytest.raises(ConfigError, match="must be mean, first or none"):
+        from_loras(tiny_llama(), [tmp_path], attention="sum")
+    with pytest.raises(ConfigError, match="it must be 0 to 2, 'uniform' or 'usage'"):
+        to_lora(get_peft_model(tiny_llama(), MoleConfig(r=4)), tmp_path, expert=3)
+    with pytest.raises(ConfigError, match="has no MoLE adapter"):
+        to_lora(tiny_llama(), tmp_path, expert=0)
+
+
+@pytest.mark.parametrize("preset", ["paper", "best"])
+def test_growing_without_noise_changes_nothing(
+    tiny_llama: Make, randomized: Randomize, tmp_path: Path, preset: str
+) -> None:
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig.from_preset(preset, r=4))).eval()
+    expected = model(IDS).logits
+    grow(model, 5)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert routing_load(collect_routing(model), MASK).shape == (2, 5)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    grow(model, 6, noise=0.5)
+    loads = routing_load(collect_routing(model), MASK)
+    model(IDS)
+    loads = routing_load(collect_routing(model), MASK)
+    assert loads.shape == (2, 6)
+    assert (loads[:, 5] > 0).any(), "noise separates a copy from its original"
+    with pytest.raises(ConfigError, match="use prune"):
+        grow(model, 2)
+
+
+def test_pruning_is_exact_for_tokens_whose_expert_stays(tiny_llama: Make, randomized: Randomize) -> None:
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, num_experts=4))).eval()
+    layer = next(m for m in model.modules() if isinstance(m, MoleMlp))
+    x = torch.randn(1, 40, 32)
+    before = layer(x)
+    index = layer.routing.index.clone()
+    usage = torch.tensor([[4.0, 1, 3, 2]] * 2)
+    prune(model, 3, usage)
+    after = layer(x)
+    stays = index.squeeze(-1) != 1
+    assert 0 < stays.sum() < 40
+    torch.testing.assert_close(after[stays], before[stays])
+    assert not torch.allclose(after[~stays], before[~stays], atol=1e-4)
+    assert model.peft_config["default"].num_experts == 3
+    for number in (1, 3):
+        with pytest.raises(ConfigError, match="it must be 2 to 2"):
+            prune(model, number, usage[:, :3])
