@@ -52,6 +52,7 @@ def describe_run(predictor: "Predictor", questions: Sequence[Question], decoding
     return {
         "model": str(path.resolve()),
         "manifest": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+        "dtype": str(next(predictor.loaded.model.parameters()).dtype),
         "template": predictor.template.name,
         "decoding": dataclasses.asdict(decoding),
         "questions": hashlib.sha256(repr(asked).encode()).hexdigest(),
@@ -135,7 +136,7 @@ def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
     from llava_mole.inference import Predictor
 
     return Predictor.from_pretrained(
-        model_path, model_base=args.model_base, device=args.device, template=args.conv_mode
+        model_path, model_base=args.model_base, device=args.device, dtype=args.dtype, template=args.conv_mode
     )
 
 

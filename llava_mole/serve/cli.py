@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llava_mole.inference import Predictor
 
     predictor = Predictor.from_pretrained(
-        args.model_path, model_base=args.model_base, device=args.device, template=args.conv_mode
+        args.model_path, model_base=args.model_base, device=args.device, dtype=args.dtype, template=args.conv_mode
     )
     origin = "as asked for" if args.conv_mode else "as stored in the checkpoint"
     print(f"model: {predictor.loaded.path}   template: {predictor.template.name} ({origin})", flush=True)

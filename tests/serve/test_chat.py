@@ -133,3 +133,18 @@ def test_errors(chat_run, photo, capsys: pytest.CaptureFixture[str], change: lis
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("llava-mole: error: ")
     assert message in error
+
+
+def test_loading_options_reach_the_loader(chat_run, photo, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    load = Predictor.from_pretrained
+
+    def spy(path, **options):
+        seen.update(options)
+        return load(path, device="cpu")
+
+    monkeypatch.setattr(Predictor, "from_pretrained", spy)
+    monkeypatch.setattr(Predictor, "stream", lambda self, image, turns, **options: iter(()))
+    command = ["--model-path", str(chat_run), "--image-file", photo, "--prompt", "What?", "--model-base", "elsewhere"]
+    assert main([*command, "--dtype", "bfloat16", "--device", "cuda", "--conv-mode", "v1"]) == 0
+    assert seen == {"model_base": "elsewhere", "device": "cuda", "dtype": "bfloat16", "template": "v1"}
