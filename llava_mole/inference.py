@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, get_template, place_image_first, render
 from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
@@ -145,13 +145,7 @@ class Predictor:
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D] of a batch, each distinct image encoded once."""
-        model = self.loaded.model
-        is_image_BL = batch.input_ids == IMAGE_TOKEN_INDEX
-        text_BLD = model.embed(batch.input_ids.masked_fill(is_image_BL, 0), None)
-        if batch.images is None:
-            return text_BLD
-        features_NPD = model.encode_images(batch.images)[batch.image_index].to(text_BLD.dtype)
-        return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
+        return self.loaded.model.embed(batch.input_ids, batch.images, batch.image_index)
 
     def _encode(self, prompt: Prompt, image: ImageLike, position: int) -> list[int]:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)

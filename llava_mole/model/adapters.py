@@ -46,7 +46,11 @@ def add_adapter(
     alpha = 2.0 * rank if alpha is None else alpha
     if method == "lora":
         lora = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout or 0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is as good
+            lora_dropout=dropout or 0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         )
         return get_peft_model(language_model, lora)
     from llava_mole.mole import MoleConfig

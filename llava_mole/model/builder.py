@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -121,7 +121,7 @@ def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
         return
     path = checkpoint / ADAPTER_DIR / "adapter_model.safetensors"
     try:
-        result = set_peft_model_state_dict(model.language_model, load_file(path))
+        result: Any = set_peft_model_state_dict(model.language_model, load_file(path))
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit this run's adapter: {' '.join(str(error).split())}") from None
     if result.unexpected_keys:
@@ -181,7 +181,7 @@ def load_pretrained_model(
     )
 
 
-def build_image_processor(model: LlavaMole, aspect_ratio: str) -> ImageProcessor:
+def build_image_processor(model: LlavaMole, aspect_ratio: Literal["pad", "square"]) -> ImageProcessor:
     """The preprocessing that fits the model's tower."""
     tower = model.vision_tower
     return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio)

@@ -4,6 +4,8 @@ Shapes: B samples, L tokens, D hidden size, V vocabulary, N images, P patches of
 The data code has already expanded every `<image>` to P placeholder ids, so lengths do not change here.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -14,6 +16,10 @@ from llava_mole.model.multimodal_encoder import VisionTower
 
 class LlavaMole(nn.Module):
     """Composition of the three parts. `language_model` is a causal LM of transformers, or a PEFT model around one."""
+
+    vision_tower: VisionTower
+    projector: nn.Sequential
+    language_model: Any
 
     def __init__(self, vision_tower: VisionTower, projector: nn.Sequential, language_model: nn.Module):
         super().__init__()
@@ -27,29 +33,38 @@ class LlavaMole(nn.Module):
         return self.vision_tower.num_patches
 
     @property
-    def causal_lm(self) -> nn.Module:
+    def causal_lm(self) -> Any:
         """The transformers model, without its PEFT wrapper."""
         model = self.language_model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
     def device(self) -> torch.device:
-        return self.projector[0].weight.device
+        return self._first_linear.weight.device
+
+    @property
+    def _first_linear(self) -> nn.Linear:
+        return cast(nn.Linear, self.projector[0])
 
     def encode_images(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Projected features [N, P, D] of images float [N, 3, S, S]."""
-        return self.projector(self.vision_tower(images_NCHW).to(self.projector[0].weight.dtype))
+        return self.projector(self.vision_tower(images_NCHW).to(self._first_linear.weight.dtype))
 
-    def embed(self, ids_BL: torch.Tensor, images_NCHW: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self, ids_BL: torch.Tensor, images_NCHW: torch.Tensor | None, image_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Input embeddings [B, L, D]: token embeddings, with image features at the placeholder positions.
 
-        Features fill the placeholders in order: image 0 the first P, image 1 the next P, and so on.
+        Features fill the placeholders in order: image 0 the first P, image 1 the next P, and so on. With
+        `image_index` (int64 [M]) the m-th P placeholders show image `image_index[m]`: an image that several samples
+        share is encoded once.
 
         Raises:
-            DataError: the number of placeholders is not N * P.
+            DataError: the number of placeholders is not that of the features.
         """
         is_image_BL = ids_BL == IMAGE_TOKEN_INDEX
-        num_images = 0 if images_NCHW is None else images_NCHW.shape[0]
+        shown = image_index if image_index is not None else images_NCHW
+        num_images = 0 if shown is None else shown.shape[0]
         num_placeholders = int(is_image_BL.sum())
         if num_placeholders != num_images * self.num_image_tokens:
             raise DataError(
@@ -59,11 +74,13 @@ class LlavaMole(nn.Module):
         text_BLD = self.causal_lm.get_input_embeddings()(ids_BL.masked_fill(is_image_BL, 0))
         if images_NCHW is not None:
             features_NPD = self.encode_images(images_NCHW).to(text_BLD.dtype)
+            if image_index is not None:
+                features_NPD = features_NPD[image_index]
             return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
-        if self.training and torch.is_grad_enabled() and self.projector[0].weight.requires_grad:
+        if self.training and torch.is_grad_enabled() and self._first_linear.weight.requires_grad:
             # A rank without an image still gives the projector a (zero) gradient, at the same place of the graph as
             # on the other ranks: gradient buckets are reduced by position, and a missing one would corrupt or hang.
-            zeros = self.projector[0].weight.new_zeros(1, 1, self.projector[0].in_features)
+            zeros = self._first_linear.weight.new_zeros(1, 1, self._first_linear.in_features)
             return text_BLD + 0.0 * self.projector(zeros).sum().to(text_BLD.dtype)
         return text_BLD
 

@@ -20,7 +20,9 @@ from llava_mole.model.fingerprint import fingerprint
 class VisionTower(nn.Module):
     """Images float [N, 3, S, S] -> patch features [N, P, W], never with gradients, always in eval mode."""
 
-    def __init__(self, visual: nn.Module, select_layer: int, weights_fingerprint: str):
+    visual: Any  # open_clip's VisionTransformer
+
+    def __init__(self, visual: Any, select_layer: int, weights_fingerprint: str):
         super().__init__()
         num_blocks = len(visual.transformer.resblocks)
         block = num_blocks + select_layer if select_layer < 0 else select_layer - 1

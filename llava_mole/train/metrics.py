@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llava_mole.config import RunConfig, config_to_dict
 from llava_mole.log import get_logger
@@ -22,8 +22,8 @@ class Tracker:
                 its last checkpoint, are dropped so that no step stands in the file twice.
             enabled: False on ranks other than 0.
         """
-        self._wandb = None
-        self._file = None
+        self._wandb: Any = None
+        self._file: IO[str] | None = None
         if not enabled:
             return
         path = run_dir / METRICS_FILE

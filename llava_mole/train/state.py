@@ -82,7 +82,7 @@ def _fragments(parameters: Mapping[str, torch.nn.Parameter], zero: Any) -> Itera
     """
     group_of = {id(p): index for index, group in enumerate(zero.bit16_groups) for p in group}
     for name, parameter in parameters.items():
-        mapping, inside, partition = parameter._hp_mapping, slice(0, 0), slice(0, 0)
+        mapping, inside, partition = getattr(parameter, "_hp_mapping"), slice(0, 0), slice(0, 0)  # noqa: B009  set by DeepSpeed
         if mapping is not None:
             source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
             inside = slice(source.start, source.start + source.numel)

@@ -220,7 +220,7 @@ class Trainer:
 
         workers = self.config.train.num_workers
         return DataLoader(
-            self.dataset,
+            self.dataset,  # type: ignore[arg-type]  # map-style, without torch's base class
             batch_sampler=list(all_positions()),
             collate_fn=partial(collate, pad_token_id=self.pad_token_id),
             num_workers=workers,
