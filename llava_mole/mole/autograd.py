@@ -133,11 +133,16 @@ def shrink(
     `source` is the unsorted `x` where a sorting backend has sorted it: saved in its place, because the router saves
     it anyway.
     """
+    if not torch.is_grad_enabled():
+        return tuple(h.mul_(scaling) for h in backend.shrink(x, _cast(stacks, x)))
     return _Shrink.apply(backend, scaling, None if source is None else source.detach(), x, *stacks)
 
 
 def expand(backend: Backend, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
     """`y + B h`, written over `y` `[T, O]`, which must be a fresh output that nobody else keeps."""
+    if not torch.is_grad_enabled():
+        backend.expand_(y, h, b.to(y.dtype))
+        return y
     return _Expand.apply(backend, y, h, b)
 
 

@@ -93,6 +93,8 @@ def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: Expe
     shared_weight = mix.shared_weight
     source = None
     order = getattr(backend, "order", None)
+    if order is not None and x_TD.shape[0] == 1:
+        order = None  # one token needs no sorting
     if order is not None:
         source = None if mix.dropout else x_TD
         x_TD = permute(x_TD, order)

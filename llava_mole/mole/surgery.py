@@ -71,6 +71,7 @@ def to_lora(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
+        fan_in_fan_out=any(hasattr(getattr(f.base_layer, f.layout.up), "nf") for _, f in ffns),  # GPT-2's Conv1D
     )
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
@@ -188,9 +189,7 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[MoleModel, MoleConfig
     return tuner, config
 
 
-def _layers(
-    model: nn.Module, kind: type[MoleMlp] | type[MoleLinear], adapter_name: str
-) -> Iterator[tuple[str, Any]]:
+def _layers(model: nn.Module, kind: type[MoleMlp] | type[MoleLinear], adapter_name: str) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, kind) and adapter_name in module.adapter_options:
             yield name, module

@@ -1,0 +1,62 @@
+"""Time of decoding: one forward pass of T tokens through a Vicuna-7B decoder layer with MoLE, against plain LoRA.
+
+Measured: seconds of each variant without gradients, interleaved, and the ratio to PEFT's LoRA of the same rank.
+T stands for the sequences decoded together, one token each.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mole_common as common
+
+
+def decoding_step(model: nn.Module, x: Tensor, passes: int) -> common.Step:
+    """`passes` forward passes, so that one measurement is well above the clock's resolution."""
+
+    def step() -> None:
+        with torch.inference_mode():
+            for _ in range(passes):
+                model(inputs_embeds=x, use_cache=False)
+
+    return step
+
+
+def main() -> None:
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", help="values of T")
+    parser.add_argument("--experts", type=int, nargs="+", help="values of K")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--width", type=int, help="hidden size; the FFN is 2.6875 times as wide")
+    parser.add_argument("--backends", nargs="+", default=["auto", "gather", "masked"])
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    width = args.width or (512 if args.quick else 4096)
+    tokens = args.tokens or ([1, 4] if args.quick else [1, 2, 4, 8, 16])
+    experts = args.experts or ([1, 3] if args.quick else [1, 3, 8, 16])
+    passes, repeats = (5, 5) if args.quick else (10, 15)
+    repeats = args.repeats or repeats
+    base = common.decoder(width, width * 43 // 16, max(1, width // 128), args.device)
+    models: dict[str, nn.Module] = {"frozen": common.share(base), "plain_lora": common.plain_lora(base, args.rank)}
+    for count in experts:
+        for backend in args.backends if count > 1 else ["auto"]:
+            models[f"mole K={count} {backend}"] = common.mole(base, r=args.rank, num_experts=count, backend=backend)
+    for model in models.values():
+        model.eval()
+    rows: list[dict[str, Any]] = []
+    for count in tokens:
+        x = torch.randn(count, 1, width, device=args.device, dtype=common.precision(args.device))
+        steps = {name: decoding_step(model, x, passes) for name, model in models.items()}
+        times = common.interleave(steps, repeats, args.device, warmup=2)
+        each = {name: [value / passes for value in values] for name, values in times.items()}
+        rows += common.summary(each, "plain_lora", tokens=count, width=width, rank=args.rank)
+    common.report("Decoding, one decoder layer (measured)", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
