@@ -25,7 +25,7 @@ def test_the_example_runs(
     ids = torch.arange(1, 9).view(1, 8)
     names = {
         "any_hf_causal_lm": tiny_llama(),
-        "batches": [SimpleNamespace(ids=ids, mask=torch.ones_like(ids))] * 2,
+        "batches": [SimpleNamespace(ids=ids, labels=ids, mask=torch.ones_like(ids))] * 2,
         "optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]),
     }
     before, after = code.group(1).split("model = PeftModel")
