@@ -68,10 +68,16 @@ def mole_auxiliary_loss(
 
     Raises:
         ConfigError: a mask is missing or has the wrong shape, or the logits carry no gradient in training
-            (re-entrant gradient checkpointing, which would leave the router untrained).
+            (re-entrant gradient checkpointing, which would leave the router untrained), or the layers were injected
+            without their tuner.
     """
     config = active_config(model)
     routing = collect_routing(model)
+    if config is None and routing.logits:
+        raise ConfigError(
+            "this model has MoLE layers but not their tuner, so their coefficients are unknown: use get_peft_model "
+            "instead of inject_adapter_in_model, or balance_loss with your own coefficient"
+        )
     if config is None or not routing.logits or config.num_experts == 1:
         return torch.zeros((), device=token_mask.device)
     if token_mask.shape != routing.logits[0].shape[:2]:

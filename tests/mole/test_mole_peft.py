@@ -144,6 +144,58 @@ def test_injection_without_a_peft_model(tiny_llama: Make) -> None:
     model = inject_adapter_in_model(MoleConfig(r=4), tiny_llama())
     model(IDS)
     assert len(collect_routing(model).logits) == 2
+    with pytest.raises(ConfigError, match="use get_peft_model"):
+        mole_auxiliary_loss(model, token_mask=MASK)
+
+
+class IntegerLinear(nn.Module):
+    """Stands for a quantized linear: its weight holds integers, and only its forward knows what they mean."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.abs().max().item() / 127
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def test_quantized_base_linears_are_only_called(tiny_llama: Make, randomized: Randomize, tmp_path: Path) -> None:
+    def quantized() -> nn.Module:
+        base = tiny_llama()
+        for layer in base.model.layers:
+            for parent in (layer.mlp, layer.self_attn):
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(parent, name, IntegerLinear(child))
+        return base
+
+    expected = quantized()(IDS).logits
+    model = randomized(get_peft_model(quantized(), MoleConfig.from_preset("best", r=4)))
+    (model(input_ids=IDS, labels=IDS).loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "mole_" in n)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert loaded.peft_config["default"].base_fingerprint, "an unquantized copy of the base is recognised"
+
+
+def test_padding_changes_nothing(tiny_llama: Make, randomized: Randomize) -> None:
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, balance_coef=1.0)))
+    alone = [model(row[:length].unsqueeze(0)).logits[0] for row, length in zip(IDS, (5, 9), strict=True)]
+    model(IDS[:1, :5])
+    first = mole_auxiliary_loss(model, token_mask=MASK[:1, :5])
+    mask = MASK.clone()
+    mask[0, 5:] = False
+    together = model(IDS, attention_mask=mask.long()).logits
+    torch.testing.assert_close(together[0, :5], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1], alone[1], rtol=1e-4, atol=1e-5)
+    both = mole_auxiliary_loss(model, token_mask=mask)
+    model(IDS[1:])
+    second = mole_auxiliary_loss(model, token_mask=MASK[1:])
+    torch.testing.assert_close(both, (first + second) / 2)
 
 
 def test_a_bfloat16_base_keeps_a_float32_router(tiny_llama: Make, randomized: Randomize) -> None:
