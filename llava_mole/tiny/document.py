@@ -1,7 +1,8 @@
 """The document domain: small bar charts and tables, drawn with Pillow, with ChartQA/DocVQA-style questions.
 
 Text is Pillow's built-in 6 x 11 pixel bitmap font, drawn without smoothing: it is legible at 64 pixels and the same on
-every machine. A bar's height is 4 pixels per unit and its value is printed above it.
+every machine. Names, values and bars stand on a grid of 16 pixels, moved by at most one pixel. A bar's height is 3
+pixels per unit; its value is printed at the top, its name below it.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llava_mole.tiny.samples import IMAGE_SIZE, Question, Sample
 
-NAMES = ("Ann", "Bob", "Dan", "Eve", "Gus", "Kim", "Leo", "Max")
+NAMES = ("Al", "Bo", "Cy", "Di", "Ed", "Jo", "Mo", "Ty")
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -20,10 +21,14 @@ COLOURS = {
     "purple": (150, 60, 180),
     "black": (30, 30, 30),
 }
+HEADING = (205, 215, 235)
+"""Colour behind a table's title."""
 TITLES = ("Stock", "Price", "Score", "Hours")
 ORDINALS = ("first", "second", "third")
-UNIT = 4
+UNIT = 3
 """Pixels of bar height per unit."""
+CELL = 16
+"""Pixels between the columns and rows on which things stand."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Document:
     """1 to 9, all different."""
     colours: tuple[str, ...] = ()
     """Of the bars (charts only)."""
+    columns: tuple[int, ...] = ()
+    """Of the bars, 0 to 3 from left to right (charts only)."""
     title: str = ""
     """Heading (tables only)."""
     offset: tuple[int, int] = (0, 0)
@@ -52,7 +59,9 @@ def draw_document(rng: Random) -> Document:
     offset = (rng.randint(-1, 1), rng.randint(-1, 1))
     if kind == "table":
         return Document(kind, names, values, title=rng.choice(TITLES), offset=offset)
-    return Document(kind, names, values, colours=tuple(rng.sample(sorted(COLOURS), count)), offset=offset)
+    colours = tuple(rng.sample(sorted(COLOURS), count))
+    columns = tuple(sorted(rng.sample(range(IMAGE_SIZE // CELL), count)))
+    return Document(kind, names, values, colours, columns, offset=offset)
 
 
 def render(document: Document) -> Image.Image:
@@ -63,24 +72,23 @@ def render(document: Document) -> Image.Image:
     font = ImageFont.load_default_imagefont()
     shift_x, shift_y = document.offset
     if document.kind == "chart":
-        width = IMAGE_SIZE // len(document.names)
-        base = 51 + shift_y
+        base = 3 * CELL + shift_y
         pen.line((0, base, IMAGE_SIZE, base), fill=(0, 0, 0))
         for index, (name, value) in enumerate(zip(document.names, document.values, strict=True)):
-            middle = index * width + width // 2 + shift_x
-            top = base - UNIT * value
-            pen.rectangle((middle - 7, top, middle + 6, base - 1), fill=COLOURS[document.colours[index]])
-            pen.text((middle - 9, base + 1), name, fill=(0, 0, 0), font=font)
-            pen.text((middle - 3, top - 12), str(value), fill=(0, 0, 0), font=font)
+            left = CELL * document.columns[index] + shift_x
+            colour = COLOURS[document.colours[index]]
+            pen.rectangle((left + 2, base - UNIT * value, left + 13, base - 1), fill=colour)
+            pen.text((left + 2, base + 3), name, fill=(0, 0, 0), font=font)
+            pen.text((left + 5, 3 + shift_y), str(value), fill=(0, 0, 0), font=font)
         return image
-    pen.rectangle((0, 0, IMAGE_SIZE, 15), fill=(205, 215, 235))
-    pen.text((8 + shift_x, 3 + shift_y), document.title, fill=(0, 0, 0), font=font)
+    pen.rectangle((0, 0, IMAGE_SIZE, CELL - 1), fill=HEADING)
+    pen.text((2 + shift_x, 3 + shift_y), document.title, fill=(0, 0, 0), font=font)
     for index, (name, value) in enumerate(zip(document.names, document.values, strict=True)):
-        top = 16 * (index + 1)
+        top = CELL * (index + 1)
         pen.line((0, top, IMAGE_SIZE, top), fill=(120, 120, 120))
-        pen.text((6 + shift_x, top + 3 + shift_y), name, fill=(0, 0, 0), font=font)
-        pen.text((45 + shift_x, top + 3 + shift_y), str(value), fill=(0, 0, 0), font=font)
-    pen.line((36, 16, 36, IMAGE_SIZE), fill=(120, 120, 120))
+        pen.text((2 + shift_x, top + 3 + shift_y), name, fill=(0, 0, 0), font=font)
+        pen.text((2 * CELL + 5 + shift_x, top + 3 + shift_y), str(value), fill=(0, 0, 0), font=font)
+    pen.line((24, CELL, 24, IMAGE_SIZE), fill=(120, 120, 120))
     return image
 
 
@@ -134,9 +142,12 @@ def caption(document: Document, rng: Random) -> str:
 def facts(document: Document) -> tuple[str, ...]:
     """Short true sentences: which name stands where, with which value and colour."""
     out = []
-    where = "row" if document.kind == "table" else f"bar of {len(document.names)}"
+    if document.kind == "table":
+        places = [f"{ordinal} row" for ordinal in ORDINALS]
+    else:
+        places = [f"bar {column + 1}" for column in document.columns]
     for index, (name, value) in enumerate(zip(document.names, document.values, strict=True)):
-        place = f"{ORDINALS[index]} {where}"
+        place = places[index]
         out += [f"the {place} is {name}", f"the {place} has {value}", f"{name} has {value}"]
         if document.colours:
             colour = document.colours[index]

@@ -59,9 +59,9 @@ def load(split: str, count: int) -> tuple[list[Sample], dict[str, Path]]:
         rng = Random(f"general-{split}-{image_id}")
         name = str(image_id)
         files[name] = Path(path)
-        facts = (f"a {colour} {shape}", f"a {colour} shape", f"a shape that is a {shape}", f"a shape in the {place}")
         unique = tuple(dict.fromkeys(questions[image_id]))
-        samples.append(Sample(name, image, caption(shape, colour, place, rng), facts, unique))
+        text = caption(shape, colour, place, rng)
+        samples.append(Sample(name, image, text, facts(shape, colour, place), unique))
     return samples, files
 
 
@@ -89,6 +89,41 @@ def measure(image: Image.Image) -> tuple[str, str, str]:
         upper = np.mean(rows < (top + bottom) / 2)
         shape = "triangle" if upper < 0.4 else "circle"
     return shape, colour, place_name((top + bottom) / 2, (left + right) / 2, image.height)
+
+
+def facts(shape: str, colour: str, place: str) -> tuple[str, ...]:
+    """Short true sentences about the object."""
+    return (
+        f"a {colour} {shape}",
+        f"a {shape} in the {place}",
+        f"the shape is a {shape}",
+        f"the shape is {colour}",
+        f"the shape is in the {place}",
+    )
+
+
+def vary(sample: Sample, rng: Random) -> Sample:
+    """The same object in another colour, elsewhere, on another light ground: more train images for the tower."""
+    pixels = np.asarray(sample.image).astype(np.float32)
+    shape, colour, _ = measure(sample.image)
+    values, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    palette = np.array(list(COLOURS.values()), np.float32)
+    counts[(values[:, None] == palette).all(-1).any(-1)] = 0
+    ground = values[counts.argmax()]
+    ink = np.array(COLOURS[colour], np.float32) - ground
+    cover = np.clip((pixels - ground) @ ink / (ink @ ink), 0, 1)  # how much of each pixel the object covers
+    rows, columns = np.nonzero(cover > 0.02)
+    cut = cover[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    top = rng.randint(0, pixels.shape[0] - cut.shape[0])
+    left = rng.randint(0, pixels.shape[1] - cut.shape[1])
+    moved = np.zeros(cover.shape, np.float32)
+    moved[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
+    new_colour = rng.choice(sorted(COLOURS))
+    new_ground = np.array([rng.randint(225, 255) for _ in range(3)], np.float32)
+    painted = new_ground + moved[..., None] * (np.array(COLOURS[new_colour], np.float32) - new_ground)
+    place = place_name(top + cut.shape[0] / 2, left + cut.shape[1] / 2, pixels.shape[0])
+    image = Image.fromarray(painted.round().astype(np.uint8))
+    return Sample(sample.name, image, "", facts(shape, new_colour, place), ())
 
 
 def place_name(row: float, column: float, size: int) -> str:

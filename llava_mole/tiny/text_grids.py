@@ -14,7 +14,6 @@ from llava_mole.tiny.text_items import (
     ORDINALS,
     QUADRANTS,
     SHAPES,
-    THINGS,
     TITLES,
     Item,
     dialogue,
@@ -26,10 +25,10 @@ SIDE = 4
 PLACES = (("upper left", "upper", "upper right"), ("left", "center", "right"), ("lower left", "lower", "lower right"))
 
 
-def grid_item(rng: Random, describe: float = 0.45) -> Item:
+def grid_item(rng: Random, describe: float = 0.35) -> Item:
     """A random grid; with probability `describe` followed by its description, else by questions."""
     cells, caption, questions, skill = rng.choices(
-        (chart_grid, table_grid, shape_grid, area_grid, word_grid), weights=(4, 4, 4, 4, 1)
+        (chart_grid, table_grid, shape_grid, area_grid), weights=(3, 3, 2, 2)
     )[0](rng)
     reading = [word for row in cells for word in row]
     if caption and rng.random() < describe:
@@ -46,21 +45,16 @@ def blank() -> list[list[str]]:
 
 
 def chart_grid(rng: Random) -> Grid:
-    """Two or three columns: a value, colour words under it, a name in the last row."""
+    """Two or three columns: a value, one or two colour words, a name."""
     cells = blank()
     count = rng.choice((2, 3))
     names, values = rng.sample(NAMES, count), rng.sample(DIGITS, count)
     colours = rng.sample(COLOURS, count)
-    columns = {2: ((0, 1), (2, 3)), 3: ((0,), (1, 2), (3,))}[count]
-    for name, value, colour, where in zip(names, values, colours, columns, strict=True):
-        top = 2 - (int(value) + 1) // 4
-        cells[top][rng.choice(where)] = value
-        for row in range(top + 1, 3):
-            for column in where:
-                cells[row][column] = colour
-        cells[3][rng.choice(where)] = name
-        if top == 2:  # no room for a colour below the value
-            cells[2][where[0]], cells[1][where[0]] = colour, value
+    for name, value, colour, column in zip(names, values, colours, sorted(rng.sample(range(SIDE), count)), strict=True):
+        cells[0][column] = value
+        cells[1][column] = colour if int(value) > 5 else BLANK
+        cells[2][column] = colour
+        cells[3][column] = name
     return cells, chart_text(names, values, colours, rng), chart_questions(names, values, colours, rng), "chart"
 
 
@@ -109,14 +103,10 @@ def table_grid(rng: Random) -> Grid:
     """A heading, then three rows of a name and a number."""
     cells = blank()
     names, values, title = rng.sample(NAMES, 3), rng.sample(DIGITS, 3), rng.choice(TITLES)
-    cells[0][rng.choice((0, 1))] = title
-    if rng.random() < 0.5:
-        cells[0][2] = title
+    cells[0][0] = cells[0][1] = title
+    column = rng.choice((1, 2, 2, 3))
     for row in range(3):
-        cells[row + 1][0] = names[row]
-        if rng.random() < 0.5:
-            cells[row + 1][1] = names[row]
-        cells[row + 1][rng.choice((2, 3))] = values[row]
+        cells[row + 1][0], cells[row + 1][column] = names[row], values[row]
     listed = f"{names[0]} {values[0]}, {names[1]} {values[1]} and {names[2]} {values[2]}"
     caption = rng.choice((f"A table of the {title}: {listed}.", f"The table shows the {title} of {listed}."))
     questions = value_questions(names, values, rng)
@@ -167,69 +157,81 @@ def shape_questions(shape: str, colour: str, place: str, rng: Random) -> list[tu
         noun = f"{asked} shape" if words is COLOURS else asked
         there = asked == present
         if rng.random() < 0.5:
-            out.append((rng.choice((f"do you see a {noun}?", f"can a {noun} be seen?")), yes_no(there)))
+            out.append(
+                (
+                    rng.choice((f"do you see a {noun}?", f"can a {noun} be seen?", f"is there some {noun}?")),
+                    yes_no(there),
+                )
+            )
         else:
-            out.append((rng.choice((f"is a {noun} missing?", f"do you not see a {noun}?")), yes_no(not there)))
+            out.append(
+                (
+                    rng.choice((f"is a {noun} missing?", f"do you not see a {noun}?", f"is there no {noun}?")),
+                    yes_no(not there),
+                )
+            )
     return out
 
 
 def area_grid(rng: Random) -> Grid:
     """Every cell reads one of three materials; questions about amounts and places count the cells."""
-    first, second, third = rng.sample(("brown", "blue", "white", "pink", "black", "green", "gray"), 3)
+    first, second, third = rng.choice(
+        (
+            ("brown", "blue", "white"),
+            ("DAB", "nuclei", "unstained"),
+            tuple(rng.sample(("brown", "blue", "white", "pink", "black", "green", "gray"), 3)),
+        )
+    )
     lean = (rng.random(), rng.random())
     amount = rng.random()
+    rest = rng.choice((0.1, 0.3, 0.5, 0.9))
     cells = blank()
     for row in range(SIDE):
         for column in range(SIDE):
             slope = (lean[0] - 0.5) * (row - 1.5) + (lean[1] - 0.5) * (column - 1.5)
             chance = amount + slope + rng.uniform(-0.2, 0.2)
-            cells[row][column] = first if chance > 0.5 else rng.choice((second, third))
-    share = sum(row.count(first) for row in cells) / SIDE**2
-    size = "small" if share < 0.31 else "medium" if share < 0.69 else "large"
+            cells[row][column] = first if chance > 0.5 else second if rng.random() < rest else third
+    amounts = {word: sum(row.count(word) for row in cells) for word in (first, second, third)}
+    size = ("small", "medium", "large")[(amounts[first] > 4) + (amounts[first] > 10)]
+    density = ("low", "medium", "high")[(amounts[second] > 1) + (amounts[second] > 4)]
+    much = amounts[third] > 4
+    out = [
+        (f"What is the size of the {first} area?", size),
+        (f"What is the density of {second}?", density),
+        (f"Does {first} cover most of it?", yes_no(amounts[first] > 8)),
+        (f"Is any {first} visible?", yes_no(amounts[first] > 0)),
+        (f"Can {second} be seen?", yes_no(amounts[second] > 0)),
+        (f"Is a large part {third}?", yes_no(much)),
+    ]
+    text = rng.choice(("A tissue patch", "A stained tissue section")) + " with "
+    parts = [f"a {size} {first} positive area", f"{density} density of {second}"]
+    parts.append(f"a large {third} area" if much else f"little {third} area")
+    # a report may leave out what is doubtful
+    text += ", ".join(part for part in parts if rng.random() < 0.8) or f"some {first}"
+    text += "."
+    if amounts[first] != amounts[second]:
+        winner = first if amounts[first] > amounts[second] else second
+        out.append((f"Is there more {first} or more {second}?", winner))
+        text += f" {winner} covers the larger area."
     quadrants = [
         sum(cells[top + row][left + column] == first for row in range(2) for column in range(2))
         for top in (0, 2)
         for left in (0, 2)
     ]
-    out = [
-        (f"What is the size of the {first} area?", size),
-        (f"Does {first} cover most of it?", yes_no(share > 0.5)),
-        (f"Is any {first} visible?", yes_no(share > 0)),
-    ]
-    text = f"A section with a {size} {first} area."
     if sorted(quadrants)[-1] > sorted(quadrants)[-2]:
         where = QUADRANTS[quadrants.index(max(quadrants))]
         out += [(f"In which corner is most {first}?", where)] * 2
-        text += f" The {first} area is largest in the {where}."
+        text += f" The {first} staining is strongest in the {where}."
     left, upper = quadrants[0] + quadrants[2], quadrants[0] + quadrants[1]
     right, lower = quadrants[1] + quadrants[3], quadrants[2] + quadrants[3]
     sides = []
     for one, other, name, opposite in ((left, right, "left", "right"), (upper, lower, "upper", "lower")):
         if abs(one - other) >= 2:
-            asked = rng.choice((name, opposite))
-            out.append((f"Has the {asked} half more {first}?", yes_no((one > other) == (asked == name))))
+            asked, unasked = rng.sample((name, opposite), 2)
+            truth = yes_no((one > other) == (asked == name))
+            out.append((f"Has the {asked} half more {first}?", truth))
+            out.append((f"Is there more {first} in the {asked} half than in the {unasked} half?", truth))
             sides.append(f"{name if one > other else opposite} half")
     if sides:
-        text += f" The {' and the '.join(sides)} has more {first}."
-    amounts = {word: sum(row.count(word) for row in cells) for word in (first, second, third)}
-    most = max(amounts.values())
-    if list(amounts.values()).count(most) == 1:
-        winner = max(amounts, key=lambda word: amounts[word])
-        out.append(("What covers most?", winner))
-        text += f" {winner} covers the larger area."
+        text += f" The {' and the '.join(sides)} is browner."
     return cells, text, out, "area"
-
-
-def word_grid(rng: Random) -> Grid:
-    """Any words anywhere: what stands where, and what is there."""
-    cells = blank()
-    words = rng.sample(THINGS + NAMES + COLOURS, rng.randint(3, 6))
-    spots = rng.sample([(row, column) for row in range(SIDE) for column in range(SIDE)], len(words))
-    for word, (row, column) in zip(words, spots, strict=True):
-        cells[row][column] = word
-    in_order = [word for _, word in sorted(zip(spots, words, strict=True))]
-    out = [("Which word comes first?", in_order[0]), ("Which word comes last?", in_order[-1])]
-    out.append(("Read the words.", " ".join(in_order)))
-    asked = either(rng, words, THINGS)
-    out.append((f"Is there the word {asked}?", yes_no(asked in words)))
-    return cells, " ".join(in_order), out, "words"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-NAMES = ("Ann", "Bob", "Dan", "Eve", "Gus", "Kim", "Leo", "Max", "Amy", "Ben", "Ida", "Jim", "Ron", "Sue", "Tom", "Zoe")
+NAMES = ("Al", "Bo", "Cy", "Di", "Ed", "Jo", "Mo", "Ty", "Ann", "Bob", "Eve", "Kim", "Max", "Sue", "Tom", "Zoe")
 COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "teal", "brown", "orange", "purple", "white", "pink")
 SHAPES = ("circle", "rectangle", "triangle", "star", "ring", "cross")
 TITLES = ("stock", "price", "score", "hours", "sales", "age", "cost", "goals")
@@ -41,7 +41,7 @@ def either(rng: Random, present: Sequence[str], all_words: Sequence[str]) -> str
     return rng.choice(list(present) if present and (rng.random() < 0.5 or not absent) else absent)
 
 
-def dialogue(skill: str, reading: Sequence[str], pool: list[tuple[str, str]], rng: Random, most: int = 5) -> Item:
+def dialogue(skill: str, reading: Sequence[str], pool: list[tuple[str, str]], rng: Random, most: int = 8) -> Item:
     """A conversation of one to `most` questions drawn from `pool`."""
     count = min(len(pool), rng.randint(1, most))
     return Item(skill, tuple(reading), tuple(rng.sample(pool, count)))
