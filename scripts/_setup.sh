@@ -25,3 +25,8 @@ fi
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
+if ! compgen -G "$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/*.so" > /dev/null; then
+  echo "== compiling DeepSpeed's communication for CPU ranks (a minute or two, once)"
+  DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= python -W ignore -c \
+    "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load(verbose=False)"
+fi

@@ -70,11 +70,11 @@ def test_use_commands_run_in_order(tmp_path: Path) -> None:
         if not name.startswith("tests/") and (ROOT / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    used = commands(section("Use"))
+    used = [command for command in commands(section("Use")) if not command.startswith("source ")]
     assert [c for c in used if c.startswith("bash scripts/finetune_mole.sh configs/tiny/finetune_mole.yaml")]
     printed = {command: run(command, tmp_path) for command in used}
-    for run_name in ("pretrain", "finetune_mole"):
-        assert (tmp_path / "runs" / "tiny" / run_name / "checkpoint-4" / "manifest.json").is_file()
+    for run_name in ("pretrain", "mole"):
+        assert (tmp_path / "runs" / "mine" / run_name / "checkpoint-4" / "manifest.json").is_file()
     inspected = next(text for command, text in printed.items() if " inspect " in command)
     assert "checkpoint-4" in inspected
     assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8").count('"answer_id"') >= 10
