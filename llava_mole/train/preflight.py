@@ -34,8 +34,8 @@ def check_inputs(config: RunConfig) -> None:
         raise WeightsError(
             f"{len(absent)} inputs of this run are not there: {'; '.join(absent)}. Put them there (docs/models.md and "
             f"docs/data.md say where they come from; projector_weights is what scripts/pretrain.sh writes), or name "
-            f"other paths with --key PATH, or run what needs no download: {TINY_CONFIGS} (after `llava-mole prepare tiny "
-            "--out playground/data/tiny`)"
+            f"other paths with --key PATH, or run what needs no download: {TINY_CONFIGS} (after "
+            "`llava-mole prepare tiny --out playground/data/tiny`)"
         )
 
 
