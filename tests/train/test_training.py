@@ -254,3 +254,17 @@ def test_a_tracker_that_fails_does_not_stop_the_run(world: Path, monkeypatch: py
     monkeypatch.setattr(wandb, "init", broken)
     kept = run(world, "kept", "--tracker.wandb_project", "test", "--train.max_steps", "2")
     assert len(losses(kept)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "mole"])
+def test_bf16_on_a_gpu_learns_and_loads(world: Path, method: str) -> None:
+    out = run(
+        world, f"gpu-{method}", "--device", "cuda", "--train.precision", "bf16", "--adapter.method", method,
+        "--train.gradient_checkpointing", "true",
+    )  # fmt: skip
+    assert losses(out)[-1] < losses(out)[0]
+    assert all(value.dtype == torch.float32 for value in weights(out).values())
+    loaded = load_pretrained_model(out, device="cuda", dtype="bfloat16")
+    ids = torch.tensor([[1, 300, 301]], device="cuda")
+    assert torch.isfinite(loaded.model(ids, torch.ones_like(ids, dtype=torch.bool))).all()
