@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -41,5 +42,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             print(f"llava-mole: error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            print("llava-mole: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
 
     return run
