@@ -18,7 +18,7 @@ def find_tuner(model: nn.Module) -> MoleModel | None:
 
 
 def active_config(model: nn.Module) -> MoleConfig | None:
-    """The configuration of the active adapter; None without MoLE, or while adapters are disabled."""
+    """The configuration of the active adapter; None without MoLE."""
     tuner = find_tuner(model)
     if tuner is None:
         return None

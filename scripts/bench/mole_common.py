@@ -155,15 +155,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
-    """Print the rows as a table, with the machine, and write them where asked."""
+def report(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table, with the machine."""
     print(f"\n{title}")
     print("  ".join(f"{key} {value}" for key, value in machine().items()))
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)), flush=True)
+
+
+def save(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Write the rows with the machine as JSON, where a path is given."""
     if path is not None:
         path.write_text(json.dumps([{**row, **machine()} for row in rows], indent=1), encoding="utf-8")
 

@@ -54,8 +54,10 @@ def main() -> None:
         steps = {name: decoding_step(model, x, passes) for name, model in models.items()}
         times = common.interleave(steps, repeats, args.device, warmup=2)
         each = {name: [value / passes for value in values] for name, values in times.items()}
-        rows += common.summary(each, "plain_lora", tokens=count, width=width, rank=args.rank)
-    common.report("Decoding, one decoder layer (measured)", rows, args.json)
+        found = common.summary(each, "plain_lora", tokens=count, width=width, rank=args.rank)
+        common.report("Decoding, one decoder layer (measured)", found)
+        rows += found
+    common.save(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,10 @@ def main() -> None:
             models["dense K=3 stacked"] = stacked_dense(base, 3, args.rank)
         steps = {name: common.training_step(model, x) for name, model in models.items()}
         times = common.interleave(steps, repeats, args.device)
-        rows += common.summary(times, "plain_lora", tokens=length, width=width, rank=args.rank)
-    common.report("Training step of one decoder layer (measured)", rows, args.json)
+        found = common.summary(times, "plain_lora", tokens=length, width=width, rank=args.rank)
+        common.report("Training step of one decoder layer (measured)", found)
+        rows += found
+    common.save(rows, args.json)
 
 
 if __name__ == "__main__":

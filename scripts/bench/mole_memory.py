@@ -85,7 +85,8 @@ def main() -> None:
             if args.device.startswith("cuda"):
                 row["peak_bytes"] = peak_bytes(model, x)
             rows.append(row)
-    common.report("Activation memory of one decoder layer (measured)", rows, args.json)
+    common.report("Activation memory of one decoder layer (measured)", rows)
+    common.save(rows, args.json)
 
 
 if __name__ == "__main__":
