@@ -64,7 +64,7 @@ def mole_auxiliary_loss(
             the accumulation steps like the LM loss, never multiplied by the world size.
 
     Returns:
-        A scalar; 0 without MoLE and for one expert.
+        A scalar; 0 without MoLE, for one expert, and where no router with parameters chooses.
 
     Raises:
         ConfigError: a mask is missing or has the wrong shape, or the logits carry no gradient in training
@@ -78,7 +78,7 @@ def mole_auxiliary_loss(
             "this model has MoLE layers but not their tuner, so their coefficients are unknown: use get_peft_model "
             "instead of inject_adapter_in_model, or balance_loss with your own coefficient"
         )
-    if config is None or not routing.logits or config.num_experts == 1:
+    if config is None or not routing.logits or not config.has_router:
         return torch.zeros((), device=token_mask.device)
     if token_mask.shape != routing.logits[0].shape[:2]:
         raise ConfigError(

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_mole.config import RunConfig
-from llava_mole.constants import IMAGE_TOKEN_INDEX
+from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.sampler import batch_positions, count_steps
@@ -28,7 +28,7 @@ from llava_mole.log import get_logger
 from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.checkpoint import rotate_checkpoints
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.mole import collect_routing, mole_after_step, mole_auxiliary_loss
+from llava_mole.mole import collect_routing, mole_after_step, mole_auxiliary_loss, set_routing_inputs
 from llava_mole.train.loss import next_token_targets, sample_losses, weigh
 from llava_mole.train.metrics import Tracker
 from llava_mole.train.optim import set_learning_rates
@@ -152,6 +152,15 @@ class Trainer:
         """This micro-batch's share of the step's loss; the shares of all micro-batches and ranks add up to it."""
         train = self.config.train
         loss_mask, targets = next_token_targets(batch["labels"])
+        if self.config.adapter.method == "mole":
+            # Read by gates that do not look at tokens alone: the expert or task of a sample is its source.
+            set_routing_inputs(
+                self.model.language_model,
+                experts=batch["source_index"],
+                source=batch["source_index"],
+                task=batch["source_index"],
+                prompt_mask=batch["attention_mask"] & (batch["labels"] == IGNORE_INDEX),
+            )
         logits = self.engine(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

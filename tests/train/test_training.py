@@ -167,6 +167,25 @@ def test_lora_baseline_trains(world: Path) -> None:
     assert any("self_attn.q_proj.lora_B" in name for name in names)
 
 
+GATES = {
+    "sequence": {"granularity": "sequence"},
+    "given": {"granularity": "given", "expert_scale": "none"},
+    "oracle": {"router": "oracle", "expert_scale": "none"},
+    "dense": {"mode": "dense", "expert_scale": "none"},
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_other_gates_train(world: Path, gate: str) -> None:
+    out = run(world, gate, "--adapter.options", json.dumps(GATES[gate]), "--train.max_steps", "2")
+    load = read_metrics(out / "metrics.jsonl")[-1]["expert_load_by_source"]
+    if gate in ("given", "oracle"):  # the sample's source decides its expert
+        assert all(max(shares) == 1 for shares in load.values())
+        assert len({shares.index(1) for shares in load.values()}) == len(load)
+    else:
+        assert all(sum(shares) == pytest.approx(1) for shares in load.values())
+
+
 def test_loaded_checkpoint_gives_the_trained_models_logits(world: Path, reference: Path) -> None:
     loaded = load_pretrained_model(reference, device="cpu")
     assert loaded.template == "vicuna_v1"
