@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 from llava_mole.errors import ConfigError, WeightsError, command
+from llava_mole.log import setup_logging
 
 STAGES = ("tokenizer", "tower", "language_model")
 PACKAGES = ("torch", "transformers", "tokenizers", "open_clip_torch", "easy-vqa", "scikit-image", "numpy", "pillow")
@@ -125,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides everything (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     given = parser.parse_args(arguments)
+    setup_logging()
     stages = given.stages.split(",")
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_mole.conversation import Turn, get_template, render
+from llava_mole.conversation import Rendered, Turn, get_template, render
 from llava_mole.data.tokenization import HFTextTokenizer, encode
+from llava_mole.log import get_logger
 from llava_mole.tiny.progress import progress
 from llava_mole.tiny.text_grids import grid_item
 from llava_mole.tiny.text_items import Item
 from llava_mole.tiny.text_scenes import scene_item
 
+LOG = get_logger(__name__)
 CONTEXT_LENGTH = 512
 ARCHITECTURE = {
     "hidden_size": 128,
@@ -72,12 +74,20 @@ def to_tokens(item: Item, tokenizer: HFTextTokenizer) -> tuple[list[int], list[i
 
     What is read takes the place of the image's tokens, one piece a word where the vocabulary has the word.
     """
-    plain = not item.turns[0][0]
-    turns = []
-    for number, (question, answer) in enumerate(item.turns):
-        marker = DEFAULT_IMAGE_TOKEN + "\n" if number == 0 and item.reading else ""
-        turns += [Turn("user", marker + question), Turn("assistant", answer)]
-    rendered = render(get_template("plain" if plain else "vicuna_v1"), turns)
+    marker = DEFAULT_IMAGE_TOKEN if item.reading else ""
+    if item.kind == "drill":
+        text, spans = marker, []
+        for question, answer in item.turns:
+            text += question
+            spans.append((len(text), len(text) + 1 + len(answer)))
+            text += f" {answer} "
+        rendered = Rendered(text.rstrip(), tuple(spans))
+    else:
+        turns = []
+        for number, (question, answer) in enumerate(item.turns):
+            first = marker + "\n" if number == 0 and marker else ""
+            turns += [Turn("user", first + question), Turn("assistant", answer)]
+        rendered = render(get_template("plain" if item.kind == "description" else "vicuna_v1"), turns)
     encoded = encode(rendered, tokenizer, num_image_tokens=1, max_length=None)
     ids, labels = encoded.input_ids, encoded.labels
     if item.reading:
@@ -131,7 +141,10 @@ def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, d
     )
     source = batches(encoded, recipe.batch_size, seed)
     bar = progress(range(recipe.steps), "language model", "step")
-    average, right, seen = 0.0, defaultdict(float), defaultdict(int)
+    average = 0.0
+    right: dict[str, list[float]] = defaultdict(list)
+    accuracy: dict[str, float] = {}
+    reports = {math.ceil(recipe.steps * part / 10) for part in range(1, 11)}
     model.train()
     for step in bar:
         scale = min(1.0, (step + 1) / recipe.warmup_steps) * (
@@ -156,14 +169,17 @@ def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, d
         optimizer.step()
         answer_loss = losses.detach()[answered].mean().item()
         average = answer_loss if step == 0 else 0.95 * average + 0.05 * answer_loss
-        if step >= recipe.steps * 0.9:
-            hit = ((logits.argmax(-1) == target) & answered).sum(1) / answered.sum(1)
-            for skill, share in zip(skills, hit.tolist(), strict=True):
-                right[skill] += share
-                seen[skill] += 1
+        hit = ((logits.argmax(-1) == target) & answered).sum(1) / answered.sum(1)
+        for skill, share in zip(skills, hit.tolist(), strict=True):
+            right[skill].append(share)
+        if step + 1 in reports:
+            accuracy = {skill: sum(shares) / len(shares) for skill, shares in sorted(right.items())}
+            shown = ", ".join(f"{skill} {value:.2f}" for skill, value in accuracy.items())
+            LOG.info("step %d, loss %.3f, share of answer tokens right: %s", step + 1, average, shown)
+            right.clear()
         bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
     measured = {"answer_loss": average, "seconds": time.perf_counter() - started}
-    measured |= {f"token_accuracy/{skill}": right[skill] / seen[skill] for skill in sorted(seen)}
+    measured |= {f"token_accuracy/{skill}": value for skill, value in accuracy.items()}
     model.eval()
     return model, measured
 

@@ -17,26 +17,29 @@ from llava_mole.tiny.text_items import (
     TITLES,
     Item,
     dialogue,
+    drill,
     either,
     yes_no,
 )
 
 SIDE = 4
+DRILL = 0.5
+"""Share of charts and tables that are followed by a drill."""
 PLACES = (("upper left", "upper", "upper right"), ("left", "center", "right"), ("lower left", "lower", "lower right"))
 
 
-def grid_item(rng: Random, describe: float = 0.35) -> Item:
-    """A random grid; with probability `describe` followed by its description, else by questions."""
-    cells, caption, questions, skill = rng.choices(
-        (chart_grid, table_grid, shape_grid, area_grid), weights=(3, 3, 2, 2)
-    )[0](rng)
+def grid_item(rng: Random) -> Item:
+    """A random grid, followed by its description, a drill or a conversation."""
+    make = rng.choices((chart_grid, table_grid, shape_grid, area_grid), weights=(3, 3, 2, 2))[0]
+    return make(rng)
+
+
+def finish(skill: str, cells: list[list[str]], caption: str, questions: list[tuple[str, str]], rng: Random) -> Item:
+    """The grid's description or, twice as often, a conversation about it."""
     reading = [word for row in cells for word in row]
-    if caption and rng.random() < describe:
-        return Item(f"{skill} description", tuple(reading), (("", caption),))
-    return dialogue(f"{skill} questions", reading, questions, rng)
-
-
-Grid = tuple[list[list[str]], str, list[tuple[str, str]], str]
+    if rng.random() < 1 / 3:
+        return Item(f"{skill} description", "description", tuple(reading), (("", caption),))
+    return dialogue(skill, reading, questions, rng)
 
 
 def blank() -> list[list[str]]:
@@ -44,7 +47,7 @@ def blank() -> list[list[str]]:
     return [[BLANK] * SIDE for _ in range(SIDE)]
 
 
-def chart_grid(rng: Random) -> Grid:
+def chart_grid(rng: Random) -> Item:
     """Two or three columns: a value, one or two colour words, a name."""
     cells = blank()
     count = rng.choice((2, 3))
@@ -55,7 +58,10 @@ def chart_grid(rng: Random) -> Grid:
         cells[1][column] = colour if int(value) > 5 else BLANK
         cells[2][column] = colour
         cells[3][column] = name
-    return cells, chart_text(names, values, colours, rng), chart_questions(names, values, colours, rng), "chart"
+    if rng.random() < DRILL:
+        return drill("chart", [word for row in cells for word in row], names, values, colours, rng)
+    caption = chart_text(names, values, colours, rng)
+    return finish("chart", cells, caption, chart_questions(names, values, colours, rng), rng)
 
 
 def chart_text(names: list[str], values: list[str], colours: list[str], rng: Random) -> str:
@@ -99,7 +105,7 @@ def value_questions(names: list[str], values: list[str], rng: Random) -> list[tu
     return out
 
 
-def table_grid(rng: Random) -> Grid:
+def table_grid(rng: Random) -> Item:
     """A heading, then three rows of a name and a number."""
     cells = blank()
     names, values, title = rng.sample(NAMES, 3), rng.sample(DIGITS, 3), rng.choice(TITLES)
@@ -107,6 +113,8 @@ def table_grid(rng: Random) -> Grid:
     column = rng.choice((1, 2, 2, 3))
     for row in range(3):
         cells[row + 1][0], cells[row + 1][column] = names[row], values[row]
+    if rng.random() < DRILL:
+        return drill("table", [word for row in cells for word in row], names, values, (), rng)
     listed = f"{names[0]} {values[0]}, {names[1]} {values[1]} and {names[2]} {values[2]}"
     caption = rng.choice((f"A table of the {title}: {listed}.", f"The table shows the {title} of {listed}."))
     questions = value_questions(names, values, rng)
@@ -115,10 +123,10 @@ def table_grid(rng: Random) -> Grid:
     larger = int(values[0]) > int(values[2])
     questions += [(rng.choice(("Is the first number larger?", "Is the first one above the last one?")), yes_no(larger))]
     questions += [(rng.choice(("What is it about?", "What is listed?", "Title of the table?")), title)] * 2
-    return cells, caption, questions, "table"
+    return finish("table", cells, caption, questions, rng)
 
 
-def shape_grid(rng: Random) -> Grid:
+def shape_grid(rng: Random) -> Item:
     """A shape that covers one to six cells, each of which reads its colour or its name."""
     cells = blank()
     shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
@@ -131,7 +139,8 @@ def shape_grid(rng: Random) -> Grid:
         cells[row][column] = word
     middle = (top + height / 2, left + width / 2)
     place = PLACES[min(2, int(3 * middle[0] / SIDE))][min(2, int(3 * middle[1] / SIDE))]
-    return cells, shape_text(shape, colour, place, rng), shape_questions(shape, colour, place, rng), "shape"
+    caption = shape_text(shape, colour, place, rng)
+    return finish("shape", cells, caption, shape_questions(shape, colour, place, rng), rng)
 
 
 def shape_text(shape: str, colour: str, place: str, rng: Random) -> str:
@@ -173,7 +182,7 @@ def shape_questions(shape: str, colour: str, place: str, rng: Random) -> list[tu
     return out
 
 
-def area_grid(rng: Random) -> Grid:
+def area_grid(rng: Random) -> Item:
     """Every cell reads one of three materials; questions about amounts and places count the cells."""
     first, second, third = rng.choice(
         (
@@ -234,4 +243,4 @@ def area_grid(rng: Random) -> Grid:
             sides.append(f"{name if one > other else opposite} half")
     if sides:
         text += f" The {' and the '.join(sides)} is browner."
-    return cells, text, out, "area"
+    return finish("area", cells, text, out, rng)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
 NAMES = ("Al", "Bo", "Cy", "Di", "Ed", "Jo", "Mo", "Ty", "Ann", "Bob", "Eve", "Kim", "Max", "Sue", "Tom", "Zoe")
 COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "teal", "brown", "orange", "purple", "white", "pink")
@@ -21,11 +22,13 @@ BLANK = "."
 class Item:
     """One piece of pre-training text.
 
-    `reading` stands where an image's tokens would stand in training. With one entry in `turns` whose question is
-    empty, the item is plain text: reading, then the answer (as in stage 1). Otherwise it is a conversation.
+    `reading` stands where an image's tokens would stand in training. What follows it depends on `kind`: `description`,
+    plain text as in stage 1 (one turn, its question empty); `drill`, short questions and answers in a row; `dialogue`,
+    a conversation in the `vicuna_v1` format.
     """
 
     skill: str
+    kind: Literal["description", "drill", "dialogue"]
     reading: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
 
@@ -44,4 +47,23 @@ def either(rng: Random, present: Sequence[str], all_words: Sequence[str]) -> str
 def dialogue(skill: str, reading: Sequence[str], pool: list[tuple[str, str]], rng: Random, most: int = 8) -> Item:
     """A conversation of one to `most` questions drawn from `pool`."""
     count = min(len(pool), rng.randint(1, most))
-    return Item(skill, tuple(reading), tuple(rng.sample(pool, count)))
+    return Item(f"{skill} dialogue", "dialogue", tuple(reading), tuple(rng.sample(pool, count)))
+
+
+def drill(
+    skill: str, reading: Sequence[str], names: Sequence[str], values: Sequence[str], colours: Sequence[str], rng: Random
+) -> Item:
+    """Look-ups and comparisons in a row, as short as can be: much practice in few tokens."""
+    pool = [("first?", names[0]), ("last?", names[-1])] * 2
+    for name, value in zip(names, values, strict=True):
+        pool += [(f"{name}?", value), (f"{value}?", name)] * 2
+        pool.append((f"{name} in row?", ORDINALS[list(names).index(name)]))
+    for name, colour in zip(names, colours, strict=False):
+        pool += [(f"{name} color?", colour), (f"{colour}?", name)] * 2
+    order = sorted(zip(values, names, strict=True))
+    pool += [("highest?", order[-1][1]), ("lowest?", order[0][1])] * 3
+    for _ in range(4):
+        (value, name), (other_value, other) = rng.sample(order, 2)
+        pool.append((f"{name} above {other}?", yes_no(value > other_value)))
+    pool += [("first above last?", yes_no(values[0] > values[-1]))] * 3
+    return Item(f"{skill} drill", "drill", tuple(reading), tuple(rng.sample(pool, 12)))

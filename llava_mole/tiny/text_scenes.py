@@ -2,7 +2,7 @@
 
 from random import Random
 
-from llava_mole.tiny.text_grids import chart_text, shape_questions, shape_text, value_questions
+from llava_mole.tiny.text_grids import DRILL, chart_text, shape_questions, shape_text, value_questions
 from llava_mole.tiny.text_items import (
     COLOURS,
     DIGITS,
@@ -13,6 +13,7 @@ from llava_mole.tiny.text_items import (
     TITLES,
     Item,
     dialogue,
+    drill,
     either,
     yes_no,
 )
@@ -40,6 +41,8 @@ def list_item(rng: Random) -> Item:
         text = " ".join(f"{name} has {value}." for name, value in pairs)
     else:
         text = ", ".join(f"{name}: {value}" for name, value in pairs)
+    if rng.random() < DRILL:
+        return drill("list", text.split(), names, values, colours if style == 0 else (), rng)
     questions = value_questions(names, values, rng)
     if style == 0:
         for name, colour in zip(names, colours, strict=True):
