@@ -61,8 +61,8 @@ def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> lis
             conversations.append({"from": "human", "value": prefix + question.text})
             conversations.append({"from": "gpt", "value": question.answer})
         name = samples[index].name
-        records.append({"id": f"{domain}-train-{name}", "image": image_path(domain, "train", name)})
-        records[-1]["conversations"] = conversations
+        image = image_path(domain, "train", name)
+        records.append({"id": f"{domain}-train-{name}", "image": image, "conversations": conversations})
     rng.shuffle(records)
     return records
 
@@ -79,7 +79,7 @@ def write_split(
     rng = Random(f"{seed}-{domain}-{split}-questions")
     folder = out / domain
     (folder / "images" / split).mkdir(parents=True)
-    used = range(len(samples))
+    used: Sequence[int] = range(len(samples))
     if split == "train":
         records = training_records(domain, samples, rng)
     else:

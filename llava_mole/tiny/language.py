@@ -55,6 +55,9 @@ class Recipe:
     steps: int = 2000
     batch_size: int = 48
     learning_rate: float = 3e-3
+    """Of embeddings and norms (AdamW)."""
+    matrix_learning_rate: float = 8e-3
+    """Of the blocks' matrices (Muon)."""
     weight_decay: float = 0.05
     warmup_steps: int = 60
     noise: float = 0.1
@@ -120,6 +123,30 @@ def batches(
             yield ids, labels, [encoded[index][2] for index in group]
 
 
+def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for embeddings and norms.
+
+    Muon's orthogonal updates learn to look things up in far fewer steps than AdamW does.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.dim() == 2 and "embed" not in name else others).append(parameter)
+    muon = torch.optim.Muon(
+        [{"params": matrices, "initial_lr": recipe.matrix_learning_rate}],
+        lr=recipe.matrix_learning_rate,
+        weight_decay=recipe.weight_decay,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(
+        [{"params": others, "initial_lr": recipe.learning_rate}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+    return [muon, adamw]
+
+
 def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, dict[str, float]]:
     """Pre-train. Returns the `LlamaForCausalLM` and measurements (loss, token accuracy per skill, seconds)."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,13 +159,7 @@ def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, d
         encoded.append((*to_tokens(item, tokenizer), item.skill))
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer.hf), **ARCHITECTURE))
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.95),
-    )
+    optimizers = make_optimizers(model, recipe)
     source = batches(encoded, recipe.batch_size, seed)
     bar = progress(range(recipe.steps), "language model", "step")
     average = 0.0
@@ -150,8 +171,8 @@ def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, d
         scale = min(1.0, (step + 1) / recipe.warmup_steps) * (
             0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps))
         )
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * scale
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * scale
         ids, labels, skills = next(source)
         embeddings = model.get_input_embeddings()(ids)
         embeddings = embeddings + torch.randn_like(embeddings) * embeddings.detach().std() * recipe.noise
@@ -163,10 +184,11 @@ def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, d
         is_dialogue = torch.tensor([[not skill.endswith("description")] for skill in skills])
         weight = torch.where(answered, torch.where(is_dialogue, QUESTION_WEIGHT, 1.0), CONTEXT_WEIGHT * inside)
         loss = (losses * weight).sum() / weight.sum()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         answer_loss = losses.detach()[answered].mean().item()
         average = answer_loss if step == 0 else 0.95 * average + 0.05 * answer_loss
         hit = ((logits.argmax(-1) == target) & answered).sum(1) / answered.sum(1)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from llava_mole.tiny import biomedicine, document, general
 from llava_mole.tiny.progress import progress
 from llava_mole.tiny.samples import IMAGE_SIZE, Sample
 
-OPEN_CLIP_CONFIG = {
+OPEN_CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 192,
     "quick_gelu": True,
     "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 5, "width": 160, "head_width": 32, "patch_size": 16},
