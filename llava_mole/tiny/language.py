@@ -27,7 +27,7 @@ from llava_mole.tiny.text_scenes import scene_item
 
 LOG = get_logger(__name__)
 CONTEXT_LENGTH = 512
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,

@@ -34,8 +34,8 @@ def training_lines(samples: Iterable[Sample], items: int, seed: int) -> Iterator
     for _ in range(items):
         item = pretraining_item(rng)
         yield " " + " ".join(item.reading)
-        for question, answer in item.turns:
-            yield question
+        for asked, answer in item.turns:
+            yield asked
             yield " " + answer
 
 
