@@ -51,8 +51,8 @@ QUESTION_WEIGHT = 4.0
 class Recipe:
     """Size of the training run."""
 
-    items: int = 50000
-    steps: int = 2000
+    items: int = 24000
+    steps: int = 800
     batch_size: int = 48
     learning_rate: float = 3e-3
     """Of embeddings and norms (AdamW)."""
@@ -128,7 +128,8 @@ def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
     Muon's orthogonal updates learn to look things up in far fewer steps than AdamW does.
     """
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.dim() == 2 and "embed" not in name else others).append(parameter)
     muon = torch.optim.Muon(

@@ -36,8 +36,8 @@ OPEN_CLIP_CONFIG: dict[str, Any] = {
 class Recipe:
     """Size of the training run."""
 
-    images_per_domain: int = 10000
-    steps: int = 900
+    images_per_domain: int = 9000
+    steps: int = 1000
     batch_size: int = 192
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
