@@ -98,24 +98,33 @@ def questions(document: Document) -> tuple[Question, ...]:
     out = []
     for name, value in zip(document.names, document.values, strict=True):
         out.append(Question(f"What is the value of {name}?", str(value), "value"))
-        out.append(Question(f"Which name has the value {value}?", name, "name"))
     highest, lowest = by_value[max(by_value)], by_value[min(by_value)]
     out.append(Question("Which name has the highest value?", highest, "extreme"))
     out.append(Question("Which name has the lowest value?", lowest, "extreme"))
     if document.kind == "table":
         out.append(Question("What does the table show?", document.title.lower(), "title"))
-        for ordinal, name in zip(ORDINALS, document.names, strict=True):
-            out.append(Question(f"Which name is in the {ordinal} row?", name, "name"))
+        for ordinal, name, value in zip(ORDINALS, document.names, document.values, strict=True):
+            out.append(Question(f"Which name is in the {ordinal} row?", name, "place"))
+            out.append(Question(f"What is the value in the {ordinal} row?", str(value), "place"))
         first, last = document.values[0], document.values[-1]
         out.append(Question("Is the first value larger than the last value?", yes_no(first > last), "comparison"))
         return tuple(out)
     for name, colour in zip(document.names, document.colours, strict=True):
         out.append(Question(f"What color is the bar of {name}?", colour, "color"))
         out.append(Question(f"Which name has the {colour} bar?", name, "name"))
+    for place, index in bar_places(len(document.names)).items():
+        out.append(Question(f"What is the name of the {place} bar?", document.names[index], "place"))
+        out.append(Question(f"What is the value of the {place} bar?", str(document.values[index]), "place"))
+        out.append(Question(f"What color is the {place} bar?", document.colours[index], "place"))
     first, last = document.values[0], document.values[-1]
     out.append(Question("Is the left bar taller than the right bar?", yes_no(first > last), "comparison"))
     out.append(Question("Are there three bars?", yes_no(len(document.names) == 3), "count"))
     return tuple(out)
+
+
+def bar_places(count: int) -> dict[str, int]:
+    """What two or three bars are called by their place -> index from the left."""
+    return {"left": 0, "right": 1} if count == 2 else {"left": 0, "middle": 1, "right": 2}
 
 
 def yes_no(truth: bool) -> str:

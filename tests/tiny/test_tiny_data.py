@@ -120,10 +120,14 @@ def answer_document(image: np.ndarray, question: str) -> str:
     page = read_pixels(image.tobytes())
     names, values = page["names"], page["values"]
     value_of = dict(zip(names, values, strict=True))
+    if match := re.fullmatch(r"What (is the name of|is the value of|color is) the (left|middle|right) bar\?", question):
+        name = names[{"left": 0, "middle": 1, "right": -1}[match[2]]]
+        read = {"is the name of": name, "is the value of": str(value_of[name]), "color is": page["colours"][name]}
+        return read[match[1]]
+    if match := re.fullmatch(r"What is the value in the (\w+) row\?", question):
+        return str(values[document.ORDINALS.index(match[1])])
     if match := re.fullmatch(r"What is the value of (\w+)\?", question):
         return str(value_of[match[1]])
-    if match := re.fullmatch(r"Which name has the value (\d)\?", question):
-        return names[values.index(int(match[1]))]
     if match := re.fullmatch(r"Which name has the (highest|lowest) value\?", question):
         return (max if match[1] == "highest" else min)(value_of, key=value_of.get)
     if match := re.fullmatch(r"Which name is in the (\w+) row\?", question):
