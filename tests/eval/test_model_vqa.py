@@ -11,6 +11,7 @@ from tiny_models import NUM_IMAGE_TOKENS
 from llava_mole import cli
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.decoding import Decoding
+from llava_mole.errors import EXIT_INTERRUPTED
 from llava_mole.eval import model_vqa, questions
 from llava_mole.eval.model_vqa import answer_questions, main, model_id
 from llava_mole.eval.questions import read_questions
@@ -89,8 +90,7 @@ def test_interrupted_run_continues(
         return generate(self, *args, **options)
 
     monkeypatch.setattr(Predictor, "generate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(mole_run, asked, path, "--batch-size", "2")
+    assert run(mole_run, asked, path, "--batch-size", "2") == EXIT_INTERRUPTED
     assert not path.exists()
     assert run(mole_run, asked, path, "--batch-size", "2") == 0
     assert calls == [4, 4, 3, 3]  # the eight answers that were there are not asked for again
@@ -106,8 +106,7 @@ def test_partial_answers_of_other_settings_are_refused(
 
     with monkeypatch.context() as patched:
         patched.setattr(Predictor, "generate", broken)
-        with pytest.raises(KeyboardInterrupt):
-            run(mole_run, asked, tmp_path / "a.jsonl")
+        assert run(mole_run, asked, tmp_path / "a.jsonl") == EXIT_INTERRUPTED
     assert run(mole_run, asked, tmp_path / "a.jsonl", "--temperature", "0.7") == 2
     assert "comes from a run with decoding {'max_new_tokens': 6, 'temperature': 0.0" in capsys.readouterr().err
     assert run(mole_run, asked, tmp_path / "a.jsonl", "--temperature", "0.7", "--overwrite") == 0
