@@ -22,7 +22,7 @@ from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.sampler import batch_positions, count_steps
-from llava_mole.distributed import all_gather_objects, all_reduce_sum, barrier
+from llava_mole.distributed import all_gather_objects, all_reduce_sum
 from llava_mole.errors import UserError
 from llava_mole.log import get_logger
 from llava_mole.model.adapters import trainable_parameters
@@ -122,7 +122,6 @@ class Trainer:
             if final:
                 raise TrainingError(message + "; free disk space and run again with --train.resume auto")
             logger.error("%s; training goes on, earlier checkpoints are untouched", message)
-        barrier()
 
     def _step(self, step: int, micro_batches: list[dict]) -> StepStats:
         """Forward and backward over one step's micro-batches, then the optimizer's update."""
