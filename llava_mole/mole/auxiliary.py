@@ -52,6 +52,7 @@ def mole_auxiliary_loss(
     supervised_mask: Tensor | None = None,
     image_mask: Tensor | None = None,
     sample_weights: Tensor | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Balance loss and z-loss of the latest forward pass, times their coefficients: add it to the LM loss as it is.
 
@@ -62,6 +63,7 @@ def mole_auxiliary_loss(
         image_mask: bool `[B, S]`, for `balance_tokens` `text` and `stratified`.
         sample_weights: `[B]`, see `loss.balance_loss`; None averages over the samples given. It must be divided by
             the accumulation steps like the LM loss, never multiplied by the world size.
+        routing: what `collect_routing` gave, if it was unpacked: then B and S are those of the unpacked samples.
 
     Returns:
         A scalar; 0 without MoLE, for one expert, and where no router with parameters chooses.
@@ -72,7 +74,7 @@ def mole_auxiliary_loss(
             without their tuner.
     """
     config = active_config(model)
-    routing = collect_routing(model)
+    routing = collect_routing(model) if routing is None else routing
     if config is None and routing.logits:
         raise ConfigError(
             "this model has MoLE layers but not their tuner, so their coefficients are unknown: use get_peft_model "

@@ -76,14 +76,15 @@ def _logits(
 ) -> Tensor:
     batch, length, _ = x_BSD.shape
     if options.granularity == "task":
-        task_B = _per_sample(inputs.task, "task", batch)
-        logits_BK = router.weight.to(router_dtype(x_BSD.dtype))[task_B]
-        return (logits_BK / options.temperature).unsqueeze(1).expand(-1, length, -1)
+        task_BS = _per_position(inputs.task, "task", batch, length)
+        return router.weight.to(router_dtype(x_BSD.dtype))[task_BS] / options.temperature
     if options.detach_input or options.router == "hash":
         x_BSD = x_BSD.detach()
     if training and options.jitter > 0:
         x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - options.jitter, 1 + options.jitter)
     if options.granularity == "sequence":
+        if inputs.sample_index is not None and training:
+            return _packed_sequence_logits(x_BSD, router, inputs) / options.temperature
         logits_BK = _sequence_logits(x_BSD, router, inputs, slot, training)
         return (logits_BK / options.temperature).unsqueeze(1).expand(-1, length, -1)
     logits = router(x_BSD)
@@ -117,6 +118,23 @@ def _sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs, slot:
     return pooled
 
 
+def _packed_sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs) -> Tensor:
+    """Mean logits over each sample's prompt, at every position of the sample, `[B, S, K]`."""
+    sample_BS, mask_BS = inputs.sample_index, inputs.prompt_mask
+    shapes = [None if value is None else tuple(value.shape) for value in (sample_BS, mask_BS)]
+    if sample_BS is None or mask_BS is None or set(shapes) != {tuple(x_BSD.shape[:2])}:
+        raise ConfigError(
+            "granularity 'sequence' on packed rows needs sample_index and prompt_mask of shape "
+            f"{tuple(x_BSD.shape[:2])}; they have {shapes[0]} and {shapes[1]}"
+        )
+    logits_TK = router(x_BSD).flatten(0, 1)
+    # Every position numbers its sample, so there are at most as many samples as positions: no host synchronisation.
+    sample_T, weight_T1 = sample_BS.flatten(), mask_BS.to(logits_TK.dtype).view(-1, 1)
+    sums = torch.zeros_like(logits_TK).index_add(0, sample_T, logits_TK * weight_T1)
+    counts = torch.zeros_like(weight_T1).index_add(0, sample_T, weight_T1)
+    return (sums / counts.clamp(min=1))[sample_T].view(*x_BSD.shape[:2], -1)
+
+
 def _given(experts: Tensor | None, x_BSD: Tensor, num_experts: int) -> tuple[Gate, Tensor, Tensor]:
     if experts is None:
         raise ConfigError("granularity 'given' needs set_routing_inputs(model, experts=...) before the forward pass")
@@ -146,14 +164,18 @@ def _control(x_BSD: Tensor, options: GateOptions, inputs: RoutingInputs) -> Tens
     batch, length, _ = x_BSD.shape
     if options.router == "random":
         return torch.randint(options.num_experts, (batch, length, 1), device=x_BSD.device)
-    source_B = _per_sample(inputs.source, "source", batch)
-    return source_B.view(-1, 1, 1).expand(-1, length, -1)
+    return _per_position(inputs.source, "source", batch, length).unsqueeze(-1)
 
 
-def _per_sample(value: Tensor | None, name: str, batch: int) -> Tensor:
+def _per_position(value: Tensor | None, name: str, batch: int, length: int) -> Tensor:
+    """`value` int64 `[B]` (of each sample) or `[B, S]` as `[B, S]`."""
     if value is None:
         raise ConfigError(f"this gate needs set_routing_inputs(model, {name}=...) before the forward pass")
-    return _repeat(value, batch, name).long()
+    value = _repeat(value, batch, name).long()
+    value = value.unsqueeze(1).expand(-1, length) if value.dim() == 1 else value
+    if value.shape != (batch, length):
+        raise ConfigError(f"{name} has shape {tuple(value.shape)}; [B] or [B, S] = [{batch}, {length}] is needed")
+    return value
 
 
 def _repeat(value: Tensor, batch: int, name: str) -> Tensor:

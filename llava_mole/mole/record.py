@@ -3,7 +3,7 @@
 Shape legend: L layers with experts, B samples, S positions, K experts, k experts a token uses.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class RoutingInputs:
     `experts`: for granularity `given`, int64 `[B]` or `[B, S]` (expert of a sample or token), or float weights
     `[B, K]` or `[B, S, K]`. `source`: int64 `[B]`, for router `oracle` the expert of each sample. `task`: int64
     `[B]`, for granularity `task`. `prompt_mask`: bool `[B, S]`, for granularity `sequence` the positions to average
-    over, which must not include answers. `decoding` (a cached prompt is being continued) and
+    over, which must not include answers. Where rows hold several samples, `source` and `task` are `[B, S]` too, and
+    `sample_index` int64 `[B, S]` numbers the sample of each position from 0. `decoding` (a cached prompt is being continued) and
     `attention_mask` are noted by the model itself. Whatever is set stays until replaced, because recomputation in
     the backward pass needs it again.
     """
@@ -48,6 +49,7 @@ class RoutingInputs:
     source: Tensor | None = None
     task: Tensor | None = None
     prompt_mask: Tensor | None = None
+    sample_index: Tensor | None = None
     decoding: bool = False
     attention_mask: Tensor | None = None
 
@@ -79,6 +81,18 @@ class Routing:
     logits: tuple[Tensor, ...]
     index: tuple[Tensor, ...]
     layers: tuple[Any, ...]
+
+    def unpack(self, positions_NM: Tensor) -> "Routing":
+        """The same routing with one row a sample, where rows held several.
+
+        `positions_NM` is int64 `[N, M]`: for each of N samples the positions of its tokens in the flattened `[B S]`
+        rows, padded to M with any valid position; masks say which count.
+        """
+        return replace(
+            self,
+            logits=tuple(logits.flatten(0, 1)[positions_NM] for logits in self.logits),
+            index=tuple(index.flatten(0, 1)[positions_NM] for index in self.index),
+        )
 
     @property
     def num_experts(self) -> int:
