@@ -8,7 +8,7 @@ import yaml
 from llava_mole.config import (
     DataConfig,
     ModelConfig,
-    accumulation_steps,
+    check_batch,
     config_to_dict,
     load_config,
     parse_run_config,
@@ -108,7 +108,11 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-def test_accumulation_is_derived_or_refused() -> None:
-    assert accumulation_steps(64, 2, 8) == 4
-    with pytest.raises(ConfigError, match=r"global_batch_size 64 is not a multiple .* 3 x 8 ranks = 24"):
-        accumulation_steps(64, 3, 8)
+def test_a_batch_that_cannot_be_spread_over_the_ranks_is_refused() -> None:
+    check_batch("padded", 64, 2, 8)
+    check_batch("packed", 65, 3, 8)
+    for batching in ("padded", "grouped"):
+        with pytest.raises(ConfigError, match=r"global_batch_size 64 is not a multiple .* 3 x 8 ranks = 24"):
+            check_batch(batching, 64, 3, 8)
+    with pytest.raises(ConfigError, match="global_batch_size 4 is smaller than the 8 ranks"):
+        check_batch("packed", 4, 1, 8)

@@ -1,4 +1,4 @@
-"""From examples to one padded batch."""
+"""From examples to one batch: a row each with padding, or one row for all of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,15 +27,16 @@ class Example:
 def collate(
     examples: Sequence[Example], *, pad_token_id: int, padding_side: Literal["right", "left"] = "right"
 ) -> dict[str, Any]:
-    """Batch B examples, padded to the longest, L tokens.
+    """Batch N examples, one a row, padded to the longest, L tokens.
 
     What is padding follows from the lengths, never from ids: with Llama's tokenizer the padding id is that of the real
     token `<unk>`, which LLaVA therefore masks out of the attention.
 
     Returns:
-        `input_ids` int64 [B, L]; `labels` int64 [B, L]; `attention_mask` bool [B, L], true at tokens; `images`
-        float32 [N, 3, S, S] of the N examples that have one, in their order, or None; `has_image` bool [B];
-        `source_index` int64 [B]; `ids` and `sources`, B strings each.
+        `input_ids` int64 [N, L]; `labels` int64 [N, L]; `attention_mask` bool [N, L], true at tokens; `images`
+        float32 [M, 3, S, S] of the M examples that have one, in their order, or None; `has_image` bool [N];
+        `source_index` int64 [N]; `sample_index` int64 [N, L], the example of each position; `sample_lengths` None;
+        `ids` and `sources`, N strings each.
     """
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
@@ -48,13 +49,41 @@ def collate(
         input_ids[row, tokens] = torch.tensor(example.input_ids, dtype=torch.int64)
         labels[row, tokens] = torch.tensor(example.labels, dtype=torch.int64)
         attention_mask[row, tokens] = True
-    images = [example.image for example in examples if example.image is not None]
     return {
         "input_ids": input_ids,
         "labels": labels,
         "attention_mask": attention_mask,
+        "sample_index": torch.arange(len(examples)).unsqueeze(1).expand(shape),
+        "sample_lengths": None,
+        **_per_example(examples),
+    }
+
+
+def collate_packed(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Any]:
+    """Put N examples into one row of T tokens, one after the other; for N = 0 a row of one token that counts nowhere.
+
+    Returns:
+        As `collate`, with rows [1, T] and `sample_lengths`, the examples' lengths in order. The first label of every
+        example is IGNORE_INDEX: what precedes it belongs to another one.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    ids = [token for example in examples for token in example.input_ids]
+    labels = [label for example in examples for label in (IGNORE_INDEX, *example.labels[1:])]
+    return {
+        "input_ids": torch.tensor([ids or [pad_token_id]], dtype=torch.int64),
+        "labels": torch.tensor([labels or [IGNORE_INDEX]], dtype=torch.int64),
+        "attention_mask": torch.full((1, max(1, len(ids))), bool(ids)),
+        "sample_index": torch.arange(max(1, len(lengths))).repeat_interleave(torch.tensor(lengths or [1])).unsqueeze(0),
+        "sample_lengths": lengths or [1],
+        **_per_example(examples),
+    }
+
+
+def _per_example(examples: Sequence[Example]) -> dict[str, Any]:
+    images = [example.image for example in examples if example.image is not None]
+    return {
         "images": torch.stack(images) if images else None,
-        "has_image": torch.tensor([example.image is not None for example in examples]),
+        "has_image": torch.tensor([example.image is not None for example in examples], dtype=torch.bool),
         "source_index": torch.tensor([example.source_index for example in examples], dtype=torch.int64),
         "ids": [example.id for example in examples],
         "sources": [example.source for example in examples],

@@ -4,10 +4,16 @@ The results equal LLaVA's sampler for the same random state. Lengths are LLaVA's
 text-only samples.
 """
 
-from collections.abc import Sequence
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.records import Record
 from llava_mole.errors import DataError
 
@@ -96,3 +102,73 @@ def _even_chunks(batch: list[int], lengths: Sequence[int], num_chunks: int) -> l
         if len(chunks[shortest]) == per_chunk:
             totals[shortest] = float("inf")
     return chunks
+
+
+class GroupedPlan:
+    """A `TrainingPlan` whose epochs are each put into the grouped order.
+
+    Which samples share a step depends on the global batch size and the seed, not on ranks or micro-batches.
+
+    Args:
+        plan: the plan to reorder.
+        lengths: `modality_length` of every record, by source.
+        global_batch_size, batch_size: samples of a step and of a micro-batch.
+        seed: seed of the order.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        lengths: Mapping[str, Sequence[int]],
+        global_batch_size: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._plan = plan
+        self._lengths = {name: np.asarray(values, dtype=np.int32) for name, values in lengths.items()}
+        self._global_batch_size = global_batch_size
+        self._batch_size = batch_size
+        self._seed = seed
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, position: int) -> tuple[str, int]:
+        epoch, offset = divmod(position, self._plan.samples_per_epoch)
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} of a plan with {len(self)} samples")
+        return self._plan[epoch * self._plan.samples_per_epoch + int(self._order(epoch)[offset])]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Sources in the order of their indices."""
+        return self._plan.names
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples taken of each source in the whole run."""
+        return self._plan.counts
+
+    @property
+    def digest(self) -> str:
+        """Digest of the first epoch's order of steps."""
+        return hashlib.sha256(f"grouped {self._global_batch_size} {self._plan.digest}".encode()).hexdigest()
+
+    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
+        plan = self._plan.epoch_plan(epoch)
+        lengths = np.empty(len(plan.source_index), dtype=np.int32)
+        for index, name in enumerate(plan.names):
+            own = plan.source_index == index
+            lengths[own] = self._lengths[name][plan.sample_index[own]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]))
+            order = grouped_order(lengths.tolist(), self._batch_size, self._global_batch_size // self._batch_size)
+        return np.asarray(order, dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)

@@ -4,6 +4,7 @@ Shapes: B samples, L tokens, D hidden size, V vocabulary, N images, P patches of
 The data code has already expanded every `<image>` to P placeholder ids, so lengths do not change here.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.errors import DataError
+from llava_mole.model import packed_attention
+from llava_mole.model.head_loss import head_losses
 from llava_mole.model.multimodal_encoder import VisionTower
 
 
@@ -89,32 +92,59 @@ class LlavaMole(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         images: torch.Tensor | None = None,
+        *,
+        sample_lengths: Sequence[int] | None = None,
         loss_mask: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Next-token logits.
+        """Next-token logits, or the losses of chosen positions.
 
         Args:
             input_ids: int64 [B, L], IMAGE_TOKEN_INDEX at image positions.
             attention_mask: bool [B, L], False at padding.
             images: float [N, 3, S, S] in the order of their placeholders, or None.
-            loss_mask: bool [B, L]; logits are computed at these positions only, which saves the head's memory where
-                most tokens are image or prompt.
+            sample_lengths: for one row (B = 1) that holds several samples, their lengths, which add up to L. Each
+                sample sees itself only, at positions that start from 0. `packed_attention.enable_packing` comes first.
+            loss_mask: bool [B, L], the positions whose next token is supervised. The head runs there only.
+            targets: int64 [n], the tokens that follow the n positions of `loss_mask`, in row-major order.
 
         Returns:
-            Logits [B, L, V], or [n, V] for the n positions of `loss_mask` in row-major order.
+            Logits [B, L, V]; with `loss_mask` and `targets` the cross-entropies, float32 [n].
+
+        Raises:
+            ValueError: `sample_lengths` do not describe the row, or packing is not enabled: samples would leak.
         """
         inputs_BLD = self.embed(input_ids, images)
-        # No mask at all where nothing is padded lets the attention kernels take their causal fast path.
-        mask = None if bool(attention_mask.all()) else attention_mask
+        arguments = self._decoder_arguments(attention_mask, sample_lengths)
         causal_lm = self.causal_lm
-        if loss_mask is None:
-            return causal_lm(inputs_embeds=inputs_BLD, attention_mask=mask, use_cache=False).logits
-        hidden_BLD = causal_lm.get_decoder()(
-            inputs_embeds=inputs_BLD, attention_mask=mask, use_cache=False
-        ).last_hidden_state
-        logits = causal_lm.get_output_embeddings()(hidden_BLD[loss_mask])
+        if loss_mask is None or targets is None:
+            return causal_lm(inputs_embeds=inputs_BLD, **arguments).logits
+        hidden_BLD = causal_lm.get_decoder()(inputs_embeds=inputs_BLD, **arguments).last_hidden_state
+        head = causal_lm.get_output_embeddings()
         softcap = getattr(causal_lm.config, "final_logit_softcapping", None)  # Gemma's, applied in its own forward
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return head_losses(
+            head, hidden_BLD[loss_mask], targets, vocabulary=causal_lm.config.vocab_size, softcap=softcap
+        )
+
+    def _decoder_arguments(
+        self, attention_mask_BL: torch.Tensor, sample_lengths: Sequence[int] | None
+    ) -> dict[str, Any]:
+        if sample_lengths is None:
+            # No mask at all where nothing is padded lets the attention kernels take their causal fast path.
+            mask = None if bool(attention_mask_BL.all()) else attention_mask_BL
+            return {"attention_mask": mask, "use_cache": False}
+        kernel = self.causal_lm.config._attn_implementation
+        if attention_mask_BL.shape[0] != 1 or sum(sample_lengths) != attention_mask_BL.shape[1]:
+            raise ValueError(
+                f"sample_lengths {list(sample_lengths)} do not describe rows of shape "
+                f"{tuple(attention_mask_BL.shape)}; packed samples go into one row and their lengths add up to it"
+            )
+        if kernel not in (packed_attention.NAME, "flash_attention_2", "flex_attention"):
+            raise ValueError(
+                f"the attention kernel {kernel!r} would let packed samples see each other; call "
+                "packed_attention.enable_packing(model.causal_lm) first"
+            )
+        return packed_attention.packed_arguments(kernel, sample_lengths, attention_mask_BL.device)
 
     @torch.no_grad()
     def generate(

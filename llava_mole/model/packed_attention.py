@@ -50,15 +50,15 @@ def packed_attention(
     outputs, start = [], 0
     for length in sample_lengths:
         part = slice(start, start + length)
-        banded = window is not None and length > window
+        band = _band(length, window, query.device) if window is not None and length > window else None
         outputs.append(
             scaled_dot_product_attention(
                 query[:, :, part],
                 key[:, :, part],
                 value[:, :, part],
-                attn_mask=_band(length, window, query.device) if banded else None,
+                attn_mask=band,
                 dropout_p=dropout,
-                is_causal=not banded,
+                is_causal=band is None,
                 scale=scaling,
                 enable_gqa=key.shape[1] != query.shape[1],
             )

@@ -40,9 +40,9 @@ class RoutingInputs:
     `[B, K]` or `[B, S, K]`. `source`: int64 `[B]`, for router `oracle` the expert of each sample. `task`: int64
     `[B]`, for granularity `task`. `prompt_mask`: bool `[B, S]`, for granularity `sequence` the positions to average
     over, which must not include answers. Where rows hold several samples, `source` and `task` are `[B, S]` too, and
-    `sample_index` int64 `[B, S]` numbers the sample of each position from 0. `decoding` (a cached prompt is being continued) and
-    `attention_mask` are noted by the model itself. Whatever is set stays until replaced, because recomputation in
-    the backward pass needs it again.
+    `sample_index` int64 `[B, S]` numbers the sample of each position from 0. `decoding` (a cached prompt is being
+    continued) and `attention_mask` are noted by the model itself. Whatever is set stays until replaced, because
+    recomputation in the backward pass needs it again.
     """
 
     experts: Tensor | None = None

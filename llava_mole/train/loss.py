@@ -7,7 +7,6 @@ is computed from counts of the whole step, and the weighted sums of all micro-ba
 from typing import Literal
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from llava_mole.constants import IGNORE_INDEX
 
@@ -25,12 +24,18 @@ def next_token_targets(labels_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def sample_losses(
-    logits_nV: torch.Tensor, targets_n: torch.Tensor, mask_BL: torch.Tensor
+    losses_n: torch.Tensor, sample_index_n: torch.Tensor, num_samples: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of token cross-entropies (float32 [B]) and number of supervised tokens (float32 [B]) of every sample."""
-    token_losses_n = cross_entropy(logits_nV.float(), targets_n, reduction="none")
-    losses_BL = torch.zeros(mask_BL.shape, device=logits_nV.device).masked_scatter(mask_BL, token_losses_n)
-    return losses_BL.sum(dim=1), mask_BL.sum(dim=1).float()
+    """Sum of token losses (float32 [N]) and number of supervised tokens (float32 [N]) of every sample.
+
+    Args:
+        losses_n: float32 [n], cross-entropies of the supervised tokens of a micro-batch.
+        sample_index_n: int64 [n], the sample of each.
+        num_samples: N, samples of the micro-batch; may be 0.
+    """
+    zeros_N = losses_n.new_zeros(num_samples)
+    counts_N = zeros_N.index_add(0, sample_index_n, torch.ones_like(losses_n))
+    return zeros_N.index_add(0, sample_index_n, losses_n), counts_N
 
 
 def weigh(

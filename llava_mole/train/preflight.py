@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_mole.config import RunConfig, accumulation_steps, parse_run_config
+from llava_mole.config import RunConfig, check_batch, parse_run_config
 from llava_mole.errors import ConfigError, WeightsError, command
 
 TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError("usage: python -m llava_mole.train.preflight WORLD_SIZE CONFIG [--key value ...]")
     config = parse_run_config(arguments[1:])
     check_inputs(config)
-    accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, int(arguments[0]))
+    train = config.train
+    check_batch(train.batching, train.global_batch_size, train.micro_batch_size, int(arguments[0]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ alone, and say nothing; `start_runtime` uses the one order that works and `check
 
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llava_mole.config import RunConfig, accumulation_steps
+from llava_mole.config import RunConfig, check_batch
 from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ class Runtime:
     """What the loop needs to know of the machine it runs on."""
 
     accelerator: "Accelerator"
-    accumulation: int
-    """Micro-batches per rank and optimizer step."""
     uses_deepspeed: bool
 
     @property
@@ -51,12 +50,11 @@ def start_runtime(config: RunConfig) -> Runtime:
     """Join the process group and set up accelerate.
 
     Raises:
-        ConfigError: batch sizes that do not divide, or a device that is not there.
+        ConfigError: a batch that cannot be spread over the ranks, or a device that is not there.
     """
     launched = launched_world_size()
-    accumulation = accumulation_steps(
-        config.train.global_batch_size, config.train.micro_batch_size, launched if launched is not None else 1
-    )
+    train = config.train
+    check_batch(train.batching, train.global_batch_size, train.micro_batch_size, launched or 1)
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise ConfigError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'")
@@ -75,17 +73,16 @@ def start_runtime(config: RunConfig) -> Runtime:
         PartialState(cpu=True)  # joins with gloo; must come before the Accelerator, which would ignore DeepSpeed
     plugin = None
     if uses_deepspeed:
-        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, accumulation, launched or 1))
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, launched or 1))
     accelerator = Accelerator(
         deepspeed_plugin=plugin,
-        gradient_accumulation_steps=accumulation,
         mixed_precision="no" if uses_deepspeed or config.train.precision == "fp32" else "bf16",
         cpu=None if uses_deepspeed else on_cpu,
     )
-    return Runtime(accelerator, accumulation, uses_deepspeed)
+    return Runtime(accelerator, uses_deepspeed)
 
 
-def deepspeed_config(config: RunConfig, accumulation: int, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """`train.deepspeed_config` with every "auto" replaced by the run's own value.
 
     Raises:
@@ -104,10 +101,12 @@ def deepspeed_config(config: RunConfig, accumulation: int, world_size: int) -> d
             f"{path}: zero_optimization.stage is {stage!r}; allowed are 0, 1 and 2. Stage 3 shards the frozen model "
             "as well, which this trainer's checkpoints do not gather"
         )
+    # Sizes of DeepSpeed's own bookkeeping, which has to add up but scales nothing here: the trainer marks the last
+    # micro-batch of a step itself, because packed steps differ in their number.
     values = {
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.max_grad_norm,
     }
     for key, value in values.items():
@@ -118,6 +117,17 @@ def deepspeed_config(config: RunConfig, accumulation: int, world_size: int) -> d
     if precision.get("enabled", "auto") == "auto":
         precision["enabled"] = config.train.precision == "bf16"
     return settings
+
+
+def micro_batch_context(runtime: Runtime, engine: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of one micro-batch; gradients are reduced over ranks in the `last` one of a step.
+
+    DeepSpeed's ZeRO-2 reduces in each, because it keeps only its own partition.
+    """
+    if runtime.uses_deepspeed:
+        engine.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+        return nullcontext()
+    return nullcontext() if last or not hasattr(engine, "no_sync") else engine.no_sync()  # type: ignore[operator]
 
 
 def prepare(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:

@@ -29,16 +29,25 @@ class StepStats:
         for index, value in enumerate(sizes):
             self._totals[index] += value
         means_B = (sums_B / counts_B.clamp(min=1.0)).double()
-        member_SB = self._membership(batch)
+        member_SB = self._membership(batch["source_index"])
         self._source_loss += member_SB.double() @ means_B
         self._source_samples += member_SB.sum(dim=1)
 
-    def add_routing(self, batch: dict, routing: Routing, auxiliary: torch.Tensor) -> None:
-        """Add a micro-batch's expert choices (of tokens that are not padding) and its share of the auxiliary loss."""
+    def add_routing(
+        self, source_B: torch.Tensor, token_mask_BL: torch.Tensor, routing: Routing, auxiliary: torch.Tensor
+    ) -> None:
+        """Add a micro-batch's expert choices and its share of the auxiliary loss.
+
+        Args:
+            source_B: int64, source of each sample.
+            token_mask_BL: bool, tokens that are not padding; one row a sample.
+            routing: of the same rows.
+            auxiliary: the share.
+        """
         self._totals[1] += auxiliary
         counts = []
-        for member_B in self._membership(batch):
-            mask_BL = batch["attention_mask"] & member_B[:, None]
+        for member_B in self._membership(source_B):
+            mask_BL = token_mask_BL & member_B[:, None]
             counts.append(routing_load(routing, mask_BL).double() * mask_BL.sum())
         added = torch.stack(counts)
         self._expert_tokens = added if self._expert_tokens is None else self._expert_tokens + added
@@ -105,10 +114,10 @@ class StepStats:
             entry["expert_load_by_layer"] = [_shares(counts) for counts in self._expert_tokens.sum(dim=0)]
         return entry
 
-    def _membership(self, batch: dict) -> torch.Tensor:
+    def _membership(self, source_B: torch.Tensor) -> torch.Tensor:
         """Bool [sources, B]: which sample is of which source."""
         sources = torch.arange(len(self.sources), device=self._totals.device)
-        return sources[:, None] == batch["source_index"][None, :]
+        return sources[:, None] == source_B[None, :]
 
 
 def _shares(counts: torch.Tensor) -> list[float]:

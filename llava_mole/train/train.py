@@ -36,6 +36,7 @@ def train(config: RunConfig) -> Path:
         load_adapter_state,
         load_projector,
     )
+    from llava_mole.model.packed_attention import enable_packing
     from llava_mole.train.metrics import Tracker
     from llava_mole.train.optim import build_optimizer
     from llava_mole.train.runtime import prepare, start_runtime
@@ -66,10 +67,15 @@ def train(config: RunConfig) -> Path:
         model.num_image_tokens,
         seed=config.train.seed,
         epochs=config.train.epochs,
+        batching=config.train.batching,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
     )
     count_steps(len(dataset), config.train.global_batch_size)  # refuses a mixture smaller than one batch
     if config.projector_weights is not None:
         load_projector(model.projector, config.projector_weights)
+    if config.train.batching == "packed":
+        enable_packing(model.causal_lm)
     attach_adapter(model, config.adapter)
     if checkpoint is not None:
         load_adapter_state(model, checkpoint)

@@ -18,21 +18,23 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_mole.config import RunConfig
-from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_mole.data.collator import collate
+from llava_mole.constants import IMAGE_TOKEN_INDEX
+from llava_mole.data.collator import collate, collate_packed
 from llava_mole.data.dataset import SupervisedDataset
-from llava_mole.data.sampler import batch_positions, count_steps
+from llava_mole.data.sampler import BatchPlan, StepSampler, count_steps
 from llava_mole.distributed import all_gather_objects, all_reduce_sum
 from llava_mole.errors import UserError
 from llava_mole.log import get_logger
 from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.checkpoint import rotate_checkpoints
+from llava_mole.model.language_model import quadratic_length
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import collect_routing, mole_after_step, mole_auxiliary_loss, set_routing_inputs
 from llava_mole.train.loss import next_token_targets, sample_losses, weigh
 from llava_mole.train.metrics import Tracker
 from llava_mole.train.optim import set_learning_rates
-from llava_mole.train.runtime import Runtime
+from llava_mole.train.routing import per_sample, routing_inputs
+from llava_mole.train.runtime import Runtime, micro_batch_context
 from llava_mole.train.saving import CheckpointWriter, Progress, write_summary
 from llava_mole.train.state import gather_optimizer_state
 from llava_mole.train.step_stats import StepStats
@@ -64,13 +66,21 @@ class Trainer:
         train = self.config.train
         steps, left_over = count_steps(len(self.dataset), train.global_batch_size)
         self.total_steps = steps if train.max_steps is None else min(steps, train.max_steps)
+        self.plan = BatchPlan(
+            batching=train.batching,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            world_size=self.runtime.world_size,
+            lengths=self.dataset.lengths,
+            capacity=train.pack_length or self.config.data.max_length,
+            quadratic=quadratic_length(self.model.causal_lm),
+        )
         logger.info(
-            "%d optimizer steps of %d samples (%d ranks x %d micro-batches x %d); %d samples of the plan are left over",
+            "%d optimizer steps of %d samples on %d ranks, %s; %d samples of the plan are left over",
             self.total_steps,
             train.global_batch_size,
             self.runtime.world_size,
-            self.runtime.accumulation,
-            train.micro_batch_size,
+            train.batching if train.batching == "packed" else f"{train.batching} by {train.micro_batch_size}",
             left_over + (steps - self.total_steps) * train.global_batch_size,
         )
 
@@ -85,7 +95,7 @@ class Trainer:
         bar = tqdm(total=self.total_steps, initial=first, disable=None if main else True, unit="step", desc=name)
         for step in range(first, self.total_steps):
             started = time.perf_counter()
-            micro_batches = [_next(batches) for _ in range(self.runtime.accumulation)]
+            micro_batches = [_next(batches) for _ in self.plan.micro_batches(step, self.runtime.rank)]
             waited = time.perf_counter() - started
             rates = set_learning_rates(self.optimizer, step, self.total_steps, train)
             stats = self._step(step, micro_batches)
@@ -133,16 +143,14 @@ class Trainer:
         global_tokens = float(all_reduce_sum(torch.tensor(float(targets), device=runtime.device)))
         stats = StepStats(self.dataset.source_names, runtime.device)
         for index, batch in enumerate(micro_batches):
-            with runtime.accelerator.accumulate(self.engine):
+            last = index == len(micro_batches) - 1
+            with micro_batch_context(runtime, self.engine, last):
                 loss = self._loss(batch, global_tokens, stats)
-                if index == len(micro_batches) - 1:
+                if last:
                     stats.reduce()
                     self._check_finite(step, stats, micro_batches)
                 self._backward(loss)
-                if index == len(micro_batches) - 1:
-                    stats.grad_norm = self._clip()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        self._update(stats)
         if self.config.adapter.method == "mole":
             mole_after_step(self.model.language_model)
         return stats
@@ -152,21 +160,16 @@ class Trainer:
         train = self.config.train
         loss_mask, targets = next_token_targets(batch["labels"])
         if self.config.adapter.method == "mole":
-            # Read by gates that do not look at tokens alone: the expert or task of a sample is its source.
-            set_routing_inputs(
-                self.model.language_model,
-                experts=batch["source_index"],
-                source=batch["source_index"],
-                task=batch["source_index"],
-                prompt_mask=batch["attention_mask"] & (batch["labels"] == IGNORE_INDEX),
-            )
-        logits = self.engine(
+            set_routing_inputs(self.model.language_model, **routing_inputs(batch))
+        losses = self.engine(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             images=batch["images"],
+            sample_lengths=batch["sample_lengths"],
             loss_mask=loss_mask,
+            targets=targets,
         )
-        sums, counts = sample_losses(logits, targets, loss_mask)
+        sums, counts = sample_losses(losses, batch["sample_index"][loss_mask], len(batch["ids"]))
         loss = weigh(sums, counts, train.loss_reduction, train.global_batch_size, global_tokens)
         stats.add_batch(batch, loss.detach(), sums.detach(), counts)
         if self.config.adapter.method == "mole":
@@ -175,27 +178,38 @@ class Trainer:
 
     def _auxiliary_loss(self, batch: dict, loss_mask: torch.Tensor, stats: StepStats) -> torch.Tensor:
         language_model = self.model.language_model
-        image_mask = batch["input_ids"] == IMAGE_TOKEN_INDEX
-        auxiliary = mole_auxiliary_loss(
-            language_model, token_mask=batch["attention_mask"], supervised_mask=loss_mask, image_mask=image_mask
+        routing, masks = per_sample(
+            batch,
+            collect_routing(language_model),
+            token_mask=batch["attention_mask"],
+            supervised_mask=loss_mask,
+            image_mask=batch["input_ids"] == IMAGE_TOKEN_INDEX,
         )
+        auxiliary = mole_auxiliary_loss(language_model, routing=routing, **masks)
         # A mean over this micro-batch's samples becomes its share of the mean over the step's samples.
-        auxiliary = auxiliary * (batch["input_ids"].shape[0] / self.config.train.global_batch_size)
-        stats.add_routing(batch, collect_routing(language_model), auxiliary.detach())
+        auxiliary = auxiliary * (len(batch["ids"]) / self.config.train.global_batch_size)
+        stats.add_routing(batch["source_index"], masks["token_mask"], routing, auxiliary.detach())
         return auxiliary
 
     def _backward(self, loss: torch.Tensor) -> None:
-        """Gradients are averaged over ranks, so the share is scaled by their number first. Accumulation adds up."""
+        """Gradients are averaged over ranks, so the share is scaled by their number first. Micro-batches add up."""
         loss = loss * self.runtime.world_size
         if self.runtime.uses_deepspeed:
-            self.runtime.accelerator.backward(loss, scale_wrt_gas=False)
+            self.engine.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
         else:
-            self.runtime.accelerator.backward(loss * self.runtime.accumulation)  # undoes accelerate's own division
+            self.runtime.accelerator.backward(loss)
 
-    def _clip(self) -> float:
+    def _update(self, stats: StepStats) -> None:
+        """Clip, update and clear the gradients. DeepSpeed does all of it in its `step`."""
+        if self.runtime.uses_deepspeed:
+            self.engine.step()  # type: ignore[operator]
+            stats.grad_norm = float(self.engine.get_global_grad_norm())  # type: ignore[operator]
+            return
         limit = self.config.train.max_grad_norm or math.inf
         parameters = list(trainable_parameters(self.model).values())
-        return float(self.runtime.accelerator.clip_grad_norm_(parameters, limit))
+        stats.grad_norm = float(self.runtime.accelerator.clip_grad_norm_(parameters, limit))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _check_finite(self, step: int, stats: StepStats, micro_batches: list[dict]) -> None:
         if not math.isfinite(stats.loss + stats.auxiliary):
@@ -212,25 +226,13 @@ class Trainer:
         for name, count in stats.samples_by_source().items():
             self.progress.consumed_by_source[name] = self.progress.consumed_by_source.get(name, 0) + count
 
-    def _positions(self, step: int) -> list[list[int]]:
-        return batch_positions(
-            step,
-            global_batch_size=self.config.train.global_batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            micro_batch_size=self.config.train.micro_batch_size,
-        )
-
     def _loader(self, first: int) -> DataLoader:
-        def all_positions() -> Iterator[list[int]]:
-            for step in range(first, self.total_steps):
-                yield from self._positions(step)
-
         workers = self.config.train.num_workers
+        put_together = collate_packed if self.plan.batching == "packed" else collate
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]  # map-style, without torch's base class
-            batch_sampler=list(all_positions()),
-            collate_fn=partial(collate, pad_token_id=self.pad_token_id),
+            batch_sampler=StepSampler(self.plan, self.runtime.rank, first, self.total_steps),
+            collate_fn=partial(put_together, pad_token_id=self.pad_token_id),
             num_workers=workers,
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if workers else None,
@@ -240,7 +242,8 @@ class Trainer:
         """Raise RuntimeError unless the ranks' samples of a step are disjoint and together the whole step."""
         if step >= self.total_steps:
             return
-        shards = all_gather_objects([p for micro in self._positions(step) for p in micro])
+        own = self.plan.micro_batches(step, self.runtime.rank)
+        shards = all_gather_objects([position for row in own for position in row])
         union = {position for shard in shards for position in shard}
         size = self.config.train.global_batch_size
         if sum(map(len, shards)) != size or union != set(range(step * size, (step + 1) * size)):

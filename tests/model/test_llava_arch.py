@@ -1,10 +1,12 @@
 """The composed model: features land on their placeholders, gradients reach the projector, generation is exact."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_language_model, make_vision_tower
+from torch.nn.functional import cross_entropy
 
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.errors import DataError
@@ -12,6 +14,7 @@ from llava_mole.model.language_model import load_language_model
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import build_vision_tower
 from llava_mole.model.multimodal_projector import build_projector
+from llava_mole.model.packed_attention import enable_packing
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +55,42 @@ def test_counts_that_do_not_agree_are_an_error(model: LlavaMole, num_images: int
         model.embed(torch.tensor([ids(1, "I", 5), ids(1, "I", 5)]), images)
 
 
-def test_loss_mask_selects_the_same_logits(model: LlavaMole) -> None:
+def test_losses_at_chosen_positions_equal_those_of_the_logits(model: LlavaMole) -> None:
     input_ids = torch.tensor([ids(1, "I", 5, 6), [9] * (NUM_IMAGE_TOKENS + 3)])
     attention = torch.ones_like(input_ids, dtype=torch.bool)
     attention[1, -2:] = False
     images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     mask = torch.zeros_like(attention)
     mask[0, -2:], mask[1, 1] = True, True
+    targets = torch.tensor([6, 2, 9])
     with torch.no_grad():
         full = model(input_ids, attention, images)
-        some = model(input_ids, attention, images, loss_mask=mask)
-    torch.testing.assert_close(some, full[mask])
+        losses = model(input_ids, attention, images, loss_mask=mask, targets=targets)
+    torch.testing.assert_close(losses, cross_entropy(full[mask], targets, reduction="none"))
+
+
+def test_packed_rows_are_refused_unless_samples_are_kept_apart(model: LlavaMole) -> None:
+    row = torch.tensor([[1, 5, 6, 1, 7]])
+    mask = torch.ones_like(row, dtype=torch.bool)
+    with pytest.raises(ValueError, match="the attention kernel 'sdpa' would let packed samples see each other"):
+        model(row, mask, sample_lengths=[3, 2])
+    with pytest.raises(ValueError, match="do not describe rows of shape"):
+        model(row, mask, sample_lengths=[3, 3])
+
+
+def test_a_packed_row_equals_its_samples_alone(model: LlavaMole) -> None:
+    model = copy.deepcopy(model)
+    first, second = ids(1, "I", 5, 6), ids(1, 9, "I", 7)
+    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    row = torch.tensor([first + second])
+    with torch.no_grad():
+        alone = [
+            model(torch.tensor([sample]), torch.ones(1, len(sample), dtype=torch.bool), image[None])
+            for sample, image in zip((first, second), images, strict=True)
+        ]
+        enable_packing(model.causal_lm)
+        packed = model(row, torch.ones_like(row, dtype=torch.bool), images, sample_lengths=[len(first), len(second)])
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1))
 
 
 def test_a_batch_without_images_gives_the_projector_zero_gradients(model: LlavaMole) -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 6
 ROOT = Path(__file__).parents[2]
-OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--train.micro_batch_size", "1",
+OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--train.batching", "padded", "--train.micro_batch_size", "1",
              "--adapter.preset", "paper", "--adapter.options.expert_scale", "straight_through"]  # fmt: skip
 
 
@@ -94,6 +94,17 @@ def test_ddp_equals_one_process(world: Path, single: str) -> None:
     reports = run_ranks(world, "ddp", "--train.distributed", "ddp")
     assert {report["engine"] for report in reports} == {"DistributedDataParallel"}
     assert_same_run(world, "ddp", single)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "ddp"])
+def test_packed_rows_balanced_over_ranks_equal_one_padded_process(world: Path, single: str, strategy: str) -> None:
+    name = f"packed-{strategy}"
+    reports = run_ranks(world, name, "--train.distributed", strategy, "--train.batching", "packed")
+    for step in range(STEPS):
+        shards = [[i for s, *ids in report["ids"] if s == step for i in ids] for report in reports]
+        assert sum(map(len, shards)) == 4
+        assert not set(shards[0]) & set(shards[1])
+    assert_same_run(world, name, single)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(world: Path, single: str, zero2: list[dict]) -> None:

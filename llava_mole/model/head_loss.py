@@ -1,0 +1,72 @@
+"""Cross-entropy through the language model's head without ever holding all logits.
+
+The logits of a few hundred tokens at a time become losses and, in the same pass, their gradient for the hidden
+states; so the vocabulary-wide tensors never outlive a chunk, and nothing is computed twice. The head is only called,
+so any frozen head will do: quantized, with a bias, or with Gemma's soft cap.
+
+Shapes: n supervised positions, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits held at a time: 64 MiB in float32."""
+
+
+def head_losses(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden_nD: torch.Tensor,
+    targets_n: torch.Tensor,
+    *,
+    vocabulary: int,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of every position, float32 [n]; differentiable with respect to `hidden_nD` only.
+
+    Args:
+        head: from hidden states [m, D] to logits [m, V]; its parameters must be frozen.
+        hidden_nD: hidden states at supervised positions.
+        targets_n: the tokens that follow, int64.
+        vocabulary: V, which decides how many positions a chunk has.
+        softcap: c of `c tanh(logits / c)`, where the model has one.
+    """
+    return _HeadLosses.apply(hidden_nD, targets_n, head, max(1, CHUNK_ELEMENTS // vocabulary), softcap)
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nD: torch.Tensor,
+        targets_n: torch.Tensor,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        chunk: int,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        losses, gradients = [], []
+        for hidden, targets in zip(hidden_nD.split(chunk), targets_n.split(chunk), strict=True):
+            with torch.set_grad_enabled(wants_gradient):
+                leaf = hidden.detach().requires_grad_(wants_gradient)
+                logits = head(leaf).float()
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                loss = cross_entropy(logits, targets, reduction="none")
+                if wants_gradient:
+                    # A position's loss depends on its own hidden state only: the gradient of the sum holds them all.
+                    gradients.append(torch.autograd.grad(loss.sum(), leaf)[0])
+            losses.append(loss.detach())
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden_nD))
+        return torch.cat(losses) if losses else hidden_nD.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses_n: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (gradient_nD,) = ctx.saved_tensors
+        return gradient_nD * dlosses_n.to(gradient_nD.dtype).unsqueeze(-1), None, None, None, None

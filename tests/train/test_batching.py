@@ -1,0 +1,139 @@
+"""The way of batching changes the work, never the result: packed equals padded, whatever adapter and micro-batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_world
+
+from llava_mole.config import parse_run_config
+from llava_mole.errors import UserError
+from llava_mole.train.metrics import read_metrics
+from llava_mole.train.train import train
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("world")
+    make_world(directory, samples=12, text_only_every=3)
+    return directory
+
+
+def _train(world: Path, name: str, *more: str) -> Path:
+    run = world / name
+    train(
+        parse_run_config(
+            [str(world / "config.yaml"), "--train.output_dir", str(run), "--train.max_steps", str(STEPS), *more]
+        )
+    )
+    return run
+
+
+def _entries(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl")
+
+
+def _assert_same(run: Path, other: Path) -> None:
+    for own, expected in zip(_entries(run), _entries(other), strict=True):
+        for key in ("loss", "auxiliary_loss", "grad_norm"):
+            assert own.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), abs=1e-5, rel=1e-4), key
+        assert own["source_loss"] == pytest.approx(expected["source_loss"], abs=1e-5)
+        assert own["tokens"] == expected["tokens"]
+        assert own["supervised_tokens"] == expected["supervised_tokens"]
+        assert own.get("expert_load", []) == pytest.approx(expected.get("expert_load", []))
+    masters = load_file(other / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
+    for key, value in load_file(run / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors").items():
+        torch.testing.assert_close(value, masters[key], atol=5e-5, rtol=1e-3, msg=key)
+
+
+VARIANTS: dict[str, list[str]] = {
+    "lora": ["--adapter.method", "lora"],
+    "paper": ["--adapter.preset", "paper"],
+    "best": ["--adapter.preset", "best"],
+    "token mean": ["--train.loss_reduction", "token_mean"],
+    "stratified": ["--adapter.options", "{balance_tokens: stratified, balance_group: sample, z_loss_coef: 0.01}"],
+    "sequence": ["--adapter.options", "{granularity: sequence, balance_group: global_batch}"],
+    "task": ["--adapter.options", "{granularity: task, num_tasks: 2, balance_group: global_batch}"],
+    "oracle": ["--adapter.options", "{router: oracle, expert_scale: none, balance_coef: 0.0}"],
+    "given": ["--adapter.options", "{granularity: given, expert_scale: none, balance_coef: 0.0}"],
+    "checkpointing": ["--train.gradient_checkpointing", "true"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_equals_padded(world: Path, variant: str) -> None:
+    options = VARIANTS[variant]
+    name = variant.replace(" ", "-")
+    padded = _train(world, f"padded-{name}", "--train.batching", "padded", *options)
+    packed = _train(world, f"packed-{name}", "--train.batching", "packed", *options)
+    _assert_same(packed, padded)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--train.batching", "padded", "--train.micro_batch_size", "1"],
+        ["--train.batching", "padded", "--train.micro_batch_size", "4"],
+        ["--train.batching", "packed", "--data.max_length", "100"],
+        ["--train.batching", "packed", "--train.pack_length", "1000"],
+    ],
+    ids=lambda more: "-".join(more[1::2]),
+)
+def test_micro_batches_and_row_length_change_nothing(world: Path, more: list[str]) -> None:
+    reference = world / "reference"
+    if not reference.exists():
+        _train(world, "reference", "--train.batching", "padded")
+    _assert_same(_train(world, "-".join(["cut", *more[1::2]]), *more), reference)
+
+
+def test_packed_rows_hold_several_samples_and_no_padding(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_mole.train.trainer import Trainer
+
+    rows: list[tuple[int, int]] = []
+    original = Trainer._loss
+
+    def loss(self: Trainer, batch: dict, global_tokens: float, stats: Any) -> torch.Tensor:
+        assert bool(batch["attention_mask"].all())
+        rows.append((len(batch["ids"]), batch["input_ids"].shape[1]))
+        return original(self, batch, global_tokens, stats)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    _train(world, "rows", "--train.batching", "packed", "--train.pack_length", "600")
+    assert sum(samples for samples, _ in rows) == 4 * STEPS
+    assert max(samples for samples, _ in rows) >= 3
+    assert max(length for _, length in rows) <= 600
+
+
+def test_grouped_steps_are_of_one_modality_until_the_last(world: Path) -> None:
+    run = _train(world, "grouped", "--train.batching", "grouped")
+    assert [entry["samples"] for entry in _entries(run)] == [4] * STEPS
+    assert {entry["loss"] for entry in _entries(run)}.isdisjoint({0.0})
+
+
+def test_resume_may_change_the_way_of_batching(world: Path) -> None:
+    whole = _train(world, "whole", "--train.batching", "padded")
+    options = ["--train.save_every", "2", "--train.resume", "auto"]
+    half = world / "half"
+    _train(world, "half", "--train.batching", "padded", "--train.save_every", "2")
+    import shutil
+
+    shutil.rmtree(half / f"checkpoint-{STEPS}")
+    _train(world, "half", "--train.batching", "packed", *options)
+    masters = load_file(whole / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
+    for key, value in load_file(half / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors").items():
+        torch.testing.assert_close(value, masters[key], atol=5e-5, rtol=1e-3, msg=key)
+
+
+def test_rows_shorter_than_a_sample_are_refused(world: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.pack_length 100 is below data\.max_length 256"):
+        _train(world, "short", "--train.pack_length", "100")
+
+
+def test_a_kernel_that_would_leak_is_refused_before_training(world: Path) -> None:
+    with pytest.raises(UserError, match="attn_implementation 'eager' cannot keep packed samples apart"):
+        _train(world, "eager", "--train.batching", "packed", "--model.attn_implementation", "eager")
+    assert not (world / "eager").exists()
