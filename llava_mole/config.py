@@ -140,8 +140,13 @@ class TrainConfig:
     """`sample_mean`: every sample weighs the same (the paper's one sample a GPU); `token_mean`: every token does."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; optimizer state is always float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    activation_checkpointing: Literal["none", "every_n", "all"] = "none"
+    """Recompute the activations of no decoder layer, of every n-th or of all in the backward pass: less memory, up to a
+    third more time. `llava-mole plan` says which one a GPU needs."""
+    checkpoint_every_n: int = 2
+    """n of `activation_checkpointing: every_n`."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile; the first steps take minutes."""
     distributed: Literal["zero2", "ddp"] = "zero2"
     """DeepSpeed ZeRO stage 2 or torch DDP. Plain `python` without a launcher runs one process without either."""
     deepspeed_config: str = "scripts/zero2.json"
@@ -228,7 +233,14 @@ def check_run_config(config: RunConfig) -> None:
     if config.stage == "pretrain" and not config.train_projector:
         raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
     train = config.train
-    positive = ("global_batch_size", "micro_batch_size", "epochs", "save_every", "keep_checkpoints")
+    positive = (
+        "global_batch_size",
+        "micro_batch_size",
+        "epochs",
+        "save_every",
+        "keep_checkpoints",
+        "checkpoint_every_n",
+    )
     for key in positive:
         if getattr(train, key) < 1:
             raise ConfigError(f"train.{key} is {getattr(train, key)}; it must be at least 1")

@@ -8,6 +8,7 @@ Shapes: T positions of a row, H heads, G key-value heads, E head size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ NAME = "llava_mole_packed"
 KERNELS = ("sdpa", "flash_attention_2", "flex_attention")
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """Lengths of the samples of one packed row, in order.
+
+    An object of its own, because torch.compile would compile anew for every tuple of lengths that passes by.
+    """
+
+    sample_lengths: tuple[int, ...]
+
+
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -28,19 +40,19 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sample_lengths: Sequence[int] | None = None,
+    row_layout: RowLayout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function for transformers; without `sample_lengths` it is transformers' own `sdpa`.
+    """Attention function for transformers; without `row_layout` it is transformers' own `sdpa`.
 
     Args:
         query, key, value: `[1, H, T, E]`, `[1, G, T, E]`, `[1, G, T, E]` of one packed row.
-        sample_lengths: Tokens of the row's samples, in order; they add up to T.
+        row_layout: Lengths of the row's samples; they add up to T.
 
     Returns:
         `[1, T, H, E]`, and None for the weights.
     """
-    if sample_lengths is None:
+    if row_layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -48,7 +60,7 @@ def packed_attention(
         )
     window = kwargs.get("sliding_window")
     outputs, start = [], 0
-    for length in sample_lengths:
+    for length in row_layout.sample_lengths:
         part = slice(start, start + length)
         band = _band(length, window, query.device) if window is not None and length > window else None
         outputs.append(
@@ -106,7 +118,7 @@ def packed_arguments(kernel: str, sample_lengths: Sequence[int], device: torch.d
     if kernel == NAME:
         # transformers hands on a four-dimensional mask as it is, instead of building one of T x T from the positions.
         arguments["attention_mask"] = torch.empty(1, 1, 1, 0, device=device)
-        arguments["sample_lengths"] = tuple(sample_lengths)
+        arguments["row_layout"] = RowLayout(tuple(sample_lengths))
     elif kernel == "flash_attention_2":
         ends = torch.tensor([0, *sample_lengths], device=device).cumsum(0).int()
         longest = max(sample_lengths)

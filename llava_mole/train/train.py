@@ -36,6 +36,7 @@ def train(config: RunConfig) -> Path:
         load_adapter_state,
         load_projector,
     )
+    from llava_mole.model.layers import compile_layers, set_recompute
     from llava_mole.model.packed_attention import enable_packing
     from llava_mole.train.metrics import Tracker
     from llava_mole.train.optim import build_optimizer
@@ -81,9 +82,9 @@ def train(config: RunConfig) -> Path:
         load_adapter_state(model, checkpoint)
     model.projector.requires_grad_(config.train_projector)
     cast_for_training(model, config.train.precision)
-    if config.train.gradient_checkpointing:
-        # Re-entrant checkpointing would silently give the router no gradient from the balance loss.
-        model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_recompute(model.causal_lm, config.train.activation_checkpointing, config.train.checkpoint_every_n)
+    if config.train.compile:
+        compile_layers(model.causal_lm)
     if is_main_process():
         print(trainable_table(model), file=sys.stderr, flush=True)
 

@@ -122,9 +122,9 @@ def test_a_model_whose_samples_see_each_other_is_refused(monkeypatch: pytest.Mon
     model = _model("llama")
     original = packing.packed_attention
 
-    def leaking(*args: Any, sample_lengths: Any = None, **kwargs: Any) -> Any:
-        lengths = None if sample_lengths is None else (sum(sample_lengths),)
-        return original(*args, sample_lengths=lengths, **kwargs)
+    def leaking(*args: Any, row_layout: Any = None, **kwargs: Any) -> Any:
+        layout = row_layout and packing.RowLayout((sum(row_layout.sample_lengths),))
+        return original(*args, row_layout=layout, **kwargs)
 
     monkeypatch.setattr(packing, "packed_attention", leaking)
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot train on packed rows \(a sample changes by"):

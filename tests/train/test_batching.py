@@ -60,7 +60,7 @@ VARIANTS: dict[str, list[str]] = {
     "task": ["--adapter.options", "{granularity: task, num_tasks: 2, balance_group: global_batch}"],
     "oracle": ["--adapter.options", "{router: oracle, expert_scale: none, balance_coef: 0.0}"],
     "given": ["--adapter.options", "{granularity: given, expert_scale: none, balance_coef: 0.0}"],
-    "checkpointing": ["--train.gradient_checkpointing", "true"],
+    "checkpointing": ["--train.activation_checkpointing", "all"],
 }
 
 

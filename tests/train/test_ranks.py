@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 6
 ROOT = Path(__file__).parents[2]
-OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--train.batching", "padded", "--train.micro_batch_size", "1",
+OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--train.batching", "padded",
+             "--train.micro_batch_size", "1",
              "--adapter.preset", "paper", "--adapter.options.expert_scale", "straight_through"]  # fmt: skip
 
 

@@ -127,7 +127,8 @@ def test_resume_passes_over_a_truncated_checkpoint(world: Path, reference: Path)
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("reduction", ["sample_mean", "token_mean"])
 def test_micro_batches_do_not_change_the_result(world: Path, micro: int, reduction: str) -> None:
-    options = ["--train.loss_reduction", reduction, "--adapter.preset", "paper", "--train.max_steps", "3"]
+    options = ["--train.batching", "padded", "--train.loss_reduction", reduction, "--adapter.preset", "paper"]
+    options += ["--train.max_steps", "3"]
     name = f"micro-{micro}-{reduction}"
     other = run(world, name, *options, "--train.micro_batch_size", str(micro))
     two = world / f"micro-2-{reduction}"
@@ -138,8 +139,10 @@ def test_micro_batches_do_not_change_the_result(world: Path, micro: int, reducti
     assert auxiliary[0] == pytest.approx(auxiliary[1], abs=1e-6)
 
 
-def test_gradient_checkpointing_changes_nothing(world: Path, reference: Path) -> None:
-    recomputed = run(world, "recomputed", "--train.gradient_checkpointing", "true", "--train.max_steps", str(STEPS))
+@pytest.mark.parametrize("policy", ["every_n", "all"])
+def test_recomputation_changes_nothing(world: Path, reference: Path, policy: str) -> None:
+    options = ["--train.activation_checkpointing", policy, "--train.max_steps", str(STEPS)]
+    recomputed = run(world, f"recomputed-{policy}", *options)
     assert losses(recomputed) == pytest.approx(losses(reference), abs=1e-5)
 
 
@@ -229,7 +232,10 @@ MISTAKES = {
         "data.sources.red.annotations = none.json",
     ),
     "unknown template": (["--data.template", "vicuna"], "vicuna_v1"),
-    "batch": (["--train.global_batch_size", "3"], "3 is not a multiple of train.micro_batch_size 2 x 1 ranks"),
+    "batch": (
+        ["--train.batching", "padded", "--train.global_batch_size", "3"],
+        "3 is not a multiple of train.micro_batch_size 2 x 1 ranks",
+    ),
     "too few samples": (["--train.global_batch_size", "4000"], "larger than the"),
     "bf16 on a CPU": (["--train.precision", "bf16"], "use --train.precision fp32"),
     "unknown preset": (["--adapter.preset", "good"], "paper"),
@@ -280,7 +286,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(world: Path, monkeypatch: py
 def test_bf16_on_a_gpu_learns_and_loads(world: Path, method: str) -> None:
     out = run(
         world, f"gpu-{method}", "--device", "cuda", "--train.precision", "bf16", "--adapter.method", method,
-        "--train.gradient_checkpointing", "true",
+        "--train.activation_checkpointing", "all",
     )  # fmt: skip
     assert losses(out)[-1] < losses(out)[0]
     assert all(value.dtype == torch.float32 for value in weights(out).values())
