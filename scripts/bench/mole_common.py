@@ -4,6 +4,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,6 +18,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaModel
 
 from llava_mole.mole import MoleConfig, mole_auxiliary_loss
@@ -103,38 +105,74 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleave(steps: Mapping[str, Step], repeats: int, device: str, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every step in every round; the order turns by one each round, so drift hits all variants alike."""
-    names = list(steps)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(-warmup, repeats):
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            gc.collect()
-            synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(device)
-            if round_ >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
+def interleave(steps: Mapping[str, Step], baseline: str, repeats: int, device: str) -> dict[str, list[list[float]]]:
+    """Seconds of every step, in pairs with the baseline: `[[own, baseline], ...]`, one pair a round.
+
+    A machine drifts from minute to minute, so each variant is divided by a run of the baseline right beside it; which
+    of the two comes first alternates.
+    """
+    pairs: dict[str, list[list[float]]] = {name: [] for name in steps}
+
+    def seconds(name: str) -> float:
+        gc.collect()
+        synchronize(device)
+        start = time.perf_counter()
+        steps[name]()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    bar = tqdm(total=len(steps) * repeats, unit="pair", disable=None)
+    for name in steps:
+        seconds(name)  # warm-up
+    for round_ in range(repeats):
+        for name in steps:
+            order = [name, baseline] if round_ % 2 else [baseline, name]
+            first, second = (seconds(which) for which in order)
+            pairs[name].append([first, second] if round_ % 2 else [second, first])
+            bar.update()
+    bar.close()
+    return pairs
 
 
-def summary(times: dict[str, list[float]], baseline: str, **columns: Any) -> list[dict[str, Any]]:
-    """One row a variant; the ratio is the median over rounds of the ratio within a round."""
+def summary(pairs: dict[str, list[list[float]]], baseline: str, **columns: Any) -> list[dict[str, Any]]:
+    """One row a variant; the ratio is the median over pairs of own time by the baseline's beside it.
+
+    `low` and `high` are the 95 % interval of that median (order statistics, no assumption on the noise);
+    `ratio_of_minima` is the steadier number where other work on the machine only ever adds time.
+    """
+    base_minimum = min(base for values in pairs.values() for _, base in values)
     rows = []
-    for name, values in times.items():
-        ratios = [own / base for own, base in zip(values, times[baseline], strict=True)]
+    for name, values in pairs.items():
+        own = [value for value, _ in values]
+        ratios = [value / base for value, base in values]
+        low, high = median_interval(ratios)
         rows.append(
             {
                 **columns,
                 "variant": name,
-                "median_s": statistics.median(values),
-                "min_s": min(values),
-                "max_s": max(values),
+                "median_s": statistics.median(own),
+                "min_s": min(own),
+                "max_s": max(own),
                 f"ratio_to_{baseline}": statistics.median(ratios),
+                "low": low,
+                "high": high,
+                "ratio_of_minima": min(own) / base_minimum,
             }
         )
     return rows
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """The narrowest symmetric pair of order statistics that covers the median with at least 95 %.
+
+    The number of values below the median is binomial(n, 1/2). With fewer than 6 values it is their whole range.
+    """
+    ordered, n = sorted(values), len(values)
+    tail, skip = 0.0, 0
+    while 2 * (tail := tail + math.comb(n, skip) / 2**n) <= 0.05:
+        skip += 1
+    skip = max(0, skip - 1)
+    return ordered[skip], ordered[n - 1 - skip]
 
 
 def machine() -> dict[str, Any]:

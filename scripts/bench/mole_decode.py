@@ -52,8 +52,8 @@ def main() -> None:
     for count in tokens:
         x = torch.randn(count, 1, width, device=args.device, dtype=common.precision(args.device))
         steps = {name: decoding_step(model, x, passes) for name, model in models.items()}
-        times = common.interleave(steps, repeats, args.device, warmup=2)
-        each = {name: [value / passes for value in values] for name, values in times.items()}
+        pairs = common.interleave(steps, "plain_lora", repeats, args.device)
+        each = {name: [[own / passes, base / passes] for own, base in values] for name, values in pairs.items()}
         found = common.summary(each, "plain_lora", tokens=count, width=width, rank=args.rank)
         common.report("Decoding, one decoder layer (measured)", found)
         rows += found

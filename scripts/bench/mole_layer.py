@@ -1,6 +1,6 @@
 """Time of one training step (forward and backward) of one Vicuna-7B decoder layer with MoLE, against plain LoRA.
 
-Measured: seconds of each variant, interleaved, and the ratio to PEFT's LoRA of the same rank on the same layer.
+Measured: seconds of each variant, in pairs with PEFT's LoRA of the same rank on the same layer, and their ratio.
 `frozen` has no adapter at all. `loop` computes every expert for every token, one after the other; `stacked` is the
 dense mixture that stacks the K full outputs, as the authors' code does. Steps of ours include the balance loss.
 """
@@ -58,6 +58,23 @@ def stacked_dense(base: nn.Module, num_experts: int, r: int) -> nn.Module:
     return model
 
 
+def report_floor(rows: list[dict[str, Any]], length: int, width: int, rank: int) -> None:
+    """Print what no implementation of rank-r adapters can beat: the frozen layer plus the adapters' own products.
+
+    FLOPs a token: 4 for every frozen weight (forward and input gradient), 6 r (in + out) for every adapted linear
+    (six products), attention's 6 T D for causal scores and values, forward and backward.
+    """
+    ffn_width = width * 43 // 16
+    sizes = [(width, width)] * 4 + [(width, ffn_width)] * 2 + [(ffn_width, width)]
+    base = 4 * sum(i * o for i, o in sizes) + 6 * length * width
+    adapters = 6 * rank * sum(i + o for i, o in sizes)
+    frozen = next(row["ratio_to_plain_lora"] for row in rows if row["variant"] == "frozen")
+    print(
+        f"floor (computed): adapters add {adapters / base:.2%} of the frozen layer's FLOPs; at its speed that is "
+        f"{frozen * (1 + adapters / base):.3f} of plain LoRA's time (frozen layer: {frozen:.3f})"
+    )
+
+
 def main() -> None:
     parser = common.arguments(__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", help="sequence lengths, one sample each")
@@ -65,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--width", type=int, help="hidden size; the FFN is 2.6875 times as wide")
     parser.add_argument("--backends", nargs="+", default=["auto"], help="auto, masked, grouped, gather, loop")
-    parser.add_argument("--no-dense", action="store_true", help="leave the dense variants out")
+    parser.add_argument("--no-dense", action="store_true", help="leave the loop and the dense variants out")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -86,9 +103,10 @@ def main() -> None:
             models["dense K=3 ours"] = common.mole(base, r=args.rank, num_experts=3, mode="dense")
             models["dense K=3 stacked"] = stacked_dense(base, 3, args.rank)
         steps = {name: common.training_step(model, x) for name, model in models.items()}
-        times = common.interleave(steps, repeats, args.device)
-        found = common.summary(times, "plain_lora", tokens=length, width=width, rank=args.rank)
+        pairs = common.interleave(steps, "plain_lora", repeats, args.device)
+        found = common.summary(pairs, "plain_lora", tokens=length, width=width, rank=args.rank)
         common.report("Training step of one decoder layer (measured)", found)
+        report_floor(found, length, width, args.rank)
         rows += found
     common.save(rows, args.json)
 
