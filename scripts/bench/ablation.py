@@ -62,7 +62,7 @@ def train_and_score(name: str, seed: int, steps: int, data: Path, out: Path) -> 
                 options,
                 "--train.resume",
                 "auto",
-            ]  # fmt: skip
+            ]
         )
     scores = run_dir / "eval" / "answers.score.json"
     if not scores.exists():
@@ -85,7 +85,7 @@ def train_and_score(name: str, seed: int, steps: int, data: Path, out: Path) -> 
                 "--batch-size",
                 "128",
                 "--overwrite",
-            ]  # fmt: skip
+            ]
         )
     domains = json.loads(scores.read_text(encoding="utf-8"))["domains"]
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
