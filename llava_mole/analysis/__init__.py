@@ -1,0 +1,1 @@
+"""What is worked out about runs: plans before them, pictures after them."""

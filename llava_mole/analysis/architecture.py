@@ -1,0 +1,98 @@
+"""A run's model without its weights: the real classes on the meta device, so every count is exact.
+
+Where a weight directory is absent the architecture comes from a table of known models; the caller is told so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_mole.config import RunConfig
+from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.model.builder import attach_adapter
+from llava_mole.model.llava_arch import LlavaMole
+
+_LLAMA = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000}
+KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    # From the config.json of each; Vicuna v1.5 has the architecture of Llama 2.
+    "vicuna-7b-v1.5": {
+        **_LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    },
+    "vicuna-13b-v1.5": {
+        **_LLAMA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+    },
+}  # fmt: skip
+"""Llama configurations by the name of the directory that holds the model."""
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """A model without weights."""
+
+    model: LlavaMole
+    assumptions: tuple[str, ...]
+    """What was taken from a table because a path is absent, a sentence each."""
+
+
+def build_meta_model(config: RunConfig) -> MetaModel:
+    """The run's model on the meta device, with its adapter, trainable and frozen as in training.
+
+    Raises:
+        ConfigError, WeightsError: an architecture that is neither on disk nor known, or a wrong option.
+    """
+    import open_clip
+    from transformers import AutoModelForCausalLM
+
+    from llava_mole.model.multimodal_encoder import VisionTower, read_tower_config
+    from llava_mole.model.multimodal_projector import build_projector
+
+    assumptions = []
+    lm_config, assumption = language_model_config(config.model.language_model)
+    if assumption:
+        assumptions.append(assumption)
+    tower = config.model.vision_tower
+    tower_config = read_tower_config(tower.name)
+    if not Path(tower.weights).is_file():
+        assumptions.append(f"vision tower {tower.name} as open_clip defines it; {tower.weights} is absent")
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(lm_config)
+        language_model.requires_grad_(False)
+        clip = open_clip.CLIP(
+            embed_dim=tower_config["embed_dim"],
+            vision_cfg=tower_config["vision_cfg"],
+            text_cfg=open_clip.CLIPTextCfg(width=8, layers=1, heads=1, vocab_size=8, context_length=8),
+        )
+        vision = VisionTower(clip.visual, tower.select_layer, "")
+        width = language_model.config.get_text_config().hidden_size
+        projector = build_projector(config.model.projector, vision.hidden_size, width)
+        model = LlavaMole(vision, projector, language_model)
+        attach_adapter(model, config.adapter)
+    model.projector.requires_grad_(config.train_projector)
+    return MetaModel(model, tuple(assumptions))
+
+
+def language_model_config(path: str) -> tuple[Any, str]:
+    """The transformers configuration of the model in directory `path`, and the assumption made where it is absent.
+
+    Raises:
+        WeightsError: the directory is absent and its name is none of `KNOWN_LANGUAGE_MODELS`.
+        ConfigError: its config.json is of no model that transformers knows.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if (Path(path) / "config.json").is_file():
+        try:
+            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), ""
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{path}/config.json is not usable: {' '.join(str(error).split())}") from None
+    name = Path(path).name
+    if name not in KNOWN_LANGUAGE_MODELS:
+        raise WeightsError(
+            f"language model {path!r} is absent and of no known name (known: {', '.join(KNOWN_LANGUAGE_MODELS)}); put "
+            "its config.json there, which is enough for a plan"
+        )
+    return LlamaConfig(**KNOWN_LANGUAGE_MODELS[name]), f"language model {name} from the table of known models; " + (
+        f"{path} is absent"
+    )

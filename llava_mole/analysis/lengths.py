@@ -1,0 +1,149 @@
+"""How long the samples of each source are: measured where its data are on disk, else assumed and said so."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llava_mole.config import DataConfig
+from llava_mole.errors import ConfigError
+
+ANSWER_SHARE = 0.5
+"""Assumed share of a sample's text that is supervised. Only the language model's head depends on it."""
+BYTES_PER_TOKEN = 4.0
+"""Assumed for text whose tokenizer is absent; Llama's takes about 4 bytes of English a token."""
+POOL = 20_000
+"""Lengths drawn to stand for an assumed distribution."""
+
+
+@dataclass(frozen=True)
+class AssumedSource:
+    """What is assumed of a source without data. Lengths are those of LLaVA-1.5 with 576 tokens an image."""
+
+    records: int
+    text_tokens: float
+    """Mean tokens besides the image's, log-normal."""
+    spread: float
+    """Standard deviation of the logarithm."""
+    tail_share: float
+    """Share of samples that reach `data.max_length`."""
+    origin: str
+
+
+KNOWN_SOURCES: dict[str, AssumedSource] = {
+    # Record counts: the LLaVA-MoLE paper, section 4.1. It gives no lengths but that many UReader samples reach the
+    # context of 4096; the means stand for one caption or question (M3IT), several turns (ShareGPT4V), short
+    # questions (PathVQA) and page texts (UReader).
+    "m3it": AssumedSource(1_600_000, 160, 0.5, 0.0, "mean 736"),
+    "sharegpt4v-instruct": AssumedSource(688_000, 450, 0.6, 0.0, "mean 1026"),
+    "ureader": AssumedSource(1_100_000, 424, 0.6, 0.2, "20% at max_length, the others mean 1000"),
+    "pathvqa": AssumedSource(19_755, 60, 0.2, 0.0, "mean 636"),
+    "sharegpt4v-pt": AssumedSource(1_246_000, 190, 0.3, 0.0, "mean 766"),
+}
+"""By the name of the source in `data.sources`."""
+
+
+@dataclass(frozen=True)
+class SourceLengths:
+    """Lengths that stand for a source, one entry a sample."""
+
+    name: str
+    records: int
+    tokens: npt.NDArray[np.int64]
+    supervised: npt.NDArray[np.int64]
+    images: npt.NDArray[np.int64]
+    basis: str
+    """Where the numbers come from, for the reader of a plan."""
+    assumed: bool
+
+
+def source_lengths(
+    data: DataConfig,
+    language_model: str,
+    image_tokens: int,
+    *,
+    sample: int = 2000,
+    given: Mapping[str, tuple[int, float]] | None = None,
+) -> list[SourceLengths]:
+    """Lengths of every source with lambda above 0.
+
+    Args:
+        data: Section `data` of the configuration.
+        language_model: Directory whose tokenizer measures, if it is there.
+        image_tokens: Tokens of an image.
+        sample: Most records to tokenize of each source, evenly spaced.
+        given: `(records, mean tokens)` by source, in place of an assumption.
+
+    Raises:
+        ConfigError: a source that is neither on disk nor known nor given.
+        DataError: a file or record is wrong.
+    """
+    given = dict(given or {})
+    unknown = sorted(given.keys() - data.sources.keys())
+    if unknown:
+        raise ConfigError(f"--source {unknown[0]}: no such source; data.sources has {', '.join(data.sources)}")
+    result = []
+    for name, source in data.sources.items():
+        if data.mixture.get(name, 1.0) <= 0:
+            continue
+        if name in given:
+            records, mean = given[name]
+            text = max(1.0, mean - image_tokens)
+            assumption = AssumedSource(records, text, 0.5, 0.0, f"mean {mean:.0f}")
+            result.append(assumed_lengths(name, assumption, image_tokens, data.max_length, "given"))
+        elif Path(source.annotations).is_file():
+            result.append(measured_lengths(name, data, language_model, image_tokens, sample))
+        elif name in KNOWN_SOURCES:
+            result.append(assumed_lengths(name, KNOWN_SOURCES[name], image_tokens, data.max_length, "assumed"))
+        else:
+            raise ConfigError(
+                f"data.sources.{name}: {source.annotations} is absent and no lengths are known for this name (known: "
+                f"{', '.join(KNOWN_SOURCES)}); give them with --source {name}=RECORDS,MEAN_TOKENS"
+            )
+    return result
+
+
+def assumed_lengths(
+    name: str, source: AssumedSource, image_tokens: int, max_length: int, how: str
+) -> SourceLengths:
+    """A fixed draw of `POOL` lengths from an assumed distribution, cut at `max_length`."""
+    generator = np.random.Generator(np.random.Philox(key=20240129))
+    location = np.log(source.text_tokens) - source.spread**2 / 2
+    text = np.exp(location + source.spread * generator.standard_normal(POOL))
+    tokens = np.minimum(np.rint(image_tokens + text), max_length).astype(np.int64)
+    tokens[: round(source.tail_share * POOL)] = max_length
+    tokens = generator.permutation(tokens)
+    images = np.ones(POOL, dtype=np.int64)
+    supervised = np.rint(ANSWER_SHARE * np.maximum(tokens - image_tokens, 1)).astype(np.int64)
+    return SourceLengths(name, source.records, tokens, supervised, images, f"{how}: {source.origin}", True)
+
+
+def measured_lengths(
+    name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int
+) -> SourceLengths:
+    """Lengths of up to `sample` records of the source's file, tokenized as in training if the tokenizer is there."""
+    from llava_mole.conversation import get_template, render
+    from llava_mole.data.dataset import encode_record
+    from llava_mole.data.records import read_records
+    from llava_mole.data.tokenization import HFTextTokenizer
+    from llava_mole.model.language_model import load_tokenizer
+
+    records: Sequence[Any] = read_records(data.sources[name].annotations, name)
+    template = get_template(data.template)
+    chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).astype(int))]
+    images = np.array([int(record.image is not None) for record in chosen], dtype=np.int64)
+    if (Path(language_model) / "config.json").is_file():
+        tokenizer = HFTextTokenizer(load_tokenizer(language_model))
+        encoded = [encode_record(record, template, tokenizer, image_tokens, data.max_length) for record in chosen]
+        tokens = np.array([len(e.input_ids) for e in encoded], dtype=np.int64)
+        supervised = np.array([e.num_supervised for e in encoded], dtype=np.int64)
+        basis = f"measured on {len(chosen):,} of {len(records):,} records"
+    else:
+        size = np.array([len(render(template, record.turns).text.encode()) for record in chosen])
+        tokens = np.minimum(size / BYTES_PER_TOKEN + images * image_tokens + 1, data.max_length).astype(np.int64)
+        supervised = np.rint(ANSWER_SHARE * (tokens - images * image_tokens)).astype(np.int64)
+        basis = f"{len(chosen):,} of {len(records):,} records at {BYTES_PER_TOKEN:g} bytes a token (no tokenizer here)"
+    return SourceLengths(name, len(records), tokens, supervised, images, basis, False)

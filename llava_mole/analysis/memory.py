@@ -1,0 +1,141 @@
+"""Memory of one GPU in training, by item. docs/planning.md derives the formulas.
+
+Bytes per number: e is that of the compute precision (bfloat16 2, float32 4); float32 copies count 4 whatever e is.
+"""
+
+from dataclasses import dataclass
+
+from llava_mole.model.flops import ModelShape
+
+RESERVE_BYTES = 2 * 2**30
+"""CUDA context, NCCL's buffers, cuBLAS's workspace."""
+FRAGMENTATION = 0.05
+"""Share of everything else that the allocator cannot hand out."""
+DEEPSPEED_BUCKET = 500_000_000
+"""DeepSpeed's `reduce_bucket_size` where the configuration names none; a buffer of as many numbers is allocated."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How wide numbers are."""
+
+    compute_bytes: int
+    """Of frozen weights, activations and, under DeepSpeed, trainable weights and gradients."""
+
+    @property
+    def mixed(self) -> bool:
+        return self.compute_bytes < 4
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How ranks share the optimizer: `single` (one process), `ddp`, or `zero0`, `zero1`, `zero2` of DeepSpeed."""
+
+    kind: str
+    world_size: int
+    bucket_elements: int = DEEPSPEED_BUCKET
+
+    @property
+    def shards_optimizer(self) -> bool:
+        return self.kind in ("zero1", "zero2")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The largest micro-batch a rank runs."""
+
+    tokens: int
+    """Padding included."""
+    images: int
+    supervised: int
+    """Positions with logits."""
+
+
+def layer_bytes_per_token(shape: ModelShape, adapter: str, rank: int, experts: int, compute_bytes: int) -> float:
+    """Bytes that one decoder layer of Llama's kind keeps for its backward pass, per token.
+
+    Args:
+        adapter: `none`, `lora` or `mole`.
+        rank: LoRA rank.
+        experts: K, 1 for plain LoRA.
+        compute_bytes: e.
+    """
+    e, d, f = compute_bytes, shape.hidden_size, shape.ffn_size
+    norms = 2 * 4.0 * d  # inputs of both RMSNorms, in float32
+    attention = e * (2.0 * shape.attention_width + 2.0 * shape.key_value_width) + 4.0 * shape.attention_heads
+    if adapter == "none":
+        return norms + attention + e * 3.0 * f  # gate and its activation, up
+    attention += e * d  # input of q, k, v; that of o is the attention's output, kept already
+    low_rank = e * rank * (4.0 + 3.0 * experts)
+    if adapter == "lora":
+        return norms + attention + low_rank + e * (d + 4.0 * f)  # besides: the FFN's input and that of down
+    router = 4.0 * d if e < 4 and experts > 1 else 0.0  # the router's float32 copy of its input
+    return norms + attention + low_rank + e * (d + 2.0 * f) + router  # MoLE recomputes the activation of gate
+
+
+def activation_bytes(
+    shape: ModelShape, row: Row, adapter: str, rank: int, experts: int, compute_bytes: int, recomputed_layers: int
+) -> float:
+    """Bytes kept between forward and backward pass, with one recomputed layer unfolded."""
+    layer = layer_bytes_per_token(shape, adapter, rank, experts, compute_bytes) * row.tokens
+    inputs = compute_bytes * shape.hidden_size * row.tokens
+    kept = (shape.layers - recomputed_layers) * layer + recomputed_layers * inputs
+    unfolded = layer if recomputed_layers else 0.0
+    ends = (2 * compute_bytes + 4) * shape.hidden_size * row.tokens  # embeddings, final norm and its output
+    # The projector keeps its input and, around each GELU, two tensors of the model's width.
+    projected = compute_bytes * shape.image_tokens * (shape.tower_width + 2 * shape.hidden_size) * row.images
+    return kept + unfolded + ends + projected
+
+
+def memory_items(
+    shape: ModelShape,
+    *,
+    frozen_parameters: int,
+    trainable_parameters: int,
+    precision: Precision,
+    strategy: Strategy,
+    row: Row,
+    adapter: str,
+    rank: int,
+    experts: int,
+    recomputed_layers: int,
+    head_chunk: int,
+) -> dict[str, float]:
+    """Bytes per item on one GPU at its fullest.
+
+    Args:
+        shape: of the model.
+        frozen_parameters, trainable_parameters: counts.
+        precision, strategy: of the run.
+        row: the largest micro-batch.
+        adapter, rank, experts: as for `layer_bytes_per_token`.
+        recomputed_layers: decoder layers whose activations are recomputed.
+        head_chunk: positions whose logits exist at a time.
+    """
+    e, trainable = precision.compute_bytes, float(trainable_parameters)
+    shard = trainable / strategy.world_size if strategy.shards_optimizer else trainable
+    if strategy.kind in ("single", "ddp"):
+        weights = 4 * trainable + (2 * trainable if precision.mixed else 0.0)  # autocast keeps bfloat16 copies
+        gradients = 4 * trainable
+        optimizer = 8 * trainable  # the weights are the masters
+        buckets = 4 * trainable if strategy.kind == "ddp" else 0.0
+    else:
+        weights = e * trainable
+        gradients = e * (shard if strategy.kind == "zero2" else trainable)
+        optimizer = 12 * shard  # float32 master and both moments
+        buckets = float(e * strategy.bucket_elements)
+    width, tokens = shape.hidden_size, row.tokens
+    logits = min(row.supervised, head_chunk) * shape.vocab_size * (2 * e + 8)  # logits and gradient, in both widths
+    items = {
+        "frozen weights": float(e * frozen_parameters),
+        "trainable weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activation_bytes(shape, row, adapter, rank, experts, e, recomputed_layers),
+        "logits": logits + 2.0 * e * width * row.supervised,
+        # Gradients passing through one layer, the optimizer's temporaries, pixels.
+        "workspace": max(e * tokens * (5.0 * shape.ffn_size + 4.0 * width), 8 * shard) + 4.0 * 3 * 336**2 * row.images,
+        "buckets": buckets,
+    }
+    items["reserve"] = RESERVE_BYTES + FRAGMENTATION * sum(items.values())
+    return items

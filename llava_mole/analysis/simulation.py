@@ -1,0 +1,146 @@
+"""How long steps last when ranks wait for the slowest one: a simulation over drawn or real steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llava_mole.model.flops import ModelShape, recompute_flops, training_flops
+
+Rows = list[list[int]]
+"""Indices into a step's samples that share a micro-batch, for each micro-batch of a rank."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one step, G of them; int64 [G] each."""
+
+    tokens: npt.NDArray[np.int64]
+    supervised: npt.NDArray[np.int64]
+    images: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A mean step, in seconds per cause that add up to `seconds`."""
+
+    seconds: float
+    useful: float
+    """Forward and backward pass of tokens that are not padding, spread evenly over the ranks."""
+    padding: float
+    recompute: float
+    stragglers: float
+    """Ranks waiting for the slowest one."""
+
+    @property
+    def straggler_efficiency(self) -> float:
+        """Share of the time in which ranks compute."""
+        return 1.0 - self.stragglers / self.seconds if self.seconds else 1.0
+
+    @property
+    def useful_share(self) -> float:
+        """Share of the time spent on what must be computed."""
+        return self.useful / self.seconds if self.seconds else 1.0
+
+
+def padded_rows(num_samples: int, world_size: int, micro_batch_size: int) -> list[Rows]:
+    """Rank -> micro-batches in the order of the plan, as `data.sampler` deals them out."""
+    per_pass = world_size * micro_batch_size
+    return [
+        [
+            list(range(start + rank * micro_batch_size, start + (rank + 1) * micro_batch_size))
+            for start in range(0, num_samples, per_pass)
+        ]
+        for rank in range(world_size)
+    ]
+
+
+def step_time(
+    shape: ModelShape,
+    samples: Samples,
+    ranks: Sequence[Rows],
+    *,
+    padded: bool,
+    recomputed_layers: int,
+    flops_per_s: float,
+    lock_step: bool,
+) -> StepTime:
+    """One step.
+
+    Args:
+        shape: of the model.
+        samples: of the step.
+        ranks: each rank's micro-batches.
+        padded: whether samples of a micro-batch are padded to its longest; else they are packed without padding.
+        recomputed_layers: decoder layers that run forward twice.
+        flops_per_s: what a GPU sustains while it computes.
+        lock_step: whether ranks wait for each other after every micro-batch (ZeRO-2, which reduces gradients each
+            time) or only at the end of the step.
+    """
+    passes = max(len(rows) for rows in ranks)
+    parts = np.zeros((3, len(ranks), passes))  # useful, padding, recompute
+    for rank, rows in enumerate(ranks):
+        for index, row in enumerate(rows):
+            if row:
+                parts[:, rank, index] = _row_flops(shape, samples, row, padded, recomputed_layers)
+    useful, padding, recompute = (float(part.sum()) / len(ranks) / flops_per_s for part in parts)
+    busy = parts.sum(axis=0) / flops_per_s
+    seconds = float(busy.max(axis=0).sum() if lock_step else busy.sum(axis=1).max())
+    return StepTime(seconds, useful, padding, recompute, seconds - useful - padding - recompute)
+
+
+def _row_flops(
+    shape: ModelShape, samples: Samples, row: Sequence[int], padded: bool, recomputed_layers: int
+) -> tuple[float, float, float]:
+    tokens = samples.tokens[row].astype(float)
+    supervised, images = float(samples.supervised[row].sum()), float(samples.images[row].sum())
+    useful = training_flops(shape, float(tokens.sum()), float((tokens**2).sum()), supervised, images)
+    run = np.full(len(row), tokens.max()) if padded else tokens
+    spent = training_flops(shape, float(run.sum()), float((run**2).sum()), supervised, images)
+    again = recompute_flops(shape, float(run.sum()), float((run**2).sum()), recomputed_layers)
+    return useful, spent - useful, again
+
+
+def mean_step(
+    shape: ModelShape,
+    steps: Sequence[Samples],
+    place: Callable[[Samples], Sequence[Rows]],
+    *,
+    padded: bool,
+    recomputed_layers: int,
+    flops_per_s: float,
+    lock_step: bool,
+) -> StepTime:
+    """The mean of `step_time` over steps; `place` gives each rank's micro-batches of a step."""
+    times = [
+        step_time(
+            shape,
+            samples,
+            place(samples),
+            padded=padded,
+            recomputed_layers=recomputed_layers,
+            flops_per_s=flops_per_s,
+            lock_step=lock_step,
+        )
+        for samples in steps
+    ]
+    keys = ("seconds", "useful", "padding", "recompute", "stragglers")
+    return StepTime(**{key: sum(getattr(time, key) for time in times) / len(times) for key in keys})
+
+
+def draw_steps(
+    pools: Sequence[Samples], shares: Sequence[float], batch: int, steps: int, seed: int
+) -> Iterator[Samples]:
+    """Steps of `batch` samples: sources by their share of the mixture, lengths from each source's pool."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    tokens, supervised, images = (
+        np.concatenate([getattr(pool, key) for pool in pools]) for key in ("tokens", "supervised", "images")
+    )
+    sizes = np.array([len(pool.tokens) for pool in pools])
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    probabilities = np.array(shares, dtype=float) / sum(shares)
+    for _ in range(steps):
+        source = generator.choice(len(pools), size=batch, p=probabilities)
+        index = starts[source] + (generator.random(batch) * sizes[source]).astype(np.int64)
+        yield Samples(tokens[index], supervised[index], images[index])
