@@ -12,6 +12,8 @@ SUBCOMMANDS = {
     "chat": ("llava_mole.serve.cli", "talk with a model about an image"),
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
     "report": ("llava_mole.eval.report", "compare scored runs in one table"),
+    "plan": ("llava_mole.analysis.plan_command", "work out memory, FLOPs and hours of a run before it starts"),
+    "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
     "inspect": ("llava_mole.model.inspection", "say what a run or checkpoint directory holds"),
     "prepare": ("llava_mole.prepare", "write a data set to disk"),
 }

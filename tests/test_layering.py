@@ -11,6 +11,7 @@ LAYERS = {
     "errors": 0,
     "log": 0,
     "distributed": 0,
+    "hardware": 0,
     "config": 1,
     "conversation": 1,
     "mole": 2,
@@ -22,6 +23,7 @@ LAYERS = {
     "eval": 5,
     "serve": 5,
     "tiny": 5,
+    "analysis": 5,
     "prepare": 6,
     "cli": 6,
 }

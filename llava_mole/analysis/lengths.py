@@ -106,9 +106,7 @@ def source_lengths(
     return result
 
 
-def assumed_lengths(
-    name: str, source: AssumedSource, image_tokens: int, max_length: int, how: str
-) -> SourceLengths:
+def assumed_lengths(name: str, source: AssumedSource, image_tokens: int, max_length: int, how: str) -> SourceLengths:
     """A fixed draw of `POOL` lengths from an assumed distribution, cut at `max_length`."""
     generator = np.random.Generator(np.random.Philox(key=20240129))
     location = np.log(source.text_tokens) - source.spread**2 / 2
@@ -121,9 +119,7 @@ def assumed_lengths(
     return SourceLengths(name, source.records, tokens, supervised, images, f"{how}: {source.origin}", True)
 
 
-def measured_lengths(
-    name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int
-) -> SourceLengths:
+def measured_lengths(name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int) -> SourceLengths:
     """Lengths of up to `sample` records of the source's file, tokenized as in training if the tokenizer is there."""
     from llava_mole.conversation import get_template, render
     from llava_mole.data.dataset import encode_record

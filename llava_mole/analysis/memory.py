@@ -51,33 +51,32 @@ class Row:
     """Positions with logits."""
 
 
-def layer_bytes_per_token(shape: ModelShape, adapter: str, rank: int, experts: int, compute_bytes: int) -> float:
+def layer_bytes_per_token(shape: ModelShape, adapter: str, rank: int, compute_bytes: int) -> float:
     """Bytes that one decoder layer of Llama's kind keeps for its backward pass, per token.
 
     Args:
         adapter: `none`, `lora` or `mole`.
         rank: LoRA rank.
-        experts: K, 1 for plain LoRA.
         compute_bytes: e.
     """
     e, d, f = compute_bytes, shape.hidden_size, shape.ffn_size
-    norms = 2 * 4.0 * d  # inputs of both RMSNorms, in float32
+    norms = 2 * 4.0 * (d + 1)  # both RMSNorms: the input in float32, the reciprocal of its root mean square
     attention = e * (2.0 * shape.attention_width + 2.0 * shape.key_value_width) + 4.0 * shape.attention_heads
     if adapter == "none":
         return norms + attention + e * 3.0 * f  # gate and its activation, up
     attention += e * d  # input of q, k, v; that of o is the attention's output, kept already
-    low_rank = e * rank * (4.0 + 3.0 * experts)
+    low_rank = e * rank * (4.0 + 3.0 * shape.experts_used)
     if adapter == "lora":
         return norms + attention + low_rank + e * (d + 4.0 * f)  # besides: the FFN's input and that of down
-    router = 4.0 * d if e < 4 and experts > 1 else 0.0  # the router's float32 copy of its input
+    router = 4.0 * d if e < 4 and shape.has_router else 0.0  # the router's float32 copy of its input
     return norms + attention + low_rank + e * (d + 2.0 * f) + router  # MoLE recomputes the activation of gate
 
 
 def activation_bytes(
-    shape: ModelShape, row: Row, adapter: str, rank: int, experts: int, compute_bytes: int, recomputed_layers: int
+    shape: ModelShape, row: Row, adapter: str, rank: int, compute_bytes: int, recomputed_layers: int
 ) -> float:
     """Bytes kept between forward and backward pass, with one recomputed layer unfolded."""
-    layer = layer_bytes_per_token(shape, adapter, rank, experts, compute_bytes) * row.tokens
+    layer = layer_bytes_per_token(shape, adapter, rank, compute_bytes) * row.tokens
     inputs = compute_bytes * shape.hidden_size * row.tokens
     kept = (shape.layers - recomputed_layers) * layer + recomputed_layers * inputs
     unfolded = layer if recomputed_layers else 0.0
@@ -97,7 +96,6 @@ def memory_items(
     row: Row,
     adapter: str,
     rank: int,
-    experts: int,
     recomputed_layers: int,
     head_chunk: int,
 ) -> dict[str, float]:
@@ -108,7 +106,7 @@ def memory_items(
         frozen_parameters, trainable_parameters: counts.
         precision, strategy: of the run.
         row: the largest micro-batch.
-        adapter, rank, experts: as for `layer_bytes_per_token`.
+        adapter, rank: as for `layer_bytes_per_token`.
         recomputed_layers: decoder layers whose activations are recomputed.
         head_chunk: positions whose logits exist at a time.
     """
@@ -131,7 +129,7 @@ def memory_items(
         "trainable weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": activation_bytes(shape, row, adapter, rank, experts, e, recomputed_layers),
+        "activations": activation_bytes(shape, row, adapter, rank, e, recomputed_layers),
         "logits": logits + 2.0 * e * width * row.supervised,
         # Gradients passing through one layer, the optimizer's temporaries, pixels.
         "workspace": max(e * tokens * (5.0 * shape.ffn_size + 4.0 * width), 8 * shard) + 4.0 * 3 * 336**2 * row.images,

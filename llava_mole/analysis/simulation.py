@@ -79,27 +79,35 @@ def step_time(
             time) or only at the end of the step.
     """
     passes = max(len(rows) for rows in ranks)
-    parts = np.zeros((3, len(ranks), passes))  # useful, padding, recompute
+    shape_RP = (len(ranks), passes)
+    row_G = np.zeros(len(samples.tokens), dtype=np.int64)
     for rank, rows in enumerate(ranks):
         for index, row in enumerate(rows):
-            if row:
-                parts[:, rank, index] = _row_flops(shape, samples, row, padded, recomputed_layers)
-    useful, padding, recompute = (float(part.sum()) / len(ranks) / flops_per_s for part in parts)
-    busy = parts.sum(axis=0) / flops_per_s
-    seconds = float(busy.max(axis=0).sum() if lock_step else busy.sum(axis=1).max())
+            row_G[row] = rank * passes + index
+    useful_RP, padding_RP, recompute_RP = (
+        np.bincount(row_G, weights=part_G / flops_per_s, minlength=len(ranks) * passes).reshape(shape_RP)
+        for part_G in _sample_flops(shape, samples, row_G, padded, recomputed_layers)
+    )
+    useful, padding, recompute = (float(part.sum()) / len(ranks) for part in (useful_RP, padding_RP, recompute_RP))
+    busy_RP = useful_RP + padding_RP + recompute_RP
+    seconds = float(busy_RP.max(axis=0).sum() if lock_step else busy_RP.sum(axis=1).max())
     return StepTime(seconds, useful, padding, recompute, seconds - useful - padding - recompute)
 
 
-def _row_flops(
-    shape: ModelShape, samples: Samples, row: Sequence[int], padded: bool, recomputed_layers: int
-) -> tuple[float, float, float]:
-    tokens = samples.tokens[row].astype(float)
-    supervised, images = float(samples.supervised[row].sum()), float(samples.images[row].sum())
-    useful = training_flops(shape, float(tokens.sum()), float((tokens**2).sum()), supervised, images)
-    run = np.full(len(row), tokens.max()) if padded else tokens
-    spent = training_flops(shape, float(run.sum()), float((run**2).sum()), supervised, images)
-    again = recompute_flops(shape, float(run.sum()), float((run**2).sum()), recomputed_layers)
-    return useful, spent - useful, again
+def _sample_flops(
+    shape: ModelShape, samples: Samples, row_G: npt.NDArray[np.int64], padded: bool, recomputed_layers: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Useful work, padding and recomputation that each sample brings, `row_G` being the row it is in."""
+    tokens = samples.tokens.astype(float)
+    run = tokens
+    if padded:
+        longest = np.zeros(int(row_G.max()) + 1)
+        np.maximum.at(longest, row_G, tokens)
+        run = longest[row_G]
+    none = np.zeros_like(tokens)
+    useful = training_flops(shape, tokens, tokens**2, samples.supervised.astype(float), samples.images.astype(float))
+    padding = training_flops(shape, run, run**2, none, none) - training_flops(shape, tokens, tokens**2, none, none)
+    return useful, padding, recompute_flops(shape, run, run**2, recomputed_layers)
 
 
 def mean_step(

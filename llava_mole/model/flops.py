@@ -36,6 +36,9 @@ class ModelShape:
     head_parameters: int
     adapter_parameters: float
     """Adapter weights that one token uses: those of its experts, not of the others."""
+    experts_used: int
+    """Experts whose rank activations are kept of a token: 1 without experts."""
+    has_router: bool
     projector_parameters: int
     projector_trains: bool
     tower_width: int
@@ -97,6 +100,8 @@ def model_shape(model: LlavaMole) -> ModelShape:
         linear_parameters=_linear_parameters(lm, head),
         head_parameters=_weights(head),
         adapter_parameters=_adapter_parameters(model.language_model),
+        experts_used=_experts_used(model.language_model),
+        has_router=any(".mole_router" in name for name, _ in model.language_model.named_parameters()),
         projector_parameters=sum(p.numel() for p in projector if p.ndim == 2),
         projector_trains=any(p.requires_grad for p in projector),
         tower_width=model.vision_tower.hidden_size,
@@ -135,13 +140,16 @@ def _linear_parameters(lm: nn.Module, head: nn.Module) -> int:
 
 def _adapter_parameters(language_model: nn.Module) -> float:
     """Adapter weights that a token meets: all, but of stacked experts only those it is sent to."""
-    configs = getattr(language_model, "peft_config", {})
-    config: Any = next(iter(configs.values()), None)
-    experts = getattr(config, "num_experts", 1)
-    chosen = experts if getattr(config, "mode", "dense") == "dense" else config.top_k
+    used = _experts_used(language_model)
     total = 0.0
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name or ".mole_" in name:
             stacked = ".mole_experts." in name and "_shared_" not in name
-            total += parameter.numel() * (chosen / experts if stacked else 1.0)
+            total += parameter.numel() * (used / len(parameter) if stacked else 1.0)
     return total
+
+
+def _experts_used(language_model: nn.Module) -> int:
+    config: Any = next(iter(getattr(language_model, "peft_config", {}).values()), None)
+    experts = getattr(config, "num_experts", 1)
+    return experts if getattr(config, "mode", "dense") == "dense" else config.top_k

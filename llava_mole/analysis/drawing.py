@@ -1,0 +1,42 @@
+"""What all pictures share: matplotlib without a display, colours, and a clear word where it is not installed."""
+
+from pathlib import Path
+from typing import Any
+
+from llava_mole.errors import ConfigError
+
+# Okabe and Ito's palette: distinct for colour-blind readers too.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999933", "#666666", "#BBBBBB")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of `width` x `height` inches.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("pictures need matplotlib: pip install 'llava_mole[eval]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG and return its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.set_dpi(140)
+    FigureCanvasAgg(figure).print_png(path)
+    return path
+
+
+def tidy(axes: Any, title: str, x: str = "", y: str = "") -> None:
+    """Title and labels, a light grid, no frame at the top and right."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)

@@ -1,0 +1,344 @@
+"""Works out a run before it starts: parameters, memory of a GPU, arithmetic, hours. Needs no weights, data or GPU."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llava_mole.analysis.architecture import build_meta_model
+from llava_mole.analysis.lengths import SourceLengths, source_lengths
+from llava_mole.analysis.memory import Precision, Row, Strategy, memory_items
+from llava_mole.analysis.simulation import Rows, Samples, StepTime, draw_steps, mean_step, padded_rows
+from llava_mole.config import RunConfig, accumulation_steps
+from llava_mole.data.mixture import mixture_counts
+from llava_mole.data.packing import assign_step
+from llava_mole.data.sampler import count_steps
+from llava_mole.errors import ConfigError
+from llava_mole.hardware import Gpu
+from llava_mole.model.adapters import parameter_report
+from llava_mole.model.flops import ModelShape, model_shape, training_flops
+from llava_mole.train.runtime import deepspeed_config
+
+Batching = Literal["padded", "packed"]
+COMPARED_GPUS = (8, 16, 32, 64)
+"""Numbers of GPUs in the table, besides the one asked for."""
+ROWS = (1, 2, 4)
+"""Capacities tried for packed rows, in multiples of the longest sample."""
+GAIN = 0.02
+"""Share of the time that a larger row must save to be preferred."""
+EVERY = (8, 4, 3, 2)
+"""Intervals tried for the policy `every_n`, least recomputation first."""
+HEAD_CHUNK = 1024
+"""Positions whose logits exist at a time."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan needs besides the configuration."""
+
+    gpus: int
+    gpu: Gpu
+    utilisation: float = 0.5
+    """Share of the GPU's peak that a rank sustains while it computes."""
+    steps: int = 200
+    """Steps simulated."""
+    sample: int = 2000
+    """Records of each source that are tokenized."""
+    given: Mapping[str, tuple[int, float]] | None = None
+    """Records and mean length of sources without data."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which activations are recomputed."""
+
+    name: str
+    """`none`, `every_<n>` or `all`."""
+    recomputed_layers: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to run it."""
+
+    gpus: int
+    batching: str
+    row_tokens: int
+    """Most tokens of a micro-batch, padding included."""
+    policy: Policy
+    memory: dict[str, float]
+    """Bytes per item on one GPU."""
+    step: StepTime
+    hours: float
+    mfu: float
+    """Useful FLOPs over what the GPUs could do in the time."""
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.gpus
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source of the mixture in the whole run."""
+
+    name: str
+    samples: int
+    mean_tokens: float
+    longest: int
+    teraflops: float
+    """Mean of a sample, without recomputation."""
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, worked out."""
+
+    options: PlanOptions
+    stage: str
+    assumptions: tuple[str, ...]
+    parameters: list[tuple[str, int, int]]
+    """Part, trainable, all."""
+    sources: list[SourcePlan]
+    samples: int
+    steps: int
+    batch: int
+    sample_teraflops: float
+    checkpoint_bytes: int
+    recommended: Estimate
+    """The configured batching on the GPUs asked for, with the chosen policy."""
+    reason: str
+    """Why that policy."""
+    fits: bool
+    estimates: list[Estimate]
+    """All that were compared, the recommended one among them."""
+
+
+def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
+    """Work out a run.
+
+    Raises:
+        ConfigError, WeightsError, DataError: something in the configuration is wrong, or unknown and not on disk.
+    """
+    _check(options)
+    meta = build_meta_model(config)
+    shape = model_shape(meta.model)
+    lengths = source_lengths(
+        config.data, config.model.language_model, shape.image_tokens, sample=options.sample, given=options.given
+    )
+    sizes = {source.name: source.records for source in lengths}
+    lambdas = {name: value for name, value in config.data.mixture.items() if name in sizes}
+    counts = {name: n * config.train.epochs for name, n in mixture_counts(sizes, lambdas).items()}
+    batch = config.train.global_batch_size
+    steps, _ = count_steps(sum(counts.values()), batch)
+    steps = steps if config.train.max_steps is None else min(steps, config.train.max_steps)
+    pools = [Samples(source.tokens, source.supervised, source.images) for source in lengths]
+    drawn = list(draw_steps(pools, list(counts.values()), batch, options.steps, seed=config.train.seed))
+    parameters = parameter_report(meta.model)
+    trainable = sum(part[1] for part in parameters)
+    planner = _Planner(config, options, shape, drawn, steps, trainable, sum(part[2] for part in parameters) - trainable)
+    configured: Batching = "padded"
+    recommended, reason = planner.recommend(options.gpus, configured)
+    sources = [_source_plan(shape, source, counts[source.name]) for source in lengths]
+    return Plan(
+        options=options,
+        stage=config.stage,
+        assumptions=meta.assumptions + _assumed(lengths),
+        parameters=parameters,
+        sources=sources,
+        samples=sum(counts.values()),
+        steps=steps,
+        batch=batch,
+        sample_teraflops=sum(s.teraflops * s.samples for s in sources) / sum(s.samples for s in sources),
+        checkpoint_bytes=16 * trainable,
+        recommended=recommended,
+        reason=reason,
+        fits=recommended.memory_bytes <= options.gpu.memory_bytes,
+        estimates=planner.compare(recommended),
+    )
+
+
+def _check(options: PlanOptions) -> None:
+    if options.gpus < 1:
+        raise ConfigError(f"--gpus is {options.gpus}; it must be at least 1")
+    if not 0 < options.utilisation <= 1:
+        raise ConfigError(f"--utilisation is {options.utilisation}; it must be above 0 and at most 1")
+    for key in ("steps", "sample"):
+        if getattr(options, key) < 1:
+            raise ConfigError(f"--{key} is {getattr(options, key)}; it must be at least 1")
+
+
+def _assumed(lengths: Sequence[SourceLengths]) -> tuple[str, ...]:
+    names = [source.name for source in lengths if source.assumed]
+    return (f"number and lengths of the samples of {', '.join(names)} (table below)",) if names else ()
+
+
+def _source_plan(shape: ModelShape, source: SourceLengths, samples: int) -> SourcePlan:
+    tokens = source.tokens.astype(float)
+    flops = training_flops(shape, tokens, tokens**2, source.supervised.astype(float), source.images.astype(float))
+    return SourcePlan(
+        name=source.name,
+        samples=samples,
+        mean_tokens=float(tokens.mean()),
+        longest=int(source.tokens.max()),
+        teraflops=float(flops.mean()) / 1e12,
+        basis=source.basis,
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Estimates of one model and mixture on different numbers of GPUs."""
+
+    config: RunConfig
+    options: PlanOptions
+    shape: ModelShape
+    drawn: Sequence[Samples]
+    total_steps: int
+    trainable: int
+    frozen: int
+
+    def recommend(self, gpus: int, batching: Batching) -> tuple[Estimate, str]:
+        """The fastest estimate that fits, and why; where none fits, the one with the most recomputation.
+
+        Padded micro-batches are what the configuration says. Packed rows may be longer than a sample: fewer of them
+        means fewer times that ranks wait for each other.
+        """
+        longest = self.config.data.max_length
+        sizes = [self._padded_row()]
+        if batching == "packed":
+            sizes = [multiple * longest for multiple in ROWS]
+        best: tuple[Estimate, str] | None = None
+        for row_tokens in sizes:
+            policy, reason, fits = self._choose_policy(gpus, batching, row_tokens)
+            if best is not None and not fits:
+                break
+            estimate = self.estimate(gpus, batching, policy, row_tokens)
+            if best is None or estimate.step.seconds < (1 - GAIN) * best[0].step.seconds:
+                best = estimate, reason
+        assert best is not None
+        return best
+
+    def _choose_policy(self, gpus: int, batching: Batching, row_tokens: int) -> tuple[Policy, str, bool]:
+        """The policy with the least recomputation that fits, why, and whether any does."""
+        capacity = self.options.gpu.memory_bytes
+        need = {policy: sum(self.memory(gpus, batching, policy, row_tokens).values()) for policy in self.policies()}
+        fitting = [policy for policy, size in need.items() if size <= capacity]
+        chosen = fitting[0] if fitting else list(need)[-1]
+        none, have = next(iter(need)), f"{_gib(capacity)} GiB"
+        if not fitting:
+            reason = f"even with every layer recomputed {_gib(need[chosen])} GiB are needed, there are {have}"
+        elif chosen == none:
+            reason = f"all activations fit ({_gib(need[none])} of {have}), so nothing needs to be computed twice"
+        else:
+            reason = (
+                f"keeping all activations would need {_gib(need[none])} of {have}; recomputing "
+                f"{chosen.recomputed_layers} of {self.shape.layers} layers is the least that fits "
+                f"({_gib(need[chosen])} GiB)"
+            )
+        return chosen, reason, bool(fitting)
+
+    def compare(self, recommended: Estimate) -> list[Estimate]:
+        """On each number of GPUs: padded with everything recomputed (as LLaVA trains), padded, and packed."""
+        estimates = []
+        for gpus in sorted({*COMPARED_GPUS, self.options.gpus}):
+            if gpus == self.options.gpus or gpus * self.config.train.micro_batch_size <= self.batch:
+                if self._divides(gpus):
+                    estimates.append(self.estimate(gpus, "padded", self.policies()[-1], self._padded_row()))
+                    estimates.append(self.recommend(gpus, "padded")[0])
+                estimates.append(self.recommend(gpus, "packed")[0])
+        return [recommended if _same(e, recommended) else e for e in estimates]
+
+    def estimate(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> Estimate:
+        """Memory and time of one way to run it. Raises ConfigError where padded batches do not divide."""
+        train, peak = self.config.train, self.options.gpu.bf16_flops
+        if batching == "padded":
+            accumulation_steps(train.global_batch_size, train.micro_batch_size, gpus)
+
+        def place(samples: Samples) -> Sequence[Rows]:
+            if batching == "padded":
+                return padded_rows(len(samples.tokens), gpus, train.micro_batch_size)
+            return assign_step(
+                samples.tokens.tolist(),
+                world_size=gpus,
+                capacity=row_tokens,
+                quadratic=self.shape.quadratic_length,
+            )
+
+        step = mean_step(
+            self.shape,
+            self.drawn,
+            place,
+            padded=batching == "padded",
+            recomputed_layers=policy.recomputed_layers,
+            flops_per_s=peak * self.options.utilisation,
+            lock_step=gpus > 1 and train.distributed == "zero2",
+        )
+        return Estimate(
+            gpus=gpus,
+            batching=batching,
+            row_tokens=row_tokens,
+            policy=policy,
+            memory=self.memory(gpus, batching, policy, row_tokens),
+            step=step,
+            hours=step.seconds * self.total_steps / 3600,
+            mfu=step.useful_share * self.options.utilisation,
+        )
+
+    def memory(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> dict[str, float]:
+        """Bytes per item on one GPU at its fullest."""
+        adapter = self.config.adapter
+        return memory_items(
+            self.shape,
+            frozen_parameters=self.frozen,
+            trainable_parameters=self.trainable,
+            precision=Precision(2 if self.config.train.precision == "bf16" else 4),
+            strategy=self._strategy(gpus),
+            row=self._row(batching, row_tokens),
+            adapter=adapter.method,
+            rank=adapter.rank,
+            recomputed_layers=policy.recomputed_layers,
+            head_chunk=HEAD_CHUNK,
+        )
+
+    def policies(self) -> list[Policy]:
+        """From no recomputation to all of it."""
+        layers = self.shape.layers
+        every = [Policy(f"every_{n}", -(-layers // n)) for n in EVERY if n < layers]
+        return [Policy("none", 0), *every, Policy("all", layers)]
+
+    @property
+    def batch(self) -> int:
+        return self.config.train.global_batch_size
+
+    def _divides(self, gpus: int) -> bool:
+        return self.batch % (gpus * self.config.train.micro_batch_size) == 0
+
+    def _strategy(self, gpus: int) -> Strategy:
+        if gpus == 1 or self.config.train.distributed == "ddp":
+            return Strategy("single" if gpus == 1 else "ddp", gpus)
+        zero = deepspeed_config(self.config, 1, gpus)["zero_optimization"]
+        bucket = zero.get("reduce_bucket_size")
+        return Strategy(f"zero{zero['stage']}", gpus, *([bucket] if isinstance(bucket, int) else []))
+
+    def _padded_row(self) -> int:
+        return self.config.train.micro_batch_size * self.config.data.max_length
+
+    def _row(self, batching: Batching, row_tokens: int) -> Row:
+        """The largest micro-batch: samples of full length, or a full row of samples with hardly any text."""
+        image, size = self.shape.image_tokens, self.config.train.micro_batch_size
+        images = size if batching == "padded" else row_tokens // image
+        fewest_images = size if batching == "padded" else row_tokens // self.config.data.max_length
+        return Row(tokens=row_tokens, images=images, supervised=row_tokens - fewest_images * image)
+
+
+def _same(a: Estimate, b: Estimate) -> bool:
+    return (a.gpus, a.batching, a.policy, a.row_tokens) == (b.gpus, b.batching, b.policy, b.row_tokens)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"

@@ -1,0 +1,90 @@
+"""FLOPs from shapes: hand-computed for Vicuna-7B with CLIP-L, and the shape read from real modules."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava_mole.model.adapters import add_adapter
+from llava_mole.model.flops import ModelShape, _adapter_parameters, _linear_parameters, recompute_flops, training_flops
+
+VICUNA_7B = ModelShape(
+    hidden_size=4096,
+    ffn_size=11008,
+    layers=32,
+    attention_heads=32,
+    attention_width=4096,
+    key_value_width=4096,
+    vocab_size=32000,
+    linear_parameters=32 * (4 * 4096 * 4096 + 3 * 4096 * 11008),
+    head_parameters=4096 * 32000,
+    # LoRA of rank 32 on four attention linears and, of one expert, three FFN linears; a router of three rows
+    adapter_parameters=32 * 32 * (4 * 8192 + 3 * 15104) + 32 * 3 * 4096,
+    experts_used=1,
+    has_router=True,
+    projector_parameters=1024 * 4096 + 4096 * 4096,
+    projector_trains=True,
+    tower_width=1024,
+    image_tokens=576,
+    tower_flops=0.366e12,
+)
+
+
+# Teraflops of one text sequence with all logits, without and with recomputation of every layer: 4 N l for frozen
+# weights, 6 A l for adapters, 3 x 2 L w l^2 for causal attention; 2 (N + A) l + 2 L w l^2 more for recomputation.
+@pytest.mark.parametrize(
+    ("length", "plain", "recomputed"),
+    [(736, 20.2, 30.0), (1000, 27.7, 41.1), (2048, 58.4, 86.4), (4096, 123.4, 181.5)],
+)
+def test_a_sequence_of_vicuna_7b(length: int, plain: float, recomputed: float) -> None:
+    once = training_flops(VICUNA_7B, float(length), float(length**2), float(length), 0.0)
+    again = recompute_flops(VICUNA_7B, float(length), float(length**2), 32)
+    assert once / 1e12 == pytest.approx(plain, abs=0.06)
+    assert (once + again) / 1e12 == pytest.approx(recomputed, abs=0.06)
+    assert recompute_flops(VICUNA_7B, float(length), float(length**2), 8) == pytest.approx(again / 4)
+
+
+def test_an_image_costs_tower_and_projector() -> None:
+    image = training_flops(VICUNA_7B, 0.0, 0.0, 0.0, 1.0)
+    assert image == pytest.approx(0.366e12 + 6 * 20_971_520 * 576)
+    frozen = training_flops(replace(VICUNA_7B, projector_trains=False), 0.0, 0.0, 0.0, 1.0)
+    assert frozen == pytest.approx(0.366e12 + 2 * 20_971_520 * 576)
+
+
+def test_sums_over_a_batch_are_enough() -> None:
+    lengths = np.array([10.0, 20.0, 300.0])
+    apart = training_flops(VICUNA_7B, lengths, lengths**2, lengths / 2, np.ones(3))
+    together = training_flops(VICUNA_7B, lengths.sum(), (lengths**2).sum(), lengths.sum() / 2, 3.0)
+    assert apart.sum() == pytest.approx(together)
+
+
+def test_quadratic_length_is_where_attention_costs_as_much_as_the_rest() -> None:
+    length = VICUNA_7B.quadratic_length
+    linear = training_flops(VICUNA_7B, length, 0.0, 0.0, 0.0)
+    assert training_flops(VICUNA_7B, 0.0, length**2, 0.0, 0.0) == pytest.approx(linear)
+    assert 30_000 < length < 40_000
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "mole"])
+def test_shapes_are_read_from_modules(method: str) -> None:
+    with torch.device("meta"):
+        lm = LlamaForCausalLM(
+            LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2)
+        )
+        adapted = add_adapter(
+            lm,
+            method,
+            rank=4,
+            alpha=None,
+            dropout=None,
+            num_experts=3,
+            preset="paper",
+            options={"shared_r": 2} if method == "mole" else {},
+        )
+    base = adapted.get_base_model() if method != "none" else adapted
+    assert _linear_parameters(base, base.get_output_embeddings()) == 2 * (4 * 16 * 16 + 3 * 16 * 40)
+    attention, ffn = 4 * 4 * 32, 4 * 3 * 56
+    expected = {"none": 0, "lora": 2 * (attention + ffn), "mole": 2 * (attention + ffn + ffn // 2 + 3 * 16)}
+    assert _adapter_parameters(adapted) == expected[method]
