@@ -89,6 +89,8 @@ class DataConfig:
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
     max_length: int = 4096
     """Longest sample in tokens, image tokens included; longer ones are cut and counted."""
+    validation_samples: int = 0
+    """Samples of each source that are held out of training, for the validation loss; 0 turns it off."""
 
 
 @dataclass(kw_only=True)
@@ -159,6 +161,8 @@ class TrainConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Older checkpoints are deleted after a newer one is complete."""
+    validate_every: int = 0
+    """Optimizer steps between two validation losses; the last step always has one. 0 turns it off."""
     resume: str | None = None
     """`auto`: newest valid checkpoint of output_dir, if any; or the directory of one."""
 
@@ -255,6 +259,11 @@ def check_run_config(config: RunConfig) -> None:
     if train.min_learning_rate > train.learning_rate:
         raise ConfigError(
             f"train.min_learning_rate {train.min_learning_rate} is above train.learning_rate {train.learning_rate}"
+        )
+    if (config.data.validation_samples > 0) != (train.validate_every > 0) or config.data.validation_samples < 0:
+        raise ConfigError(
+            f"data.validation_samples is {config.data.validation_samples} and train.validate_every is "
+            f"{train.validate_every}: set both above 0, or neither"
         )
     if config.adapter.rank < 1:
         raise ConfigError(f"adapter.rank is {config.adapter.rank}; it must be at least 1")

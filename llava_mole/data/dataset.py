@@ -11,6 +11,7 @@ from llava_mole.config import DataConfig
 from llava_mole.conversation import Rendered, Template, get_template, render
 from llava_mole.data.collator import Example
 from llava_mole.data.grouping import GroupedPlan, modality_length
+from llava_mole.data.holdout import hold_out
 from llava_mole.data.images import ImageProcessor, load_image, resolve_image
 from llava_mole.data.mixture import TrainingPlan, check_lambdas
 from llava_mole.data.records import Record, read_records
@@ -58,6 +59,8 @@ class SupervisedDataset:
         self._num_image_tokens = num_image_tokens
         self._max_length = max_length
         self._lengths = lengths
+        self.validation: SupervisedDataset | None = None
+        """Samples held out of the plan, each once; None where validation is off."""
 
     def lengths(self, positions: Iterable[int]) -> list[int]:
         """Tokens of the samples at some positions of the plan. Raises ValueError if lengths were not counted."""
@@ -153,19 +156,21 @@ def build_dataset(
             "an image; raise it"
         )
     _warn_about_end_marker(template, tokenizer)
-    records = {name: read_records(data_config.sources[name].annotations, name) for name in names}
+    all_records = {name: read_records(data_config.sources[name].annotations, name) for name in names}
+    records, held_out = hold_out(all_records, data_config.validation_samples, seed)
     image_folders = {name: data_config.sources[name].image_folder for name in names}
     lambdas = {name: value for name, value in data_config.mixture.items() if name in records}
     plan: TrainingPlan | GroupedPlan
     plan = base = TrainingPlan({name: len(records[name]) for name in names}, lambdas, seed, epochs)
     lengths: dict[str, npt.NDArray[np.int32]] | None = {} if batching == "packed" else None
     for name in names:
-        _check_images(records[name], image_folders[name])
+        _check_images(all_records[name], image_folders[name])
         limits = (template, tokenizer, num_image_tokens, data_config.max_length)
         if lengths is None:
             cut = _count_cut(records[name], *limits)
         else:
             lengths[name], cut = _count_tokens(records[name], *limits)
+        _count_cut(held_out.get(name, ()), *limits)
         logger.info(
             "data: %s: %d records, lambda %g, %d samples an epoch, %d text only, %d cut at %d tokens",
             name,
@@ -180,17 +185,13 @@ def build_dataset(
         words = {name: [modality_length(record) for record in records[name]] for name in names}
         plan = GroupedPlan(base, words, global_batch_size, micro_batch_size, seed)
     logger.info("data: %d samples in %d epochs, plan %s", len(plan), epochs, plan.digest[:12])
-    return SupervisedDataset(
-        records,
-        image_folders,
-        plan,
-        tokenizer,
-        data_config.template,
-        image_processor,
-        num_image_tokens,
-        data_config.max_length,
-        lengths,
-    )
+    rest = (tokenizer, data_config.template, image_processor, num_image_tokens, data_config.max_length)
+    dataset = SupervisedDataset(records, image_folders, plan, *rest, lengths)
+    if held_out:
+        once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
+        dataset.validation = SupervisedDataset(held_out, image_folders, once, *rest)
+        logger.info("data: %d samples of each source are held out for validation", data_config.validation_samples)
+    return dataset
 
 
 def _active_sources(data_config: DataConfig) -> list[str]:

@@ -60,11 +60,11 @@ def plan_epoch(sizes: Mapping[str, int], lambdas: Mapping[str, float], seed: int
         rest = count - full_passes * size
         part = [np.tile(np.arange(size, dtype=np.int64), full_passes)]
         if rest:
-            permutation = np.argsort(_random_keys(size, f"slice/{seed}/{name}"), kind="stable")
+            permutation = np.argsort(random_keys(size, f"slice/{seed}/{name}"), kind="stable")
             part.append(permutation[np.arange(epoch * rest, (epoch + 1) * rest) % size])
         samples += part
         sources.append(np.full(count, index, dtype=np.int16))
-    order = np.argsort(_random_keys(sum(counts.values()), f"order/{seed}/{epoch}"), kind="stable")
+    order = np.argsort(random_keys(sum(counts.values()), f"order/{seed}/{epoch}"), kind="stable")
     source_index = np.concatenate(sources)[order]
     sample_index = np.concatenate(samples).astype(np.int64)[order]
     digest = hashlib.sha256("\n".join(f"{name}={size}" for name, size in sizes.items()).encode())
@@ -97,7 +97,8 @@ def mixture_counts(sizes: Mapping[str, int], lambdas: Mapping[str, float]) -> di
     return counts
 
 
-def _random_keys(count: int, purpose: str) -> npt.NDArray[np.uint64]:
+def random_keys(count: int, purpose: str) -> npt.NDArray[np.uint64]:
+    """`count` random words that depend on `purpose` alone; sorting by them gives a permutation."""
     key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:16], "little")
     return np.random.Philox(key=key).random_raw(count)
 

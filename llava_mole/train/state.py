@@ -75,7 +75,7 @@ def _inner(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _fragments(parameters: Mapping[str, torch.nn.Parameter], zero: Any) -> Iterator[tuple]:
+def parameter_fragments(parameters: Mapping[str, torch.nn.Parameter], zero: Any) -> Iterator[tuple]:
     """`(name, parameter, group, slice of the flat parameter, slice of this rank's flat partition of the group)`.
 
     Both slices are empty where the partition holds nothing of the parameter.
@@ -93,7 +93,7 @@ def _fragments(parameters: Mapping[str, torch.nn.Parameter], zero: Any) -> Itera
 def _gather_partitions(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any) -> dict[str, torch.Tensor]:
     zero = _inner(optimizer)
     state = {}
-    for name, parameter, group, inside, partition in _fragments(parameters, zero):
+    for name, parameter, group, inside, partition in parameter_fragments(parameters, zero):
         master = zero.single_partition_of_fp32_groups[group]
         for kind in (MASTER, *MOMENTS):
             held = master if kind == MASTER else zero.optimizer.state[master][kind]
@@ -112,7 +112,7 @@ def _fill_partitions(
         moments = {kind: torch.zeros_like(master) for kind in MOMENTS}
         zero.optimizer.state[master] = {"step": torch.tensor(float(step)), **moments}
     with torch.no_grad():
-        for name, _, group, inside, partition in _fragments(parameters, zero):
+        for name, _, group, inside, partition in parameter_fragments(parameters, zero):
             master = zero.single_partition_of_fp32_groups[group]
             for kind in (MASTER, *MOMENTS):
                 held = master if kind == MASTER else zero.optimizer.state[master][kind]

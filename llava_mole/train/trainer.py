@@ -6,6 +6,7 @@ counts of the whole step, so the update is the same too. Every step seeds its ow
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from llava_mole.config import RunConfig
 from llava_mole.constants import IMAGE_TOKEN_INDEX
@@ -31,13 +31,16 @@ from llava_mole.model.language_model import quadratic_length
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import collect_routing, mole_after_step, mole_auxiliary_loss, set_routing_inputs
 from llava_mole.train.loss import next_token_targets, sample_losses, weigh
-from llava_mole.train.metrics import Tracker
+from llava_mole.train.metrics import METRICS_FILE, Tracker, read_metrics
+from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import set_learning_rates
+from llava_mole.train.progress import ProgressDisplay
 from llava_mole.train.routing import per_sample, routing_inputs
 from llava_mole.train.runtime import Runtime, micro_batch_context
 from llava_mole.train.saving import CheckpointWriter, Progress, write_summary
 from llava_mole.train.state import gather_optimizer_state
 from llava_mole.train.step_stats import StepStats
+from llava_mole.train.summary import summary_table
 
 logger = get_logger(__name__)
 
@@ -84,6 +87,10 @@ class Trainer:
             left_over + (steps - self.total_steps) * train.global_batch_size,
         )
 
+        self.monitor = Monitor(
+            self.config, self.runtime, self.model, self.optimizer, self.dataset, self.pad_token_id, self.total_steps
+        )
+
     def run(self) -> None:
         """Train from `progress.step` to the last step, saving on the way and at the end."""
         train, main = self.config.train, self.runtime.rank == 0
@@ -92,7 +99,7 @@ class Trainer:
         batches = iter(self._loader(first))
         self.engine.train()
         name = f"{self.config.stage} ({self.config.adapter.method})"
-        bar = tqdm(total=self.total_steps, initial=first, disable=None if main else True, unit="step", desc=name)
+        display = ProgressDisplay(self.total_steps, first, name, main)
         for step in range(first, self.total_steps):
             started = time.perf_counter()
             micro_batches = [_next(batches) for _ in self.plan.micro_batches(step, self.runtime.rank)]
@@ -100,19 +107,23 @@ class Trainer:
             rates = set_learning_rates(self.optimizer, step, self.total_steps, train)
             stats = self._step(step, micro_batches)
             self._count(stats)
-            if (step + 1) % self.config.tracker.log_every == 0 or step + 1 == self.total_steps:
+            if self.monitor.due(step + 1):
                 entry = stats.entry(step + 1, rates, time.perf_counter() - started, waited)
+                entry = self.monitor.extend(entry, micro_batches)
                 self.tracker.log(entry)
-                bar.set_postfix(loss=f"{entry['loss']:.3f}", lr=f"{max(rates.values()):.1e}")
-                if bar.disable and main and (step + 1) % max(1, self.total_steps // 10) == 0:
-                    logger.info("step %d/%d loss %.4f", step + 1, self.total_steps, entry["loss"])
-            bar.update()
+                display.show(entry)
+            display.advance()
             final = step + 1 == self.total_steps
             if final or (step + 1) % train.save_every == 0:
                 self.save(final)
-        bar.close()
+        display.close()
         self.tracker.close()
         if main:
+            entries = read_metrics(self.writer.run_dir / METRICS_FILE)
+            if entries:
+                print(
+                    "\n" + summary_table(name, entries, self.progress.consumed_by_source), file=sys.stderr, flush=True
+                )
             write_summary(self.writer.run_dir, self.progress, entry, time.perf_counter() - run_started)
 
     def save(self, final: bool) -> None:

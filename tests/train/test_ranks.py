@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 ROOT = Path(__file__).parents[2]
 OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--train.batching", "padded",
-             "--train.micro_batch_size", "1",
+             "--train.micro_batch_size", "1", "--data.validation_samples", "3", "--train.validate_every", "3",
              "--adapter.preset", "paper", "--adapter.options.expert_scale", "straight_through"]  # fmt: skip
 
 
@@ -29,7 +29,7 @@ OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--trai
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
     # Of every three samples one has no image: some micro-batches of a rank are text only while the other's are not.
-    make_world(directory, samples=12, text_only_every=3)
+    make_world(directory, samples=15, text_only_every=3)
     return directory
 
 
@@ -56,7 +56,19 @@ def masters(world: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(world / name / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
 
 
+def assert_same_report(world: Path, name: str, other: str) -> None:
+    """What is summed over ranks or read from sharded gradients is what one process sees."""
+    entries = [read_metrics(world / run / "metrics.jsonl") for run in (name, other)]
+    for entry, expected in zip(*entries, strict=True):
+        assert entry["grad_norm_by_part"] == pytest.approx(expected["grad_norm_by_part"], rel=2e-3, abs=1e-5)
+        assert entry["flops_per_s"] * entry["step_s"] == pytest.approx(expected["flops_per_s"] * expected["step_s"])
+    assert [e["validation_loss"] for e in entries[0][-1:]] == [
+        pytest.approx(e["validation_loss"], abs=1e-4) for e in entries[1][-1:]
+    ]
+
+
 def assert_same_run(world: Path, name: str, other: str) -> None:
+    assert_same_report(world, name, other)
     assert losses(world, name) == pytest.approx(losses(world, other), abs=2e-5)
     expected = masters(world, other)
     for key, value in masters(world, name).items():

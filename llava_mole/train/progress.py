@@ -1,0 +1,89 @@
+"""What a user sees while a run goes on: a bar on a terminal, a line now and then in a log file."""
+
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from llava_mole.log import get_logger
+
+LOG_EVERY_S = 60.0
+"""Seconds between two lines where there is no terminal."""
+SMOOTHING = 0.9
+"""Weight of the past in the shown loss and rate."""
+
+logger = get_logger(__name__)
+
+
+class ProgressDisplay:
+    """Shows steps, loss, tokens per second and the time that is left. Silent on ranks other than 0.
+
+    Args:
+        total: Steps of the run.
+        first: Steps done already.
+        name: What is running.
+        enabled: Whether this rank shows anything.
+    """
+
+    def __init__(self, total: int, first: int, name: str, enabled: bool) -> None:
+        self._total = total
+        self._enabled = enabled
+        # Without a terminal the bar is disabled, and lines take its place.
+        disable = None if enabled else True
+        self._bar = tqdm(total=total, initial=first, disable=disable, unit="step", desc=name, dynamic_ncols=True)
+        self._lines = enabled and self._bar.disable
+        self._first, self._started, self._last_line = first, time.monotonic(), -LOG_EVERY_S
+        self._shown: dict[str, float] = {}
+
+    def show(self, entry: dict[str, Any]) -> None:
+        """Show an entry of the metrics; a smoothed loss and rate."""
+        if not self._enabled:
+            return
+        loss, rate = self._smooth("loss", entry["loss"]), self._smooth("rate", entry["tokens_per_s"])
+        texts = {"loss": f"{loss:.3f}", "tok/s": f"{rate:,.0f}", "lr": f"{max(entry['learning_rate'].values()):.1e}"}
+        if "mfu" in entry:
+            texts["mfu"] = f"{entry['mfu']:.0%}"
+        if "validation_loss" in entry:
+            logger.info("step %d validation loss %s", entry["step"], by_source(entry["validation_loss"]))
+        self._bar.set_postfix(texts, refresh=False)
+        if self._lines:
+            self._line(entry["step"], "  ".join(f"{name} {value}" for name, value in texts.items()))
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _smooth(self, key: str, value: float) -> float:
+        before = self._shown.get(key, value)
+        # A value that is not finite is shown, but not carried on.
+        self._shown[key] = SMOOTHING * before + (1 - SMOOTHING) * value if value == value else before
+        return self._shown[key] if value == value else value
+
+    def _line(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        if step < self._total and now - self._last_line < LOG_EVERY_S:
+            return
+        self._last_line = now
+        done = step - self._first
+        left = format_seconds((now - self._started) / done * (self._total - step)) if done else "?"
+        logger.info("step %d/%d  %s  %s left", step, self._total, text, left)
+
+
+def by_source(values: dict[str, float]) -> str:
+    """`name 1.234, other 0.567`."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+def format_seconds(seconds: float) -> str:
+    """`42s`, `3m 05s`, `2h 07m` or `3d 04h`."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"

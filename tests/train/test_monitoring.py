@@ -1,0 +1,179 @@
+"""What a run reports beside its loss: validation, gradient norms by part, arithmetic, progress and the last table."""
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_world
+
+from llava_mole.config import load_config, parse_run_config
+from llava_mole.errors import ConfigError
+from llava_mole.model.builder import build_image_processor, load_pretrained_model
+from llava_mole.model.flops import model_shape, training_flops
+from llava_mole.train.metrics import read_metrics
+from llava_mole.train.monitor import batch_sums, peak_flops
+from llava_mole.train.progress import ProgressDisplay, format_seconds
+from llava_mole.train.summary import summary_table
+from llava_mole.train.train import train
+from llava_mole.train.validation import Validator
+
+STEPS, HELD_OUT = 6, 5
+OPTIONS = ["--data.validation_samples", str(HELD_OUT), "--train.validate_every", "4"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("world")
+    make_world(directory, samples=24, text_only_every=5)
+    return directory
+
+
+def run(world: Path, name: str, *overrides: str) -> Path:
+    arguments = ["--train.output_dir", str(world / name), "--train.max_steps", str(STEPS), "--tracker.log_every", "3"]
+    return train(parse_run_config([str(world / "config.yaml"), *arguments, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def validated(world: Path) -> Path:
+    return run(world, "validated", *OPTIONS)
+
+
+def test_validation_comes_when_it_is_due(validated: Path) -> None:
+    entries = {entry["step"]: entry for entry in read_metrics(validated / "metrics.jsonl")}
+    assert sorted(entries) == [3, 4, 6]  # every third by log_every, the fourth for its validation, the last
+    assert [step for step, entry in entries.items() if "validation_loss" in entry] == [4, 6]
+    assert set(entries[4]["validation_loss"]) == {"red", "blue"}
+    assert entries[4]["validation_s"] > 0
+
+
+def test_validation_loss_is_that_of_the_held_out_samples(validated: Path) -> None:
+    from llava_mole.data.dataset import build_dataset
+
+    config = load_config(validated / "config.yaml")
+    loaded = load_pretrained_model(validated, device="cpu")
+    processor = build_image_processor(loaded.model, config.data.image_aspect_ratio)
+    dataset = build_dataset(
+        config.data, loaded.tokenizer, processor, loaded.model.num_image_tokens, seed=config.train.seed, epochs=1
+    )
+    assert len(dataset) == 2 * (24 - HELD_OUT)
+    held_out = dataset.validation
+    assert held_out is not None
+    examples = [held_out[n] for n in range(len(held_out))]
+    assert {e.source: sum(x.source == e.source for x in examples) for e in examples} == {"red": 5, "blue": 5}
+    assert not {e.id for e in examples} & {dataset[n].id for n in range(len(dataset))}
+    expected: dict[str, list[float]] = {}
+    for example in examples:
+        ids = torch.tensor([example.input_ids])
+        images = None if example.image is None else example.image[None]
+        with torch.no_grad():
+            logits = loaded.model(ids, torch.ones_like(ids, dtype=torch.bool), images)[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=-100)
+        expected.setdefault(example.source, []).append(float(loss))
+    reported = read_metrics(validated / "metrics.jsonl")[-1]["validation_loss"]
+    for name, losses in expected.items():
+        assert reported[name] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    for size in (1, 3):
+        validator = Validator(held_out, micro_batch_size=size, pad_token_id=0, num_workers=0, routes=True)
+        assert validator.losses(loaded.model) == pytest.approx(reported, abs=1e-4)
+    assert not loaded.model.training
+
+
+def test_validating_changes_nothing_in_training(world: Path, validated: Path) -> None:
+    rare = run(world, "rare", "--data.validation_samples", str(HELD_OUT), "--train.validate_every", "100")
+    last = [read_metrics(d / "metrics.jsonl")[-1]["loss"] for d in (rare, validated)]
+    assert last[0] == last[1]
+
+
+def test_gradient_norms_by_part_add_up(validated: Path) -> None:
+    for entry in read_metrics(validated / "metrics.jsonl"):
+        parts = entry["grad_norm_by_part"]
+        assert set(parts) == {"projector", "attention LoRA", "experts", "router"}
+        assert all(norm > 0 for norm in parts.values())
+        assert math.sqrt(sum(norm**2 for norm in parts.values())) == pytest.approx(entry["grad_norm"], rel=1e-4)
+
+
+def test_arithmetic_is_reported_and_mfu_only_on_known_gpus(validated: Path) -> None:
+    entry = read_metrics(validated / "metrics.jsonl")[-1]
+    model = load_pretrained_model(validated, device="cpu").model
+    least = training_flops(model_shape(model), entry["tokens"], 0.0, entry["supervised_tokens"], 0.0)
+    assert entry["flops_per_s"] > least / entry["step_s"]
+    assert "mfu" not in entry
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_mfu_needs_a_known_gpu_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert peak_flops(torch.device("cuda"), "bf16") == 312e12
+    assert peak_flops(torch.device("cuda"), "fp32") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some new card")
+    assert peak_flops(torch.device("cuda"), "bf16") is None
+
+
+def test_batch_sums() -> None:
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    batches = [{"attention_mask": mask, "images": torch.zeros(2, 3, 4, 4)}, {"attention_mask": mask, "images": None}]
+    assert batch_sums(batches).tolist() == [20.0, 2.0]
+
+
+def test_switches_come_together(world: Path) -> None:
+    for half in (OPTIONS[:2], OPTIONS[2:]):
+        with pytest.raises(ConfigError, match="set both above 0, or neither"):
+            parse_run_config([str(world / "config.yaml"), *half])
+
+
+def test_last_table(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(world, "table", *OPTIONS)
+    printed = capsys.readouterr().err
+    assert "finetune (mole): 6 steps, 24 samples" in printed
+    entries = read_metrics(out / "metrics.jsonl")
+    consumed = json.loads((out / "summary.json").read_text())["consumed_by_source"]
+    table = summary_table("finetune (mole)", entries, consumed)
+    assert table in printed
+    (red,) = [line.split() for line in table.splitlines() if line.startswith("red")]
+    assert red[1] == str(consumed["red"])
+    assert float(red[-1]) == pytest.approx(entries[-1]["validation_loss"]["red"], abs=6e-4)
+    assert "waiting for data" in table
+    assert "expert load at the end" in table
+
+
+def entry(step: int, loss: float) -> dict:
+    return {"step": step, "loss": loss, "tokens_per_s": 1000.0, "learning_rate": {"adapter": 1e-3}}
+
+
+def test_a_log_file_gets_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(logging.getLogger("llava_mole"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="llava_mole")
+    display = ProgressDisplay(4, 0, "test", enabled=True)
+    for step in range(1, 5):
+        display.show(entry(step, 2.0))
+        display.advance()
+    display.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2, "the first at once, the last whatever the time; in between one a minute"
+    assert lines[0].startswith("step 1/4  loss 2.000  tok/s 1,000  lr 1.0e-03")
+    assert lines[1].endswith("0s left")
+    silent = ProgressDisplay(4, 0, "test", enabled=False)
+    silent.show(entry(4, 2.0))
+    assert len(caplog.records) == 2
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    display = ProgressDisplay(4, 0, "test", enabled=True)
+    display.show(entry(1, 2.0))
+    display.show(entry(2, math.nan))
+    display.show(entry(3, 1.0))
+    display.advance()
+    display.close()
+    printed = capsys.readouterr().err
+    assert "loss=1.900" in printed, "a value that is not finite is not carried on"
+    assert "tok/s=1,000" in printed
+
+
+def test_times() -> None:
+    assert [format_seconds(s) for s in (0.4, 59.4, 65, 7620, 200_000)] == ["0s", "59s", "1m 05s", "2h 07m", "2d 07h"]
