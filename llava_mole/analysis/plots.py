@@ -1,0 +1,177 @@
+"""The pictures of a run: losses, learning rate and gradients, throughput, expert load."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_mole.analysis.curves import layer_loads, named_series, names_in, read_entries, series, smooth, span_for
+from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
+
+Entries = Sequence[dict[str, Any]]
+MAP_EXPERTS = 4
+"""Most experts that get a map of layers over time each; more are drawn as one map of the end of the run."""
+
+
+def draw_run(run: Path, out: Path) -> list[Path]:
+    """Draw everything a run has recorded; returns the files written, `<out>/<name>.png`.
+
+    Raises:
+        DataError: nothing is recorded.
+        ConfigError: matplotlib is not installed.
+    """
+    entries = read_entries(run)
+    paths = [
+        _draw_loss(entries, out / "loss.png"),
+        _draw_source_loss(entries, out / "source_loss.png"),
+        _draw_optimization(entries, out / "optimization.png"),
+        _draw_throughput(entries, out / "throughput.png"),
+    ]
+    if any(entry.get("expert_load_by_layer") for entry in entries):
+        paths.append(_draw_expert_load(entries, out / "expert_load.png"))
+    return paths
+
+
+def _draw_loss(entries: Entries, path: Path) -> Path:
+    auxiliary = series(entries, lambda e: e.get("auxiliary_loss"))
+    has_auxiliary = bool((auxiliary[1] != 0).any())
+    figure = new_figure(12 if has_auxiliary else 8, 4.4)
+    axes, *others = figure.subplots(1, 2, width_ratios=(2, 1)) if has_auxiliary else [figure.subplots()]
+    steps, losses = series(entries, lambda e: e["loss"])
+    _curve(axes, steps, losses, COLORS[0], "training loss")
+    steps, losses = series(entries, _mean_validation)
+    if len(steps):
+        axes.plot(steps, losses, "o-", color=COLORS[4], markersize=4, label="validation, mean of sources")
+    tidy(axes, "Loss", "optimizer step", "loss")
+    axes.legend(frameon=False)
+    for axes in others:
+        _curve(axes, *auxiliary, COLORS[7], "auxiliary")
+        tidy(axes, "Auxiliary loss, coefficients included", "optimizer step")
+    return save_figure(figure, path)
+
+
+def _draw_source_loss(entries: Entries, path: Path) -> Path:
+    figure = new_figure(8, 4.4)
+    axes = figure.subplots()
+    for index, name in enumerate(names_in(entries, "source_loss")):
+        color = COLORS[index % len(COLORS)]
+        _curve(axes, *named_series(entries, "source_loss", name), color, name)
+        steps, losses = named_series(entries, "validation_loss", name)
+        if len(steps):
+            axes.plot(steps, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}, validation")
+    tidy(axes, "Loss by source", "optimizer step", "mean loss of a sample")
+    axes.legend(frameon=False, fontsize=9, ncols=2 if names_in(entries, "validation_loss") else 1)
+    return save_figure(figure, path)
+
+
+def _draw_optimization(entries: Entries, path: Path) -> Path:
+    figure = new_figure(11, 4.2)
+    rates, norms = figure.subplots(1, 2)
+    for index, name in enumerate(names_in(entries, "learning_rate")):
+        steps, values = named_series(entries, "learning_rate", name)
+        style = ("-", "--", ":")[index % 3]  # groups often share their rate: all must be seen
+        rates.plot(steps, values, style, color=COLORS[index % len(COLORS)], label=name, linewidth=2)
+    tidy(rates, "Learning rate", "optimizer step", "")
+    rates.set_ylim(bottom=0)
+    rates.legend(frameon=False)
+    _curve(norms, *series(entries, lambda e: e["grad_norm"]), COLORS[7], "all")
+    for index, name in enumerate(names_in(entries, "grad_norm_by_part")):
+        _curve(norms, *named_series(entries, "grad_norm_by_part", name), COLORS[index % len(COLORS)], name)
+    tidy(norms, "Gradient norm before clipping", "optimizer step", "")
+    norms.set_yscale("log")
+    largest = max((norms.dataLim.y1, 1e-8))
+    norms.set_ylim(bottom=max(norms.get_ylim()[0], 1e-5 * largest))  # a router starts at almost nothing
+    norms.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def _draw_throughput(entries: Entries, path: Path) -> Path:
+    figure = new_figure(11, 4.2)
+    rate, shares = figure.subplots(1, 2)
+    _curve(rate, *series(entries, lambda e: e["tokens_per_s"]), COLORS[0], "tokens per second, all ranks")
+    tidy(rate, "Throughput", "optimizer step", "tokens per second")
+    rate.set_ylim(bottom=0)
+    waiting = series(entries, lambda e: 100 * e["data_wait_s"] / e["step_s"])
+    _curve(shares, *waiting, COLORS[1], "waiting for data, share of the step")
+    used = series(entries, lambda e: None if "mfu" not in e else 100 * e["mfu"])
+    if len(used[0]):
+        _curve(shares, *used, COLORS[2], "MFU, share of the peak")
+    tidy(shares, "Use of the hardware", "optimizer step", "percent")
+    shares.set_ylim(bottom=0)
+    shares.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def _draw_expert_load(entries: Entries, path: Path) -> Path:
+    steps, loads = layer_loads(entries)
+    experts = loads.shape[2]
+    maps = experts if experts <= MAP_EXPERTS else 1
+    figure = new_figure(4.4 + 2.9 * maps, 4.4)
+    first, *panels = figure.subplots(1, 1 + maps, width_ratios=[1.3] + [1.0] * maps)
+    _draw_load_by_source(first, entries)
+    for index, axes in enumerate(panels):
+        if maps == experts:
+            shares, extent = loads[:, :, index].T, _extent(steps, loads.shape[1])
+            title, x = f"Expert {index}", "optimizer step"
+        else:
+            end = loads[-max(1, len(loads) // 10) :].mean(axis=0)
+            shares, extent, title, x = end, (-0.5, experts - 0.5, loads.shape[1] - 0.5, -0.5), "At the end", "expert"
+        image = axes.imshow(
+            shares, aspect="auto", extent=extent, vmin=0, vmax=max(1 / experts, float(loads.max())), cmap="viridis",
+            interpolation="nearest",
+        )  # fmt: skip
+        tidy(axes, title, x, "layer" if not index else "")
+        axes.grid(visible=False)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=panels, label="share of the layer's tokens")
+    return save_figure(figure, path)
+
+
+def _draw_load_by_source(axes: Any, entries: Entries) -> None:
+    """Stacked bars: which share of each source's tokens goes to which expert, in the last tenth of the run."""
+    end = [e for e in entries if e.get("expert_load")][-max(1, len(entries) // 10) :]
+    names = names_in(end, "expert_load_by_source")
+    rows = [np.mean([e["expert_load"] for e in end], axis=0)]
+    for name in names:
+        found = [e["expert_load_by_source"][name] for e in end if name in e["expert_load_by_source"]]
+        rows.append(np.mean(found, axis=0))
+    left = np.zeros(len(rows))
+    for expert in range(len(rows[0])):
+        widths = np.array([row[expert] for row in rows])
+        axes.barh(
+            range(len(rows)), widths, left=left, color=COLORS[expert % len(COLORS)], height=0.6, label=str(expert)
+        )
+        for row, width in enumerate(widths):
+            if width > 0.09:
+                text = f"{width:.2f}"
+                axes.text(left[row] + width / 2, row, text, ha="center", va="center", color="white", fontsize=9)
+        left += widths
+    axes.set_yticks(range(len(rows)), ["all", *names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    tidy(axes, "Expert load by source, end of run", "share of tokens")
+    axes.grid(visible=False)
+    columns = min(8, len(rows[0]))
+    axes.legend(title="expert", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
+
+
+def _extent(steps: Any, layers: int) -> tuple[float, float, float, float]:
+    first, last = float(steps[0]), float(steps[-1])
+    return first, last if last > first else first + 1, layers - 0.5, -0.5
+
+
+def _curve(axes: Any, steps: Any, values: Any, color: str, label: str) -> None:
+    """A smoothed line over the pale raw one; points where there are too few for a line."""
+    if len(values) < 3:
+        axes.plot(steps, values, "o", color=color, label=label)
+        return
+    span = span_for(len(values))
+    if span > 1:
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(values, span), color=color, label=label, linewidth=1.6)
+
+
+def _mean_validation(entry: dict[str, Any]) -> float | None:
+    losses = entry.get("validation_loss")
+    return sum(losses.values()) / len(losses) if losses else None
