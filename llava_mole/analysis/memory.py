@@ -49,15 +49,20 @@ class Row:
     images: int
     supervised: int
     """Positions with logits."""
+    packed: bool = False
+    """Whether several samples share the row."""
 
 
-def layer_bytes_per_token(shape: ModelShape, adapter: str, rank: int, compute_bytes: int) -> float:
+def layer_bytes_per_token(
+    shape: ModelShape, adapter: str, rank: int, compute_bytes: int, packed: bool = False
+) -> float:
     """Bytes that one decoder layer of Llama's kind keeps for its backward pass, per token.
 
     Args:
         adapter: `none`, `lora` or `mole`.
         rank: LoRA rank.
         compute_bytes: e.
+        packed: attention runs sample by sample and its outputs are put together: kept apart and together.
     """
     e, d, f = compute_bytes, shape.hidden_size, shape.ffn_size
     norms = 2 * 4.0 * (d + 1)  # both RMSNorms: the input in float32, the reciprocal of its root mean square
@@ -65,6 +70,7 @@ def layer_bytes_per_token(shape: ModelShape, adapter: str, rank: int, compute_by
     if adapter == "none":
         return norms + attention + e * 3.0 * f  # gate and its activation, up
     attention += e * d  # input of q, k, v; that of o is the attention's output, kept already
+    attention += e * shape.attention_width if packed else 0.0
     low_rank = e * rank * (4.0 + 3.0 * shape.experts_used)
     if adapter == "lora":
         return norms + attention + low_rank + e * (d + 4.0 * f)  # besides: the FFN's input and that of down
@@ -76,7 +82,7 @@ def activation_bytes(
     shape: ModelShape, row: Row, adapter: str, rank: int, compute_bytes: int, recomputed_layers: int
 ) -> float:
     """Bytes kept between forward and backward pass, with one recomputed layer unfolded."""
-    layer = layer_bytes_per_token(shape, adapter, rank, compute_bytes) * row.tokens
+    layer = layer_bytes_per_token(shape, adapter, rank, compute_bytes, row.packed) * row.tokens
     inputs = compute_bytes * shape.hidden_size * row.tokens
     kept = (shape.layers - recomputed_layers) * layer + recomputed_layers * inputs
     unfolded = layer if recomputed_layers else 0.0
@@ -123,7 +129,9 @@ def memory_items(
         optimizer = 12 * shard  # float32 master and both moments
         buckets = float(e * strategy.bucket_elements)
     width, tokens = shape.hidden_size, row.tokens
-    logits = min(row.supervised, head_chunk) * shape.vocab_size * (2 * e + 8)  # logits and gradient, in both widths
+    logits = (
+        min(row.supervised, head_chunk) * shape.vocab_size * (2 * e + 12)
+    )  # with the float32 copy, softmax, gradients
     items = {
         "frozen weights": float(e * frozen_parameters),
         "trainable weights": weights,

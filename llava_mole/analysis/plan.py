@@ -7,8 +7,8 @@ from typing import Literal
 from llava_mole.analysis.architecture import build_meta_model
 from llava_mole.analysis.lengths import SourceLengths, source_lengths
 from llava_mole.analysis.memory import Precision, Row, Strategy, memory_items
-from llava_mole.analysis.simulation import Rows, Samples, StepTime, draw_steps, mean_step, padded_rows
-from llava_mole.config import RunConfig, accumulation_steps
+from llava_mole.analysis.simulation import Rows, Samples, StepTime, draw_steps, grouped_rows, mean_step, padded_rows
+from llava_mole.config import RunConfig, check_batch
 from llava_mole.data.mixture import mixture_counts
 from llava_mole.data.packing import assign_step
 from llava_mole.data.sampler import count_steps
@@ -16,9 +16,10 @@ from llava_mole.errors import ConfigError
 from llava_mole.hardware import Gpu
 from llava_mole.model.adapters import parameter_report
 from llava_mole.model.flops import ModelShape, model_shape, training_flops
+from llava_mole.model.head_loss import CHUNK_ELEMENTS
 from llava_mole.train.runtime import deepspeed_config
 
-Batching = Literal["padded", "packed"]
+Batching = Literal["padded", "grouped", "packed"]
 COMPARED_GPUS = (8, 16, 32, 64)
 """Numbers of GPUs in the table, besides the one asked for."""
 ROWS = (1, 2, 4)
@@ -27,8 +28,6 @@ GAIN = 0.02
 """Share of the time that a larger row must save to be preferred."""
 EVERY = (8, 4, 3, 2)
 """Intervals tried for the policy `every_n`, least recomputation first."""
-HEAD_CHUNK = 1024
-"""Positions whose logits exist at a time."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     parameters = parameter_report(meta.model)
     trainable = sum(part[1] for part in parameters)
     planner = _Planner(config, options, shape, drawn, steps, trainable, sum(part[2] for part in parameters) - trainable)
-    configured: Batching = "padded"
-    recommended, reason = planner.recommend(options.gpus, configured)
+    recommended, reason = planner.recommend(options.gpus, config.train.batching)
     sources = [_source_plan(shape, source, counts[source.name]) for source in lengths]
     return Plan(
         options=options,
@@ -208,10 +206,10 @@ class _Planner:
         Padded micro-batches are what the configuration says. Packed rows may be longer than a sample: fewer of them
         means fewer times that ranks wait for each other.
         """
-        longest = self.config.data.max_length
         sizes = [self._padded_row()]
         if batching == "packed":
-            sizes = [multiple * longest for multiple in ROWS]
+            given = self.config.train.pack_length
+            sizes = [multiple * self.config.data.max_length for multiple in ROWS] if given is None else [given]
         best: tuple[Estimate, str] | None = None
         for row_tokens in sizes:
             policy, reason, fits = self._choose_policy(gpus, batching, row_tokens)
@@ -243,25 +241,27 @@ class _Planner:
         return chosen, reason, bool(fitting)
 
     def compare(self, recommended: Estimate) -> list[Estimate]:
-        """On each number of GPUs: padded with everything recomputed (as LLaVA trains), padded, and packed."""
+        """On each number of GPUs: padded with all recomputed (as LLaVA trains), padded or grouped, and packed."""
+        padded: Batching = "grouped" if self.config.train.batching == "grouped" else "padded"
         estimates = []
         for gpus in sorted({*COMPARED_GPUS, self.options.gpus}):
-            if gpus == self.options.gpus or gpus * self.config.train.micro_batch_size <= self.batch:
-                if self._divides(gpus):
-                    estimates.append(self.estimate(gpus, "padded", self.policies()[-1], self._padded_row()))
-                    estimates.append(self.recommend(gpus, "padded")[0])
+            if self._divides(gpus):
+                estimates.append(self.estimate(gpus, "padded", self.policies()[-1], self._padded_row()))
+                estimates.append(self.recommend(gpus, padded)[0])
+            if gpus <= self.batch:
                 estimates.append(self.recommend(gpus, "packed")[0])
         return [recommended if _same(e, recommended) else e for e in estimates]
 
     def estimate(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> Estimate:
         """Memory and time of one way to run it. Raises ConfigError where padded batches do not divide."""
         train, peak = self.config.train, self.options.gpu.bf16_flops
-        if batching == "padded":
-            accumulation_steps(train.global_batch_size, train.micro_batch_size, gpus)
+        check_batch(batching, train.global_batch_size, train.micro_batch_size, gpus)
 
         def place(samples: Samples) -> Sequence[Rows]:
             if batching == "padded":
                 return padded_rows(len(samples.tokens), gpus, train.micro_batch_size)
+            if batching == "grouped":
+                return grouped_rows(samples.tokens.tolist(), gpus, train.micro_batch_size)
             return assign_step(
                 samples.tokens.tolist(),
                 world_size=gpus,
@@ -273,7 +273,7 @@ class _Planner:
             self.shape,
             self.drawn,
             place,
-            padded=batching == "padded",
+            padded=batching != "packed",
             recomputed_layers=policy.recomputed_layers,
             flops_per_s=peak * self.options.utilisation,
             lock_step=gpus > 1 and train.distributed == "zero2",
@@ -302,7 +302,7 @@ class _Planner:
             adapter=adapter.method,
             rank=adapter.rank,
             recomputed_layers=policy.recomputed_layers,
-            head_chunk=HEAD_CHUNK,
+            head_chunk=CHUNK_ELEMENTS // self.shape.vocab_size,
         )
 
     def policies(self) -> list[Policy]:
@@ -321,7 +321,7 @@ class _Planner:
     def _strategy(self, gpus: int) -> Strategy:
         if gpus == 1 or self.config.train.distributed == "ddp":
             return Strategy("single" if gpus == 1 else "ddp", gpus)
-        zero = deepspeed_config(self.config, 1, gpus)["zero_optimization"]
+        zero = deepspeed_config(self.config, gpus)["zero_optimization"]
         bucket = zero.get("reduce_bucket_size")
         return Strategy(f"zero{zero['stage']}", gpus, *([bucket] if isinstance(bucket, int) else []))
 
@@ -331,9 +331,10 @@ class _Planner:
     def _row(self, batching: Batching, row_tokens: int) -> Row:
         """The largest micro-batch: samples of full length, or a full row of samples with hardly any text."""
         image, size = self.shape.image_tokens, self.config.train.micro_batch_size
-        images = size if batching == "padded" else row_tokens // image
-        fewest_images = size if batching == "padded" else row_tokens // self.config.data.max_length
-        return Row(tokens=row_tokens, images=images, supervised=row_tokens - fewest_images * image)
+        packed = batching == "packed"
+        images = row_tokens // image if packed else size
+        fewest_images = row_tokens // self.config.data.max_length if packed else size
+        return Row(tokens=row_tokens, images=images, supervised=row_tokens - fewest_images * image, packed=packed)
 
 
 def _same(a: Estimate, b: Estimate) -> bool:

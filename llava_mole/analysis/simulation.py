@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from llava_mole.data.grouping import grouped_order
 from llava_mole.model.flops import ModelShape, recompute_flops, training_flops
 
 Rows = list[list[int]]
@@ -45,7 +47,7 @@ class StepTime:
 
 
 def padded_rows(num_samples: int, world_size: int, micro_batch_size: int) -> list[Rows]:
-    """Rank -> micro-batches in the order of the plan, as `data.sampler` deals them out."""
+    """Rank -> micro-batches in the order of the plan, as `data.sampler.BatchPlan` deals them out."""
     per_pass = world_size * micro_batch_size
     return [
         [
@@ -54,6 +56,15 @@ def padded_rows(num_samples: int, world_size: int, micro_batch_size: int) -> lis
         ]
         for rank in range(world_size)
     ]
+
+
+def grouped_rows(lengths: Sequence[int], world_size: int, micro_batch_size: int) -> list[Rows]:
+    """As `padded_rows`, after LLaVA's grouping of a step's samples by length (and one modality a step)."""
+    generator = torch.Generator().manual_seed(0)
+    chunks = len(lengths) // micro_batch_size
+    order = grouped_order(lengths, micro_batch_size, chunks, generator, by_modality=False)
+    dealt = padded_rows(len(lengths), world_size, micro_batch_size)
+    return [[[order[index] for index in row] for row in rows] for rows in dealt]
 
 
 def step_time(

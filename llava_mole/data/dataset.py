@@ -163,6 +163,7 @@ def build_dataset(
     plan: TrainingPlan | GroupedPlan
     plan = base = TrainingPlan({name: len(records[name]) for name in names}, lambdas, seed, epochs)
     lengths: dict[str, npt.NDArray[np.int32]] | None = {} if batching == "packed" else None
+    held_out_lengths: dict[str, npt.NDArray[np.int32]] = {}
     for name in names:
         _check_images(all_records[name], image_folders[name])
         limits = (template, tokenizer, num_image_tokens, data_config.max_length)
@@ -170,7 +171,8 @@ def build_dataset(
             cut = _count_cut(records[name], *limits)
         else:
             lengths[name], cut = _count_tokens(records[name], *limits)
-        _count_cut(held_out.get(name, ()), *limits)
+        if name in held_out:
+            held_out_lengths[name], _ = _count_tokens(held_out[name], *limits)
         logger.info(
             "data: %s: %d records, lambda %g, %d samples an epoch, %d text only, %d cut at %d tokens",
             name,
@@ -189,7 +191,7 @@ def build_dataset(
     dataset = SupervisedDataset(records, image_folders, plan, *rest, lengths)
     if held_out:
         once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
-        dataset.validation = SupervisedDataset(held_out, image_folders, once, *rest)
+        dataset.validation = SupervisedDataset(held_out, image_folders, once, *rest, held_out_lengths)
         logger.info("data: %d samples of each source are held out for validation", data_config.validation_samples)
     return dataset
 

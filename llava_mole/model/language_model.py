@@ -1,7 +1,6 @@
 """The language model: any Hugging Face causal LM from a local directory, frozen."""
 
 from pathlib import Path
-from typing import Any
 
 from llava_mole.errors import WeightsError
 from llava_mole.model.fingerprint import fingerprint
@@ -42,21 +41,6 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
     )
     model.requires_grad_(False)
     return model, fingerprint(model.state_dict().items())
-
-
-def quadratic_length(causal_lm: Any) -> float:
-    """The sequence length at which causal attention costs as much as all linear layers of the decoder.
-
-    A frozen linear of N weights takes 4 N FLOPs a token (forward, input gradient); attention over s tokens takes
-    6 s D a token and layer (scores and values of the causal half, forward and twice that backward).
-    """
-    weights = sum(
-        m.in_features * m.out_features
-        for m in causal_lm.get_decoder().modules()
-        if isinstance(getattr(m, "in_features", None), int) and isinstance(getattr(m, "out_features", None), int)
-    )
-    config = causal_lm.config
-    return max(1.0, 4 * weights / (6 * config.num_hidden_layers * config.hidden_size))
 
 
 def load_tokenizer(path: str):

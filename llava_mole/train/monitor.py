@@ -47,7 +47,7 @@ class Monitor:
         if dataset.validation is not None:
             self._validator = Validator(
                 dataset.validation,
-                micro_batch_size=config.train.micro_batch_size,
+                row_tokens=config.train.pack_length or config.data.max_length,
                 pad_token_id=pad_token_id,
                 num_workers=config.train.num_workers,
                 routes=config.adapter.method == "mole",
@@ -93,7 +93,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 def batch_sums(micro_batches: list[dict]) -> torch.Tensor:
     """Sum of the squared lengths of the samples, and the number of images: float64 [2]."""
-    lengths = [batch["attention_mask"].sum(dim=1).double() for batch in micro_batches]
-    squares = sum((length.square().sum() for length in lengths), torch.zeros((), dtype=torch.float64))
+    squares = 0.0
+    for batch in micro_batches:
+        lengths = batch["sample_lengths"]
+        if lengths is None:
+            lengths = batch["attention_mask"].sum(dim=1).tolist()
+        squares += sum(float(length) ** 2 for length in lengths) if batch["ids"] else 0.0  # a row may be empty
     images = sum(0 if batch["images"] is None else len(batch["images"]) for batch in micro_batches)
-    return torch.tensor([float(squares), float(images)], dtype=torch.float64)
+    return torch.tensor([squares, float(images)], dtype=torch.float64)

@@ -27,7 +27,7 @@ from llava_mole.errors import UserError
 from llava_mole.log import get_logger
 from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.checkpoint import rotate_checkpoints
-from llava_mole.model.language_model import quadratic_length
+from llava_mole.model.flops import model_shape
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import collect_routing, mole_after_step, mole_auxiliary_loss, set_routing_inputs
 from llava_mole.train.loss import next_token_targets, sample_losses, weigh
@@ -76,7 +76,7 @@ class Trainer:
             world_size=self.runtime.world_size,
             lengths=self.dataset.lengths,
             capacity=train.pack_length or self.config.data.max_length,
-            quadratic=quadratic_length(self.model.causal_lm),
+            quadratic=model_shape(self.model).quadratic_length,
         )
         logger.info(
             "%d optimizer steps of %d samples on %d ranks, %s; %d samples of the plan are left over",

@@ -1,17 +1,18 @@
 """The loss on samples that training never sees, per source."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
 
-from llava_mole.constants import IGNORE_INDEX
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.distributed import all_reduce_sum, get_rank, get_world_size
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import set_routing_inputs
 from llava_mole.train.loss import next_token_targets, sample_losses
+from llava_mole.train.routing import routing_inputs
 
 
 class Validator:
@@ -19,17 +20,17 @@ class Validator:
 
     Args:
         dataset: The held-out samples.
-        micro_batch_size: Samples of a forward pass.
+        row_tokens: Most tokens of a forward pass, padding included.
         pad_token_id: Of the tokenizer.
         num_workers: Data loader processes.
         routes: Whether the model has gates that read a sample's source.
     """
 
     def __init__(
-        self, dataset: SupervisedDataset, *, micro_batch_size: int, pad_token_id: int, num_workers: int, routes: bool
+        self, dataset: SupervisedDataset, *, row_tokens: int, pad_token_id: int, num_workers: int, routes: bool
     ) -> None:
         self._dataset = dataset
-        self._micro_batch_size = micro_batch_size
+        self._row_tokens = row_tokens
         self._pad_token_id = pad_token_id
         self._num_workers = num_workers
         self._routes = routes
@@ -58,10 +59,9 @@ class Validator:
 
     def _batches(self) -> DataLoader:
         mine = list(range(get_rank(), len(self._dataset), get_world_size()))
-        size = self._micro_batch_size
         return DataLoader(
             self._dataset,  # type: ignore[arg-type]  # map-style, without torch's base class
-            batch_sampler=[mine[start : start + size] for start in range(0, len(mine), size)],
+            batch_sampler=padded_batches(mine, self._dataset.lengths(mine), self._row_tokens),
             collate_fn=partial(collate, pad_token_id=self._pad_token_id),
             num_workers=self._num_workers,
         )
@@ -69,13 +69,28 @@ class Validator:
     def _sample_losses(self, model: LlavaMole, batch: dict) -> torch.Tensor:
         """Token mean of the loss of every sample, float32 [B]."""
         on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        labels, mask, source = (on_device[key] for key in ("labels", "attention_mask", "source_index"))
-        loss_mask, targets = next_token_targets(labels)
+        loss_mask, targets = next_token_targets(on_device["labels"])
         if self._routes:
-            prompt = mask & (labels == IGNORE_INDEX)
-            set_routing_inputs(model.language_model, experts=source, source=source, task=source, prompt_mask=prompt)
-        logits = model(
-            input_ids=on_device["input_ids"], attention_mask=mask, images=on_device["images"], loss_mask=loss_mask
+            set_routing_inputs(model.language_model, **routing_inputs(on_device))
+        losses = model(
+            input_ids=on_device["input_ids"],
+            attention_mask=on_device["attention_mask"],
+            images=on_device["images"],
+            loss_mask=loss_mask,
+            targets=targets,
         )
-        sums_B, counts_B = sample_losses(logits, targets, loss_mask)
+        sums_B, counts_B = sample_losses(losses, on_device["sample_index"][loss_mask], len(batch["ids"]))
         return sums_B / counts_B.clamp(min=1.0)
+
+
+def padded_batches(positions: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Positions in batches of like length that hold at most `row_tokens` tokens once padded, or one sample."""
+    batches: list[list[int]] = []
+    longest = 0
+    for length, position in sorted(zip(lengths, positions, strict=True), reverse=True):
+        # The first of a batch is its longest.
+        if not batches or (len(batches[-1]) + 1) * longest > row_tokens:
+            batches.append([])
+            longest = length
+        batches[-1].append(position)
+    return batches

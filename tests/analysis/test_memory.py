@@ -16,6 +16,7 @@ from llava_mole.analysis.memory import (
 )
 from llava_mole.model.adapters import add_adapter
 from llava_mole.model.flops import ModelShape
+from llava_mole.model.packed_attention import enable_packing, packed_arguments
 
 WIDTH, FFN, HEADS, TOKENS, RANK = 64, 176, 4, 48, 4
 
@@ -29,7 +30,7 @@ def shape(layers: int = 2, method: str = "mole") -> ModelShape:
     )  # fmt: skip
 
 
-def kept_bytes(layers: int, method: str) -> int:
+def kept_bytes(layers: int, method: str, sample_lengths: list[int] | None = None) -> int:
     """Bytes that a forward pass of a float32 Llama keeps for the backward pass, parameters left out."""
     torch.manual_seed(0)
     lm = LlamaForCausalLM(
@@ -43,6 +44,10 @@ def kept_bytes(layers: int, method: str) -> int:
     )
     lm.requires_grad_(False)
     adapted = add_adapter(lm, method, rank=RANK, alpha=None, dropout=None, num_experts=3, preset="paper", options={})
+    arguments: dict = {"use_cache": False}
+    if sample_lengths is not None:
+        enable_packing(lm)
+        arguments = packed_arguments(lm.config._attn_implementation, sample_lengths, torch.device("cpu"))
     own = {p.untyped_storage().data_ptr() for p in adapted.parameters()}
     kept: dict[int, int] = {}
 
@@ -54,7 +59,7 @@ def kept_bytes(layers: int, method: str) -> int:
 
     inputs = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = lm.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden = lm.model(inputs_embeds=inputs, **arguments).last_hidden_state
     assert hidden.requires_grad
     return sum(kept.values())
 
@@ -64,6 +69,14 @@ def test_a_layer_keeps_what_the_formula_says(method: str) -> None:
     measured = (kept_bytes(3, method) - kept_bytes(2, method)) / TOKENS
     formula = layer_bytes_per_token(shape(method=method), method, RANK, 4)
     # The mixture keeps a few bytes more: router logits and the order of the tokens.
+    assert measured == pytest.approx(formula, rel=0.02 if method == "mole" else 1e-6)
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "mole"])
+def test_packed_rows_keep_attention_twice(method: str) -> None:
+    lengths = [TOKENS - 20, 20]
+    measured = (kept_bytes(3, method, lengths) - kept_bytes(2, method, lengths)) / TOKENS
+    formula = layer_bytes_per_token(shape(method=method), method, RANK, 4, packed=True)
     assert measured == pytest.approx(formula, rel=0.02 if method == "mole" else 1e-6)
 
 
@@ -112,7 +125,7 @@ def test_what_a_strategy_shards(kind: str, weights: int, gradients: int, optimiz
     assert items["frozen weights"] == 20_000
     assert (items["trainable weights"], items["gradients"]) == (weights, gradients)
     assert (items["optimizer"], items["buckets"]) == (optimizer, buckets)
-    assert items["logits"] == 20 * 50 * 12 + 2 * 2 * WIDTH * 30  # a chunk of 20 of 30 positions
+    assert items["logits"] == 20 * 50 * 16 + 2 * 2 * WIDTH * 30  # a chunk of 20 of 30 positions
     rest = sum(size for name, size in items.items() if name != "reserve")
     assert items["reserve"] == pytest.approx(RESERVE_BYTES + FRAGMENTATION * rest)
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llava_mole.analysis.simulation import Samples, draw_steps, mean_step, padded_rows, step_time
+from llava_mole.analysis.simulation import Samples, draw_steps, grouped_rows, mean_step, padded_rows, step_time
 from llava_mole.data.packing import assign_step
+from llava_mole.data.sampler import BatchPlan
 from llava_mole.model.flops import ModelShape
 
 # Linear cost only: 4 FLOPs a token, 2 more where its one layer is recomputed.
@@ -76,10 +77,20 @@ def test_attention_is_padded_quadratically() -> None:
 
 
 def test_rows_are_dealt_like_the_sampler_deals_them() -> None:
-    from llava_mole.data.sampler import batch_positions
-
+    plan = BatchPlan("padded", 12, 3, 2, lambda positions: [], 0, 1.0)
     for rank, rows in enumerate(padded_rows(12, 2, 3)):
-        assert rows == batch_positions(0, global_batch_size=12, rank=rank, world_size=2, micro_batch_size=3)
+        assert rows == plan.micro_batches(0, rank)
+
+
+def test_grouping_puts_like_lengths_together() -> None:
+    lengths = [10, 2, 9, 1]
+    rows = grouped_rows(lengths, 2, 2)
+    assert sorted(i for rank in rows for row in rank for i in row) == [0, 1, 2, 3]
+    # LLaVA evens out totals: the longest with the shortest.
+    assert {frozenset(lengths[i] for i in row) for rank in rows for row in rank} == {
+        frozenset({10, 1}),
+        frozenset({9, 2}),
+    }
 
 
 def test_drawn_steps_follow_the_mixture_and_repeat() -> None:

@@ -19,7 +19,7 @@ from llava_mole.train.monitor import batch_sums, peak_flops
 from llava_mole.train.progress import ProgressDisplay, format_seconds
 from llava_mole.train.summary import summary_table
 from llava_mole.train.train import train
-from llava_mole.train.validation import Validator
+from llava_mole.train.validation import Validator, padded_batches
 
 STEPS, HELD_OUT = 6, 5
 OPTIONS = ["--data.validation_samples", str(HELD_OUT), "--train.validate_every", "4"]
@@ -76,8 +76,8 @@ def test_validation_loss_is_that_of_the_held_out_samples(validated: Path) -> Non
     reported = read_metrics(validated / "metrics.jsonl")[-1]["validation_loss"]
     for name, losses in expected.items():
         assert reported[name] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    for size in (1, 3):
-        validator = Validator(held_out, micro_batch_size=size, pad_token_id=0, num_workers=0, routes=True)
+    for row_tokens in (1, 150):
+        validator = Validator(held_out, row_tokens=row_tokens, pad_token_id=0, num_workers=0, routes=True)
         assert validator.losses(loaded.model) == pytest.approx(reported, abs=1e-4)
     assert not loaded.model.training
 
@@ -115,8 +115,17 @@ def test_mfu_needs_a_known_gpu_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_batch_sums() -> None:
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    batches = [{"attention_mask": mask, "images": torch.zeros(2, 3, 4, 4)}, {"attention_mask": mask, "images": None}]
-    assert batch_sums(batches).tolist() == [20.0, 2.0]
+    padded = {"attention_mask": mask, "sample_lengths": None, "ids": ["a", "b"], "images": torch.zeros(2, 3, 4, 4)}
+    packed = {"attention_mask": mask[:1], "sample_lengths": [2, 1], "ids": ["c", "d"], "images": None}
+    empty = {"attention_mask": mask[1:, 1:2], "sample_lengths": [1], "ids": [], "images": None}
+    assert batch_sums([padded, packed, empty]).tolist() == [3**2 + 1 + 2**2 + 1, 2.0]
+
+
+def test_validation_batches_hold_what_a_row_holds() -> None:
+    batches = padded_batches([10, 11, 12, 13], [5, 9, 2, 3], row_tokens=10)
+    assert batches == [[11], [10, 13], [12]]
+    assert padded_batches([1], [50], row_tokens=10) == [[1]]
+    assert padded_batches([], [], row_tokens=10) == []
 
 
 def test_switches_come_together(world: Path) -> None:
