@@ -1,83 +1,18 @@
 """Works out a run before it starts: parameters, memory of a GPU, arithmetic, hours. Needs no weights, data or GPU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from llava_mole.analysis.architecture import build_meta_model
+from llava_mole.analysis.estimates import Estimate, Planner, PlanOptions
 from llava_mole.analysis.lengths import SourceLengths, source_lengths
-from llava_mole.analysis.memory import Precision, Row, Strategy, memory_items
-from llava_mole.analysis.simulation import Rows, Samples, StepTime, draw_steps, grouped_rows, mean_step, padded_rows
-from llava_mole.config import RunConfig, check_batch
+from llava_mole.analysis.simulation import Samples, draw_steps
+from llava_mole.config import RunConfig
 from llava_mole.data.mixture import mixture_counts
-from llava_mole.data.packing import assign_step
 from llava_mole.data.sampler import count_steps
 from llava_mole.errors import ConfigError
-from llava_mole.hardware import Gpu
 from llava_mole.model.adapters import parameter_report
 from llava_mole.model.flops import ModelShape, model_shape, training_flops
-from llava_mole.model.head_loss import CHUNK_ELEMENTS
-from llava_mole.train.runtime import deepspeed_config
-
-Batching = Literal["padded", "grouped", "packed"]
-COMPARED_GPUS = (8, 16, 32, 64)
-"""Numbers of GPUs in the table, besides the one asked for."""
-ROWS = (1, 2, 4)
-"""Capacities tried for packed rows, in multiples of the longest sample."""
-GAIN = 0.02
-"""Share of the time that a larger row must save to be preferred."""
-EVERY = (8, 4, 3, 2)
-"""Intervals tried for the policy `every_n`, least recomputation first."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What a plan needs besides the configuration."""
-
-    gpus: int
-    gpu: Gpu
-    utilisation: float = 0.5
-    """Share of the GPU's peak that a rank sustains while it computes."""
-    steps: int = 200
-    """Steps simulated."""
-    sample: int = 2000
-    """Records of each source that are tokenized."""
-    given: Mapping[str, tuple[int, float]] | None = None
-    """Records and mean length of sources without data."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Which activations are recomputed."""
-
-    name: str
-    """`none`, `every_<n>` or `all`."""
-    recomputed_layers: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One way to run it."""
-
-    gpus: int
-    batching: str
-    row_tokens: int
-    """Most tokens of a micro-batch, padding included."""
-    policy: Policy
-    memory: dict[str, float]
-    """Bytes per item on one GPU."""
-    step: StepTime
-    hours: float
-    mfu: float
-    """Useful FLOPs over what the GPUs could do in the time."""
-
-    @property
-    def memory_bytes(self) -> float:
-        return sum(self.memory.values())
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.hours * self.gpus
 
 
 @dataclass(frozen=True)
@@ -108,13 +43,18 @@ class Plan:
     batch: int
     sample_teraflops: float
     checkpoint_bytes: int
+    configured: Estimate
+    """The configuration as it is, on the GPUs asked for."""
     recommended: Estimate
-    """The configured batching on the GPUs asked for, with the chosen policy."""
+    """The configured batching on the GPUs asked for, with the rows and the recomputation that suit them."""
     reason: str
-    """Why that policy."""
-    fits: bool
+    """Why that recomputation."""
     estimates: list[Estimate]
-    """All that were compared, the recommended one among them."""
+    """All that were compared, these two among them."""
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Whether an estimate's memory is there."""
+        return estimate.memory_bytes <= self.options.gpu.memory_bytes
 
 
 def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
@@ -129,7 +69,7 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     lengths = source_lengths(
         config.data, config.model.language_model, shape.image_tokens, sample=options.sample, given=options.given
     )
-    sizes = {source.name: source.records for source in lengths}
+    sizes = {source.name: max(1, source.records - config.data.validation_samples) for source in lengths}
     lambdas = {name: value for name, value in config.data.mixture.items() if name in sizes}
     counts = {name: n * config.train.epochs for name, n in mixture_counts(sizes, lambdas).items()}
     batch = config.train.global_batch_size
@@ -139,7 +79,8 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     drawn = list(draw_steps(pools, list(counts.values()), batch, options.steps, seed=config.train.seed))
     parameters = parameter_report(meta.model)
     trainable = sum(part[1] for part in parameters)
-    planner = _Planner(config, options, shape, drawn, steps, trainable, sum(part[2] for part in parameters) - trainable)
+    planner = Planner(config, options, shape, drawn, steps, trainable, sum(part[2] for part in parameters) - trainable)
+    configured = planner.configured(options.gpus)
     recommended, reason = planner.recommend(options.gpus, config.train.batching)
     sources = [_source_plan(shape, source, counts[source.name]) for source in lengths]
     return Plan(
@@ -153,10 +94,10 @@ def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
         batch=batch,
         sample_teraflops=sum(s.teraflops * s.samples for s in sources) / sum(s.samples for s in sources),
         checkpoint_bytes=16 * trainable,
+        configured=configured,
         recommended=recommended,
         reason=reason,
-        fits=recommended.memory_bytes <= options.gpu.memory_bytes,
-        estimates=planner.compare(recommended),
+        estimates=planner.compare(configured, recommended),
     )
 
 
@@ -186,160 +127,3 @@ def _source_plan(shape: ModelShape, source: SourceLengths, samples: int) -> Sour
         teraflops=float(flops.mean()) / 1e12,
         basis=source.basis,
     )
-
-
-@dataclass(frozen=True)
-class _Planner:
-    """Estimates of one model and mixture on different numbers of GPUs."""
-
-    config: RunConfig
-    options: PlanOptions
-    shape: ModelShape
-    drawn: Sequence[Samples]
-    total_steps: int
-    trainable: int
-    frozen: int
-
-    def recommend(self, gpus: int, batching: Batching) -> tuple[Estimate, str]:
-        """The fastest estimate that fits, and why; where none fits, the one with the most recomputation.
-
-        Padded micro-batches are what the configuration says. Packed rows may be longer than a sample: fewer of them
-        means fewer times that ranks wait for each other.
-        """
-        sizes = [self._padded_row()]
-        if batching == "packed":
-            given = self.config.train.pack_length
-            sizes = [multiple * self.config.data.max_length for multiple in ROWS] if given is None else [given]
-        best: tuple[Estimate, str] | None = None
-        for row_tokens in sizes:
-            policy, reason, fits = self._choose_policy(gpus, batching, row_tokens)
-            if best is not None and not fits:
-                break
-            estimate = self.estimate(gpus, batching, policy, row_tokens)
-            if best is None or estimate.step.seconds < (1 - GAIN) * best[0].step.seconds:
-                best = estimate, reason
-        assert best is not None
-        return best
-
-    def _choose_policy(self, gpus: int, batching: Batching, row_tokens: int) -> tuple[Policy, str, bool]:
-        """The policy with the least recomputation that fits, why, and whether any does."""
-        capacity = self.options.gpu.memory_bytes
-        need = {policy: sum(self.memory(gpus, batching, policy, row_tokens).values()) for policy in self.policies()}
-        fitting = [policy for policy, size in need.items() if size <= capacity]
-        chosen = fitting[0] if fitting else list(need)[-1]
-        none, have = next(iter(need)), f"{_gib(capacity)} GiB"
-        if not fitting:
-            reason = f"even with every layer recomputed {_gib(need[chosen])} GiB are needed, there are {have}"
-        elif chosen == none:
-            reason = f"all activations fit ({_gib(need[none])} of {have}), so nothing needs to be computed twice"
-        else:
-            reason = (
-                f"keeping all activations would need {_gib(need[none])} of {have}; recomputing "
-                f"{chosen.recomputed_layers} of {self.shape.layers} layers is the least that fits "
-                f"({_gib(need[chosen])} GiB)"
-            )
-        return chosen, reason, bool(fitting)
-
-    def compare(self, recommended: Estimate) -> list[Estimate]:
-        """On each number of GPUs: padded with all recomputed (as LLaVA trains), padded or grouped, and packed."""
-        padded: Batching = "grouped" if self.config.train.batching == "grouped" else "padded"
-        estimates = []
-        for gpus in sorted({*COMPARED_GPUS, self.options.gpus}):
-            if self._divides(gpus):
-                estimates.append(self.estimate(gpus, "padded", self.policies()[-1], self._padded_row()))
-                estimates.append(self.recommend(gpus, padded)[0])
-            if gpus <= self.batch:
-                estimates.append(self.recommend(gpus, "packed")[0])
-        return [recommended if _same(e, recommended) else e for e in estimates]
-
-    def estimate(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> Estimate:
-        """Memory and time of one way to run it. Raises ConfigError where padded batches do not divide."""
-        train, peak = self.config.train, self.options.gpu.bf16_flops
-        check_batch(batching, train.global_batch_size, train.micro_batch_size, gpus)
-
-        def place(samples: Samples) -> Sequence[Rows]:
-            if batching == "padded":
-                return padded_rows(len(samples.tokens), gpus, train.micro_batch_size)
-            if batching == "grouped":
-                return grouped_rows(samples.tokens.tolist(), gpus, train.micro_batch_size)
-            return assign_step(
-                samples.tokens.tolist(),
-                world_size=gpus,
-                capacity=row_tokens,
-                quadratic=self.shape.quadratic_length,
-            )
-
-        step = mean_step(
-            self.shape,
-            self.drawn,
-            place,
-            padded=batching != "packed",
-            recomputed_layers=policy.recomputed_layers,
-            flops_per_s=peak * self.options.utilisation,
-            lock_step=gpus > 1 and train.distributed == "zero2",
-        )
-        return Estimate(
-            gpus=gpus,
-            batching=batching,
-            row_tokens=row_tokens,
-            policy=policy,
-            memory=self.memory(gpus, batching, policy, row_tokens),
-            step=step,
-            hours=step.seconds * self.total_steps / 3600,
-            mfu=step.useful_share * self.options.utilisation,
-        )
-
-    def memory(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> dict[str, float]:
-        """Bytes per item on one GPU at its fullest."""
-        adapter = self.config.adapter
-        return memory_items(
-            self.shape,
-            frozen_parameters=self.frozen,
-            trainable_parameters=self.trainable,
-            precision=Precision(2 if self.config.train.precision == "bf16" else 4),
-            strategy=self._strategy(gpus),
-            row=self._row(batching, row_tokens),
-            adapter=adapter.method,
-            rank=adapter.rank,
-            recomputed_layers=policy.recomputed_layers,
-            head_chunk=CHUNK_ELEMENTS // self.shape.vocab_size,
-        )
-
-    def policies(self) -> list[Policy]:
-        """From no recomputation to all of it."""
-        layers = self.shape.layers
-        every = [Policy(f"every_{n}", -(-layers // n)) for n in EVERY if n < layers]
-        return [Policy("none", 0), *every, Policy("all", layers)]
-
-    @property
-    def batch(self) -> int:
-        return self.config.train.global_batch_size
-
-    def _divides(self, gpus: int) -> bool:
-        return self.batch % (gpus * self.config.train.micro_batch_size) == 0
-
-    def _strategy(self, gpus: int) -> Strategy:
-        if gpus == 1 or self.config.train.distributed == "ddp":
-            return Strategy("single" if gpus == 1 else "ddp", gpus)
-        zero = deepspeed_config(self.config, gpus)["zero_optimization"]
-        bucket = zero.get("reduce_bucket_size")
-        return Strategy(f"zero{zero['stage']}", gpus, *([bucket] if isinstance(bucket, int) else []))
-
-    def _padded_row(self) -> int:
-        return self.config.train.micro_batch_size * self.config.data.max_length
-
-    def _row(self, batching: Batching, row_tokens: int) -> Row:
-        """The largest micro-batch: samples of full length, or a full row of samples with hardly any text."""
-        image, size = self.shape.image_tokens, self.config.train.micro_batch_size
-        packed = batching == "packed"
-        images = row_tokens // image if packed else size
-        fewest_images = row_tokens // self.config.data.max_length if packed else size
-        return Row(tokens=row_tokens, images=images, supervised=row_tokens - fewest_images * image, packed=packed)
-
-
-def _same(a: Estimate, b: Estimate) -> bool:
-    return (a.gpus, a.batching, a.policy, a.row_tokens) == (b.gpus, b.batching, b.policy, b.row_tokens)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"

@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     gpu = find_gpu(arguments.gpu)
     config = parse_run_config([arguments.config, *overrides], prog="llava-mole plan")
-    from llava_mole.analysis.plan import PlanOptions, make_plan
+    from llava_mole.analysis.estimates import PlanOptions
+    from llava_mole.analysis.plan import make_plan
     from llava_mole.analysis.plan_figure import draw_plan
     from llava_mole.analysis.plan_text import plan_text, plan_values
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
-from llava_mole.analysis.plan import Estimate, Plan
+from llava_mole.analysis.estimates import Estimate
+from llava_mole.analysis.plan import Plan
 
 GIB = 2**30
 CAUSES = (
@@ -34,7 +35,7 @@ def _memory_panel(axes: Any, plan: Plan) -> None:
     axes.set_yticks(range(len(items)), [name for name, _ in items])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(sizes))
-    verdict = "fits" if plan.fits else "does not fit"
+    verdict = "fits" if plan.fits(best) else "does not fit"
     title = f"Memory of one GPU: {best.memory_bytes / GIB:.1f} of {capacity:g} GiB, {verdict}"
     tidy(axes, title, f"GiB ({best.batching}, rows of {best.row_tokens:,} tokens, recompute: {best.policy.name})")
     axes.grid(axis="y", visible=False)

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from llava_mole.analysis.plan import Estimate, Plan
+from llava_mole.analysis.estimates import Estimate
+from llava_mole.analysis.plan import Plan
 
 GIB = 2**30
 
@@ -30,14 +31,17 @@ def plan_text(plan: Plan) -> str:
     lines += [
         f"{'':<22}{plan.samples:>12,}{'':>22}{plan.sample_teraflops:>8.3g}  a sample, forward and backward",
         "",
-        f"memory of one GPU ({best.batching}, micro-batches of up to {best.row_tokens:,} tokens, activation "
-        f"checkpointing {best.policy.name})",
+        f"memory of one GPU, recommended setting ({_words(best)})",
     ]
     lines += [f"  {name:<20}{size / GIB:>8.2f} GiB" for name, size in best.memory.items()]
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = "fits" if plan.fits(best) else "DOES NOT FIT"
     lines += [
         f"  {'total':<20}{best.memory_bytes / GIB:>8.2f} GiB of {gpu.memory_bytes / GIB:g}: {verdict}",
-        f"activation checkpointing {best.policy.name}: {plan.reason}",
+        f"recommended: {best.setting}",
+        f"because: {plan.reason}; {best.hours:.1f} h",
+        f"as configured: {_words(plan.configured)}: {plan.configured.memory_bytes / GIB:.1f} GiB, "
+        + ("fits" if plan.fits(plan.configured) else "DOES NOT FIT")
+        + f"; {plan.configured.hours:.1f} h",
         f"a checkpoint takes {plan.checkpoint_bytes / 1e9:.2f} GB",
         "",
         f"{'GPUs':>5}  {'batching':<9}{'row':>8}  {'recompute':<10}{'GiB':>6}{'s/step':>8}{'hours':>8}{'GPU hours':>11}"
@@ -45,16 +49,21 @@ def plan_text(plan: Plan) -> str:
     ]
     lines += [estimate_line(estimate, plan) for estimate in plan.estimates]
     lines += [
-        "* this configuration. padded/all is how LLaVA trains. ranks busy: share of the time not spent waiting for the",
-        "slowest rank. MFU: forward and backward FLOPs of real tokens over what the GPUs could do in the time.",
+        "* as configured, > recommended. padded, all recomputed: how LLaVA trains. row: tokens of the largest micro-batch.",
+        "ranks busy: share of the time not spent waiting for the slowest rank. MFU: forward and backward FLOPs of real",
+        "tokens over what the GPUs could do in the time.",
     ]
     return "\n".join(lines)
 
 
+def _words(estimate: Estimate) -> str:
+    return f"{estimate.batching}, rows of {estimate.row_tokens:,} tokens, recompute {estimate.policy.name}"
+
+
 def estimate_line(estimate: Estimate, plan: Plan) -> str:
     """One line of the table."""
-    mark = "*" if estimate is plan.recommended else " "
-    over = "" if estimate.memory_bytes <= plan.options.gpu.memory_bytes else "  does not fit"
+    mark = "*" if estimate is plan.configured else ">" if estimate is plan.recommended else " "
+    over = "" if plan.fits(estimate) else "  does not fit"
     return (
         f"{mark}{estimate.gpus:>4}  {estimate.batching:<9}{estimate.row_tokens:>8,}  {estimate.policy.name:<10}"
         f"{estimate.memory_bytes / GIB:>6.1f}{estimate.step.seconds:>8.3f}{estimate.hours:>8.1f}"
@@ -77,8 +86,9 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "global_batch_size": plan.batch,
         "sample_teraflops": plan.sample_teraflops,
         "checkpoint_bytes": plan.checkpoint_bytes,
-        "fits": plan.fits,
+        "fits": plan.fits(plan.recommended),
         "reason": plan.reason,
+        "configured": estimate_values(plan.configured),
         "recommended": estimate_values(plan.recommended),
         "estimates": [estimate_values(estimate) for estimate in plan.estimates],
     }
@@ -90,7 +100,8 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
         "gpus": estimate.gpus,
         "batching": estimate.batching,
         "row_tokens": estimate.row_tokens,
-        "activation_checkpointing": estimate.policy.name,
+        "recompute": estimate.policy.name,
+        "setting": estimate.setting,
         "recomputed_layers": estimate.policy.recomputed_layers,
         "memory_bytes": {name: round(size) for name, size in estimate.memory.items()},
         "total_memory_bytes": round(estimate.memory_bytes),
