@@ -54,7 +54,7 @@ def _time_panel(axes: Any, plan: Plan) -> None:
     labels = [f"{e.gpus} GPUs, {e.batching}, recompute {e.policy.name}" for e in rows]
     axes.set_yticks(range(len(rows)), labels)
     for row, estimate in enumerate(rows):
-        if estimate is plan.recommended:
+        if estimate == plan.recommended:
             axes.get_yticklabels()[row].set_fontweight("bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(left))

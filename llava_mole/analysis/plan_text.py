@@ -49,9 +49,9 @@ def plan_text(plan: Plan) -> str:
     ]
     lines += [estimate_line(estimate, plan) for estimate in plan.estimates]
     lines += [
-        "* as configured, > recommended. padded, all recomputed: how LLaVA trains. row: tokens of the largest micro-batch.",
-        "ranks busy: share of the time not spent waiting for the slowest rank. MFU: forward and backward FLOPs of real",
-        "tokens over what the GPUs could do in the time.",
+        "* as configured, > recommended; padded with all recomputed is how LLaVA trains. row: tokens of the largest",
+        "micro-batch. ranks busy: share of the time not spent waiting for the slowest rank. MFU: forward and backward",
+        "FLOPs of real tokens over what the GPUs could do in the time.",
     ]
     return "\n".join(lines)
 
@@ -62,7 +62,7 @@ def _words(estimate: Estimate) -> str:
 
 def estimate_line(estimate: Estimate, plan: Plan) -> str:
     """One line of the table."""
-    mark = "*" if estimate is plan.configured else ">" if estimate is plan.recommended else " "
+    mark = "*" if estimate == plan.configured else ">" if estimate == plan.recommended else " "
     over = "" if plan.fits(estimate) else "  does not fit"
     return (
         f"{mark}{estimate.gpus:>4}  {estimate.batching:<9}{estimate.row_tokens:>8,}  {estimate.policy.name:<10}"

@@ -3,12 +3,24 @@
 from dataclasses import replace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_mole.model.adapters import add_adapter
-from llava_mole.model.flops import ModelShape, _adapter_parameters, _linear_parameters, recompute_flops, training_flops
+from llava_mole.model.flops import (
+    ModelShape,
+    _adapter_parameters,
+    _linear_parameters,
+    model_shape,
+    recompute_flops,
+    training_flops,
+)
+from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.model.multimodal_encoder import VisionTower
+from llava_mole.model.multimodal_projector import build_projector
 
 VICUNA_7B = ModelShape(
     hidden_size=4096,
@@ -88,3 +100,41 @@ def test_shapes_are_read_from_modules(method: str) -> None:
     attention, ffn = 4 * 4 * 32, 4 * 3 * 56
     expected = {"none": 0, "lora": 2 * (attention + ffn), "mole": 2 * (attention + ffn + ffn // 2 + 3 * 16)}
     assert _adapter_parameters(adapted) == expected[method]
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "pad_token_id": 0,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+# Configuration, and weights of a layer's matrix products: attention then FFN.
+FAMILIES = {
+    "Llama": (GROUPED, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48),
+    "Qwen2": (GROUPED, 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48),
+    "Gemma": ({**GROUPED, "head_dim": 16}, 2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48),
+    "Phi3": (GROUPED, 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48),
+    "GPTNeoX": (SIZES, 4 * 32 * 32 + 2 * 32 * 48),
+    "GPT2": ({"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}, 12 * 32 * 32),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_of_other_families(family: str) -> None:
+    sizes, weights = FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    vision = open_clip.CLIPVisionCfg(image_size=16, layers=3, width=24, head_width=12, patch_size=8)
+    with torch.device("meta"):
+        lm = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
+        clip = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=open_clip.CLIPTextCfg(layers=1))
+        tower = VisionTower(clip.visual, -2, "")
+        shape = model_shape(LlavaMole(tower, build_projector("linear", 24, 32), lm))
+    assert shape.linear_parameters == 3 * weights
+    assert shape.head_parameters == 64 * 32
+    assert (shape.layers, shape.hidden_size, shape.attention_heads) == (3, 32, 4)
+    assert (shape.projector_parameters, shape.image_tokens, shape.has_router) == (24 * 32, 4, False)
+    # two of three blocks: attention 4 w^2 and FFN 8 w^2 weights, 5 tokens with the class token
+    assert shape.tower_flops == 2 * 3 * 64 * 24 * 4 + 2 * (2 * 12 * 24 * 24 * 5 + 4 * 5 * 5 * 24)
