@@ -28,7 +28,6 @@ from llava_mole.constants import IGNORE_INDEX
 from llava_mole.data.collator import Example, collate, collate_packed
 from llava_mole.data.packing import sample_cost
 from llava_mole.data.sampler import BatchPlan
-from llava_mole.model.language_model import quadratic_length
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.packed_attention import enable_packing
 from llava_mole.mole import MoleConfig, collect_routing, mole_auxiliary_loss
@@ -38,7 +37,7 @@ from llava_mole.train.routing import per_sample
 CONTEXT = 4096
 IMAGE = 576
 VICUNA_QUADRATIC = 32_900.0
-"""Length at which Vicuna-7B's causal attention costs as much as its linears (`quadratic_length` of its config)."""
+"""Length at which Vicuna-7B's causal attention costs as much as its linears (`ModelShape.quadratic_length`)."""
 SOURCES = {
     # name: (samples, mean text tokens, share of samples that fill the context). The paper gives the counts and says
     # that many UReader samples reach 4096 tokens; the lengths are assumptions: M3IT about 736 in all, ShareGPT4V 1026,
@@ -145,7 +144,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     lengths = draw_lengths(args.batch * args.steps, seed=0, scale=scale)
     examples = [make_example(i, n) for i, n in enumerate(lengths)]
     model = make_model(args.width, args.layers)
-    quadratic = quadratic_length(model.causal_lm)
+    ffn_width = model.causal_lm.config.intermediate_size
+    quadratic = 4 * (4 * args.width**2 + 3 * args.width * ffn_width) / (6 * args.width)
     runs = {}
     for batching in ("padded", "packed"):
         plan = BatchPlan(
