@@ -1,7 +1,14 @@
 """Facts about the process group, the same with and without one."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+
+from llava_mole.errors import UserError
+
+T = TypeVar("T")
 
 
 def _initialized() -> bool:
@@ -37,3 +44,25 @@ def all_gather_objects(value: object) -> list:
     values: list = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 only and return its result on every rank.
+
+    A decision taken from files must be one decision: ranks that look at a shared file system at different moments, or
+    through different caches, may see different things. A collective; the result must be picklable.
+
+    Raises:
+        UserError: what `function` raised, on every rank; other exceptions end rank 0 and so the group.
+    """
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = function()
+        except UserError as caught:
+            error = caught
+    result, error = all_gather_objects((result, error))[0] if get_world_size() > 1 else (result, error)
+    if error is not None:
+        error.on_every_rank = True
+        raise error
+    return result

@@ -5,15 +5,21 @@ exit code, so that no entry point prints a traceback for a mistake in a file or 
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""A signal asked the run to stop: it has saved and can go on (sysexits.h: EX_TEMPFAIL, try again later)."""
 EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
     """A mistake in what the user gave; the message is complete and needs no traceback."""
+
+    on_every_rank = False
+    """All ranks raise it together, so that one of them is enough to print it."""
 
 
 class ConfigError(UserError):
@@ -40,7 +46,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"llava-mole: error: {error}", file=sys.stderr)
+            if not error.on_every_rank or os.environ.get("RANK", "0") == "0":
+                print(f"llava-mole: error: {error}", file=sys.stderr)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:
             print("llava-mole: interrupted", file=sys.stderr)

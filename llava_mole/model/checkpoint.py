@@ -3,12 +3,15 @@
 A checkpoint is a directory `checkpoint-<step>` with a `manifest.json` that names every file with its size and sha256.
 It is written under a temporary name, fsynced and renamed, so a directory of that name is complete unless something
 damaged it later; a directory whose manifest does not verify is never loaded. Nothing is decided by a folder's name
-except the order of the steps.
+except the order of the steps. What a killed process leaves behind has a name that starts with a dot:
+`.tmp-checkpoint-<step>-<pid>` is being written, `.old-...` is being replaced, `.gone-...` is being deleted.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,8 @@ from llava_mole.errors import CheckpointError
 from llava_mole.log import get_logger
 
 MANIFEST = "manifest.json"
+SELF_HASH = "manifest_sha256"
+LEFTOVER = re.compile(r"\.(tmp|old|gone)-(checkpoint-\d+)-\d+")
 FORMAT = "llava_mole.checkpoint/1"
 
 logger = get_logger(__name__)
@@ -27,18 +32,37 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / f"checkpoint-{step}"
 
 
-def write_checkpoint(directory: Path, write_files: Callable[[Path], None], fields: dict[str, Any]) -> None:
+def check_free_space(directory: Path, expected_bytes: int) -> None:
+    """Raise OSError (ENOSPC) unless the file system of `directory` has twice the bytes that are about to be written.
+
+    Twice, because others write to the disk too, and because what replaces a file needs room before that is gone.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < 2 * expected_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{directory} has {free:,} bytes free; a checkpoint takes about {expected_bytes:,} and is written only where "
+            "twice that is free",
+        )
+
+
+def write_checkpoint(
+    directory: Path, write_files: Callable[[Path], None], fields: dict[str, Any], expected_bytes: int = 0
+) -> None:
     """Create `directory` atomically.
 
     Args:
         directory: final name; replaced if it exists.
         write_files: writes every file of the checkpoint below the temporary directory it is given.
         fields: stored in the manifest beside the list of files (stage, step, template, fingerprints, ...).
+        expected_bytes: about how much will be written; checked against the free space before anything is.
 
     Raises:
         OSError: the disk is full or cannot be written; the temporary directory is removed, older checkpoints stay.
+            `write_files` may raise what it likes, with the same effect.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
+    check_free_space(directory.parent, expected_bytes)
     temporary = directory.parent / f".tmp-{directory.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -49,6 +73,7 @@ def write_checkpoint(directory: Path, write_files: Callable[[Path], None], field
             _fsync(path)
             files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         manifest = {"format": FORMAT, **fields, "files": files}
+        manifest[SELF_HASH] = _manifest_hash(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _fsync(temporary / MANIFEST)
         for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
@@ -76,8 +101,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint of the run") from None
+    if isinstance(manifest, dict) and manifest.get(SELF_HASH, "") not in ("", _manifest_hash(manifest)):
+        raise CheckpointError(f"{path} is damaged (it differs from what was written); use another checkpoint")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
@@ -92,7 +119,7 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    for name, recorded in manifest["files"].items():
+    for name, recorded in _recorded_files(directory, manifest):
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{directory} is incomplete: {name} is missing; use another checkpoint of the run")
@@ -102,7 +129,11 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
                 f"{directory} is damaged: {name} has {size} bytes, {recorded['bytes']} were written; "
                 "use another checkpoint of the run"
             )
-        if _sha256(path) != recorded["sha256"]:
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise CheckpointError(f"{directory} is damaged: {name} cannot be read ({error}); use another one") from None
+        if found != recorded["sha256"]:
             raise CheckpointError(
                 f"{directory} is damaged: {name} differs from what was written (sha256); use another checkpoint"
             )
@@ -149,10 +180,54 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return newest
 
 
-def rotate_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Call after the newest is complete."""
-    for path in list_checkpoints(run_dir)[keep:]:
-        shutil.rmtree(path)
+def rotate_checkpoints(published: Path, keep: int) -> None:
+    """Delete all checkpoints of a run but the newest `keep`, of which `published`, just completed, is the first.
+
+    Checkpoints of later steps go too: the run has passed over them when it resumed, because they do not verify. If they
+    counted as the newest, the good ones would be deleted in their place.
+    """
+    step = int(published.name.removeprefix("checkpoint-"))
+    steps = [(int(path.name.removeprefix("checkpoint-")), path) for path in list_checkpoints(published.parent)]
+    earlier = [path for other, path in steps if other < step]
+    for path in [path for other, path in steps if other > step] + earlier[keep - 1 :]:
+        # Renamed first: a deletion that is cut short must not leave half a checkpoint under a checkpoint's name.
+        gone = path.parent / f".gone-{path.name}-{os.getpid()}"
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+
+
+def clean_leftovers(run_dir: Path) -> None:
+    """Remove what killed saves and deletions left in a run directory. Nobody else may be writing to it.
+
+    A checkpoint that was about to be replaced, and whose replacement did not arrive, gets its name back.
+    """
+    if not run_dir.is_dir():
+        return
+    for path in sorted(run_dir.iterdir()):
+        match = LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        kind, name = match.groups()
+        if kind == "old" and not (run_dir / name).exists():
+            os.replace(path, run_dir / name)
+            logger.warning("%s: an interrupted save had moved this checkpoint away; it is back", run_dir / name)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            logger.info("removed %s, left by a process that was killed", path)
+
+
+def _recorded_files(directory: Path, manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        return [
+            (name, {"bytes": entry["bytes"], "sha256": entry["sha256"]}) for name, entry in manifest["files"].items()
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{directory / MANIFEST} is damaged (no list of files); use another checkpoint") from None
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != SELF_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,8 @@ from llava_mole.mole.auxiliary import (
     find_tuner,
     mole_after_step,
     mole_auxiliary_loss,
+    mole_drop_step,
+    mole_let_non_finite_pass,
     set_routing_inputs,
 )
 from llava_mole.mole.config import PRESETS, MoleConfig
@@ -36,6 +38,8 @@ __all__ = [
     "find_tuner",
     "mole_after_step",
     "mole_auxiliary_loss",
+    "mole_drop_step",
+    "mole_let_non_finite_pass",
     "register_mole",
     "routing_load",
     "set_routing_inputs",

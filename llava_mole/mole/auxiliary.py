@@ -153,6 +153,24 @@ def mole_after_step(model: nn.Module) -> None:
         state.step(counts_MK)
 
 
+def mole_drop_step(model: nn.Module) -> None:
+    """Forget the expert counts of an optimizer step that is not taken. Call it instead of `mole_after_step`."""
+    tuner = find_tuner(model)
+    if tuner is not None:
+        tuner.pending_counts = None
+
+
+def mole_let_non_finite_pass(model: nn.Module) -> None:
+    """Let NaN and infinity in a router's logits run on into the loss, as they do on a GPU, instead of raising.
+
+    For training loops, which check the loss: an exception in the forward pass of one rank would leave the others
+    waiting for its gradients.
+    """
+    tuner = find_tuner(model)
+    if tuner is not None:
+        tuner.routing_inputs.check_finite = False
+
+
 def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
     """Tell gates what they cannot see: `experts`, `source`, `task`, `prompt_mask` (see `record.RoutingInputs`).
 

@@ -44,7 +44,8 @@ def make_gate(
 
     Raises:
         ConfigError: the gate needs a routing input that was not set, or it has the wrong shape.
-        FloatingPointError: the logits are not finite (checked on the CPU only: on a GPU it would synchronise).
+        FloatingPointError: the logits are not finite (checked on the CPU only: on a GPU it would synchronise;
+            and not where a training loop checks the loss, see `mole_let_non_finite_pass`).
     """
     batch, length, _ = x_BSD.shape
     num_experts = options.num_experts
@@ -59,7 +60,8 @@ def make_gate(
         return Gate(index_BS1.flatten(0, 1), None), logits, index_BS1
     assert router is not None
     logits_BSK = _logits(x_BSD, router, options, inputs, slot, training)
-    if logits_BSK.device.type == "cpu" and not torch.compiler.is_compiling() and not logits_BSK.isfinite().all():
+    checks = inputs.check_finite and logits_BSK.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checks and not logits_BSK.isfinite().all():
         raise FloatingPointError(
             "the router's logits are not finite: its input holds NaN or infinity, or its weights do; "
             "look for a diverged loss or a damaged checkpoint"

@@ -52,10 +52,12 @@ class RoutingInputs:
     sample_index: Tensor | None = None
     decoding: bool = False
     attention_mask: Tensor | None = None
+    check_finite: bool = True
+    """Whether logits that are not finite raise; see `mole_let_non_finite_pass`."""
 
     def update(self, **values: Tensor | None) -> None:
         """Replace every field; those not named become None. Raises ConfigError for an unknown name."""
-        names = {f.name for f in fields(self)} - {"decoding", "attention_mask"}
+        names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "check_finite"}
         for name in values:
             if name not in names:
                 raise ConfigError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")

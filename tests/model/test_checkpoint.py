@@ -1,6 +1,7 @@
 """A checkpoint is written whole or not at all, and a damaged one is never read."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,12 +68,22 @@ def damage_no_manifest(path: Path) -> None:
     (path / "manifest.json").unlink()
 
 
+def damage_manifest_value(path: Path) -> None:
+    (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"step": 1', '"step": 9'))
+
+
+def damage_manifest_key(path: Path) -> None:
+    (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"files"', '"fimes"'))
+
+
 DAMAGES = {
     damage_missing: "b.txt is missing",
     damage_truncated: "a.bin has 4 bytes, 7 were written",
     damage_flipped: "a.bin differs from what was written",
     damage_manifest: "manifest.json is damaged",
     damage_no_manifest: "has no manifest.json",
+    damage_manifest_value: "differs from what was written",
+    damage_manifest_key: "manifest.json is damaged",
 }
 
 
@@ -112,5 +123,38 @@ def test_steps_are_ordered_as_numbers_and_rotated(tmp_path: Path) -> None:
         "checkpoint-10",
         "checkpoint-9",
     ]
-    checkpoint.rotate_checkpoints(tmp_path, keep=2)
+    checkpoint.rotate_checkpoints(tmp_path / "checkpoint-100", keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-old"]
+
+
+def test_rotation_never_deletes_what_was_just_published(tmp_path: Path) -> None:
+    for step in (3, 4, 9):
+        write(tmp_path / f"checkpoint-{step}")
+    damage_flipped(tmp_path / "checkpoint-9")  # a run that resumed from 3 passed over it
+    checkpoint.rotate_checkpoints(tmp_path / "checkpoint-4", keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    good = write(tmp_path / "checkpoint-4")
+    for name in (".tmp-checkpoint-8-123", ".gone-checkpoint-2-77", ".old-checkpoint-4-9"):
+        write(tmp_path / name)
+        damage_missing(tmp_path / name)
+    (tmp_path / ".hidden").mkdir()
+    checkpoint.clean_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "checkpoint-4"]
+    checkpoint.verify_checkpoint(good)
+    checkpoint.clean_leftovers(tmp_path / "none")
+
+
+def test_a_checkpoint_moved_away_for_its_replacement_comes_back(tmp_path: Path) -> None:
+    write(tmp_path / ".old-checkpoint-4-123", "only copy")
+    checkpoint.clean_leftovers(tmp_path)
+    checkpoint.verify_checkpoint(tmp_path / "checkpoint-4")
+
+
+def test_nothing_is_written_where_twice_the_size_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1999))
+    with pytest.raises(OSError, match="has 1,999 bytes free; a checkpoint takes about 1,000"):
+        checkpoint.write_checkpoint(tmp_path / "checkpoint-1", lambda _: pytest.fail("written"), {}, 1000)
+    assert not list(tmp_path.iterdir())
