@@ -7,6 +7,7 @@ working directory, except the names of nested YAML files, which are relative to 
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,12 @@ from typing import Any, Literal
 import yaml
 
 from llava_mole.errors import ConfigError
+
+SHARDED = ("zero3", "fsdp")
+SHARDED_REASON = (
+    "ZeRO stage 3 and FSDP shard the frozen model too, which this trainer's checkpoints do not gather; all that trains "
+    "takes about 2 GB of memory, which ZeRO-2 shards"
+)
 
 
 @dataclass(kw_only=True)
@@ -91,6 +98,9 @@ class DataConfig:
     """Longest sample in tokens, image tokens included; longer ones are cut and counted."""
     validation_samples: int = 0
     """Samples of each source that are held out of training, for the validation loss; 0 turns it off."""
+    max_bad_image_share: float = 0.001
+    """Share of a source's samples whose image may be unreadable: such a sample is replaced and counted, beyond this
+    share (and 10 samples) the run stops. 0 stops at the first."""
 
 
 @dataclass(kw_only=True)
@@ -149,8 +159,9 @@ class TrainConfig:
     """n of `activation_checkpointing: every_n`."""
     compile: bool = False
     """Compile each decoder layer with torch.compile; the first steps take minutes."""
-    distributed: Literal["zero2", "ddp"] = "zero2"
-    """DeepSpeed ZeRO stage 2 or torch DDP. Plain `python` without a launcher runs one process without either."""
+    distributed: Literal["zero2", "ddp", "zero3", "fsdp"] = "zero2"
+    """DeepSpeed ZeRO stage 2 or torch DDP; `zero3` and `fsdp` are refused with the reason. Plain `python` without a
+    launcher runs one process without either."""
     deepspeed_config: str = "scripts/zero2.json"
     """DeepSpeed's settings; its "auto" values are filled from this configuration."""
     num_workers: int = 4
@@ -165,6 +176,10 @@ class TrainConfig:
     """Optimizer steps between two validation losses; the last step always has one. 0 turns it off."""
     resume: str | None = None
     """`auto`: newest valid checkpoint of output_dir, if any; or the directory of one."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient is not finite before the run gives up; each one is skipped."""
+    check_ranks_every: int = 500
+    """Optimizer steps between two comparisons of the ranks' trainable parameters; 0 compares before saving only."""
 
 
 @dataclass(kw_only=True)
@@ -177,6 +192,9 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     projector_weights: str | None = None
     """Projector to start from: a run or checkpoint directory of stage `pretrain`, or a `.safetensors` file."""
+    init_from: str | None = None
+    """A run or checkpoint directory whose adapter and projector this run starts from, with a new optimizer and its own
+    data (task fine-tuning). The adapter must be configured as it was there."""
     train_projector: bool = True
     """Whether the projector trains. True in both stages of LLaVA-1.5."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -194,7 +212,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    arguments = list(arguments)
+    arguments = [re.sub(r"^--init-from(?==|$)", "--init_from", argument) for argument in arguments]
     if arguments and not arguments[0].startswith("-"):
         if not Path(arguments[0]).is_file():
             raise ConfigError(f"config file {arguments[0]!r} does not exist; the shipped ones are in configs/")
@@ -236,7 +254,13 @@ def check_run_config(config: RunConfig) -> None:
         )
     if config.stage == "pretrain" and not config.train_projector:
         raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
+    if config.init_from is not None and config.projector_weights is not None:
+        raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
+    if not 0 <= config.data.max_bad_image_share <= 1:
+        raise ConfigError(f"data.max_bad_image_share is {config.data.max_bad_image_share}; it is a share, 0 to 1")
     train = config.train
+    if train.distributed in SHARDED:
+        raise ConfigError(f"train.distributed is {train.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")
     positive = (
         "global_batch_size",
         "micro_batch_size",
@@ -244,11 +268,13 @@ def check_run_config(config: RunConfig) -> None:
         "save_every",
         "keep_checkpoints",
         "checkpoint_every_n",
+        "max_bad_steps",
     )
     for key in positive:
         if getattr(train, key) < 1:
             raise ConfigError(f"train.{key} is {getattr(train, key)}; it must be at least 1")
-    for key in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+    rates = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+    for key in (*rates, "check_ranks_every"):
         if getattr(train, key) < 0:
             raise ConfigError(f"train.{key} is {getattr(train, key)}; it must not be negative")
     if train.pack_length is not None and train.pack_length < config.data.max_length:

@@ -55,13 +55,13 @@ def on_main(function: Callable[[], T]) -> T:
     Raises:
         UserError: what `function` raised, on every rank; other exceptions end rank 0 and so the group.
     """
-    result, error = None, None
+    outcome: tuple = ()
     if is_main_process():
         try:
-            result = function()
+            outcome = (function(), None)
         except UserError as caught:
-            error = caught
-    result, error = all_gather_objects((result, error))[0] if get_world_size() > 1 else (result, error)
+            outcome = (None, caught)
+    result, error = all_gather_objects(outcome)[0]
     if error is not None:
         error.on_every_rank = True
         raise error

@@ -22,6 +22,8 @@ class Example:
     """Not shifted; IGNORE_INDEX where nothing is supervised."""
     image: torch.Tensor | None
     """float32 [3, S, S]; None for text only."""
+    replaced_image: str | None = None
+    """Why another record of the source was to come here, whose image cannot be read; None in the usual case."""
 
 
 def collate(
@@ -36,7 +38,8 @@ def collate(
         `input_ids` int64 [N, L]; `labels` int64 [N, L]; `attention_mask` bool [N, L], true at tokens; `images`
         float32 [M, 3, S, S] of the M examples that have one, in their order, or None; `has_image` bool [N];
         `source_index` int64 [N]; `sample_index` int64 [N, L], the example of each position; `sample_lengths` None;
-        `ids` and `sources`, N strings each.
+        `ids` and `sources`, N strings each; `replaced_images`, `(source, what was wrong)` of those that stand for
+        another.
     """
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
@@ -87,4 +90,5 @@ def _per_example(examples: Sequence[Example]) -> dict[str, Any]:
         "source_index": torch.tensor([example.source_index for example in examples], dtype=torch.int64),
         "ids": [example.id for example in examples],
         "sources": [example.source for example in examples],
+        "replaced_images": [(e.source, e.replaced_image) for e in examples if e.replaced_image is not None],
     }

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from tqdm import tqdm
 
 from llava_mole.config import DataConfig
@@ -18,6 +19,9 @@ from llava_mole.data.records import Record, read_records
 from llava_mole.data.tokenization import Encoded, TextTokenizer, encode
 from llava_mole.errors import ConfigError, DataError
 from llava_mole.log import get_logger
+
+SUBSTITUTES = 100
+"""Records that are tried in place of one whose image cannot be read: beyond that the whole folder is gone."""
 
 logger = get_logger(__name__)
 
@@ -79,19 +83,40 @@ class SupervisedDataset:
     def __getitem__(self, position: int) -> Example:
         """The example at a position of the plan.
 
+        Where its image cannot be read, the next record of its source whose image can be takes its place: the same one
+        at every attempt, on every rank. `Example.replaced_image` then says what was wrong.
+
         Raises:
-            DataError: the image cannot be read, or the record cannot be used; the message starts with `file:line`.
+            DataError: the record cannot be used, or no image near it can be read; the message starts with `file:line`.
         """
         source, sample = self.plan[position]
-        record = self._records[source][sample]
+        record, picture, replaced = readable_record(self._records[source], sample, self._image_folders[source])
         encoded = encode_record(record, self._template, self._tokenizer, self._num_image_tokens, self._max_length)
-        image = None
-        if record.image is not None:
-            try:
-                image = self._image_processor(load_image(record.image, self._image_folders[source]))
-            except DataError as error:
-                raise DataError(f"{record.where}: {error}") from None
-        return Example(record.id, source, self._source_index[source], encoded.input_ids, encoded.labels, image)
+        image = None if picture is None else self._image_processor(picture)
+        index = self._source_index[source]
+        return Example(record.id, source, index, encoded.input_ids, encoded.labels, image, replaced)
+
+
+def readable_record(
+    records: Sequence[Record], sample: int, image_folder: str
+) -> tuple[Record, Image.Image | None, str | None]:
+    """Record `sample` with its decoded image, or the next one with an image that can be read, and what was wrong.
+
+    Raises:
+        DataError: none of the next 100 records has an image that can be read.
+    """
+    problem = None
+    for offset in range(min(len(records), 1 + SUBSTITUTES)):
+        record = records[(sample + offset) % len(records)]
+        if record.image is None:
+            if problem is None:
+                return record, None, None
+            continue
+        try:
+            return record, load_image(record.image, image_folder), problem
+        except DataError as error:
+            problem = problem or f"{record.where}: {error}"
+    raise DataError(f"{problem}; nor can the image of any of the {SUBSTITUTES} records after it")
 
 
 def encode_record(
@@ -127,6 +152,7 @@ def build_dataset(
     batching: Literal["packed", "padded", "grouped"] = "padded",
     global_batch_size: int = 1,
     micro_batch_size: int = 1,
+    resuming: bool = False,
 ) -> SupervisedDataset:
     """Read the sources of a configuration and check all of it: template, files, records, images, lengths.
 
@@ -143,6 +169,8 @@ def build_dataset(
         batching: `packed` counts the tokens of every record, which takes a minute for some 300,000; `grouped` puts
             the plan into LLaVA's order for `global_batch_size` and `micro_batch_size`.
         global_batch_size, micro_batch_size: Samples of a step and of a micro-batch, for `grouped`.
+        resuming: The run has trained on this data before: an image that is gone by now is replaced when its turn
+            comes, as it would be without a restart.
 
     Raises:
         ConfigError: unknown template, empty mixture, lambda below 0, `max_length` too small for one image.
@@ -165,7 +193,8 @@ def build_dataset(
     lengths: dict[str, npt.NDArray[np.int32]] | None = {} if batching == "packed" else None
     held_out_lengths: dict[str, npt.NDArray[np.int32]] = {}
     for name in names:
-        _check_images(all_records[name], image_folders[name])
+        if not resuming:
+            _check_images(all_records[name], image_folders[name])
         limits = (template, tokenizer, num_image_tokens, data_config.max_length)
         if lengths is None:
             cut = _count_cut(records[name], *limits)

@@ -1,5 +1,6 @@
 """Builds the multimodal model: new for training, or from a checkpoint for inference."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,11 @@ PROJECTOR_PREFIX = "mm_projector."
 ADAPTER_DIR = "adapter"
 TOKENIZER_DIR = "tokenizer"
 CONFIG_FILE = "config.yaml"
+SAME_ADAPTER = (
+    "r", "lora_alpha", "alpha", "attention_r", "num_experts", "mode", "top_k", "granularity", "router", "router_bias",
+    "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale",
+)  # fmt: skip
+"""Fields of an adapter's configuration that say what its weights mean. How it is trained may change."""
 
 
 @dataclass
@@ -126,6 +132,49 @@ def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
         raise CheckpointError(f"{path} does not fit this run's adapter: {' '.join(str(error).split())}") from None
     if result.unexpected_keys:
         raise CheckpointError(f"{path} has parameters this run's adapter has not: {result.unexpected_keys[:3]}")
+    missing = [key for key in result.missing_keys if ".mole_" in key or ".lora_" in key]
+    if missing:
+        raise CheckpointError(f"{path} lacks parameters of this run's adapter: {missing[:3]}")
+
+
+def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fingerprints: dict[str, str]) -> None:
+    """Load a run's adapter and projector into a model that has the same kind of adapter, in place.
+
+    Args:
+        model: with its adapter attached.
+        source: a run directory (its newest valid checkpoint) or a checkpoint of stage `finetune`.
+        config: of the adapter attached.
+        fingerprints: of the model's frozen parts.
+
+    Raises:
+        CheckpointError: it does not verify, has no adapter, another one, or was trained on another base model.
+    """
+    checkpoint = resolve_checkpoint(source)
+    _check_base(checkpoint, fingerprints)
+    method = read_manifest(checkpoint)["adapter"]
+    if method != config.method or method == "none":
+        raise CheckpointError(
+            f"init_from {checkpoint} has adapter.method {method!r}, this run has {config.method!r}; a checkpoint of "
+            "stage 'pretrain' is given as projector_weights"
+        )
+    there = json.loads((checkpoint / ADAPTER_DIR / "adapter_config.json").read_text(encoding="utf-8"))
+    here = model.language_model.peft_config["default"].to_dict()
+    different = [f"{k} {there[k]!r} there, {here[k]!r} here" for k in SAME_ADAPTER if there.get(k) != here.get(k)]
+    if different:
+        raise CheckpointError(f"init_from {checkpoint} has another adapter: {'; '.join(different)}")
+    load_projector(model.projector, checkpoint / PROJECTOR_FILE)
+    load_adapter_state(model, checkpoint)
+
+
+def _check_base(checkpoint: Path, fingerprints: dict[str, str]) -> None:
+    for part, found in fingerprints.items():
+        recorded = read_manifest(checkpoint)["fingerprints"][part]
+        if found != recorded:
+            raise CheckpointError(
+                f"{checkpoint} was trained on another {part.replace('_', ' ')} (fingerprint {recorded}) than the one "
+                f"given ({found}); name the original ones (--model-base, or model.language_model and "
+                "model.vision_tower.weights)"
+            )
 
 
 def load_pretrained_model(
@@ -156,14 +205,7 @@ def load_pretrained_model(
     if tower.name.endswith(".json"):
         tower.name = _where(tower.name, manifest, "vision_tower_config")
     model, hf_tokenizer, fingerprints = build_parts(config.model)
-    for part, found in fingerprints.items():
-        recorded = manifest["fingerprints"][part]
-        if found != recorded:
-            raise CheckpointError(
-                f"{path} was trained on another {part.replace('_', ' ')} (fingerprint {recorded}) than the one given "
-                f"({found}): {config.model.language_model if part == 'language_model' else tower.weights}; "
-                "pass --model-base or put the original weights back"
-            )
+    _check_base(path, fingerprints)
     load_projector(model.projector, path / PROJECTOR_FILE)
     if (path / ADAPTER_DIR).is_dir():
         model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR)

@@ -41,8 +41,8 @@ def check_free_space(directory: Path, expected_bytes: int) -> None:
     if free < 2 * expected_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"{directory} has {free:,} bytes free; a checkpoint takes about {expected_bytes:,} and is written only where "
-            "twice that is free",
+            f"{directory} has {free:,} bytes free; a checkpoint takes about {expected_bytes:,} and is written only "
+            "where twice that is free",
         )
 
 

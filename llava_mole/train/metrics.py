@@ -1,6 +1,8 @@
 """Where numbers go: `metrics.jsonl` always, Weights & Biases when configured."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,13 +26,18 @@ class Tracker:
         """
         self._wandb: Any = None
         self._file: IO[str] | None = None
+        self._failed = False
         if not enabled:
             return
         path = run_dir / METRICS_FILE
         kept = [entry for entry in read_metrics(path) if entry["step"] <= first_step] if first_step else []
-        self._file = path.open("w", encoding="utf-8")
+        # Rewritten beside and renamed: a process killed here must not take the run's history with it.
+        temporary = path.with_name(f".{path.name}.tmp")
+        self._file = temporary.open("w", encoding="utf-8")
         for entry in kept:
             self._write(entry)
+        self.sync()
+        os.replace(temporary, path)
         if config.tracker.wandb_project:
             self._start_wandb(config, run_dir)
 
@@ -46,7 +53,17 @@ class Tracker:
                 logger.warning("wandb failed (%s); the run goes on with %s only", error, METRICS_FILE)
                 self._wandb = None
 
+    def sync(self) -> None:
+        """Have what was written on the disk itself: called before a checkpoint counts on it."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._give_up(error)
+
     def close(self) -> None:
+        self.sync()
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
@@ -57,8 +74,17 @@ class Tracker:
 
     def _write(self, entry: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(_finite(entry)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """A full disk stops the file, not the run: the entries from here to the next start are lost."""
+        if not self._failed:
+            logger.error("%s cannot be written (%s); training goes on, these entries are lost", METRICS_FILE, error)
+        self._failed = True
 
     def _start_wandb(self, config: RunConfig, run_dir: Path) -> None:
         try:
@@ -76,11 +102,34 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics file; a last line cut short by a crash is left out."""
+    """The entries of a metrics file, one a step, in order of steps; numbers that were not finite are NaN.
+
+    Lines that a crash has cut short or garbled are left out. Of two entries of one step the later one counts.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    entries: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            entry = json.loads(line, object_hook=_with_nan)
+            entries[entry["step"]] = entry
+        except (json.JSONDecodeError, TypeError, KeyError):
+            if line.strip():
+                logger.warning("%s: a damaged line is left out: %.60r", path, line)
+    return [entries[step] for step in sorted(entries)]
+
+
+def _with_nan(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.nan if item is None else item for key, item in value.items()}
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON has not: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -19,6 +19,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
     ]
     if config.projector_weights is not None:
         wanted.append(("projector_weights", config.projector_weights, Path(config.projector_weights).exists()))
+    if config.init_from is not None:
+        wanted.append(("init_from", config.init_from, Path(config.init_from).is_dir()))
     for name, source in config.data.sources.items():
         if config.data.mixture.get(name, 1.0) > 0:
             key = f"data.sources.{name}"

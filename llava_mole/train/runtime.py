@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llava_mole.config import RunConfig, check_batch
+from llava_mole.config import SHARDED_REASON, RunConfig, check_batch
 from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,12 +46,23 @@ def launched_world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
 
 
+def check_launcher() -> None:
+    """Raise ConfigError where `accelerate launch` has chosen a strategy; the configuration does."""
+    for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if os.environ.get(key, "false").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"{key} is set in the environment; unset it, start with scripts/*.sh or torchrun, and choose "
+                f"train.distributed 'zero2' or 'ddp'. {SHARDED_REASON}"
+            )
+
+
 def start_runtime(config: RunConfig) -> Runtime:
     """Join the process group and set up accelerate.
 
     Raises:
         ConfigError: a batch that cannot be spread over the ranks, or a device that is not there.
     """
+    check_launcher()
     launched = launched_world_size()
     train = config.train
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, launched or 1)
@@ -97,9 +108,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage not in (0, 1, 2):
+        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; allowed are 0, 1 and 2. {SHARDED_REASON}")
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         raise ConfigError(
-            f"{path}: zero_optimization.stage is {stage!r}; allowed are 0, 1 and 2. Stage 3 shards the frozen model "
-            "as well, which this trainer's checkpoints do not gather"
+            f"{path}: zero_optimization.offload_optimizer is set; leave it out. The optimizer's state takes about 2 GB "
+            "over all GPUs, and the check for gradients that are not finite looks for them on the GPU"
         )
     # Sizes of DeepSpeed's own bookkeeping, which has to add up but scales nothing here: the trainer marks the last
     # micro-batch of a step itself, because packed steps differ in their number.

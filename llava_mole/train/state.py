@@ -20,14 +20,14 @@ def gather_optimizer_state(
 ) -> dict[str, torch.Tensor]:
     """`{"<kind>/<parameter>": float32 CPU tensor}` for master, exp_avg and exp_avg_sq, complete on every rank.
 
-    A collective under DeepSpeed: every rank must call it, after at least one optimizer step.
+    A collective under DeepSpeed: every rank must call it. Before the first update the moments are zeros.
     """
     if uses_deepspeed:
         return _gather_partitions(parameters, optimizer)
     moments = _inner(optimizer).state
     state = {}
     for name, parameter in parameters.items():
-        values = {MASTER: parameter, **{kind: moments[parameter][kind] for kind in MOMENTS}}
+        values = {MASTER: parameter, **{k: moments[parameter].get(k, torch.zeros_like(parameter)) for k in MOMENTS}}
         for kind, value in values.items():
             state[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True)
     return state
@@ -44,7 +44,7 @@ def load_optimizer_state(
 
     Args:
         state: from `gather_optimizer_state`.
-        step: optimizer steps done, Adam's bias-correction count.
+        step: updates done, Adam's bias-correction count.
 
     Raises:
         CheckpointError: parameters missing, unexpected or of another shape, each named.
@@ -96,7 +96,7 @@ def _gather_partitions(parameters: Mapping[str, torch.nn.Parameter], optimizer: 
     for name, parameter, group, inside, partition in parameter_fragments(parameters, zero):
         master = zero.single_partition_of_fp32_groups[group]
         for kind in (MASTER, *MOMENTS):
-            held = master if kind == MASTER else zero.optimizer.state[master][kind]
+            held = master if kind == MASTER else zero.optimizer.state[master].get(kind, torch.zeros_like(master))
             # Every element is in the partition of exactly one rank, so the sum over ranks is the whole, exactly.
             whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=master.device)
             whole[inside] = held.detach()[partition]

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from llava_mole.config import RunConfig, parse_run_config, save_config
-from llava_mole.distributed import all_gather_objects, is_main_process
-from llava_mole.errors import CheckpointError, command
+from llava_mole.distributed import all_gather_objects, is_main_process, on_main
+from llava_mole.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError, UserError, command
 from llava_mole.log import get_logger, setup_logging
 from llava_mole.train.preflight import check_inputs
+from llava_mole.train.signals import StopRequested, StopSignal, record_exit_code
 
 logger = get_logger(__name__)
 
@@ -24,7 +25,13 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         UserError: see the steps; nothing has been written before the model and the data are known to be good.
+        StopRequested: SIGTERM or SIGUSR1 came; the run has saved.
     """
+    with StopSignal() as stop:
+        return _train(config, stop)
+
+
+def _train(config: RunConfig, stop: StopSignal) -> Path:
     from llava_mole.data.dataset import build_dataset
     from llava_mole.data.sampler import count_steps
     from llava_mole.data.tokenization import HFTextTokenizer
@@ -35,6 +42,7 @@ def train(config: RunConfig) -> Path:
         build_parts,
         load_adapter_state,
         load_projector,
+        start_from,
     )
     from llava_mole.model.layers import compile_layers, set_recompute
     from llava_mole.model.packed_attention import enable_packing
@@ -53,10 +61,10 @@ def train(config: RunConfig) -> Path:
     from llava_mole.train.trainer import Trainer
 
     check_inputs(config)
-    checkpoint = find_resume(config)
+    runtime = start_runtime(config)
+    checkpoint = on_main(lambda: find_resume(config))  # before the model is loaded, which takes minutes
     if checkpoint is not None:
         check_same_run(checkpoint, config)
-    runtime = start_runtime(config)
 
     torch.manual_seed(config.train.seed)  # the same initial weights on every rank
     model, hf_tokenizer, fingerprints = build_parts(config.model)
@@ -71,6 +79,7 @@ def train(config: RunConfig) -> Path:
         batching=config.train.batching,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
+        resuming=checkpoint is not None,
     )
     count_steps(len(dataset), config.train.global_batch_size)  # refuses a mixture smaller than one batch
     if config.projector_weights is not None:
@@ -78,6 +87,8 @@ def train(config: RunConfig) -> Path:
     if config.train.batching == "packed":
         enable_packing(model.causal_lm)
     attach_adapter(model, config.adapter)
+    if config.init_from is not None:
+        start_from(model, config.init_from, config.adapter, fingerprints)
     if checkpoint is not None:
         load_adapter_state(model, checkpoint)
     model.projector.requires_grad_(config.train_projector)
@@ -94,7 +105,7 @@ def train(config: RunConfig) -> Path:
     if checkpoint is not None:
         progress, state = read_progress(checkpoint)
         check_same_plan(progress, dataset.plan.digest, checkpoint)
-        load_optimizer_state(state, progress.step, parameters, optimizer, runtime.uses_deepspeed)
+        load_optimizer_state(state, progress.updates, parameters, optimizer, runtime.uses_deepspeed)
         logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
 
     run_dir = Path(config.train.output_dir)
@@ -113,6 +124,7 @@ def train(config: RunConfig) -> Path:
         writer=CheckpointWriter(run_dir, config, hf_tokenizer, fingerprints),
         tracker=Tracker(config, run_dir, progress.step, enabled=is_main_process()),
         progress=progress,
+        stop=stop,
     ).run()
     return run_dir
 
@@ -145,12 +157,21 @@ def check_same_plan(progress, digest: str, checkpoint: Path) -> None:
 
 
 @command
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     setup_logging()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after tokenizers has threads
-    config = parse_run_config(sys.argv[1:] if arguments is None else arguments)
-    train(config)
+    try:
+        train(parse_run_config(sys.argv[1:] if arguments is None else arguments))
+    except StopRequested as stopped:
+        logger.info("%s; go on with --train.resume auto (exit code %d)", stopped, EXIT_STOPPED)
+        leave_process_group()
+        # torchrun would count another exit code than 0 as a failure, and start the run again.
+        return 0 if record_exit_code(EXIT_STOPPED) else EXIT_STOPPED
+    except UserError:
+        record_exit_code(EXIT_USER_ERROR)
+        raise
     leave_process_group()
+    return 0
 
 
 def leave_process_group() -> None:

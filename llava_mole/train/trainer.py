@@ -5,7 +5,6 @@ counts of the whole step, so the update is the same too. Every step seeds its ow
 (seed, step, rank): nothing of them needs to be saved for an exact resume.
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -26,10 +25,17 @@ from llava_mole.distributed import all_gather_objects, all_reduce_sum
 from llava_mole.errors import UserError
 from llava_mole.log import get_logger
 from llava_mole.model.adapters import trainable_parameters
-from llava_mole.model.checkpoint import rotate_checkpoints
 from llava_mole.model.flops import model_shape
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.mole import collect_routing, mole_after_step, mole_auxiliary_loss, set_routing_inputs
+from llava_mole.mole import (
+    collect_routing,
+    mole_after_step,
+    mole_auxiliary_loss,
+    mole_drop_step,
+    mole_let_non_finite_pass,
+    set_routing_inputs,
+)
+from llava_mole.train.faults import StepGuard, check_ranks_agree
 from llava_mole.train.loss import next_token_targets, sample_losses, weigh
 from llava_mole.train.metrics import METRICS_FILE, Tracker, read_metrics
 from llava_mole.train.monitor import Monitor
@@ -37,16 +43,14 @@ from llava_mole.train.optim import set_learning_rates
 from llava_mole.train.progress import ProgressDisplay
 from llava_mole.train.routing import per_sample, routing_inputs
 from llava_mole.train.runtime import Runtime, micro_batch_context
-from llava_mole.train.saving import CheckpointWriter, Progress, write_summary
+from llava_mole.train.saving import CheckpointWriter, Progress, save_together, write_summary
+from llava_mole.train.signals import StopRequested, StopSignal, ignore_stop_signals
 from llava_mole.train.state import gather_optimizer_state
 from llava_mole.train.step_stats import StepStats
 from llava_mole.train.summary import summary_table
+from llava_mole.train.update import apply_gradients, backward, drop_gradients, squared_gradients
 
 logger = get_logger(__name__)
-
-
-class TrainingError(UserError):
-    """Training cannot go on; the message names the step and the samples."""
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Trainer:
     writer: CheckpointWriter
     tracker: Tracker
     progress: Progress
+    stop: StopSignal
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -86,13 +91,19 @@ class Trainer:
             train.batching if train.batching == "packed" else f"{train.batching} by {train.micro_batch_size}",
             left_over + (steps - self.total_steps) * train.global_batch_size,
         )
-
         self.monitor = Monitor(
             self.config, self.runtime, self.model, self.optimizer, self.dataset, self.pad_token_id, self.total_steps
         )
+        self.guard = StepGuard(self.config, self.runtime, self.progress, self.dataset.source_names, self.stop)
+        mole_let_non_finite_pass(self.model.language_model)
 
     def run(self) -> None:
-        """Train from `progress.step` to the last step, saving on the way and at the end."""
+        """Train from `progress.step` to the last step, saving on the way and at the end.
+
+        Raises:
+            StopRequested: some rank was asked to stop; the run has saved.
+            TrainingError: it cannot go on; raised on every rank.
+        """
         train, main = self.config.train, self.runtime.rank == 0
         first, run_started, entry = self.progress.step, time.perf_counter(), None
         self._check_shards(first)
@@ -109,13 +120,21 @@ class Trainer:
             self._count(stats)
             if self.monitor.due(step + 1):
                 entry = stats.entry(step + 1, rates, time.perf_counter() - started, waited)
-                entry = self.monitor.extend(entry, micro_batches)
+                entry = self.monitor.extend(entry, micro_batches) | self.guard.entry()
                 self.tracker.log(entry)
                 display.show(entry)
             display.advance()
+            self.guard.end_step()
             final = step + 1 == self.total_steps
-            if final or (step + 1) % train.save_every == 0:
+            saves = final or (step + 1) % train.save_every == 0 or self.guard.stop_requested
+            if saves or (train.check_ranks_every and (step + 1) % train.check_ranks_every == 0):
+                check_ranks_agree(trainable_parameters(self.model), step + 1)
+            if saves:
                 self.save(final)
+            if self.guard.stop_requested and not final:
+                display.close()
+                self.tracker.close()
+                raise StopRequested(f"asked to stop; stopped after step {step + 1} of {self.total_steps}")
         display.close()
         self.tracker.close()
         if main:
@@ -129,20 +148,8 @@ class Trainer:
     def save(self, final: bool) -> None:
         """Write a checkpoint; a collective. One that fails is reported and training goes on, unless it is the last."""
         state = gather_optimizer_state(trainable_parameters(self.model), self.optimizer, self.runtime.uses_deepspeed)
-        problem = None
-        if self.runtime.rank == 0:
-            try:
-                path = self.writer.write(self.model, state, self.progress)
-                rotate_checkpoints(self.writer.run_dir, self.config.train.keep_checkpoints)
-                logger.info("saved %s", path)
-            except OSError as error:
-                problem = str(error)
-        problem = all_gather_objects(problem)[0]
-        if problem is not None:
-            message = f"the checkpoint of step {self.progress.step} could not be written: {problem}"
-            if final:
-                raise TrainingError(message + "; free disk space and run again with --train.resume auto")
-            logger.error("%s; training goes on, earlier checkpoints are untouched", message)
+        self.tracker.sync()
+        save_together(self.writer, self.model, state, self.progress, self.config.train.keep_checkpoints, final)
 
     def _step(self, step: int, micro_batches: list[dict]) -> StepStats:
         """Forward and backward over one step's micro-batches, then the optimizer's update."""
@@ -153,17 +160,19 @@ class Trainer:
         targets = sum(int(next_token_targets(batch["labels"])[0].sum()) for batch in micro_batches)
         global_tokens = float(all_reduce_sum(torch.tensor(float(targets), device=runtime.device)))
         stats = StepStats(self.dataset.source_names, runtime.device)
+        parameters = list(trainable_parameters(self.model).values())
         for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with micro_batch_context(runtime, self.engine, last):
+            with micro_batch_context(runtime, self.engine, last=index == len(micro_batches) - 1):
                 loss = self._loss(batch, global_tokens, stats)
-                if last:
-                    stats.reduce()
-                    self._check_finite(step, stats, micro_batches)
-                self._backward(loss)
-        self._update(stats)
-        if self.config.adapter.method == "mole":
+                self.guard.watch(batch, loss)
+                backward(runtime, self.engine, loss)
+        stats.reduce()
+        if self.guard.allows_update(step, squared_gradients(runtime, self.optimizer, parameters)):
+            stats.grad_norm = apply_gradients(runtime, self.engine, self.optimizer, parameters, train.max_grad_norm)
             mole_after_step(self.model.language_model)
+        else:
+            drop_gradients(runtime, self.optimizer)
+            mole_drop_step(self.model.language_model)
         return stats
 
     def _loss(self, batch: dict, global_tokens: float, stats: StepStats) -> torch.Tensor:
@@ -202,35 +211,6 @@ class Trainer:
         stats.add_routing(batch["source_index"], masks["token_mask"], routing, auxiliary.detach())
         return auxiliary
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        """Gradients are averaged over ranks, so the share is scaled by their number first. Micro-batches add up."""
-        loss = loss * self.runtime.world_size
-        if self.runtime.uses_deepspeed:
-            self.engine.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
-        else:
-            self.runtime.accelerator.backward(loss)
-
-    def _update(self, stats: StepStats) -> None:
-        """Clip, update and clear the gradients. DeepSpeed does all of it in its `step`."""
-        if self.runtime.uses_deepspeed:
-            self.engine.step()  # type: ignore[operator]
-            stats.grad_norm = float(self.engine.get_global_grad_norm())  # type: ignore[operator]
-            return
-        limit = self.config.train.max_grad_norm or math.inf
-        parameters = list(trainable_parameters(self.model).values())
-        stats.grad_norm = float(self.runtime.accelerator.clip_grad_norm_(parameters, limit))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _check_finite(self, step: int, stats: StepStats, micro_batches: list[dict]) -> None:
-        if not math.isfinite(stats.loss + stats.auxiliary):
-            ids = [sample for batch in micro_batches for sample in batch["ids"]]
-            raise TrainingError(
-                f"the loss of step {step + 1} is {stats.loss} (auxiliary {stats.auxiliary}); samples of rank "
-                f"{self.runtime.rank}: {ids[:8]}. Lower train.learning_rate or look at these samples, then go on with "
-                "--train.resume auto"
-            )
-
     def _count(self, stats: StepStats) -> None:
         self.progress.step += 1
         self.progress.samples_consumed += self.config.train.global_batch_size
@@ -247,6 +227,7 @@ class Trainer:
             num_workers=workers,
             pin_memory=self.runtime.device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            worker_init_fn=ignore_stop_signals,
         )
 
     def _check_shards(self, step: int) -> None:

@@ -17,7 +17,7 @@ from llava_mole.data.collator import Example
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.mixture import plan_epoch
-from llava_mole.errors import ConfigError, DataError, UserError
+from llava_mole.errors import ConfigError, DataError
 
 IMAGE_TOKENS = 4
 Write = Any
@@ -61,10 +61,11 @@ def rewrite(world: DataConfig, name: str, *records: dict[str, Any]) -> None:
     Path(world.sources[name].annotations).write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]")
 
 
-def build(world: DataConfig, *, epochs: int = 1, seed: int = 0, image_tokens: int = IMAGE_TOKENS) -> SupervisedDataset:
-    return build_dataset(
-        world, LlamaSentencePiece(legacy=False), ImageProcessor(8), image_tokens, seed=seed, epochs=epochs
-    )
+def build(
+    world: DataConfig, *, epochs: int = 1, seed: int = 0, image_tokens: int = IMAGE_TOKENS, resuming: bool = False
+) -> SupervisedDataset:
+    tokenizer = LlamaSentencePiece(legacy=False)
+    return build_dataset(world, tokenizer, ImageProcessor(8), image_tokens, seed=seed, epochs=epochs, resuming=resuming)
 
 
 def test_every_position_is_the_example_the_plan_names(world: DataConfig) -> None:
@@ -228,18 +229,36 @@ def test_wrong_setting_is_found_before_files_are_read(world: DataConfig) -> None
         build(world)
 
 
-def test_corrupt_image_names_record_and_file_when_it_is_loaded(world: DataConfig, tmp_path: Path) -> None:
-    file = tmp_path / "general" / "1.png"
-    file.write_bytes(file.read_bytes()[:40])
+def test_image_that_breaks_in_a_run_is_replaced_by_the_next_of_its_source(world: DataConfig, tmp_path: Path) -> None:
     dataset = build(world)
-    messages = []
-    for position in range(len(dataset)):
-        try:
-            dataset[position]
-        except UserError as error:
-            messages.append(str(error))
-    (message,) = messages
-    assert message.startswith(f"{tmp_path}/general.json:3: image '{file}' cannot be decoded")
+    whole = [dataset[position] for position in range(len(dataset))]
+    (tmp_path / "general" / "2.png").write_bytes((tmp_path / "general" / "2.png").read_bytes()[:40])
+    (tmp_path / "general" / "3.png").unlink()
+    for again in (dataset, build(world, resuming=True), pickle.loads(pickle.dumps(build(world, resuming=True)))):
+        for position, before in enumerate(whole):
+            example = again[position]
+            if before.source == "general" and before.id in ("i2", "i3"):
+                # Records 4 and 5 have no image; the search goes on at the source's start.
+                assert example.id == "i0"
+                assert torch.equal(
+                    example.image, next(e.image for e in whole if e.id == "i0" and e.source == "general")
+                )
+                assert example.replaced_image.startswith(f"{tmp_path}/general.json:{int(before.id[1]) + 2}: image ")
+            else:
+                assert (example.id, example.replaced_image) == (before.id, None)
+    with pytest.raises(DataError, match=r"general\.json:5: image '3\.png' is no file"):
+        build(world)
+
+
+def test_a_source_without_any_readable_image_is_an_error(world: DataConfig, tmp_path: Path) -> None:
+    dataset = build(world)
+    for file in (tmp_path / "document").glob("*.png"):
+        file.unlink()
+    position = next(p for p in range(len(dataset)) if dataset.plan[p][0] == "document")
+    with pytest.raises(
+        DataError, match=r"document\.json:\d: image .* nor can the image of any of the 100 records after"
+    ):
+        dataset[position]
 
 
 def test_end_marker_of_several_tokens_is_warned_about(world: DataConfig, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,177 @@
+"""What the loop does when something goes wrong in a step, decided by all ranks together.
+
+A rank that alone skips a step, saves or stops leaves the others waiting for it in a collective. So each rank says what
+it has seen (a signal to stop, a loss or gradient that is not finite, images that had to be replaced), one sum over the
+ranks makes it known to all, and all do the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from llava_mole.config import RunConfig
+from llava_mole.distributed import all_gather_objects, all_reduce_sum
+from llava_mole.errors import UserError
+from llava_mole.log import get_logger
+from llava_mole.train.runtime import Runtime
+from llava_mole.train.saving import Progress
+from llava_mole.train.signals import StopSignal
+
+FEW_BAD_IMAGES = 10
+"""So many replaced images of a source are never too many: a share of few samples means nothing."""
+_SHOWN = 8
+_CHUNK = 1 << 22
+
+logger = get_logger(__name__)
+
+
+class TrainingError(UserError):
+    """Training cannot go on; the message names the step and the samples. Raised on every rank at the same step."""
+
+    on_every_rank = True
+
+
+class StepGuard:
+    """Watches the steps of a run; `progress` keeps its counts, so that they survive a restart."""
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, progress: Progress, sources: Sequence[str], stop: StopSignal
+    ):
+        self.stop_requested = False
+        """Whether some rank was asked to stop; the same on every rank after `allows_update`."""
+        self._max_bad_steps = config.train.max_bad_steps
+        self._max_bad_image_share = config.data.max_bad_image_share
+        self._runtime = runtime
+        self._progress = progress
+        self._sources = sources
+        self._stop = stop
+        self._seen: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+    def watch(self, batch: dict[str, Any], loss: torch.Tensor) -> None:
+        """Note a micro-batch and its loss (a scalar on the device, not waited for)."""
+        self._seen.append((batch, loss.detach()))
+
+    def allows_update(self, step: int, squared_gradients: torch.Tensor) -> bool:
+        """Whether the step may change the parameters; a collective, after the backward pass of all micro-batches.
+
+        Args:
+            step: optimizer steps done before this one.
+            squared_gradients: this rank's part of the global squared gradient norm, see `update.squared_gradients`.
+
+        Returns:
+            False on every rank if a loss or gradient of any of them is not finite; the step is then to be dropped.
+        """
+        seen, self._seen = self._seen, []
+        replaced = [entry for batch, _ in seen for entry in batch["replaced_images"]]
+        local = torch.zeros(3 + len(self._sources), dtype=torch.float64, device=self._runtime.device)
+        local[0] = float(self._stop.requested)
+        if seen:
+            local[1] = (~torch.stack([loss.float() for _, loss in seen]).isfinite()).any().double()
+        local[2] = squared_gradients
+        for source, _ in replaced:
+            local[3 + self._sources.index(source)] += 1
+        stop, bad_losses, squares, *bad_images = all_reduce_sum(local).tolist()
+        self.stop_requested = stop > 0
+        if any(bad_images):
+            self._count_images(bad_images, replaced)
+        if bad_losses == 0 and squares < float("inf"):
+            self._progress.bad_steps_in_a_row = 0
+            return True
+        self._progress.skipped_steps += 1
+        self._progress.bad_steps_in_a_row += 1
+        self._report_bad_step(step, seen, bad_losses > 0)
+        return False
+
+    def end_step(self) -> None:
+        """Give up where it would be wrong to go on.
+
+        Raises:
+            TrainingError: too many bad steps in a row, or too many images of a source that cannot be read.
+        """
+        progress = self._progress
+        if progress.bad_steps_in_a_row >= self._max_bad_steps:
+            raise TrainingError(
+                f"{progress.bad_steps_in_a_row} steps in a row up to step {progress.step} had a loss or gradient that "
+                "is not finite (train.max_bad_steps); the samples are named above. Lower train.learning_rate or "
+                "remove what is wrong with these samples, then go on with --train.resume auto"
+            )
+        for source, count in progress.replaced_images.items():
+            consumed = progress.consumed_by_source.get(source, 0)
+            share = self._max_bad_image_share
+            if count > (max(FEW_BAD_IMAGES, share * consumed) if share else 0):
+                raise TrainingError(
+                    f"{count} of {consumed} samples of source {source!r} had an image that cannot be read, more than "
+                    f"data.max_bad_image_share {share} allows; check that data.sources.{source}.image_folder is "
+                    "mounted and whole, then go on with --train.resume auto"
+                )
+
+    def entry(self) -> dict[str, Any]:
+        """What the metrics say of faults: counts since the start of the run, where there are any."""
+        progress = self._progress
+        counts = {"skipped_steps": progress.skipped_steps, "replaced_images": dict(progress.replaced_images)}
+        return {key: value for key, value in counts.items() if value}
+
+    def _count_images(self, counts: Sequence[float], replaced: list[tuple[str, str]]) -> None:
+        for source, count in zip(self._sources, counts, strict=True):
+            if count:
+                before = self._progress.replaced_images.get(source, 0)
+                self._progress.replaced_images[source] = before + int(count)
+        messages = [message for rank in all_gather_objects(replaced) for _, message in rank]
+        for message in messages[:_SHOWN]:
+            logger.warning("%s; another sample of its source is used instead", message)
+        if len(messages) > _SHOWN:
+            logger.warning("%d more images of this step cannot be read", len(messages) - _SHOWN)
+
+    def _report_bad_step(self, step: int, seen: list[tuple[dict[str, Any], torch.Tensor]], in_loss: bool) -> None:
+        ids = [
+            sample for batch, loss in seen if not in_loss or not bool(loss.isfinite().all()) for sample in batch["ids"]
+        ]
+        ranks = [f"rank {rank}: {shown(ids)}" for rank, ids in enumerate(all_gather_objects(ids)) if ids]
+        logger.error(
+            "step %d is skipped on all ranks: its %s not finite; samples of %s (%d in a row, %d in the run)",
+            step + 1,
+            "loss is" if in_loss else "gradients are",
+            "; ".join(ranks[:_SHOWN]),
+            self._progress.bad_steps_in_a_row,
+            self._progress.skipped_steps,
+        )
+
+
+def shown(ids: Sequence[str]) -> str:
+    """The first few ids, and how many more there are."""
+    return ", ".join(ids[:_SHOWN]) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+
+
+def check_ranks_agree(parameters: Mapping[str, torch.Tensor], step: int) -> None:
+    """Compare a hash of every trainable parameter over the ranks; a collective.
+
+    Raises:
+        TrainingError: the ranks' parameters have drifted apart; the message names the ranks and a parameter.
+    """
+    hashes = all_gather_objects([parameter_hash(parameter) for parameter in parameters.values()])
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, values in enumerate(hashes):
+        groups.setdefault(tuple(values), []).append(rank)
+    if len(groups) == 1:
+        return
+    usual, *others = sorted(groups.items(), key=lambda item: -len(item[1]))
+    name = next(n for n, a, b in zip(parameters, usual[0], others[0][0], strict=True) if a != b)
+    apart = sorted(rank for _, ranks in others for rank in ranks)
+    raise TrainingError(
+        f"after step {step} the trainable parameters of rank {shown([str(r) for r in apart])} differ from those of "
+        f"rank {shown([str(r) for r in usual[1]])} (first: {name}): memory or communication of a device is at fault. "
+        "Nothing was saved since; leave that machine out and go on with --train.resume auto"
+    )
+
+
+def parameter_hash(parameter: torch.Tensor) -> int:
+    """A hash of the parameter's bits, computed on its device: one sum of 64-bit integers, whatever the order."""
+    flat = parameter.detach().reshape(-1)
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64)
+        weights = torch.arange(start, start + part.numel(), device=flat.device) % 65521 + 1
+        total += (part * weights).sum()
+    return int(total)
