@@ -1,0 +1,268 @@
+"""The fault campaign: a small run on two CPU ranks is killed, starved of disk, damaged and resumed until it ends.
+
+    python scripts/bench/faults.py [--quick] [--kills N] [--seed N] [--distributed ddp|zero2] [--json FILE]
+
+Each run starts with `--train.resume auto`, has something done to it at a random moment, and starts again, until it is
+complete. Then its weights, its optimizer, its counters and the losses of all its steps must equal, bit for bit, those
+of a run that nothing was done to. A run that cannot be finished is *lost*; one that ends with another result has
+*resumed wrongly*. Some samples of all runs, the undisturbed one too, are NaN and some images cannot be read, so the
+skipped steps and replaced samples have to be the same as well. Exit code 1 if a run was lost or resumed wrongly.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faults_ranks import Farm, Ranks
+from mole_common import report, save
+
+STEPS, SAVE_EVERY = 40, 4
+FIRST_START_S = 300.0
+RUN_S = 120.0
+"""No incarnation of a run takes nearly that long: one that does hangs."""
+CALLS_IN_A_SAVE = 45
+MOST_RESTARTS = 60
+
+
+@dataclass
+class Campaign:
+    """The world, the undisturbed result, and what has been done so far."""
+
+    farm: Farm
+    directory: Path
+    distributed: str
+    random: random.Random
+    counts: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    restarts: int = 0
+    run_s: float = 2.0
+    """Seconds of the undisturbed run: moments for faults are drawn from them."""
+
+    @property
+    def kills(self) -> int:
+        return self.counts["kill -9, random moment"] + self.counts["kill -9 in a save"] + self.counts["kill -9, all"]
+
+    def prepare(self) -> None:
+        """Make the models and the data, with samples that are NaN and images that cannot be read."""
+        from tiny_models import make_world
+
+        make_world(self.directory, samples=40, text_only_every=5)
+        for number in (7, 21):
+            image = self.directory / "red" / "images" / f"red-{number}.png"
+            image.write_bytes(image.read_bytes()[:30])
+        self.counts["unreadable image (records)"] = 2
+        self.counts["NaN sample (records)"] = len(self.nan_ids)
+
+    nan_ids = ("blue-3", "red-18")
+
+    def start(self, name: str, **sabotage: Any) -> Ranks:
+        """Start, or go on with, the run of that name."""
+        from faults_rank import Sabotage
+
+        options = {
+            "train.output_dir": str(self.directory / name),
+            "train.distributed": self.distributed,
+            "train.resume": "auto",
+            "train.epochs": "3",
+            "train.max_steps": str(STEPS),
+            "train.save_every": str(SAVE_EVERY),
+            "train.micro_batch_size": "1",
+            "train.check_ranks_every": "5",
+        }
+        arguments = [str(self.directory / "config.yaml"), *(w for k, v in options.items() for w in (f"--{k}", v))]
+        return self.farm.start(arguments, self.directory / f"{name}.log", Sabotage(self.nan_ids, **sabotage))
+
+    def reference(self) -> dict[str, Any]:
+        """The run that nothing is done to, twice: the first one also starts the fork server."""
+        for name, limit_s in (("undisturbed-0", FIRST_START_S), ("undisturbed", RUN_S)):
+            started = time.monotonic()
+            codes = self.start(name).wait(limit_s)
+            self.run_s = time.monotonic() - started
+            if codes != [0, 0]:
+                raise SystemExit(f"the undisturbed run ended with {codes}:\n{self.tail(name)}")
+        if self.result("undisturbed") != self.result("undisturbed-0"):
+            raise SystemExit("two undisturbed runs differ: this machine does not compute the same twice")
+        return self.result("undisturbed")
+
+    def result(self, name: str) -> dict[str, Any]:
+        """Everything that must not depend on faults: tensors as bytes, counters, losses."""
+        from safetensors.torch import load_file
+
+        from llava_mole.model.checkpoint import list_checkpoints, verify_checkpoint
+
+        run_dir = self.directory / name
+        newest = list_checkpoints(run_dir)[0]
+        verify_checkpoint(newest)
+        tensors = load_file(newest / "trainer" / "optimizer.safetensors")
+        entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return {
+            "checkpoint": newest.name,
+            "tensors": {key: value.numpy().tobytes() for key, value in tensors.items()},
+            "progress": json.loads((newest / "trainer" / "state.json").read_text(encoding="utf-8")),
+            "steps": [[e["step"], e["loss"], e.get("auxiliary_loss")] for e in entries],
+            "leftovers": [path.name for path in run_dir.iterdir() if path.name.startswith(".")],
+        }
+
+    def disturb_until_done(self, name: str, expected: dict[str, Any], kills: int) -> None:
+        """One run from start to end, with something going wrong in each of its lives but the last."""
+        for life in range(MOST_RESTARTS):
+            calm = self.kills >= kills or life == MOST_RESTARTS - 1
+            codes, intended = self.undisturbed_life(name) if calm else self.disturbed_life(name)
+            self.restarts += 1
+            if codes is None:
+                self.lost.append(f"{name}: hung in life {life}\n{self.tail(name)}")
+                return
+            if codes == [0, 0]:
+                break
+            if any(code not in intended for code in codes):
+                self.lost.append(f"{name}: life {life} ended with {codes}\n{self.tail(name)}")
+                return
+            if not calm:
+                self.damage_disk(name)
+        else:
+            self.lost.append(f"{name}: not done after {MOST_RESTARTS} lives")
+            return
+        found = self.result(name)
+        if different := [key for key in expected if found[key] != expected[key]]:
+            self.wrong.append(f"{name}: {', '.join(different)} differ from the undisturbed run's")
+
+    def undisturbed_life(self, name: str) -> tuple[list[int] | None, set[int]]:
+        return self.start(name).wait(RUN_S), {0}
+
+    def disturbed_life(self, name: str) -> tuple[list[int] | None, set[int]]:
+        """Start, disturb, and wait for the end: exit codes, and those the disturbance explains."""
+        draw = self.random
+        failing: dict[int, str] = {}
+        if draw.random() < 0.25:
+            kind = draw.choice(["no_space", "file_limit"])
+            failing = {draw.randrange(2): kind}
+        killed = {-signal.SIGKILL, 1}
+        kind = draw.choices(["any", "save", "all", "stop"], [5, 4, 1, 1])[0]
+        if kind == "save":
+            moment = (draw.randrange(3), draw.randrange(CALLS_IN_A_SAVE))
+            ranks = self.start(name, die_in_save=moment, failing_saves=failing)
+            codes = ranks.wait(RUN_S)
+            self.counts["kill -9 in a save"] += codes is not None and codes[0] == -signal.SIGKILL
+        else:
+            ranks = self.start(name, failing_saves=failing)
+            time.sleep(draw.uniform(0.0, 1.1 * self.run_s))
+            if kind == "stop":
+                ranks.signal(draw.choice([signal.SIGTERM, signal.SIGUSR1]), draw.choice([None, 0, 1]))
+                codes = ranks.wait(RUN_S)
+                # Before the handler is there, the signal ends the process.
+                killed = {75, -signal.SIGTERM, -signal.SIGUSR1, 1, -signal.SIGKILL}
+                self.counts["SIGTERM or SIGUSR1, saved and stopped"] += codes == [75, 75]
+            else:
+                victims = [0, 1] if kind == "all" else [draw.randrange(2)]
+                hit = [ranks.kill(rank) for rank in victims]
+                codes = ranks.wait(RUN_S)
+                label = "kill -9, all" if kind == "all" else "kill -9, random moment"
+                self.counts[label] += any(hit)
+        log = Path(f"{self.directory / name}.log.0").read_text(encoding="utf-8", errors="replace")
+        seen = log.count("could not be written")
+        self.counts["save on a full disk"] += seen - self._seen.get(name, 0)
+        self._seen[name] = seen
+        return codes, killed
+
+    _seen: dict[str, int] = field(default_factory=dict)
+
+    def damage_disk(self, name: str) -> None:
+        """Now and then cut off or flip a bit of a file of the newest checkpoint, or lose an image for good."""
+        from llava_mole.model.checkpoint import list_checkpoints
+
+        draw = self.random
+        checkpoints = list_checkpoints(self.directory / name)
+        if len(checkpoints) >= 2 and draw.random() < 0.3:
+            file = draw.choice(sorted(p for p in checkpoints[0].rglob("*") if p.is_file() and p.stat().st_size))
+            content = bytearray(file.read_bytes())
+            if draw.random() < 0.5:
+                file.write_bytes(content[: draw.randrange(len(content))])
+                self.counts["torn file"] += 1
+            else:
+                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+                file.write_bytes(content)
+                self.counts["bit flip"] += 1
+        metrics = self.directory / name / "metrics.jsonl"
+        if metrics.exists() and draw.random() < 0.2:
+            metrics.write_bytes(metrics.read_bytes() + b'{"step": 9, "lo')
+            self.counts["torn line of metrics"] += 1
+        # The image that could not be decoded is now gone altogether: the same sample takes its place.
+        image = self.directory / "red" / "images" / "red-7.png"
+        if image.exists() and draw.random() < 0.2:
+            image.unlink()
+            self.counts["missing image at a restart"] += 1
+
+    def tail(self, name: str) -> str:
+        logs = [Path(f"{self.directory / name}.log.{rank}") for rank in range(2)]
+        return "\n".join(f"{p}:\n{p.read_text(errors='replace')[-2500:]}" for p in logs if p.exists())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="12 kills, under a minute once the imports are cached")
+    parser.add_argument("--kills", type=int, default=None, help="how many kill -9 (default 100; 12 with --quick)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds of faults")
+    parser.add_argument("--distributed", choices=["ddp", "zero2"], default="ddp")
+    parser.add_argument("--keep", type=Path, default=None, help="directory for runs and logs (default: temporary)")
+    parser.add_argument("--json", type=Path, default=None, help="write the table to this file")
+    options = parser.parse_args()
+    kills = options.kills if options.kills is not None else 12 if options.quick else 100
+    directory = options.keep or Path(tempfile.mkdtemp(prefix="faults-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    campaign = Campaign(Farm(), directory, options.distributed, random.Random(options.seed))
+    started = time.monotonic()
+    print(f"preparing in {directory} ...", flush=True)
+    campaign.prepare()
+    expected = campaign.reference()
+    if not expected["progress"]["skipped_steps"] or not expected["progress"]["replaced_images"]:
+        raise SystemExit("the undisturbed run met neither NaN nor unreadable images: the campaign would prove less")
+    print(f"undisturbed: {STEPS} steps in {campaign.run_s:.1f} s, {expected['progress']}", flush=True)
+    runs = 0
+    while campaign.kills < kills:
+        # What an earlier run has lost is there again for the next.
+        image = directory / "red" / "images" / "red-7.png"
+        image.write_bytes(b"\x89PNG")
+        campaign.disturb_until_done(f"run-{runs}", expected, kills)
+        runs += 1
+        print(
+            f"run {runs}: {campaign.kills}/{kills} kills, {campaign.restarts} starts, {len(campaign.lost)} lost, "
+            f"{len(campaign.wrong)} wrong, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    seconds = time.monotonic() - started
+    for problem in campaign.lost + campaign.wrong:
+        print(problem, file=sys.stderr)
+    rows: list[dict[str, Any]] = [{"fault": kind, "count": n} for kind, n in sorted(campaign.counts.items()) if n]
+    report(f"Faults, 2 ranks, {options.distributed}, float32 on CPU (measured)", rows)
+    total = {
+        "fault": "all",
+        "count": sum(n for kind, n in campaign.counts.items() if "(records)" not in kind),
+        "kills": campaign.kills,
+        "runs": runs,
+        "starts": campaign.restarts,
+        "lost_runs": len(campaign.lost),
+        "wrong_resumes": len(campaign.wrong),
+        "total_s": seconds,
+        "start_s": seconds / max(1, campaign.restarts),
+    }
+    report("Result: lost_runs and wrong_resumes must be 0", [total])
+    save([*rows, total], options.json)
+    if options.keep is None and not campaign.lost and not campaign.wrong:
+        shutil.rmtree(directory)
+    return 1 if campaign.lost or campaign.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

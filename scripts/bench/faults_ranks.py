@@ -1,0 +1,103 @@
+"""Starts ranks quickly and ends them roughly: a fork server in the place of torchrun."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = str(Path(__file__).parent)
+PEERS_S = 20.0
+"""Survivors of a lost rank must have noticed within this time; a launcher then kills them."""
+
+
+class Farm:
+    """Forks the ranks of runs from a server that has imported everything."""
+
+    def __init__(self) -> None:
+        paths = [HERE, str(ROOT), str(ROOT / "tests")]
+        sys.path[:0] = [path for path in paths if path not in sys.path]
+        os.environ.update(
+            PYTHONPATH=os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+            OMP_NUM_THREADS="1",
+            HF_HUB_OFFLINE="1",
+            TOKENIZERS_PARALLELISM="false",
+            CUDA_VISIBLE_DEVICES="",
+            DS_ACCELERATOR="cpu",
+        )
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["faults_rank"])
+
+    def start(
+        self, arguments: Sequence[str], log: Path, sabotage: object = None, world_size: int = 2, **environment: str
+    ) -> "Ranks":
+        """Start the ranks of one run; what they print goes to `log`.<rank>."""
+        from faults_rank import Sabotage, run_rank
+
+        port = free_port()
+        processes = []
+        for rank in range(world_size):
+            process = self._context.Process(
+                target=run_rank,
+                args=(rank, world_size, port, list(arguments), f"{log}.{rank}", sabotage or Sabotage(), environment),
+                daemon=True,
+            )
+            process.start()
+            processes.append(process)
+        return Ranks(processes)
+
+
+class Ranks:
+    """The processes of one run."""
+
+    def __init__(self, processes: Sequence[BaseProcess]):
+        self.processes = processes
+        self.started = time.monotonic()
+
+    def kill(self, rank: int) -> bool:
+        """`kill -9` one rank. Returns whether it was alive."""
+        alive = self.processes[rank].is_alive()
+        self.processes[rank].kill()
+        return alive
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one rank or all."""
+        for index, process in enumerate(self.processes):
+            if rank in (None, index) and process.is_alive():
+                os.kill(process.pid, number)  # type: ignore[arg-type]
+
+    def wait(self, timeout_s: float) -> list[int] | None:
+        """Exit codes of all ranks (minus the signal that killed one), or None if some still run after the time.
+
+        Once a rank has failed, the others get PEERS_S to notice and are then killed, as a launcher does.
+        """
+        deadline = time.monotonic() + timeout_s
+        while any(process.is_alive() for process in self.processes):
+            failed = [p for p in self.processes if p.exitcode not in (None, 0, 75)]
+            if failed:
+                deadline = min(deadline, time.monotonic() + PEERS_S)
+            if time.monotonic() > deadline:
+                self.end()
+                return [-signal.SIGKILL if p.exitcode is None else p.exitcode for p in self.processes] if failed else None
+            time.sleep(0.005)
+        return [int(process.exitcode or 0) for process in self.processes]
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
