@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Starts a training run: _launch.sh CONFIG [--key.sub value ...]. Topology comes from the environment only:
 #   GPUS_PER_NODE  processes on this machine (default: its GPUs, or 1 without one)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, one call on each
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, one call on each; RUN_ID the same on all of them
+#   MAX_RESTARTS   how often torchrun starts all ranks again after one has failed (default 0); they resume by themselves
 #   LAUNCHER       torchrun (default) | deepspeed (one call, machines from HOSTFILE) | python (one process, no ZeRO)
 #   DRY_RUN=1      print the command instead of running it
+# Exit code: 0 done, 2 a mistake in what was given, 75 stopped by SIGTERM or SIGUSR1 after saving (run it again with
+# --train.resume auto), anything else a failure. docs/scaling.md is the operator's page.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
@@ -20,10 +23,14 @@ case "$launcher" in
   python) command=(python) world=1 ;;
   torchrun)
     command=(torchrun --nproc_per_node "$gpus" --nnodes "$nodes")
+    [ "${MAX_RESTARTS:-0}" = 0 ] || command+=(--max-restarts "$MAX_RESTARTS")
     if [ "$nodes" -gt 1 ]; then
-      command+=(--node_rank "${NODE_RANK:?NODE_RANK is needed with NNODES > 1: 0 on the first machine}"
-                --master_addr "${MASTER_ADDR:?MASTER_ADDR is needed with NNODES > 1: name of the first machine}"
-                --master_port "${MASTER_PORT:-29500}")
+      node=${NODE_RANK:-${SLURM_NODEID:-}}
+      : "${node:?NODE_RANK is needed with NNODES > 1: 0 on the first machine}"
+      address=${MASTER_ADDR:?MASTER_ADDR is needed with NNODES > 1: name of the first machine}
+      # Which machine holds the rendezvous is said, not guessed from host names, which differ from network to network.
+      command+=(--rdzv_backend c10d --rdzv_endpoint "$address:${MASTER_PORT:-29500}" --rdzv_id "${RUN_ID:-llava_mole}"
+                --rdzv_conf "is_host=$([ "$node" = 0 ] && echo true || echo false)")
     else
       command+=(--standalone)
     fi ;;
@@ -42,4 +49,25 @@ python -m llava_mole.train.preflight "$world" "$@"
 # One thread a process unless told otherwise: more of them than cores slow each other down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / gpus > 0 ? $(nproc) / gpus : 1 ))}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
-exec "${command[@]}"
+[ "$launcher" = torchrun ] || exec "${command[@]}"
+
+# torchrun ends with 1 whatever its ranks ended with, and would kill them 30 s after a signal to stop. So it ignores
+# these signals, the ranks are asked to stop by a file, and leave their exit code in another.
+export LLAVA_MOLE_CONTROL_DIR
+LLAVA_MOLE_CONTROL_DIR=$(mktemp -d)
+trap 'rm -rf "$LLAVA_MOLE_CONTROL_DIR"' EXIT
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT  # torchrun's --signals-to-handle
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-10}  # for ranks that a lost one keeps waiting
+set -m  # a process group of its own: Ctrl-C reaches torchrun once, through the trap
+( trap '' TERM USR1; exec "${command[@]}" ) &
+child=$!
+trap 'touch "$LLAVA_MOLE_CONTROL_DIR/stop"' TERM USR1
+trap 'kill -INT "$child" 2>/dev/null || true' INT
+code=0
+wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do  # `wait` returns early when a signal arrives
+  code=0; wait "$child" || code=$?
+done
+left=$(cat "$LLAVA_MOLE_CONTROL_DIR/exit_code" 2>/dev/null || true)
+if [ "$left" = 75 ] || { [ "$code" -ne 0 ] && [ -n "$left" ]; }; then code=$left; fi
+exit "$code"

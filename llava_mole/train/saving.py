@@ -192,7 +192,7 @@ def _try_to_write(
 
 
 def find_resume(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. One rank calls it: it reads whole checkpoints to verify them.
+    """The checkpoint to go on from, or None for a new run. One rank calls it: whole checkpoints are read.
 
     A process that torchrun has restarted (`--max-restarts`) goes on from what its predecessor left, as with `auto`.
 
