@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), *sorted((ROOT / "scripts").rglob("*.sbatch")), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((ROOT / "scripts").rglob("*.sh")),
+    *sorted((ROOT / "scripts").rglob("*.sbatch")),
+    ROOT / ".ci" / "run",
+]
 TOPOLOGY = ("NNODES", "NODE_RANK", "GPUS_PER_NODE", "LAUNCHER", "DRY_RUN", "MAX_RESTARTS", "MASTER_ADDR", "MASTER_PORT")
 TRAINING = ["pretrain", "finetune_mole", "finetune_lora", "finetune_task"]
 

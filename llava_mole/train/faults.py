@@ -128,6 +128,8 @@ class StepGuard:
             sample for batch, loss in seen if not in_loss or not bool(loss.isfinite().all()) for sample in batch["ids"]
         ]
         ranks = [f"rank {rank}: {shown(ids)}" for rank, ids in enumerate(all_gather_objects(ids)) if ids]
+        if self._runtime.rank:
+            return  # errors are printed by every rank, and this one is everybody's
         logger.error(
             "step %d is skipped on all ranks: its %s not finite; samples of %s (%d in a row, %d in the run)",
             step + 1,

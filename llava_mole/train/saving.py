@@ -157,11 +157,13 @@ def save_together(
         problem = all_gather_objects(problem)[0]
         if problem is None:
             return
-        outlook = "free disk space: it is tried again" if final else "training goes on"
-        logger.error(
-            "the checkpoint of step %d could not be written: %s. Earlier ones are untouched; %s",
-            progress.step, problem, outlook,
-        )  # fmt: skip
+        if get_rank() == 0:
+            logger.error(
+                "the checkpoint of step %d could not be written: %s. Earlier ones are untouched; %s",
+                progress.step,
+                problem,
+                "free disk space: it is tried again" if final else "training goes on",
+            )
     if final:
         error = CheckpointError(
             f"the last checkpoint, of step {progress.step}, could not be written: {problem}. Free disk space and go on "

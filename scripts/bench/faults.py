@@ -148,7 +148,7 @@ class Campaign:
         if draw.random() < 0.25:
             kind = draw.choice(["no_space", "file_limit"])
             failing = {draw.randrange(2): kind}
-        killed = {-signal.SIGKILL, 1}
+        killed = {-signal.SIGKILL, -signal.SIGTERM, 1}
         kind = draw.choices(["any", "save", "all", "stop"], [5, 4, 1, 1])[0]
         if kind == "save":
             moment = (draw.randrange(3), draw.randrange(CALLS_IN_A_SAVE))

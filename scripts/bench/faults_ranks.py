@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = str(Path(__file__).parent)
-PEERS_S = 20.0
-"""Survivors of a lost rank must have noticed within this time; a launcher then kills them."""
+PEERS_S = 2.0
+"""Once a rank is lost, the others get a SIGTERM, and after this time a SIGKILL, as from a launcher."""
 
 
 class Farm:
@@ -73,18 +73,15 @@ class Ranks:
                 os.kill(process.pid, number)  # type: ignore[arg-type]
 
     def wait(self, timeout_s: float) -> list[int] | None:
-        """Exit codes of all ranks (minus the signal that killed one), or None if some still run after the time.
-
-        Once a rank has failed, the others get PEERS_S to notice and are then killed, as a launcher does.
-        """
-        deadline = time.monotonic() + timeout_s
+        """Exit codes of all ranks (minus the signal that killed one), or None if some still run after the time."""
+        deadline, failed = time.monotonic() + timeout_s, False
         while any(process.is_alive() for process in self.processes):
-            failed = [p for p in self.processes if p.exitcode not in (None, 0, 75)]
-            if failed:
-                deadline = min(deadline, time.monotonic() + PEERS_S)
+            if not failed and any(process.exitcode not in (None, 0, 75) for process in self.processes):
+                failed, deadline = True, min(deadline, time.monotonic() + PEERS_S)
+                self.signal(signal.SIGTERM)
             if time.monotonic() > deadline:
                 self.end()
-                return [-signal.SIGKILL if p.exitcode is None else p.exitcode for p in self.processes] if failed else None
+                return [int(process.exitcode or 0) for process in self.processes] if failed else None
             time.sleep(0.005)
         return [int(process.exitcode or 0) for process in self.processes]
 
