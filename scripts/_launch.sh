@@ -56,6 +56,8 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions
 export LLAVA_MOLE_CONTROL_DIR
 LLAVA_MOLE_CONTROL_DIR=$(mktemp -d)
 trap 'rm -rf "$LLAVA_MOLE_CONTROL_DIR"' EXIT
+# With one store for all attempts (torch 2.15) restarted ranks find the addresses of the dead ones there, and hang.
+[ "${MAX_RESTARTS:-0}" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT  # torchrun's --signals-to-handle
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-10}  # for ranks that a lost one keeps waiting
 set -m  # a process group of its own: Ctrl-C reaches torchrun once, through the trap

@@ -205,7 +205,7 @@ def find_resume(config: RunConfig) -> Path | None:
     run_dir, resume = Path(config.train.output_dir), config.train.resume
     clean_leftovers(run_dir)
     existing = list_checkpoints(run_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # set by torchrun
     if resume == "auto" or (restarted and existing):
         newest = newest_valid_checkpoint(run_dir)
         if newest is None and existing:
@@ -226,6 +226,11 @@ def find_resume(config: RunConfig) -> Path | None:
             "--train.resume auto, or choose another --train.output_dir"
         )
     return None
+
+
+def was_started(config: RunConfig) -> bool:
+    """Whether the run to be gone on with has begun before, be it that it has no checkpoint yet."""
+    return config.train.resume is not None and (Path(config.train.output_dir) / CONFIG_FILE).exists()
 
 
 def _step(checkpoint: Path) -> int:

@@ -55,6 +55,7 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
         check_same_run,
         find_resume,
         read_progress,
+        was_started,
         write_environment,
     )
     from llava_mole.train.state import load_optimizer_state
@@ -62,7 +63,8 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
 
     check_inputs(config)
     runtime = start_runtime(config)
-    checkpoint = on_main(lambda: find_resume(config))  # before the model is loaded, which takes minutes
+    # Before the model is loaded, which takes minutes.
+    checkpoint, started_before = on_main(lambda: (find_resume(config), was_started(config)))
     if checkpoint is not None:
         check_same_run(checkpoint, config)
 
@@ -79,7 +81,7 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
         batching=config.train.batching,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        resuming=checkpoint is not None,
+        resuming=started_before,
     )
     count_steps(len(dataset), config.train.global_batch_size)  # refuses a mixture smaller than one batch
     if config.projector_weights is not None:

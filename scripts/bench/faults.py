@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults_ranks import Farm, Ranks
 from mole_common import report, save
 
-STEPS, SAVE_EVERY = 40, 4
+STEPS, SAVE_EVERY = 32, 4
 FIRST_START_S = 300.0
 RUN_S = 120.0
 """No incarnation of a run takes nearly that long: one that does hangs."""
@@ -157,7 +157,7 @@ class Campaign:
             self.counts["kill -9 in a save"] += codes is not None and codes[0] == -signal.SIGKILL
         else:
             ranks = self.start(name, failing_saves=failing)
-            time.sleep(draw.uniform(0.0, 1.1 * self.run_s))
+            time.sleep(draw.uniform(0.0, 0.9 * self.run_s))
             if kind == "stop":
                 ranks.signal(draw.choice([signal.SIGTERM, signal.SIGUSR1]), draw.choice([None, 0, 1]))
                 codes = ranks.wait(RUN_S)
