@@ -14,7 +14,7 @@ from llava_mole.log import get_logger, setup_logging
 from llava_mole.train.preflight import check_inputs
 from llava_mole.train.signals import StopRequested, StopSignal, record_exit_code
 
-logger = get_logger(__name__)
+logger = get_logger("llava_mole.train.train")  # not __name__, which is __main__ under `python -m`
 
 
 def train(config: RunConfig) -> Path:
