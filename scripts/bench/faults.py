@@ -54,6 +54,10 @@ class Campaign:
     def kills(self) -> int:
         return self.counts["kill -9, random moment"] + self.counts["kill -9 in a save"] + self.counts["kill -9, all"]
 
+    @property
+    def lost_image(self) -> Path:
+        return self.directory / "red" / "images" / "red-7.png"
+
     def prepare(self) -> None:
         """Make the models and the data, with samples that are NaN and images that cannot be read."""
         from tiny_models import make_world
@@ -117,6 +121,7 @@ class Campaign:
 
     def disturb_until_done(self, name: str, expected: dict[str, Any], kills: int) -> None:
         """One run from start to end, with something going wrong in each of its lives but the last."""
+        self.lost_image.write_bytes(b"\x89PNG")  # what an earlier run has lost
         for life in range(MOST_RESTARTS):
             calm = self.kills >= kills or life == MOST_RESTARTS - 1
             codes, intended = self.undisturbed_life(name) if calm else self.disturbed_life(name)
@@ -199,9 +204,10 @@ class Campaign:
             metrics.write_bytes(metrics.read_bytes() + b'{"step": 9, "lo')
             self.counts["torn line of metrics"] += 1
         # The image that could not be decoded is now gone altogether: the same sample takes its place.
-        image = self.directory / "red" / "images" / "red-7.png"
-        if image.exists() and draw.random() < 0.2:
-            image.unlink()
+        # A run that has not begun would rightly refuse to.
+        begun = (self.directory / name / "config.yaml").exists()
+        if begun and self.lost_image.exists() and draw.random() < 0.2:
+            self.lost_image.unlink()
             self.counts["missing image at a restart"] += 1
 
     def tail(self, name: str) -> str:
@@ -231,9 +237,6 @@ def main() -> int:
     print(f"undisturbed: {STEPS} steps in {campaign.run_s:.1f} s, {expected['progress']}", flush=True)
     runs = 0
     while campaign.kills < kills:
-        # What an earlier run has lost is there again for the next.
-        image = directory / "red" / "images" / "red-7.png"
-        image.write_bytes(b"\x89PNG")
         campaign.disturb_until_done(f"run-{runs}", expected, kills)
         runs += 1
         print(

@@ -29,6 +29,7 @@ class Farm:
             TOKENIZERS_PARALLELISM="false",
             CUDA_VISIBLE_DEVICES="",
             DS_ACCELERATOR="cpu",
+            PYTHONWARNINGS="ignore::UserWarning",  # semaphores of processes that were killed, many of them
         )
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
         self._context = multiprocessing.get_context("forkserver")

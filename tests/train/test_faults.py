@@ -69,9 +69,8 @@ def test_short_campaign(farm: Farm, tmp_path: Path) -> None:
     assert expected["progress"]["skipped_steps"] > 0
     assert expected["progress"]["replaced_images"]["red"] > 0
     assert expected["leftovers"] == []
-    for number in range(2):
-        campaign.disturb_until_done(f"run-{number}", expected, kills=3 * (number + 1))
-    assert campaign.kills >= 4
+    campaign.disturb_until_done("run", expected, kills=4)
+    assert campaign.kills >= 2
     assert not campaign.lost
     assert not campaign.wrong
 
