@@ -48,7 +48,10 @@ class Tracker:
         self._write(entry)
         if self._wandb is not None:
             try:
-                self._wandb.log(_flatten(entry), step=entry["step"])
+                import wandb
+
+                histograms = {name: wandb.Histogram(values) for name, values in over_layers(entry).items()}
+                self._wandb.log(_flatten(entry) | histograms, step=entry["step"])
             except Exception as error:  # whatever the service raises, training goes on
                 logger.warning("wandb failed (%s); the run goes on with %s only", error, METRICS_FILE)
                 self._wandb = None
@@ -117,6 +120,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if line.strip():
                 logger.warning("%s: a damaged line is left out: %.60r", path, line)
     return [entries[step] for step in sorted(entries)]
+
+
+def over_layers(entry: dict[str, Any]) -> dict[str, list[float]]:
+    """What the routers of all layers do, as values for one histogram each: load of every expert, entropy, margin."""
+    by_layer = entry.get("expert_load_by_layer", [])
+    values = {f"over_layers/expert_load/{k}": list(loads) for k, loads in enumerate(zip(*by_layer, strict=True))}
+    for key in ("router_entropy_by_layer", "router_margin_by_layer"):
+        if key in entry:
+            values[f"over_layers/{key.removesuffix('_by_layer')}"] = entry[key]
+    return values
 
 
 def _with_nan(value: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from llava_mole.distributed import all_reduce_sum
-from llava_mole.mole import Routing, routing_load
+from llava_mole.mole import Routing, RoutingMeter
+from llava_mole.mole.stats import routing_entropy, routing_margin
 
 _TOTALS = ("loss", "auxiliary", "supervised_tokens", "tokens", "samples")
 
@@ -21,7 +22,8 @@ class StepStats:
         self._totals = torch.zeros(len(_TOTALS), dtype=torch.float64, device=device)
         self._source_loss = torch.zeros(len(sources), dtype=torch.float64, device=device)
         self._source_samples = torch.zeros(len(sources), dtype=torch.float64, device=device)
-        self._expert_tokens: torch.Tensor | None = None  # [sources, layers, K]
+        self._meter = RoutingMeter(len(sources))
+        self._certainty: torch.Tensor | None = None  # [2, layers]: entropy and margin, summed over tokens
 
     def add_batch(self, batch: dict, loss: torch.Tensor, sums_B: torch.Tensor, counts_B: torch.Tensor) -> None:
         """Add a micro-batch: its share of the loss, and per sample the loss sum and supervised tokens (both [B])."""
@@ -34,27 +36,30 @@ class StepStats:
         self._source_samples += member_SB.sum(dim=1)
 
     def add_routing(
-        self, source_B: torch.Tensor, token_mask_BL: torch.Tensor, routing: Routing, auxiliary: torch.Tensor
+        self,
+        source_B: torch.Tensor,
+        token_mask_BL: torch.Tensor,
+        image_mask_BL: torch.Tensor,
+        routing: Routing,
+        auxiliary: torch.Tensor,
     ) -> None:
         """Add a micro-batch's expert choices and its share of the auxiliary loss.
 
         Args:
             source_B: int64, source of each sample.
-            token_mask_BL: bool, tokens that are not padding; one row a sample.
+            token_mask_BL, image_mask_BL: bool, tokens that are not padding, and those of an image; one row a sample.
             routing: of the same rows.
             auxiliary: the share.
         """
         self._totals[1] += auxiliary
-        counts = []
-        for member_B in self._membership(source_B):
-            mask_BL = token_mask_BL & member_B[:, None]
-            counts.append(routing_load(routing, mask_BL).double() * mask_BL.sum())
-        added = torch.stack(counts)
-        self._expert_tokens = added if self._expert_tokens is None else self._expert_tokens + added
+        self._meter.update(routing, token_mask_BL, image_mask_BL, source_B)
+        tokens = token_mask_BL.sum()
+        added = torch.stack([routing_entropy(routing, token_mask_BL), routing_margin(routing, token_mask_BL)]).double()
+        self._certainty = added * tokens if self._certainty is None else self._certainty + added * tokens
 
     def reduce(self) -> None:
         """Sum over ranks; a collective."""
-        for tensor in (self._totals, self._source_loss, self._source_samples, self._expert_tokens):
+        for tensor in (self._totals, self._source_loss, self._source_samples, self._meter.counts, self._certainty):
             if tensor is not None:
                 all_reduce_sum(tensor)
 
@@ -103,15 +108,20 @@ class StepStats:
         }
         if torch.cuda.is_available():
             entry["max_memory_bytes"] = torch.cuda.max_memory_allocated()
-        if self._expert_tokens is not None:
+        if self._meter.counts is not None and self._certainty is not None:
             entry["auxiliary_loss"] = totals["auxiliary"]
-            entry["expert_load"] = _shares(self._expert_tokens.sum(dim=(0, 1)))
-            entry["expert_load_by_source"] = {
-                name: _shares(counts)
-                for name, counts in zip(self.sources, self._expert_tokens.sum(dim=1), strict=True)
-                if counts.sum() > 0
-            }
-            entry["expert_load_by_layer"] = [_shares(counts) for counts in self._expert_tokens.sum(dim=0)]
+            entry |= self._routing_entry(self._meter.counts, self._certainty / max(1.0, totals["tokens"]))
+        return entry
+
+    def _routing_entry(self, counts_MSLK: torch.Tensor, certainty_2L: torch.Tensor) -> dict[str, Any]:
+        """Load in all, by modality, source and layer; entropy (nats) and margin of the router by layer."""
+        by_modality, by_source = counts_MSLK.sum(dim=(1, 2)), counts_MSLK.sum(dim=(0, 2))
+        names = {"expert_load_by_modality": ("text", "image"), "expert_load_by_source": self.sources}
+        entry: dict[str, Any] = {"expert_load": _shares(counts_MSLK.sum(dim=(0, 1, 2)))}
+        for (key, parts), counts in zip(names.items(), (by_modality, by_source), strict=True):
+            entry[key] = {name: _shares(own) for name, own in zip(parts, counts, strict=True) if own.sum() > 0}
+        entry["expert_load_by_layer"] = [_shares(own) for own in counts_MSLK.sum(dim=(0, 1))]
+        entry["router_entropy_by_layer"], entry["router_margin_by_layer"] = certainty_2L.tolist()
         return entry
 
     def _membership(self, source_B: torch.Tensor) -> torch.Tensor:
@@ -121,4 +131,4 @@ class StepStats:
 
 
 def _shares(counts: torch.Tensor) -> list[float]:
-    return (counts / counts.sum().clamp(min=1.0)).tolist()
+    return (counts.double() / counts.sum().clamp(min=1)).tolist()

@@ -106,7 +106,7 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
     progress = Progress(plan_digest=dataset.plan.digest)
     if checkpoint is not None:
         progress, state = read_progress(checkpoint)
-        check_same_plan(progress, dataset.plan.digest, checkpoint)
+        check_same_plan(progress, dataset.plan.digest, config.train.global_batch_size, checkpoint)
         load_optimizer_state(state, progress.updates, parameters, optimizer, runtime.uses_deepspeed)
         logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
 
@@ -149,8 +149,13 @@ def trainable_table(model: torch.nn.Module) -> str:
     return "\n".join(lines)
 
 
-def check_same_plan(progress, digest: str, checkpoint: Path) -> None:
-    """Raise CheckpointError if the sample order is another than the checkpoint's."""
+def check_same_plan(progress, digest: str, global_batch_size: int, checkpoint: Path) -> None:
+    """Raise CheckpointError if the samples of the steps to come are others than the checkpoint's run would take."""
+    if progress.samples_consumed != progress.step * global_batch_size:
+        raise CheckpointError(
+            f"{checkpoint} took {progress.samples_consumed} samples in {progress.step} steps, but "
+            f"train.global_batch_size is {global_batch_size}: restore it, or start from the weights with --init-from"
+        )
     if progress.plan_digest != digest:
         raise CheckpointError(
             f"{checkpoint} consumed {progress.samples_consumed} samples of another sample order: data files, mixture, "

@@ -208,7 +208,7 @@ class Trainer:
         auxiliary = mole_auxiliary_loss(language_model, routing=routing, **masks)
         # A mean over this micro-batch's samples becomes its share of the mean over the step's samples.
         auxiliary = auxiliary * (len(batch["ids"]) / self.config.train.global_batch_size)
-        stats.add_routing(batch["source_index"], masks["token_mask"], routing, auxiliary.detach())
+        stats.add_routing(batch["source_index"], masks["token_mask"], masks["image_mask"], routing, auxiliary.detach())
         return auxiliary
 
     def _count(self, stats: StepStats) -> None:
@@ -235,7 +235,10 @@ class Trainer:
         if step >= self.total_steps:
             return
         own = self.plan.micro_batches(step, self.runtime.rank)
-        shards = all_gather_objects([position for row in own for position in row])
+        ranks = all_gather_objects((self.dataset.plan.digest, [position for row in own for position in row]))
+        if len({digest for digest, _ in ranks}) > 1:
+            raise RuntimeError("the ranks have planned different orders of samples: their data files differ")
+        shards = [positions for _, positions in ranks]
         union = {position for shard in shards for position in shard}
         size = self.config.train.global_batch_size
         if sum(map(len, shards)) != size or union != set(range(step * size, (step + 1) * size)):

@@ -1,6 +1,7 @@
 """A run from start to end in one process: it learns, saves, resumes bit for bit, and refuses what it cannot do."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tiny_models import make_data, make_language_model, make_world
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.errors import CheckpointError
 from llava_mole.model.builder import attach_adapter, build_parts, load_pretrained_model
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.metrics import over_layers, read_metrics
 from llava_mole.train.train import main, train
 
 STEPS = 8
@@ -93,6 +94,12 @@ def test_metrics_say_what_happened(reference: Path) -> None:
     assert set(entry["source_loss"]) <= {"red", "blue"}
     assert sum(entry["expert_load"]) == pytest.approx(1)
     assert len(entry["expert_load_by_layer"]) == 2
+    for share in entry["expert_load_by_modality"].values():
+        assert sum(share) == pytest.approx(1)
+    assert set(entry["expert_load_by_modality"]) == {"text", "image"}
+    for layer in range(2):
+        assert 0 < entry["router_entropy_by_layer"][layer] <= math.log(2) + 1e-6
+        assert 0 <= entry["router_margin_by_layer"][layer] <= 1
     assert entry["grad_norm"] > 0
     assert set(entry["learning_rate"]) == {"adapter", "projector", "router"}
     summary = json.loads((reference / "summary.json").read_text())
@@ -260,6 +267,21 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert message in errors[0]
     assert "Traceback" not in captured
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_batch(world: Path, reference: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"samples in \d+ steps, but train.global_batch_size is 8"):
+        run(world, reference.name, "--train.global_batch_size", "8", "--train.resume", "auto")
+
+
+def test_layers_become_histograms() -> None:
+    entry = {"expert_load_by_layer": [[0.1, 0.9], [0.4, 0.6]], "router_entropy_by_layer": [0.3, 0.2], "loss": 1.0}
+    assert over_layers(entry) == {
+        "over_layers/expert_load/0": [0.1, 0.4],
+        "over_layers/expert_load/1": [0.9, 0.6],
+        "over_layers/router_entropy": [0.3, 0.2],
+    }
+    assert over_layers({"loss": 1.0}) == {}
 
 
 def test_wandb_offline_needs_no_account(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
