@@ -39,7 +39,7 @@ def main() -> None:
     width = args.width or (512 if args.quick else 4096)
     tokens = args.tokens or ([1, 4] if args.quick else [1, 2, 4, 8, 16])
     experts = args.experts or ([1, 3] if args.quick else [1, 3, 8, 16])
-    passes, repeats = (5, 5) if args.quick else (10, 15)
+    passes, repeats = (5, 5) if args.quick else (3, 15)
     repeats = args.repeats or repeats
     base = common.decoder(width, width * 43 // 16, max(1, width // 128), args.device)
     models: dict[str, nn.Module] = {"frozen": common.share(base), "plain_lora": common.plain_lora(base, args.rank)}
