@@ -107,8 +107,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (0, 1, 2):
-        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}; allowed are 0, 1 and 2. {SHARDED_REASON}")
+    if stage not in (1, 2):
+        raise ConfigError(
+            f"{path}: zero_optimization.stage is {stage!r}; allowed are 1 and 2 (without ZeRO: train.distributed "
+            f"'ddp'). {SHARDED_REASON}"
+        )
     if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         raise ConfigError(
             f"{path}: zero_optimization.offload_optimizer is set; leave it out. The optimizer's state takes about 2 GB "

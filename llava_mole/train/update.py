@@ -34,17 +34,16 @@ def squared_gradients(runtime: Runtime, optimizer: Any, parameters: Iterable[nn.
     Under ZeRO a rank keeps the reduced gradients of its partition, so the ranks' sums add up to the whole. Otherwise
     every rank has all of them, and each gives its share of the sum. It is not finite if any gradient is not.
     """
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     if runtime.uses_deepspeed:
-        for gradients in _zero(optimizer).averaged_gradients.values():
-            for gradient in gradients or ():
-                if gradient is not None:
-                    total += gradient.detach().float().square().sum()
-        return total
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total += parameter.grad.detach().float().square().sum()
-    return total / runtime.world_size
+        groups = _zero(optimizer).averaged_gradients.values()
+        gradients = [gradient for group in groups for gradient in group or () if gradient is not None]
+        ranks = 1
+    else:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        ranks = runtime.world_size
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=runtime.device)
+    return torch.nn.utils.get_total_norm(gradients).double().square() / ranks
 
 
 def apply_gradients(

@@ -244,7 +244,7 @@ def test_sharded_strategies_are_refused_with_the_reason(world: Path, strategy: s
 @pytest.mark.parametrize(
     ("zero", "message"),
     [
-        ({"stage": 3}, "stage is 3; allowed are 0, 1 and 2. ZeRO stage 3 and FSDP shard the frozen model"),
+        ({"stage": 3}, "stage is 3; allowed are 1 and 2 .* ZeRO stage 3 and FSDP shard the frozen model"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer is set; leave it out"),
     ],
 )
