@@ -205,8 +205,7 @@ def find_resume(config: RunConfig) -> Path | None:
     run_dir, resume = Path(config.train.output_dir), config.train.resume
     clean_leftovers(run_dir)
     existing = list_checkpoints(run_dir)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # set by torchrun
-    if resume == "auto" or (restarted and existing):
+    if resume == "auto" or (_restarted() and existing):
         newest = newest_valid_checkpoint(run_dir)
         if newest is None and existing:
             logger.error("none of the %d checkpoints of %s verifies: the run starts anew", len(existing), run_dir)
@@ -230,7 +229,13 @@ def find_resume(config: RunConfig) -> Path | None:
 
 def was_started(config: RunConfig) -> bool:
     """Whether the run to be gone on with has begun before, be it that it has no checkpoint yet."""
-    return config.train.resume is not None and (Path(config.train.output_dir) / CONFIG_FILE).exists()
+    resumes = config.train.resume is not None or _restarted()
+    return resumes and (Path(config.train.output_dir) / CONFIG_FILE).exists()
+
+
+def _restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that failed (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _step(checkpoint: Path) -> int:
