@@ -156,6 +156,7 @@ def entry(step: int, loss: float) -> dict:
 def test_a_log_file_gets_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     monkeypatch.setattr(logging.getLogger("llava_mole"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("llava_mole"), "handlers", [])  # which an entry point may have added before
     caplog.set_level(logging.INFO, logger="llava_mole")
     display = ProgressDisplay(4, 0, "test", enabled=True)
     for step in range(1, 5):
