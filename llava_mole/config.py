@@ -17,6 +17,8 @@ import yaml
 
 from llava_mole.errors import ConfigError
 
+Quantization = Literal["none", "8bit", "4bit"]
+
 SHARDED = ("zero3", "fsdp")
 SHARDED_REASON = (
     "ZeRO stage 3 and FSDP shard the frozen model too, which this trainer's checkpoints do not gather; all that trains "
@@ -49,6 +51,9 @@ class ModelConfig:
     """`linear` or `mlp<N>x_gelu`; `mlp2x_gelu` is LLaVA-1.5's."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel of the language model; packed rows need another than `eager`."""
+    quantization: Quantization = "none"
+    """The language model's frozen linears (not its head) in 8 bits or in 4 (NF4 with double quantisation, as QLoRA and
+    LLaVA), through bitsandbytes (extra `quant`). The directory holds the weights unquantised."""
 
 
 @dataclass(kw_only=True)

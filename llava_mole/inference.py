@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from llava_mole.config import Quantization
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, get_template, place_image_first, render
 from llava_mole.data.images import open_image
@@ -67,12 +68,15 @@ class Predictor:
         model_base: str | None = None,
         device: str = "auto",
         dtype: str = "float32",
+        quantization: Quantization | None = None,
         template: str | None = None,
     ) -> "Predictor":
         """Load a checkpoint or run directory; errors as `load_pretrained_model` and the constructor."""
         if template is not None:
             get_template(template)
-        loaded = load_pretrained_model(Path(model_path), model_base=model_base, device=device, dtype=dtype)
+        loaded = load_pretrained_model(
+            Path(model_path), model_base=model_base, device=device, dtype=dtype, quantization=quantization
+        )
         return cls(loaded, template=template)
 
     def generate(

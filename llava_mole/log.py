@@ -46,6 +46,8 @@ def _quieten_libraries() -> None:
 
     # PEFT and transformers call each other's renamed methods; both names work.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # It repeats at every 8-bit product that inputs are cast to float16, which is how 8 bits are done.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     if not sys.stderr.isatty():

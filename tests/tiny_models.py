@@ -35,7 +35,9 @@ def make_tokenizer(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def make_language_model(directory: Path, hidden_size: int = 32, layers: int = 2, seed: int = 0) -> None:
+def make_language_model(
+    directory: Path, hidden_size: int = 32, layers: int = 2, seed: int = 0, ffn_size: int = 48
+) -> None:
     """A random Llama with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,7 +46,7 @@ def make_language_model(directory: Path, hidden_size: int = 32, layers: int = 2,
     config = LlamaConfig(
         vocab_size=400,
         hidden_size=hidden_size,
-        intermediate_size=48,
+        intermediate_size=ffn_size,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -217,6 +217,7 @@ class Planner:
             rank=adapter.rank,
             recomputed_layers=policy.recomputed_layers,
             head_chunk=CHUNK_ELEMENTS // self.shape.vocab_size,
+            quantization=self.config.model.quantization,
         )
 
     def policies(self) -> list[Policy]:

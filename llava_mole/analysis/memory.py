@@ -5,7 +5,9 @@ Bytes per number: e is that of the compute precision (bfloat16 2, float32 4); fl
 
 from dataclasses import dataclass
 
+from llava_mole.config import Quantization
 from llava_mole.model.flops import ModelShape
+from llava_mole.model.quantization import BYTES_PER_WEIGHT
 
 RESERVE_BYTES = 2 * 2**30
 """CUDA context, NCCL's buffers, cuBLAS's workspace."""
@@ -92,6 +94,25 @@ def activation_bytes(
     return kept + unfolded + ends + projected
 
 
+def frozen_bytes(shape: ModelShape, parameters: int, compute_bytes: int, quantization: Quantization) -> float:
+    """Bytes of `parameters` frozen weights, of which those of the decoder layers' linears may be quantised."""
+    if quantization == "none":
+        return float(compute_bytes * parameters)
+    quantised = shape.linear_parameters
+    return compute_bytes * (parameters - quantised) + BYTES_PER_WEIGHT[quantization] * quantised
+
+
+def int8_input_bytes(shape: ModelShape, tokens: int, adapter: str, compute_bytes: int, recomputed_layers: int) -> float:
+    """Bytes of the linears' inputs that 8-bit products keep and that nothing else does.
+
+    bitsandbytes keeps the input of an 8-bit product, though its weight is frozen, and out of reach of recomputation.
+    """
+    d, w, f = shape.hidden_size, shape.attention_width, shape.ffn_size
+    beyond_others = {"none": 2 * d + f, "lora": 0, "mole": f}[adapter]
+    kept = (shape.layers - recomputed_layers) * beyond_others + recomputed_layers * (2 * d + w + f)
+    return float(compute_bytes * kept * tokens)
+
+
 def memory_items(
     shape: ModelShape,
     *,
@@ -104,6 +125,7 @@ def memory_items(
     rank: int,
     recomputed_layers: int,
     head_chunk: int,
+    quantization: Quantization = "none",
 ) -> dict[str, float]:
     """Bytes per item on one GPU at its fullest.
 
@@ -115,6 +137,7 @@ def memory_items(
         adapter, rank: as for `layer_bytes_per_token`.
         recomputed_layers: decoder layers whose activations are recomputed.
         head_chunk: positions whose logits exist at a time.
+        quantization: of the language model's linears.
     """
     e, trainable = precision.compute_bytes, float(trainable_parameters)
     shard = trainable / strategy.world_size if strategy.shards_optimizer else trainable
@@ -132,15 +155,20 @@ def memory_items(
     logits = (
         min(row.supervised, head_chunk) * shape.vocab_size * (2 * e + 12)
     )  # with the float32 copy, softmax, gradients
+    activations = activation_bytes(shape, row, adapter, rank, e, recomputed_layers)
+    if quantization == "8bit":
+        activations += int8_input_bytes(shape, tokens, adapter, e, recomputed_layers)
+    expanded = 0 if quantization == "none" else e * width * shape.ffn_size  # one weight at a time, for its product
     items = {
-        "frozen weights": float(e * frozen_parameters),
+        "frozen weights": frozen_bytes(shape, frozen_parameters, e, quantization),
         "trainable weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": activation_bytes(shape, row, adapter, rank, e, recomputed_layers),
+        "activations": activations,
         "logits": logits + 2.0 * e * width * row.supervised,
         # Gradients passing through one layer, the optimizer's temporaries, pixels.
-        "workspace": max(e * tokens * (5.0 * shape.ffn_size + 4.0 * width), 8 * shard) + 4.0 * 3 * 336**2 * row.images,
+        "workspace": max(e * tokens * (5.0 * shape.ffn_size + 4.0 * width) + expanded, 8 * shard)
+        + 4.0 * 3 * 336**2 * row.images,
         "buckets": buckets,
     }
     items["reserve"] = RESERVE_BYTES + FRAGMENTATION * sum(items.values())

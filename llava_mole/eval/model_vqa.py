@@ -18,6 +18,7 @@ from llava_mole.errors import ConfigError, command
 from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, check_images, read_questions, take_chunk, windows
 from llava_mole.log import setup_logging
+from llava_mole.model.quantization import add_quantization_arguments
 
 if TYPE_CHECKING:
     from llava_mole.inference import Predictor
@@ -34,6 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is for GPUs")
+    add_quantization_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
 
 
@@ -52,6 +54,7 @@ def describe_run(predictor: "Predictor", questions: Sequence[Question], decoding
     return {
         "model": str(path.resolve()),
         "manifest": hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+        "quantization": predictor.loaded.config.model.quantization,
         "dtype": str(next(predictor.loaded.model.parameters()).dtype),
         "template": predictor.template.name,
         "decoding": dataclasses.asdict(decoding),
@@ -136,7 +139,12 @@ def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
     from llava_mole.inference import Predictor
 
     return Predictor.from_pretrained(
-        model_path, model_base=args.model_base, device=args.device, dtype=args.dtype, template=args.conv_mode
+        model_path,
+        model_base=args.model_base,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        template=args.conv_mode,
     )
 
 

@@ -1,5 +1,6 @@
 """What is added to the frozen language model: nothing, plain LoRA, or the mixture of LoRA experts."""
 
+import math
 from typing import Any
 
 import torch
@@ -84,14 +85,21 @@ def parameter_part(name: str) -> str:
     return "language model"
 
 
+def weight_count(parameter: torch.Tensor) -> int:
+    """Weights that a parameter stands for: bitsandbytes packs two of 4 bits into one element."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
 def parameter_report(model: nn.Module) -> list[tuple[str, int, int]]:
     """`(part, trainable, total)` parameter counts, in the order of the model's parts."""
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         entry = counts.setdefault(parameter_part(name), [0, 0])
-        entry[1] += parameter.numel()
+        count = weight_count(parameter)
+        entry[1] += count
         if parameter.requires_grad:
-            entry[0] += parameter.numel()
+            entry[0] += count
     return [(part, trainable, total) for part, (trainable, total) in counts.items()]
 
 

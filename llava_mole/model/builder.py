@@ -8,16 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from llava_mole.config import AdapterConfig, ModelConfig, RunConfig, load_config
+from llava_mole.config import AdapterConfig, ModelConfig, Quantization, RunConfig, load_config
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.errors import CheckpointError, WeightsError
+from llava_mole.log import get_logger
 from llava_mole.model.adapters import add_adapter
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
 from llava_mole.model.language_model import check_language_model_dir, load_language_model, load_tokenizer
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import build_vision_tower
 from llava_mole.model.multimodal_projector import build_projector
+from llava_mole.model.quantization import quantize_linears, require_bitsandbytes
 
 PROJECTOR_FILE = "mm_projector.safetensors"
 PROJECTOR_PREFIX = "mm_projector."
@@ -29,6 +31,9 @@ SAME_ADAPTER = (
     "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale",
 )  # fmt: skip
 """Fields of an adapter's configuration that say what its weights mean. How it is trained may change."""
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -43,6 +48,7 @@ class LoadedModel:
     context_length: int
     """Longest sequence in tokens, image tokens included."""
     config: RunConfig
+    """The run's; paths and quantisation are those in use."""
     path: Path
     """The checkpoint directory."""
 
@@ -57,9 +63,12 @@ def select_device(name: str) -> torch.device:
 def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
     """The model without adapters, its Hugging Face tokenizer and the fingerprints of its frozen parts.
 
+    It is on the CPU with its weights as they are stored; `quantize_linears` is the next step where one is configured.
+
     Raises:
         WeightsError, ConfigError: see the builders of the parts.
     """
+    require_bitsandbytes(config.quantization)
     check_language_model_dir(config.language_model)
     tower = build_vision_tower(
         config.vision_tower.name,
@@ -183,6 +192,7 @@ def load_pretrained_model(
     model_base: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    quantization: Quantization | None = None,
 ) -> LoadedModel:
     """Load a checkpoint for inference.
 
@@ -191,9 +201,11 @@ def load_pretrained_model(
         model_base: directory of the language model, where it is no longer where the run found it.
         device: `auto`, `cpu` or `cuda`.
         dtype: `float32` or `bfloat16`.
+        quantization: of the language model; None as in training, which is what the adapter has learned to correct.
 
     Raises:
         CheckpointError: the directory does not verify, or the base model is another than the one trained on.
+        ConfigError: bitsandbytes is needed and absent.
         WeightsError: a base model is not where it should be.
     """
     path = resolve_checkpoint(model_path)
@@ -204,13 +216,18 @@ def load_pretrained_model(
     tower.weights = _where(tower.weights, manifest, "vision_tower_weights")
     if tower.name.endswith(".json"):
         tower.name = _where(tower.name, manifest, "vision_tower_config")
+    if quantization is not None and quantization != config.model.quantization:
+        logger.info("language model: quantisation %s, in training %s", quantization, config.model.quantization)
+        config.model.quantization = quantization
+    where, float_type = select_device(device), getattr(torch, dtype)
     model, hf_tokenizer, fingerprints = build_parts(config.model)
     _check_base(path, fingerprints)
+    quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
     load_projector(model.projector, path / PROJECTOR_FILE)
     if (path / ADAPTER_DIR).is_dir():
         model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR)
     model.requires_grad_(False)
-    model.to(select_device(device), getattr(torch, dtype)).eval()
+    model.to(where, float_type).eval()
     context = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     return LoadedModel(
         model=model,

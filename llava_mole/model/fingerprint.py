@@ -13,7 +13,8 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
     Args:
         tensors: `(name, tensor)` pairs in any order, in the dtype they are stored in. Values are read as float32,
-            so a file in half precision and its float32 copy have the same fingerprint. Quantised weights do not.
+            so a file in half precision and its float32 copy have the same fingerprint. Quantised weights do not:
+            take it before.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):

@@ -52,7 +52,7 @@ def describe_checkpoint(directory: Path) -> str:
     """A verified checkpoint in words. Raises CheckpointError where it is none or damaged."""
     manifest = verify_checkpoint(directory)
     lines = [f"checkpoint {directory}: verified, {len(manifest['files'])} files match their sha256"]
-    for key in ("stage", "step", "adapter", "template", "version"):
+    for key in ("stage", "step", "adapter", "template", "quantization", "version"):
         lines.append(f"  {key:<28}{manifest.get(key, 'not recorded')}")
     for key, value in manifest.get("paths", {}).items():
         lines.append(f"  {key:<28}{value}" + ("" if Path(value).exists() or "/" not in value else "   (not there now)"))

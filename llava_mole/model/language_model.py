@@ -1,5 +1,6 @@
 """The language model: any Hugging Face causal LM from a local directory, frozen."""
 
+import json
 from pathlib import Path
 
 from llava_mole.errors import WeightsError
@@ -7,11 +8,22 @@ from llava_mole.model.fingerprint import fingerprint
 
 
 def check_language_model_dir(path: str) -> None:
-    """Raise WeightsError unless `path` is a directory with a model configuration in it."""
-    if not (Path(path) / "config.json").is_file():
+    """Raise WeightsError unless `path` is a directory with the configuration of an unquantised model in it."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
         raise WeightsError(
             f"language model {path!r} is no directory with a config.json (model.language_model); download it first, "
             "or use a config of configs/tiny/, which needs no download"
+        )
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise WeightsError(f"{file} is no model configuration: {error}") from None
+    if stored:
+        raise WeightsError(
+            f"language model {path!r} is stored quantised ({stored.get('quant_method', 'unknown method')}), which "
+            "cannot be recognised as the base of an adapter; give the original, and quantise it at load with "
+            "--model.quantization 4bit or 8bit"
         )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llava_mole.decoding import Decoding
 from llava_mole.errors import DataError, command
 from llava_mole.log import setup_logging
+from llava_mole.model.quantization import add_quantization_arguments
 
 if TYPE_CHECKING:
     from llava_mole.inference import Predictor
@@ -34,6 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is for GPUs")
+    add_quantization_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -103,10 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llava_mole.inference import Predictor
 
     predictor = Predictor.from_pretrained(
-        args.model_path, model_base=args.model_base, device=args.device, dtype=args.dtype, template=args.conv_mode
+        args.model_path,
+        model_base=args.model_base,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        template=args.conv_mode,
     )
     origin = "as asked for" if args.conv_mode else "as stored in the checkpoint"
-    print(f"model: {predictor.loaded.path}   template: {predictor.template.name} ({origin})", flush=True)
+    quantization = predictor.loaded.config.model.quantization
+    base = "" if quantization == "none" else f"   language model in {quantization}"
+    print(f"model: {predictor.loaded.path}   template: {predictor.template.name} ({origin}){base}", flush=True)
     try:
         chat(predictor, image, questions_from(args.prompt), decoding)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_mole.config import RunConfig, check_batch, parse_run_config
 from llava_mole.errors import ConfigError, WeightsError, command
+from llava_mole.model.quantization import require_bitsandbytes
 
 TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
 
@@ -30,7 +31,11 @@ def missing_inputs(config: RunConfig) -> list[str]:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raise one WeightsError that names every absent input, what to do, and what runs without them."""
+    """Raise one WeightsError that names every absent input, what to do, and what runs without them.
+
+    Raises ConfigError where a package that the run needs is not installed.
+    """
+    require_bitsandbytes(config.model.quantization)
     absent = missing_inputs(config)
     if absent:
         raise WeightsError(

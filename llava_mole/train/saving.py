@@ -123,6 +123,7 @@ class CheckpointWriter:
             "stage": self.config.stage,
             "step": progress.step,
             "adapter": self.config.adapter.method,
+            "quantization": parts.quantization,
             "template": self.config.data.template,
             "fingerprints": self.fingerprints,
             "paths": {
@@ -243,9 +244,10 @@ def _step(checkpoint: Path) -> int:
 
 
 def check_same_run(checkpoint: Path, config: RunConfig) -> None:
-    """Raise CheckpointError unless the checkpoint is of the configured stage and kind of adapter."""
-    manifest = read_manifest(checkpoint)
-    for key, wanted in (("stage", config.stage), ("adapter", config.adapter.method)):
+    """Raise CheckpointError unless the checkpoint is of the configured stage, kind of adapter and quantisation."""
+    manifest = {"quantization": "none", **read_manifest(checkpoint)}
+    quantization = config.model.quantization
+    for key, wanted in (("stage", config.stage), ("adapter", config.adapter.method), ("quantization", quantization)):
         if manifest[key] != wanted:
             raise CheckpointError(f"{checkpoint} has {key} {manifest[key]!r}, this run has {wanted!r}: another run")
 
@@ -265,7 +267,7 @@ def write_summary(run_dir: Path, progress: Progress, entry: dict[str, Any] | Non
 def write_environment(run_dir: Path, world_size: int, device: str, engine: str) -> None:
     """Record what the run ran on; `engine` is the class that wraps the model."""
     packages = {}
-    for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch"):
+    for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "bitsandbytes"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -46,6 +46,7 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
     )
     from llava_mole.model.layers import compile_layers, set_recompute
     from llava_mole.model.packed_attention import enable_packing
+    from llava_mole.model.quantization import quantize_linears
     from llava_mole.train.metrics import Tracker
     from llava_mole.train.optim import build_optimizer
     from llava_mole.train.runtime import prepare, start_runtime
@@ -88,6 +89,8 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
         load_projector(model.projector, config.projector_weights)
     if config.train.batching == "packed":
         enable_packing(model.causal_lm)
+    compute_dtype = frozen_dtype(config.train.precision)
+    quantize_linears(model.causal_lm, config.model.quantization, runtime.device, compute_dtype)
     attach_adapter(model, config.adapter)
     if config.init_from is not None:
         start_from(model, config.init_from, config.adapter, fingerprints)
@@ -131,11 +134,19 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
     return run_dir
 
 
+def frozen_dtype(precision: str) -> torch.dtype:
+    """What frozen weights are kept in, and quantised ones compute in, under `train.precision`."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 def cast_for_training(model: torch.nn.Module, precision: str) -> None:
-    """Frozen weights in the compute dtype, trainable ones in float32 (DeepSpeed keeps float32 masters of its own)."""
+    """Frozen weights in the compute dtype, trainable ones in float32 (DeepSpeed keeps float32 masters of its own).
+
+    Quantised weights are integers and stay as they are.
+    """
     for parameter in model.parameters():
-        wide = parameter.requires_grad or precision == "fp32"
-        parameter.data = parameter.data.to(torch.float32 if wide else torch.bfloat16)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype(precision))
 
 
 def trainable_table(model: torch.nn.Module) -> str:

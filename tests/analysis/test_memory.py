@@ -1,5 +1,8 @@
 """Memory by item: hand-computed, and activations against what autograd really keeps."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -144,3 +147,32 @@ def test_float32_needs_no_copies() -> None:
         head_chunk=20,
     )
     assert (items["frozen weights"], items["trainable weights"]) == (40, 4000)
+
+
+def test_quantised_linears_take_fewer_bytes_and_one_is_expanded() -> None:
+    def items(quantization: Any, recomputed: int = 0) -> dict[str, float]:
+        return memory_items(
+            dataclasses.replace(shape(), linear_parameters=64_000),
+            frozen_parameters=100_000,
+            trainable_parameters=0,
+            precision=Precision(2),
+            strategy=Strategy("single", 1),
+            row=Row(tokens=100, images=0, supervised=30),
+            adapter="mole",
+            rank=RANK,
+            recomputed_layers=recomputed,
+            head_chunk=20,
+            quantization=quantization,
+        )
+
+    none, four, eight = items("none"), items("4bit"), items("8bit")
+    assert none["frozen weights"] == 2 * 100_000
+    # A half byte each; a byte for 64; 4 bytes for 256 of those bytes.
+    assert four["frozen weights"] == 2 * 36_000 + 32_000 + 1000 + 15.625
+    assert eight["frozen weights"] == 2 * 36_000 + 64_000
+    assert four["workspace"] - none["workspace"] == eight["workspace"] - none["workspace"] == 2 * WIDTH * FFN
+    assert four["activations"] == none["activations"]
+    # The mixture computes the input of down anew for the backward pass, but 8 bits keep it.
+    assert eight["activations"] - none["activations"] == 2 * 100 * 2 * FFN
+    kept = items("8bit", recomputed=2)["activations"] - items("none", recomputed=2)["activations"]
+    assert kept == 2 * 100 * 2 * (3 * WIDTH + FFN)

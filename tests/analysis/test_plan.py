@@ -1,6 +1,7 @@
 """`llava-mole plan`: exact counts without weights, the paper's hours, what fits, and one line for every mistake."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,3 +251,14 @@ def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
         build_meta_model(paper("--model.language_model", str(tmp_path)))
     with pytest.raises(WeightsError, match="known: vicuna-7b-v1.5, vicuna-13b-v1.5"):
         build_meta_model(paper("--model.language_model", str(tmp_path / "other")))
+
+
+def test_a_quantised_language_model_is_planned_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    frozen = {}
+    for quantization in ("none", "8bit", "4bit"):
+        plan = make_plan(paper("--model.quantization", quantization), PlanOptions(8, find_gpu("a100-80g"), steps=2))
+        frozen[quantization] = plan.configured.memory["frozen weights"]
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert frozen["none"] - frozen["8bit"] == pytest.approx(linears)
+    assert frozen["none"] - frozen["4bit"] == pytest.approx((1.5 - 1 / 64 - 1 / 4096) * linears)

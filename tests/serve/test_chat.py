@@ -146,5 +146,7 @@ def test_loading_options_reach_the_loader(chat_run, photo, monkeypatch: pytest.M
     monkeypatch.setattr(Predictor, "from_pretrained", spy)
     monkeypatch.setattr(Predictor, "stream", lambda self, image, turns, **options: iter(()))
     command = ["--model-path", str(chat_run), "--image-file", photo, "--prompt", "What?", "--model-base", "elsewhere"]
-    assert main([*command, "--dtype", "bfloat16", "--device", "cuda", "--conv-mode", "v1"]) == 0
-    assert seen == {"model_base": "elsewhere", "device": "cuda", "dtype": "bfloat16", "template": "v1"}
+    assert main([*command, "--dtype", "bfloat16", "--device", "cuda", "--conv-mode", "v1", "--load-4bit"]) == 0
+    assert seen == {
+        "model_base": "elsewhere", "device": "cuda", "dtype": "bfloat16", "quantization": "4bit", "template": "v1",
+    }  # fmt: skip
