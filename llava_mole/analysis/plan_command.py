@@ -8,6 +8,7 @@ from pathlib import Path
 from llava_mole.config import parse_run_config
 from llava_mole.errors import ConfigError, command
 from llava_mole.hardware import find_gpu
+from llava_mole.log import setup_logging
 
 FIGURE = "plan.png"
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     gpu = find_gpu(arguments.gpu)
     config = parse_run_config([arguments.config, *overrides], prog="llava-mole plan")
+    setup_logging()  # before libraries are imported that warn of what does not concern a plan
     from llava_mole.analysis.estimates import PlanOptions
     from llava_mole.analysis.plan import make_plan
     from llava_mole.analysis.plan_figure import draw_plan
