@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or not arguments[0].isdigit():
         raise ConfigError("usage: python -m llava_mole.train.preflight WORLD_SIZE CONFIG [--key value ...]")
     config = parse_run_config(arguments[1:])
-    check_inputs(config)
     train = config.train
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, int(arguments[0]))
+    check_inputs(config)
 
 
 if __name__ == "__main__":
