@@ -128,3 +128,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(world: Path, single: str, ze
     run_ranks(world, "one-to-two", "--train.resume", "auto")
     for name in ("two-to-one", "one-to-two"):
         assert_same_run(world, name, single)
+
+
+def test_two_ranks_then_one_then_two_again(world: Path, single: str) -> None:
+    options = ["--train.save_every", "2", "--train.keep_checkpoints", "3", "--train.batching", "packed"]
+    run = world / "chain"
+    run_ranks(world, "chain", "--train.distributed", "ddp", *options)
+    for step in (4, 6):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    train(parse_run_config(arguments(world, "chain", *options, "--train.resume", "auto")))
+    shutil.rmtree(run / f"checkpoint-{STEPS}")
+    run_ranks(world, "chain", "--train.distributed", "ddp", *options, "--train.resume", "auto")
+    assert_same_run(world, "chain", single)
