@@ -1,5 +1,6 @@
 """The way of batching changes the work, never the result: packed equals padded, whatever adapter and micro-batch."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,20 @@ def test_packed_rows_hold_several_samples_and_no_padding(world: Path, monkeypatc
     assert max(length for _, length in rows) <= 600
 
 
-def test_grouped_steps_are_of_one_modality_until_the_last(world: Path) -> None:
-    run = _train(world, "grouped", "--train.batching", "grouped")
-    assert [entry["samples"] for entry in _entries(run)] == [4] * STEPS
-    assert {entry["loss"] for entry in _entries(run)}.isdisjoint({0.0})
+def test_grouped_steps_are_of_one_modality(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_mole.train.trainer import Trainer
+
+    with_image: dict[int, list[bool]] = {}
+    original = Trainer._loss
+
+    def loss(self: Trainer, batch: dict, global_tokens: float, stats: Any) -> torch.Tensor:
+        with_image.setdefault(self.progress.step, []).extend(batch["has_image"].tolist())
+        return original(self, batch, global_tokens, stats)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    _train(world, "grouped", "--train.batching", "grouped")
+    # 16 samples with an image and 8 without: three whole steps and one; the rest of both would be mixed after them.
+    assert sorted(map(tuple, with_image.values())) == [(False,) * 4, *[(True,) * 4] * 3]
 
 
 def test_resume_may_change_the_way_of_batching(world: Path) -> None:
@@ -119,8 +130,6 @@ def test_resume_may_change_the_way_of_batching(world: Path) -> None:
     options = ["--train.save_every", "2", "--train.resume", "auto"]
     half = world / "half"
     _train(world, "half", "--train.batching", "padded", "--train.save_every", "2")
-    import shutil
-
     shutil.rmtree(half / f"checkpoint-{STEPS}")
     _train(world, "half", "--train.batching", "packed", *options)
     masters = load_file(whole / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
