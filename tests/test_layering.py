@@ -20,6 +20,8 @@ LAYERS = {
     "model": 3,
     "train": 4,
     "decoding": 4,
+    "prompts": 4,
+    "likelihood": 4,
     "inference": 4,
     "eval": 5,
     "serve": 5,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from llava_mole.conversation import Template, Turn, get_template, render
+from llava_mole.data.tokenization import TextTokenizer
 from llava_mole.errors import ConfigError
 from llava_mole.templates import TOKENIZER_TEMPLATE
 
@@ -18,13 +19,21 @@ _MARKS = ("qqAskedFirstqq", "qqSaidFirstqq", "qqAskedLastqq", "qqSaidLastqq")
 _ALTERNATIVE = "name a template of conversation.TEMPLATES instead"
 
 
-def resolve_template(name: str, hf_tokenizer: Any) -> Template:
-    """The template called `name`; `tokenizer` is the chat template of `hf_tokenizer`, a Hugging Face tokenizer.
+def check_template_name(name: str) -> None:
+    """Raise ConfigError for a name that `resolve_template` knows nothing about, before a tokenizer is loaded."""
+    if name != TOKENIZER_TEMPLATE:
+        get_template(name)
+
+
+def resolve_template(name: str, tokenizer: TextTokenizer | None) -> Template:
+    """The template called `name`; the name `tokenizer` stands for the chat template of the tokenizer given.
 
     Raises:
         ConfigError: no template has this name, or see `read_chat_template`.
     """
-    return read_chat_template(hf_tokenizer) if name == TOKENIZER_TEMPLATE else get_template(name)
+    if name != TOKENIZER_TEMPLATE:
+        return get_template(name)
+    return read_chat_template(getattr(tokenizer, "hf", None))
 
 
 def read_chat_template(hf_tokenizer: Any) -> Template:
@@ -37,7 +46,7 @@ def read_chat_template(hf_tokenizer: Any) -> Template:
         ConfigError: the tokenizer has no chat template, or one that no fixed strings describe: that writes the last
             answer otherwise than earlier ones, depends on the date, or changes the texts beyond stripping blanks.
     """
-    if not getattr(hf_tokenizer, "chat_template", None):
+    if hf_tokenizer is None or not getattr(hf_tokenizer, "chat_template", None):
         raise ConfigError(f"template 'tokenizer': the language model's tokenizer has no chat template; {_ALTERNATIVE}")
     published = _renderer(hf_tokenizer)
     template = _take_apart(published, set(hf_tokenizer.all_special_tokens) | set(hf_tokenizer.get_added_vocab()))

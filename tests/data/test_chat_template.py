@@ -95,7 +95,7 @@ def test_supervised_tokens_are_those_transformers_marks(name: str, own: bool) ->
     hf = tokenizer_with(REGISTERED[name], SPECIAL.get(name, []))
     messages = [{"role": turn.role, "content": turn.text} for turn in ROUNDS]
     wanted = hf.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    template = resolve_template("tokenizer" if own else name, hf)
+    template = resolve_template("tokenizer" if own else name, HFTextTokenizer(hf))
     encoded = encode(render(template, ROUNDS), HFTextTokenizer(hf), num_image_tokens=1, max_length=None)
     ids, mask = wanted["input_ids"], wanted["assistant_masks"]
     if ids[0] == hf.bos_token_id:  # this tokenizer adds none by itself, the chat template wrote it
@@ -173,4 +173,4 @@ def test_phi_3_adds_an_end_token_to_finished_conversations_only() -> None:
 
 def test_unknown_name_lists_the_tokenizers_own() -> None:
     with pytest.raises(ConfigError, match="template 'nope' does not exist; .*'tokenizer' \\(the tokenizer's own\\)"):
-        resolve_template("nope", tokenizer_with(None, []))
+        resolve_template("nope", HFTextTokenizer(tokenizer_with(None, [])))
