@@ -222,7 +222,7 @@ def test_the_tokenizers_own_template_comes_back_with_the_checkpoint(tmp_path: Pa
     (tmp_path / "language_model" / "chat_template.jinja").unlink()  # what counts is the checkpoint's tokenizer
     predictor = Predictor.from_pretrained(run, device="cpu")
     (batch,) = predictor.batches([None], ["What?"], batch_size=1)
-    assert predictor.loaded.tokenizer.hf.decode(batch.input_ids[0].tolist()).endswith("user: What?</s>assistant:")
+    assert predictor.loaded.tokenizer.hf.decode(batch.input_ids[0].tolist()).endswith("user: What?</s>assistant: ")
     assert predictor.template.stop == "</s>"
     assert len(predictor.generate([RED], ["What?"], max_new_tokens=3)) == 1
     with pytest.raises(ConfigError, match="the language model's tokenizer has no chat template"):
