@@ -183,6 +183,9 @@ class TrainConfig:
     """Older checkpoints are deleted after a newer one is complete."""
     validate_every: int = 0
     """Optimizer steps between two validation losses; the last step always has one. 0 turns it off."""
+    validation_answers: int = 0
+    """Held-out samples of each source that every validation also answers, greedily, and compares with the reference:
+    `validation_exact` and `validation_f1` by source."""
     resume: str | None = None
     """`auto`: newest valid checkpoint of output_dir, if any; or the directory of one."""
     max_bad_steps: int = 3
@@ -295,6 +298,18 @@ def check_run_config(config: RunConfig) -> None:
         raise ConfigError(
             f"train.min_learning_rate {train.min_learning_rate} is above train.learning_rate {train.learning_rate}"
         )
+    if not 0 <= train.validation_answers <= config.data.validation_samples:
+        raise ConfigError(
+            f"train.validation_answers is {train.validation_answers}; it must be 0 to data.validation_samples "
+            f"({config.data.validation_samples}), of which it takes the first"
+        )
+    blind = {"router": ("oracle",), "granularity": ("task", "given")}
+    for key, values in blind.items():
+        if train.validation_answers and config.adapter.options.get(key) in values:
+            raise ConfigError(
+                f"train.validation_answers cannot be used with adapter.options.{key} {config.adapter.options[key]!r}: "
+                "that gate needs to be told a sample's source, which a prompt does not have; set it to 0"
+            )
     if (config.data.validation_samples > 0) != (train.validate_every > 0) or config.data.validation_samples < 0:
         raise ConfigError(
             f"data.validation_samples is {config.data.validation_samples} and train.validate_every is "

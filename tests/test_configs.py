@@ -18,7 +18,7 @@ from llava_mole.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "stage:" in p.read_text(encoding="utf-8"))
-PARTS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(RUNS))
+PARTS = sorted(p for folder in ("models", "mixtures") for p in (ROOT / "configs" / folder).rglob("*.yaml"))
 MINIMAL = ["--stage", "finetune", "--train.output_dir", "x", "--data.sources.a.annotations", "a.json"]
 
 

@@ -60,8 +60,8 @@ class SupervisedDataset:
         self._records = dict(records_by_source)
         self._image_folders = dict(image_folders)
         self._source_index = {name: index for index, name in enumerate(plan.names)}
-        self._limits = limits
-        self._image_processor = image_processor
+        self.limits = limits
+        self.image_processor = image_processor
         self._lengths = lengths
         self.validation: SupervisedDataset | None = None
         """Samples held out of the plan, each once; None where validation is off."""
@@ -94,12 +94,22 @@ class SupervisedDataset:
         source, sample = self.plan[position]
         record, pictures, replaced = readable_record(self._records[source], sample, self._image_folders[source])
         encoded = self._encode(record)
-        images = torch.stack([self._image_processor(picture) for picture in pictures]) if pictures else None
+        images = torch.stack([self.image_processor(picture) for picture in pictures]) if pictures else None
         index = self._source_index[source]
         return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced)
 
+    def sample(self, position: int) -> tuple[str, Record, list[Image.Image]]:
+        """Source, record and decoded images of the sample at a position; a record in its place as `__getitem__` says.
+
+        Raises:
+            DataError: no image near it can be read.
+        """
+        source, sample = self.plan[position]
+        record, pictures, _ = readable_record(self._records[source], sample, self._image_folders[source])
+        return source, record, pictures
+
     def _encode(self, record: Record) -> Encoded:
-        limits = self._limits
+        limits = self.limits
         arguments = (record, limits.template, limits.tokenizer, limits.num_image_tokens, limits.max_length)
         if limits.policy == "truncate_history":
             shortened = encode_shortened(*arguments)

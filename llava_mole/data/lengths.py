@@ -180,9 +180,10 @@ def add_lengths(
         DataError: no prepared set, or the template cannot hold a record.
         WeightsError: see `HFTextTokenizer`.
     """
-    template = resolve_template(template_name, hf_tokenizer)
+    tokenizer = HFTextTokenizer(hf_tokenizer)
+    template = resolve_template(template_name, tokenizer)
     records = PreparedRecords(directory, Path(directory).name)
-    return int(stored_counts(records, template, HFTextTokenizer(hf_tokenizer), processes=processes)[:, 0].sum())
+    return int(stored_counts(records, template, tokenizer, processes=processes)[:, 0].sum())
 
 
 def _store(path: Path, counts: Counts) -> None:

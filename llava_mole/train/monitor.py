@@ -1,17 +1,22 @@
 """What is measured beside the training step itself: gradient norms by part, use of the hardware, validation loss."""
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from llava_mole.config import RunConfig
 from llava_mole.data.dataset import SupervisedDataset
+from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.distributed import all_reduce_sum
 from llava_mole.hardware import gpu_of_device
+from llava_mole.inference import Predictor
 from llava_mole.model.adapters import trainable_parameters
+from llava_mole.model.builder import LoadedModel
 from llava_mole.model.flops import model_shape, training_flops
 from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.train.answering import AnswerCheck
 from llava_mole.train.gradients import GradientNorms
 from llava_mole.train.runtime import Runtime
 from llava_mole.train.validation import Validator
@@ -52,6 +57,14 @@ class Monitor:
                 num_workers=config.train.num_workers,
                 routes=config.adapter.method == "mole",
             )
+        self._answer_check = None
+        if dataset.validation is not None and config.train.validation_answers:
+            self._answer_check = AnswerCheck(
+                dataset.validation,
+                predictor_in_training(config, model, dataset),
+                count=config.train.validation_answers,
+                routes=config.adapter.method == "mole",
+            )
 
     def due(self, step: int) -> bool:
         """Whether there is an entry after optimizer step `step` (from 1)."""
@@ -75,12 +88,24 @@ class Monitor:
         if self._validator is not None and self._validates(entry["step"]):
             started = time.perf_counter()
             entry["validation_loss"] = self._validator.losses(self._model)
+            if self._answer_check is not None:
+                scores = self._answer_check.scores()
+                entry |= {"validation_exact": scores["exact"], "validation_f1": scores["f1"]}
             entry["validation_s"] = time.perf_counter() - started
         return entry
 
     def _validates(self, step: int) -> bool:
         every = self._config.train.validate_every
         return every > 0 and (step % every == 0 or step == self._total_steps)
+
+
+def predictor_in_training(config: RunConfig, model: LlavaMole, dataset: SupervisedDataset) -> Predictor:
+    """Answers prompts with the model as it is at the moment, in the template it is trained with."""
+    tokenizer = cast(HFTextTokenizer, dataset.limits.tokenizer)
+    context = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length)
+    path = Path(config.train.output_dir)
+    template = config.data.template
+    return Predictor(LoadedModel(model, tokenizer, dataset.image_processor, template, context, config, path))
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -11,9 +11,13 @@ import torch
 from tiny_models import make_world
 
 from llava_mole.config import load_config, parse_run_config
+from llava_mole.data.dataset import build_dataset
 from llava_mole.errors import ConfigError
+from llava_mole.eval.metrics.overlap import token_f1
+from llava_mole.inference import Predictor
 from llava_mole.model.builder import build_image_processor, load_pretrained_model
 from llava_mole.model.flops import model_shape, training_flops
+from llava_mole.train.answering import first_of_each_source
 from llava_mole.train.metrics import read_metrics
 from llava_mole.train.monitor import batch_sums, peak_flops
 from llava_mole.train.progress import ProgressDisplay, format_seconds
@@ -51,8 +55,6 @@ def test_validation_comes_when_it_is_due(validated: Path) -> None:
 
 
 def test_validation_loss_is_that_of_the_held_out_samples(validated: Path) -> None:
-    from llava_mole.data.dataset import build_dataset
-
     config = load_config(validated / "config.yaml")
     loaded = load_pretrained_model(validated, device="cpu")
     processor = build_image_processor(loaded.model, config.data.image_aspect_ratio)
@@ -80,6 +82,58 @@ def test_validation_loss_is_that_of_the_held_out_samples(validated: Path) -> Non
         validator = Validator(held_out, row_tokens=row_tokens, pad_token_id=0, num_workers=0, routes=True)
         assert validator.losses(loaded.model) == pytest.approx(reported, abs=1e-4)
     assert not loaded.model.training
+
+
+def test_validation_answers_are_those_of_the_saved_model(world: Path) -> None:
+    """Scored again from the checkpoint with the Predictor; words of the references are counted by hand."""
+    answered = run(world, "answered", *OPTIONS, "--train.validation_answers", "3")
+    entry = read_metrics(answered / "metrics.jsonl")[-1]
+    predictor = Predictor.from_pretrained(answered, device="cpu")
+    config, model = predictor.loaded.config, predictor.loaded.model
+    processor = build_image_processor(model, config.data.image_aspect_ratio)
+    held_out = build_dataset(
+        config.data, predictor.loaded.tokenizer, processor, model.num_image_tokens, seed=config.train.seed, epochs=1
+    ).validation
+    assert held_out is not None
+    positions = first_of_each_source(held_out, 3)
+    assert len(positions) == 6
+    expected: dict[str, list[tuple[float, float]]] = {"red": [], "blue": []}
+    for position in positions:
+        source, record, pictures = held_out.sample(position)
+        (answer,) = predictor.generate([pictures or None], [record.turns[:1]], max_new_tokens=64)
+        said, wanted = answer.lower().split(), record.turns[1].text.lower().removesuffix(".").split()
+        said = [*said[:-1], said[-1].removesuffix(".")] if said else []
+        shared = sum(min(said.count(word), wanted.count(word)) for word in set(wanted))
+        expected[source].append((float(said == wanted), 2 * shared / (len(said) + len(wanted))))
+    for name, scores in expected.items():
+        exact, f1 = zip(*scores, strict=True)
+        assert entry["validation_exact"][name] == pytest.approx(sum(exact) / 3)
+        assert entry["validation_f1"][name] == pytest.approx(sum(f1) / 3)
+    unanswered = read_metrics(run(world, "unanswered", *OPTIONS) / "metrics.jsonl")[-1]
+    assert unanswered["loss"] == entry["loss"]  # answering changes nothing in training
+    assert "validation_exact" not in unanswered
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--train.validation_answers", "6"], "validation_answers is 6; it must be 0 to data.validation_samples .5."),
+        (
+            ["--train.validation_answers", "2", "--adapter.options", '{"router": "oracle"}'],
+            "cannot be used with adapter.options.router 'oracle'",
+        ),
+    ],
+)
+def test_impossible_validation_answers_are_refused(world: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_run_config([str(world / "config.yaml"), *OPTIONS, *overrides])
+
+
+def test_words_are_counted_once() -> None:
+    assert token_f1("a big red ball.", "the red  Ball") == pytest.approx(2 * 2 / 7)
+    assert token_f1("red red", "red") == pytest.approx(2 / 3)
+    assert token_f1("", "") == 1
+    assert token_f1("", "red") == token_f1("blue", "red") == 0
 
 
 def test_validating_changes_nothing_in_training(world: Path, validated: Path) -> None:
