@@ -81,7 +81,7 @@ class SourceConfig:
     """One dataset of the mixture."""
 
     annotations: str
-    """LLaVA JSON (one list) or JSONL."""
+    """LLaVA JSON (one list), JSONL, or the directory of a prepared data set."""
     image_folder: str = "playground/data"
     """Root of the records' image paths; nothing outside it is read."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageLike: TypeAlias = "Image | str | os.PathLike[str] | None"
+ImagesLike: TypeAlias = "ImageLike | Sequence[Image | str | os.PathLike[str]]"
 Prompt: TypeAlias = str | Sequence[Turn]
 
 
@@ -41,7 +42,7 @@ class Batch:
     images: torch.Tensor | None
     """float32 [M, 3, S, S], each distinct image once."""
     image_index: torch.Tensor | None
-    """int64 [N]: which of the M images the n-th sample that has one shows."""
+    """int64 [N]: which of the M images the n-th `<image>` of the rows, taken one after the other, shows."""
     members: tuple[int, ...]
     """Positions of the rows in the caller's lists."""
 
@@ -81,7 +82,7 @@ class Predictor:
 
     def generate(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[ImagesLike],
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 512,
@@ -94,8 +95,9 @@ class Predictor:
         """Answer every prompt; the answers stand in the order of the prompts.
 
         Args:
-            images: One per prompt: a PIL image, a path, or None. The same object or path is encoded once a batch.
-            prompts: A question, or the turns of a conversation that ends with the user's. The image placeholder is
+            images: One per prompt: a PIL image, a path, None, or a list of images for a prompt about several. The same
+                object or path is encoded once a batch.
+            prompts: A question, or the turns of a conversation that ends with the user's. The image placeholders are
                 put in front of the first user turn where the text has none.
             max_new_tokens: Upper bound of an answer; it also ends where the context does.
             temperature: 0 is greedy, whatever the language model's own generation config says.
@@ -118,7 +120,7 @@ class Predictor:
 
     def stream(
         self,
-        image: ImageLike,
+        image: ImagesLike,
         prompt: Prompt,
         *,
         max_new_tokens: int = 512,
@@ -135,36 +137,44 @@ class Predictor:
         (batch,) = self.batches([image], [prompt], batch_size=1)
         return self._pieces(batch, decoding, self._answer_decoder(stop))
 
-    def batches(self, images: Sequence[ImageLike], prompts: Sequence[Prompt], *, batch_size: int) -> Iterator[Batch]:
+    def batches(self, images: Sequence[ImagesLike], prompts: Sequence[Prompt], *, batch_size: int) -> Iterator[Batch]:
         """The prompts as model input, shortest first so that batches hold little padding."""
         if len(images) != len(prompts):
             raise ConfigError(
                 f"{len(images)} images for {len(prompts)} prompts; give one image (or None) for every prompt"
             )
-        rows = [self._encode(prompt, image, n) for n, (prompt, image) in enumerate(zip(prompts, images, strict=True))]
+        shown = [_as_tuple(given) for given in images]
+        rows = [self._encode(prompt, len(own), n) for n, (prompt, own) in enumerate(zip(prompts, shown, strict=True))]
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            yield self._collate([rows[n] for n in members], [images[n] for n in members], members)
+            yield self._collate([rows[n] for n in members], [image for n in members for image in shown[n]], members)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D] of a batch, each distinct image encoded once."""
         return self.loaded.model.embed(batch.input_ids, batch.images, batch.image_index)
 
-    def _encode(self, prompt: Prompt, image: ImageLike, position: int) -> list[int]:
+    def _encode(self, prompt: Prompt, num_images: int, position: int) -> list[int]:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
         if not turns or turns[-1].role != "user":
             raise DataError(f"prompt {position}: a conversation to be answered must end with a user turn")
         placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-        if placeholders > (image is not None):
-            given = "one image" if image is not None else "no image"
+        if placeholders not in (0, num_images) or (placeholders and not num_images):
+            given = {0: "no image", 1: "one image"}.get(num_images, f"{num_images} images")
             raise DataError(f"prompt {position}: {placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given")
-        if image is not None and not placeholders:
-            turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n{turns[0].text}")
-        rendered = render(self.template, place_image_first(turns), add_generation_prompt=True)
+        if not placeholders:
+            turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + turns[0].text)
+        # One image goes where LLaVA trains it; several stay where the prompt has put them.
+        placed = place_image_first(turns) if num_images == 1 else turns
+        rendered = render(self.template, placed, add_generation_prompt=True)
         encoded = encode(
             rendered, self.loaded.tokenizer, num_image_tokens=self.loaded.model.num_image_tokens, max_length=None
         )
+        if encoded.num_images != num_images:
+            raise DataError(
+                f"prompt {position}: template {self.template.name!r} shows {encoded.num_images} of {num_images} "
+                "images; give one image, or take another template"
+            )
         if len(encoded.input_ids) >= self.loaded.context_length:
             raise DataError(
                 f"prompt {position}: {len(encoded.input_ids)} tokens with its image leave no room for an answer in the "
@@ -172,15 +182,15 @@ class Predictor:
             )
         return encoded.input_ids
 
-    def _collate(self, rows: list[list[int]], images: list[ImageLike], members: list[int]) -> Batch:
+    def _collate(
+        self, rows: list[list[int]], images: "list[Image | str | os.PathLike[str]]", members: list[int]
+    ) -> Batch:
         longest = max(map(len, rows))
         device = self.loaded.model.device
         pad_id = self.loaded.tokenizer.pad_token_id
         distinct: dict[object, torch.Tensor] = {}
         keys = []
         for image in images:
-            if image is None:
-                continue
             key = os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
             if key not in distinct:
                 distinct[key] = self.loaded.image_processor(_open(image))
@@ -271,10 +281,15 @@ class _QueueStreamer:
         """The end is put by the thread that runs `generate`, after its errors are known."""
 
 
-def _open(image: ImageLike) -> "Image":
+def _as_tuple(images: ImagesLike) -> "tuple[Image | str | os.PathLike[str], ...]":
+    if images is None:
+        return ()
+    return tuple(images) if isinstance(images, Sequence) and not isinstance(images, str) else (images,)
+
+
+def _open(image: "Image | str | os.PathLike[str]") -> "Image":
     if isinstance(image, (str, os.PathLike)):
         return open_image(image)
-    assert image is not None
     return image.convert("RGB")
 
 

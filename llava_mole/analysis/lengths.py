@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llava_mole.config import DataConfig
+from llava_mole.data.store_format import is_prepared
 from llava_mole.errors import ConfigError
 
 ANSWER_SHARE = 0.5
@@ -94,7 +95,7 @@ def source_lengths(
             text = max(1.0, mean - image_tokens)
             assumption = AssumedSource(records, text, 0.5, 0.0, f"mean {mean:.0f}")
             result.append(assumed_lengths(name, assumption, image_tokens, data.max_length, "given"))
-        elif Path(source.annotations).is_file():
+        elif Path(source.annotations).is_file() or is_prepared(source.annotations):
             result.append(measured_lengths(name, data, language_model, image_tokens, sample))
         elif name in KNOWN_SOURCES:
             result.append(assumed_lengths(name, KNOWN_SOURCES[name], image_tokens, data.max_length, "assumed"))
@@ -130,7 +131,7 @@ def measured_lengths(name: str, data: DataConfig, language_model: str, image_tok
     records: Sequence[Any] = read_records(data.sources[name].annotations, name)
     template = get_template(data.template)
     chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).astype(int))]
-    images = np.array([int(record.image is not None) for record in chosen], dtype=np.int64)
+    images = np.array([len(record.images) for record in chosen], dtype=np.int64)
     if (Path(language_model) / "config.json").is_file():
         tokenizer = HFTextTokenizer(load_tokenizer(language_model))
         encoded = [encode_record(record, template, tokenizer, image_tokens, data.max_length) for record in chosen]

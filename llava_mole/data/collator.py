@@ -20,8 +20,8 @@ class Example:
     """Image positions hold IMAGE_TOKEN_INDEX."""
     labels: list[int]
     """Not shifted; IGNORE_INDEX where nothing is supervised."""
-    image: torch.Tensor | None
-    """float32 [3, S, S]; None for text only."""
+    images: torch.Tensor | None
+    """float32 [n, 3, S, S] in the order of their positions; None for text only."""
     replaced_image: str | None = None
     """Why another record of the source was to come here, whose image cannot be read; None in the usual case."""
 
@@ -36,7 +36,7 @@ def collate(
 
     Returns:
         `input_ids` int64 [N, L]; `labels` int64 [N, L]; `attention_mask` bool [N, L], true at tokens; `images`
-        float32 [M, 3, S, S] of the M examples that have one, in their order, or None; `has_image` bool [N];
+        float32 [M, 3, S, S], those of all examples in their order, or None; `has_image` bool [N];
         `source_index` int64 [N]; `sample_index` int64 [N, L], the example of each position; `sample_lengths` None;
         `ids` and `sources`, N strings each; `replaced_images`, `(source, what was wrong)` of those that stand for
         another.
@@ -83,10 +83,10 @@ def collate_packed(examples: Sequence[Example], *, pad_token_id: int) -> dict[st
 
 
 def _per_example(examples: Sequence[Example]) -> dict[str, Any]:
-    images = [example.image for example in examples if example.image is not None]
+    images = [example.images for example in examples if example.images is not None]
     return {
-        "images": torch.stack(images) if images else None,
-        "has_image": torch.tensor([example.image is not None for example in examples], dtype=torch.bool),
+        "images": torch.cat(images) if images else None,
+        "has_image": torch.tensor([example.images is not None for example in examples], dtype=torch.bool),
         "source_index": torch.tensor([example.source_index for example in examples], dtype=torch.int64),
         "ids": [example.id for example in examples],
         "sources": [example.source for example in examples],

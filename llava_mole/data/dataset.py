@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -83,37 +84,35 @@ class SupervisedDataset:
     def __getitem__(self, position: int) -> Example:
         """The example at a position of the plan.
 
-        Where its image cannot be read, the next record of its source whose image can be takes its place: the same one
-        at every attempt, on every rank. `Example.replaced_image` then says what was wrong.
+        Where an image of it cannot be read, the next record of its source whose images can be takes its place: the same
+        one at every attempt, on every rank. `Example.replaced_image` then says what was wrong.
 
         Raises:
             DataError: the record cannot be used, or no image near it can be read; the message starts with `file:line`.
         """
         source, sample = self.plan[position]
-        record, picture, replaced = readable_record(self._records[source], sample, self._image_folders[source])
+        record, pictures, replaced = readable_record(self._records[source], sample, self._image_folders[source])
         encoded = encode_record(record, self._template, self._tokenizer, self._num_image_tokens, self._max_length)
-        image = None if picture is None else self._image_processor(picture)
+        images = torch.stack([self._image_processor(picture) for picture in pictures]) if pictures else None
         index = self._source_index[source]
-        return Example(record.id, source, index, encoded.input_ids, encoded.labels, image, replaced)
+        return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced)
 
 
 def readable_record(
     records: Sequence[Record], sample: int, image_folder: str
-) -> tuple[Record, Image.Image | None, str | None]:
-    """Record `sample` with its decoded image, or the next one with an image that can be read, and what was wrong.
+) -> tuple[Record, list[Image.Image], str | None]:
+    """Record `sample` with its decoded images, or the next one with images that can be read, and what was wrong.
 
     Raises:
-        DataError: none of the next 100 records has an image that can be read.
+        DataError: none of the next 100 records has images that can be read.
     """
     problem = None
     for offset in range(min(len(records), 1 + SUBSTITUTES)):
         record = records[(sample + offset) % len(records)]
-        if record.image is None:
-            if problem is None:
-                return record, None, None
+        if not record.images and problem is not None:
             continue
         try:
-            return record, load_image(record.image, image_folder), problem
+            return record, [load_image(path, image_folder) for path in record.images], problem
         except DataError as error:
             problem = problem or f"{record.where}: {error}"
     raise DataError(f"{problem}; nor can the image of any of the {SUBSTITUTES} records after it")
@@ -133,6 +132,11 @@ def encode_record(
         encoded = encode(rendered, tokenizer, num_image_tokens=num_image_tokens, max_length=max_length)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
+    if encoded.num_images != len(record.images):
+        raise DataError(
+            f"{record.where}: template {template.name!r} shows {encoded.num_images} of the record's "
+            f"{len(record.images)} images; take another template, or one image a record"
+        )
     if not encoded.num_supervised:
         raise DataError(
             f"{record.where}: no token of an answer is left after the cut at data.max_length {max_length} "
@@ -208,7 +212,7 @@ def build_dataset(
             len(records[name]),
             lambdas.get(name, 1.0),
             base.counts[name] // epochs,
-            sum(record.image is None for record in records[name]),
+            sum(not record.images for record in records[name]),
             cut,
             data_config.max_length,
         )
@@ -244,12 +248,13 @@ def _warn_about_end_marker(template: Template, tokenizer: TextTokenizer) -> None
 def _check_images(records: Sequence[Record], folder: str) -> None:
     known: set[str] = set()
     for record in records:
-        if record.image is not None and record.image not in known:
-            try:
-                resolve_image(record.image, folder)
-            except DataError as error:
-                raise DataError(f"{record.where}: {error}") from None
-            known.add(record.image)
+        for path in record.images:
+            if path not in known:
+                try:
+                    resolve_image(path, folder)
+                except DataError as error:
+                    raise DataError(f"{record.where}: {error}") from None
+                known.add(path)
 
 
 def _count_tokens(
@@ -277,7 +282,7 @@ def _count_cut(
     cut = 0
     for record in records:
         rendered = _render(record, template)
-        images = record.image is not None
+        images = len(record.images)
         most_tokens = 1 + len(rendered.text.encode()) + (images + 1) + images * num_image_tokens
         if most_tokens > max_length:
             cut += bool(encode_record(record, template, tokenizer, num_image_tokens, max_length).truncated)

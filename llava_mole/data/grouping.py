@@ -27,7 +27,7 @@ def modality_length(record: Record) -> int:
     words = sum(len(turn.text.split()) for turn in record.turns)
     if not words:
         raise DataError(f"{record.where}: no turn has a word; batching 'grouped' needs a length for every sample")
-    return words if record.image is not None else -words
+    return words if record.images else -words
 
 
 def grouped_order(

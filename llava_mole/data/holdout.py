@@ -5,35 +5,13 @@ permutation. They are taken out before the plan is made, so the plan's digest ch
 """
 
 from collections.abc import Mapping, Sequence
-from typing import overload
 
 import numpy as np
 
 from llava_mole.data.mixture import random_keys
 from llava_mole.data.records import Record
+from llava_mole.data.subset import RecordSubset
 from llava_mole.errors import ConfigError
-
-
-class RecordSubset(Sequence[Record]):
-    """Some records of a sequence, by index; nothing is copied."""
-
-    def __init__(self, records: Sequence[Record], indices: np.ndarray) -> None:
-        self._records = records
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return RecordSubset(self._records, self._indices[index])
-        return self._records[int(self._indices[index])]
 
 
 def hold_out(

@@ -1,27 +1,29 @@
-"""LLaVA records: one JSON list a file, or JSONL with one record a line.
+"""LLaVA records: one JSON list a file, JSONL with one record a line, or a prepared data set.
 
 A record is `{"id": ..., "image": "relative/path.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."},
-{"from": "gpt", "value": "..."}, ...]}`; without `image` it is text only. Other keys are ignored. What LLaVA silently
-repairs or ignores (an image without a marker, two markers for one image) is an error here.
+{"from": "gpt", "value": "..."}, ...]}`; without `image` it is text only, with a list of paths it has several images and
+as many markers. Other keys are ignored. What LLaVA silently repairs or ignores (an image without a marker, two markers
+for one image) is an error here.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, drop_leading_answer, place_image_first
+from llava_mole.data.json_stream import iterate_json
+from llava_mole.data.store_format import MANIFEST, is_prepared
 from llava_mole.errors import DataError
 from llava_mole.log import get_logger
 
 logger = get_logger(__name__)
 
 ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
-_GAP = re.compile(r"[ \t\r\n]*")
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +31,22 @@ class Record:
     """One valid sample."""
 
     id: str
-    image: str | None
-    """Path relative to the source's image folder."""
+    images: tuple[str, ...]
+    """Paths relative to the source's image folder, in the order of their markers."""
     turns: tuple[Turn, ...]
-    """User first, alternating; the image marker, if any, in front of its turn's text."""
+    """User first, alternating. The user turns hold one `<image>` an image: a single one in front of its turn's text
+    (LLaVA's rule), several where the data have them."""
     source: str
     where: str
     """`file:line` where the record starts, for messages."""
 
 
-def read_records(path: str | os.PathLike[str], source: str) -> list[Record]:
-    """Read and check every record of `path`: JSONL if its name ends in `.jsonl`, else a JSON list.
+def read_records(path: str | os.PathLike[str], source: str) -> Sequence[Record]:
+    """The records of `path`: a prepared data set if it is a directory, JSONL if its name ends in `.jsonl`, else a JSON
+    list. A prepared set is opened, see `PreparedRecords`; a file is read and checked to its end.
 
     Args:
-        path: Annotation file, UTF-8.
+        path: Annotation file, UTF-8, or directory.
         source: Name of the dataset, stored in each record.
 
     Raises:
@@ -50,18 +54,20 @@ def read_records(path: str | os.PathLike[str], source: str) -> list[Record]:
             `file:line`.
     """
     path = Path(path)
-    parsed = _parse_lines(path) if path.suffix == ".jsonl" else _parse_list(path)
+    if is_prepared(path):
+        from llava_mole.data.prepared import PreparedRecords
+
+        return PreparedRecords(path, source)
+    if path.is_dir():
+        raise DataError(f"{path}: cannot read the annotation file: it is a directory without {MANIFEST}")
+    if not path.exists():
+        raise DataError(f"{path}: the annotation file does not exist; check data.sources.<name>.annotations")
     records = []
     dropped = 0
-    try:
-        for value, line in parsed:
-            record, without_question = _to_record(value, source, f"{path}:{line}")
-            dropped += without_question
-            records.append(record)
-    except FileNotFoundError:
-        raise DataError(f"{path}: the annotation file does not exist; check data.sources.<name>.annotations") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the annotation file: {error.strerror}") from None
+    for value, line in iterate_json(path):
+        record, without_question = parse_record(value, source, f"{path}:{line}")
+        dropped += without_question
+        records.append(record)
     if not records:
         raise DataError(f"{path}:1: the file holds no record; give at least one or take the source out of data.sources")
     if dropped:
@@ -69,85 +75,28 @@ def read_records(path: str | os.PathLike[str], source: str) -> list[Record]:
     return records
 
 
-def _decode(data: bytes, path: Path, line: int) -> str:
-    """Text of `data`, which starts at `line` of the file."""
-    try:
-        return data.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise DataError(f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8; convert the file") from None
+def parse_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
+    """Check one raw record in LLaVA's form.
 
+    Args:
+        value: Parsed JSON.
+        source: See `Record.source`.
+        where: `file:line` of the record.
 
-def _parse_lines(path: Path) -> Iterator[tuple[Any, int]]:
-    # A binary file breaks lines at "\n" only, not at the separators that JSON allows inside strings.
-    with path.open("rb") as lines:
-        for line, data in enumerate(lines, 1):
-            text = _decode(data, path, line)
-            if not text.strip():
-                continue
-            try:
-                yield json.loads(text), line
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}); JSONL has one record a line"
-                ) from None
+    Returns:
+        The record, and whether an answer that no question precedes was left out of it.
 
-
-def _parse_list(path: Path) -> Iterator[tuple[Any, int]]:
-    """The elements of a JSON list with the line each starts on, decoded one by one."""
-    text = _decode(path.read_bytes(), path, 1)
-    decode = json.JSONDecoder().raw_decode
-    position = _skip_gap(text, 0)
-    line = 1 + text.count("\n", 0, position)
-    if not text.startswith("[", position):
-        raise DataError(
-            f"{path}:{line}: not a JSON list; LLaVA's format is one list of records, and a file with one record a line "
-            "must be named .jsonl"
-        )
-    counted = position
-    position = _skip_gap(text, position + 1)
-    expect_value = not text.startswith("]", position)
-    while expect_value:
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            value, end = decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
-        yield value, line
-        position = _skip_gap(text, end)
-        expect_value = text.startswith(",", position)
-        if expect_value:
-            position = _skip_gap(text, position + 1)
-    line += text.count("\n", counted, position)
-    if not text.startswith("]", position):
-        found = repr(text[position]) if position < len(text) else "the end of the file"
-        raise DataError(f"{path}:{line}: not valid JSON: ',' or ']' expected, found {found}; is the file complete?")
-    rest = _skip_gap(text, position + 1)
-    if rest < len(text):
-        line += text.count("\n", position, rest)
-        raise DataError(f"{path}:{line}: not valid JSON: more text after the end of the list")
-
-
-def _skip_gap(text: str, position: int) -> int:
-    match = _GAP.match(text, position)
-    return match.end() if match else position
-
-
-def _to_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
-    """The record, and whether an answer without a question was left out of it."""
+    Raises:
+        DataError: anything is not as it must be; the message starts with `where`.
+    """
     if not isinstance(value, dict):
         raise DataError(f"{where}: a record must be an object, got {_kind(value)}")
-    image = value.get("image")
-    if "image" in value and (not isinstance(image, str) or not image):
-        raise DataError(
-            f"{where}: 'image' must be one relative path, got {_kind(image)}; leave the key out of text-only records"
-        )
+    images = _image_paths(value["image"], where) if "image" in value else ()
     conversations = value.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         state = "no" if "conversations" not in value else "an empty" if conversations == [] else "a malformed"
         raise DataError(f"{where}: the record has {state} 'conversations' list; it needs human and gpt turns")
-    all_turns = tuple(_to_turn(turn, f"{where}: turn {index}") for index, turn in enumerate(conversations, 1))
+    all_turns = tuple([_to_turn(turn, where, index) for index, turn in enumerate(conversations, 1)])
     turns = drop_leading_answer(all_turns)
     skipped = len(all_turns) - len(turns)
     for index, turn in enumerate(turns):
@@ -158,45 +107,73 @@ def _to_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
             )
     if not any(turn.role == "assistant" and turn.text for turn in turns):
         raise DataError(f"{where}: no gpt turn with text answers a human turn; there is nothing to train on")
-    _check_markers(turns, image, where)
-    if image is not None:
+    _check_markers(turns, images, where)
+    if len(images) == 1:
         turns = place_image_first(turns)
     identifier = str(value.get("id", where.rpartition(":")[2]))
-    return Record(identifier, image, turns, source, where), bool(skipped)
+    _check_characters(identifier, f"{where}: 'id'")
+    return Record(identifier, images, turns, source, where), bool(skipped)
 
 
-def _to_turn(value: Any, where: str) -> Turn:
+def _image_paths(value: Any, where: str) -> tuple[str, ...]:
+    paths = value if isinstance(value, list) else [value]
+    if not paths:
+        raise DataError(f"{where}: 'image' is an empty list; leave the key out of text-only records")
+    for path in paths:
+        if not isinstance(path, str) or not path:
+            raise DataError(
+                f"{where}: 'image' must be one relative path or a list of them, got {_kind(path)}; leave the key out "
+                "of text-only records"
+            )
+        if URL.match(path):
+            raise DataError(
+                f"{where}: image {path[:80]!r} is a URL; images are read from the image folder and never fetched, so "
+                "store it as a file"
+            )
+        _check_characters(path, f"{where}: 'image'")
+    return tuple(paths)
+
+
+def _to_turn(value: Any, where: str, index: int) -> Turn:
     if not isinstance(value, dict):
-        raise DataError(f"{where} must be an object with 'from' and 'value', got {_kind(value)}")
+        raise DataError(f"{where}: turn {index} must be an object with 'from' and 'value', got {_kind(value)}")
     missing = [key for key in ("from", "value") if key not in value]
     if missing:
-        raise DataError(f"{where} has no {missing[0]!r}; a turn is an object with 'from' and 'value'")
+        raise DataError(f"{where}: turn {index} has no {missing[0]!r}; a turn is an object with 'from' and 'value'")
     role, text = value["from"], value["value"]
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where} is from {role!r}; allowed are 'human' and 'gpt'")
+        raise DataError(f"{where}: turn {index} is from {role!r}; allowed are 'human' and 'gpt'")
     if not isinstance(text, str):
-        raise DataError(f"{where}: 'value' must be a string, got {_kind(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: 'value' holds half of a surrogate pair, which is no character; remove it") from None
+        raise DataError(f"{where}: turn {index}: 'value' must be a string, got {_kind(text)}")
+    if not text.isascii():
+        _check_characters(text, f"{where}: turn {index}: 'value'")
     return Turn(ROLES[role], text)
 
 
-def _check_markers(turns: tuple[Turn, ...], image: str | None, where: str) -> None:
-    markers = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if image is None and markers:
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} holds half of a surrogate pair, which is no character; remove it") from None
+
+
+def _check_markers(turns: tuple[Turn, ...], images: tuple[str, ...], where: str) -> None:
+    markers = [turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns]
+    total = sum(markers)
+    if not images and total:
         raise DataError(
             f"{where}: {DEFAULT_IMAGE_TOKEN} stands in a record without 'image'; add the image or remove the marker"
         )
-    if image is not None and not markers:
+    if images and not total:
         raise DataError(
-            f"{where}: image {image!r} would never be seen, no human turn holds {DEFAULT_IMAGE_TOKEN}; put it in front "
-            "of the first one, or remove 'image'"
+            f"{where}: image {images[0]!r} would never be seen, no human turn holds {DEFAULT_IMAGE_TOKEN}; put it in "
+            "front of the first one, or remove 'image'"
         )
-    if markers > 1:
-        raise DataError(f"{where}: {markers} times {DEFAULT_IMAGE_TOKEN} for one image; keep one marker")
-    if any(turn.role == "assistant" and DEFAULT_IMAGE_TOKEN in turn.text for turn in turns):
+    if total != len(images):
+        count, advice = ("one image", "keep one marker") if len(images) == 1 else (f"{len(images)} images", "")
+        advice = advice or "every image needs one marker"
+        raise DataError(f"{where}: {total} times {DEFAULT_IMAGE_TOKEN} for {count}; {advice}")
+    if any(markers[1::2]):
         raise DataError(f"{where}: {DEFAULT_IMAGE_TOKEN} stands in a gpt turn; move it to a human turn")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_mole.config import RunConfig, check_batch, parse_run_config
+from llava_mole.data.store_format import is_prepared
 from llava_mole.errors import ConfigError, WeightsError, command
 from llava_mole.model.quantization import require_bitsandbytes
 
@@ -25,7 +26,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
     for name, source in config.data.sources.items():
         if config.data.mixture.get(name, 1.0) > 0:
             key = f"data.sources.{name}"
-            wanted.append((f"{key}.annotations", source.annotations, Path(source.annotations).is_file()))
+            there = Path(source.annotations).is_file() or is_prepared(source.annotations)
+            wanted.append((f"{key}.annotations", source.annotations, there))
             wanted.append((f"{key}.image_folder", source.image_folder, Path(source.image_folder).is_dir()))
     return [f"{key} = {path}" for key, path, there in wanted if not there]
 

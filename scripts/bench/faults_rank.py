@@ -96,8 +96,8 @@ def _poison_samples(ids: set[str]) -> None:
 
     def getitem(self: SupervisedDataset, position: int) -> Any:
         example = original(self, position)
-        if example.id in ids and example.image is not None:
-            example.image.fill_(float("nan"))
+        if example.id in ids and example.images is not None:
+            example.images.fill_(float("nan"))
         return example
 
     SupervisedDataset.__getitem__ = getitem  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ CASES = golden_cases.load_cases("collate_cases")[1]
 
 
 def example(input_ids: list[int], labels: list[int] | None = None, image: torch.Tensor | None = None) -> Example:
-    return Example("id", "s", 0, input_ids, labels or input_ids, image)
+    return Example("id", "s", 0, input_ids, labels or input_ids, None if image is None else image[None])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

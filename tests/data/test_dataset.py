@@ -81,7 +81,7 @@ def test_every_position_is_the_example_the_plan_names(world: DataConfig) -> None
             assert example.source == ("general", "document")[example.source_index]
             is_text = example.source == "general" and sample >= 4
             assert example.id == (f"t{sample - 4}" if is_text else f"i{sample}")
-            assert (example.image is None) == is_text
+            assert (example.images is None) == is_text
             assert example.input_ids.count(IMAGE_TOKEN_INDEX) == (0 if is_text else IMAGE_TOKENS)
 
 
@@ -94,8 +94,8 @@ def test_example_carries_its_own_answer_and_image(world: DataConfig) -> None:
         spoken = tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
         assert spoken == f"Page {index}."
         expected = ImageProcessor(8)(Image.new("RGB", (8, 6), (60 * index, 0, 0)))
-        assert example.image is not None
-        assert torch.equal(example.image, expected)
+        assert example.images is not None
+        assert torch.equal(example.images, expected[None])
 
 
 def test_counts_are_logged_for_each_source(world: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,7 +128,7 @@ def test_dataset_works_in_loader_workers_as_in_the_process(world: DataConfig) ->
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)  # type: ignore[arg-type]
     for own, sent in zip(map(dataset.__getitem__, range(len(dataset))), loader, strict=True):
         assert (own.id, own.input_ids, own.labels) == (sent.id, sent.input_ids, sent.labels)
-        assert (own.image is None and sent.image is None) or torch.equal(own.image, sent.image)
+        assert (own.images is None and sent.images is None) or torch.equal(own.images, sent.images)
 
 
 def test_plain_template_trains_the_caption_only(world: DataConfig) -> None:
@@ -241,7 +241,7 @@ def test_image_that_breaks_in_a_run_is_replaced_by_the_next_of_its_source(world:
                 # Records 4 and 5 have no image; the search goes on at the source's start.
                 assert example.id == "i0"
                 assert torch.equal(
-                    example.image, next(e.image for e in whole if e.id == "i0" and e.source == "general")
+                    example.images, next(e.images for e in whole if e.id == "i0" and e.source == "general")
                 )
                 assert example.replaced_image.startswith(f"{tmp_path}/general.json:{int(before.id[1]) + 2}: image ")
             else:

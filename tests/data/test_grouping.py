@@ -39,12 +39,12 @@ def test_lengths_equal_the_recorded_ones() -> None:
     assert DOCUMENT["length_cases"]
     for case in DOCUMENT["length_cases"]:
         turns = tuple(Turn("user" if t["from"] == "human" else "assistant", t["value"]) for t in case["conversations"])
-        record = Record("x", "a.png" if case["has_image"] else None, turns, "general", "data.json:1")
+        record = Record("x", ("a.png",) if case["has_image"] else (), turns, "general", "data.json:1")
         assert modality_length(record) == case["modality_length"]
 
 
 def test_a_record_without_words_is_refused_by_its_place() -> None:
-    record = Record("x", None, (Turn("user", " "), Turn("assistant", "")), "general", "data.json:7")
+    record = Record("x", (), (Turn("user", " "), Turn("assistant", "")), "general", "data.json:7")
     with pytest.raises(DataError, match="data.json:7"):
         modality_length(record)
 

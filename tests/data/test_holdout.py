@@ -13,7 +13,7 @@ from llava_mole.errors import ConfigError
 
 def records(name: str, count: int) -> list[Record]:
     turns = (Turn("user", "q"), Turn("assistant", "a"))
-    return [Record(f"{name}-{n}", None, turns, name, f"{name}:{n}") for n in range(count)]
+    return [Record(f"{name}-{n}", (), turns, name, f"{name}:{n}") for n in range(count)]
 
 
 def ids(source: Sequence[Record]) -> list[str]:

@@ -36,10 +36,10 @@ def test_list_and_lines_give_the_same_records(tmp_path: Path) -> None:
     records = [GOOD, text_record(("human", "Hi"), ("gpt", "Hello"), ("human", "Bye"), ("gpt", "Bye"), model="x")]
     listed = read_records(write(tmp_path / "a.json", json.dumps(records)), "general")
     lined = read_records(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)) + "\n\n"), "general")
-    assert [(r.id, r.image, r.turns, r.source) for r in listed] == [(r.id, r.image, r.turns, r.source) for r in lined]
+    assert [(r.id, r.images, r.turns, r.source) for r in listed] == [(r.id, r.images, r.turns, r.source) for r in lined]
     turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A mill."))
-    assert listed[0] == Record("a", "x/1.jpg", turns, "general", f"{tmp_path}/a.json:1")
-    assert listed[1].image is None
+    assert listed[0] == Record("a", ("x/1.jpg",), turns, "general", f"{tmp_path}/a.json:1")
+    assert listed[1].images == ()
     assert [turn.role for turn in listed[1].turns] == ["user", "assistant"] * 2
 
 
@@ -131,7 +131,26 @@ BAD_RECORDS = {
         "would never be seen",
     ),
     "marker in answer": (text_record(("human", "a"), ("gpt", "<image>"), image="i.png"), "in a gpt turn"),
-    "two images": (GOOD | {"image": ["1.png", "2.png"]}, "'image' must be one relative path, got a list"),
+    "one marker for two images": (
+        text_record(("human", "<image>"), ("gpt", "b"), image=["1.png", "2.png"]),
+        "1 times <image> for 2 images; every image needs one marker",
+    ),
+    "three markers for two images": (
+        text_record(("human", "<image><image>"), ("gpt", "b"), ("human", "<image>"), image=["1.png", "2.png"]),
+        "3 times <image> for 2 images",
+    ),
+    "no images": (GOOD | {"image": []}, "'image' is an empty list"),
+    "null among images": (
+        GOOD | {"image": ["1.png", None]},
+        "'image' must be one relative path or a list of them, got null",
+    ),
+    "image of the web": (
+        GOOD | {"image": "https://example.org/a.png"},
+        "is a URL; images are read from the image folder",
+    ),
+    "image inside the record": (GOOD | {"image": "data:image/png;base64,iVBORw0"}, "is a URL"),
+    "surrogate in the path": (GOOD | {"image": "\ud83d.png"}, "'image' holds half of a surrogate"),
+    "surrogate in the id": (GOOD | {"id": "\ud83d"}, "'id' holds half of a surrogate"),
     "image null": (GOOD | {"image": None}, "got null"),
     "image empty": (GOOD | {"image": ""}, "got an empty string"),
 }

@@ -68,7 +68,7 @@ def test_validation_loss_is_that_of_the_held_out_samples(validated: Path) -> Non
     expected: dict[str, list[float]] = {}
     for example in examples:
         ids = torch.tensor([example.input_ids])
-        images = None if example.image is None else example.image[None]
+        images = example.images
         with torch.no_grad():
             logits = loaded.model(ids, torch.ones_like(ids, dtype=torch.bool), images)[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=-100)
