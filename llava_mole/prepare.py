@@ -68,20 +68,20 @@ def make_parser(converter: Converter) -> argparse.ArgumentParser:
     add("--image-root", type=Path, metavar="DIR", help="what image paths are relative to (default: --raw)")
     add("--images", choices=("keep", "unpack"), help="leave image files in place (default), or copy each one under its "
         "hash; images inside records are always unpacked")  # fmt: skip
-    add("--missing-images", choices=("drop", "error"), default="drop", help="leave out and count, or stop (%(default)s)")
+    add(
+        "--missing-images", choices=("drop", "error"), default="drop", help="leave out and count, or stop (%(default)s)"
+    )
     add("--check-images", choices=("exist", "decode", "none"), default="decode" if embedded else "exist",
         help="look for the file, decode it, or trust (default %(default)s)")  # fmt: skip
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes for images (default %(default)s)")
     add("--unpack-archives", type=Path, metavar="DIR", help="unpack the zip and tar files of --raw there and read that")
-    add("--tokenizer", metavar="DIR", help="count the tokens of every record with this tokenizer, for packing")
-    add("--template", default="vicuna_v1", help="conversation template of --tokenizer (%(default)s)")
-    add("--image-tokens", type=int, default=576, help="tokens of an image for --tokenizer (%(default)s)")
     add("--train-splits", default=",".join(converter.default_train_splits), metavar="NAME,...",
         help="raw splits to train on (%(default)s)")  # fmt: skip
     add("--test-splits", default="test", metavar="NAME,...", help="raw splits to ask questions of (%(default)s)")
     if converter.name in ("m3it", "ureader", "messages"):
-        add("--multi-image", choices=("skip", "first", "keep"), default="keep" if converter.name == "messages" else "skip",
-            help="rows with several images: leave out and count, take the first image, or keep all (%(default)s)")  # fmt: skip
+        usual = "keep" if converter.name == "messages" else "skip"
+        add("--multi-image", choices=("skip", "first", "keep"), default=usual,
+            help="several images in a row: leave out and count, take the first, keep all (%(default)s)")  # fmt: skip
     if converter.name == "m3it":
         add("--seed", type=int, default=0, help="draws instructions for records without one (%(default)s)")
         add("--ignore-keys", default="", metavar="NAME,...", help="raw keys that hold nothing to train on")
@@ -101,7 +101,9 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
 
     given = make_parser(converter).parse_args(argv)
     if not given.raw.exists():
-        raise DataError(f"--raw {given.raw} does not exist; `llava-mole prepare {converter.name} --help` says what it is")
+        raise DataError(
+            f"--raw {given.raw} does not exist; `llava-mole prepare {converter.name} --help` says what it is"
+        )
     if given.workers < 1:
         raise ConfigError(f"--workers is {given.workers}; it must be at least 1")
     if given.images == "keep" and converter.embedded:
@@ -125,8 +127,6 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
     print(report_text(report))
     if (given.out / TRAIN).is_dir():
         print(f"\nannotations: {given.out / TRAIN}\nimage_folder: {given.out / IMAGES}")
-        if given.tokenizer is not None:
-            _count_tokens(given)
     for name, count in report["questions"].items():
         print(f"questions: {given.out / QUESTIONS / name}.jsonl ({count:,})")
     return 0

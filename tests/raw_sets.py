@@ -76,7 +76,9 @@ def write_sharegpt4v_pt(raw: Path) -> None:
             write_image(raw / image, number)
         request = "Describe this picture.\n<image>" if number % 2 else "<image>\nWhat do you see?"
         identifier = "000000000042" if number in (2, 3) else Path(image).stem
-        records.append({"id": identifier, "image": image, "conversations": talk(request, f"It is red, number {number}.")})
+        records.append(
+            {"id": identifier, "image": image, "conversations": talk(request, f"It is red, number {number}.")}
+        )
     write_json(raw / "share-captioner_coco_lcs_sam_1246k_1107.json", records)
 
 
@@ -119,10 +121,20 @@ def write_m3it(raw: Path) -> None:
     write_lines(
         data / "captioning/coco/train.jsonl",
         [
-            {"instruction": "Describe.", "inputs": "", "image_base64_str": [base64_image(10)], "outputs": "A red card."},
+            {
+                "instruction": "Describe.",
+                "inputs": "",
+                "image_base64_str": [base64_image(10)],
+                "outputs": "A red card.",
+            },
             {"instruction": "Describe.", "inputs": "", "image_base64_str": [base64_image(10)], "outputs": "A card."},
             {"instruction": "Describe.", "inputs": "", "image_base64_str": [base64_image(11)], "outputs": "  "},
-            {"instruction": "D.", "inputs": "x", "image_base64_str": [f"{spaced[:40]}\n {spaced[40:]}"], "outputs": "1"},
+            {
+                "instruction": "D.",
+                "inputs": "x",
+                "image_base64_str": [f"{spaced[:40]}\n {spaced[40:]}"],
+                "outputs": "1",
+            },
             {"instruction": "D.", "inputs": "", "image_base64_str": ["@@@@"], "outputs": "rubbish"},
             {
                 "instruction": "D.",
@@ -144,7 +156,14 @@ def write_m3it(raw: Path) -> None:
     write_json(data / "vqa/vqa-v2/instructions.json", ["Answer.", "Reply in a word.", "Look and answer."])
     write_lines(
         data / "classification/mocheg/mocheg_train.jsonl",
-        [{"instruction": "True?", "inputs": "It is red.", "image_str": base64_image(40, kind="PNG"), "outputs": "True"}],
+        [
+            {
+                "instruction": "True?",
+                "inputs": "It is red.",
+                "image_str": base64_image(40, kind="PNG"),
+                "outputs": "True",
+            }
+        ],
     )
     pair = [base64_image(50), base64_image(51)]
     write_lines(
@@ -160,7 +179,12 @@ def write_m3it(raw: Path) -> None:
 def write_m3it_parquet(raw: Path) -> None:
     """The single-image copy: five train rows, one of them empty, and two for validation."""
     rows = [
-        {"instruction": "Describe.", "inputs": "", "outputs": f"Card {n}.", "image": {"bytes": image_bytes(n), "path": None}}
+        {
+            "instruction": "Describe.",
+            "inputs": "",
+            "outputs": f"Card {n}.",
+            "image": {"bytes": image_bytes(n), "path": None},
+        }
         for n in range(7)
     ]
     rows[4]["outputs"] = ""
@@ -284,9 +308,17 @@ def write_llava_med(raw: Path) -> None:
     """LLaVA-Med's JSON: the test file misspells `conversations` and names answer types."""
     for n in range(3):
         write_image(raw / f"images/{n}.jpg", 95 + n)
-    train = [{"id": str(n), "image": f"images/{n}.jpg", "conversations": talk("what is it?\n<image>", "bone")} for n in (0, 1)]
+    train = [
+        {"id": str(n), "image": f"images/{n}.jpg", "conversations": talk("what is it?\n<image>", "bone")}
+        for n in (0, 1)
+    ]
     test = [
-        {"id": "t0", "image": "images/2.jpg", "answer_type": "OPEN", "conversatons": talk("<image>\nwhat is it?", "skin")},
+        {
+            "id": "t0",
+            "image": "images/2.jpg",
+            "answer_type": "OPEN",
+            "conversatons": talk("<image>\nwhat is it?", "skin"),
+        },
         {"id": "t1", "image": "images/2.jpg", "answer_type": "yes/no", "conversations": talk("<image>\nskin?", "yes")},
         {"id": "t2", "answer_type": "other", "conversations": talk("what?", "skin")},
     ]
@@ -317,7 +349,11 @@ def write_messages(raw: Path) -> None:
             {"id": "d", "messages": chat("Two and two?", "four")},
             {"id": "e", "messages": [*chat("Weather?", "Rain."), {"role": "tool", "content": "{}"}]},
             {"id": "f", "messages": chat("<image>\nWhat is it?", "A card."), "images": ["photos/2.jpg"]},
-            {"id": "g", "messages": chat("<image> or <image>?", "The first."), "images": ["photos/0.jpg", "photos/1.jpg"]},
+            {
+                "id": "g",
+                "messages": chat("<image> or <image>?", "The first."),
+                "images": ["photos/0.jpg", "photos/1.jpg"],
+            },
             {"id": "h", "messages": chat([{"type": "audio"}], "A song.")},
         ],
     )
@@ -330,7 +366,11 @@ def write_messages(raw: Path) -> None:
 def write_datasets_folder(raw: Path) -> None:
     """What `datasets.save_to_disk` writes for a `DatasetDict` with an image column."""
     rows = [
-        {"image": {"bytes": image_bytes(110 + n, kind="PNG"), "path": f"{n}.png"}, "question": f"Number {n}?", "answer": str(n)}
+        {
+            "image": {"bytes": image_bytes(110 + n, kind="PNG"), "path": f"{n}.png"},
+            "question": f"Number {n}?",
+            "answer": str(n),
+        }
         for n in range(5)
     ]
     write_json(raw / "dataset_dict.json", {"splits": ["train", "test"]})
@@ -338,3 +378,46 @@ def write_datasets_folder(raw: Path) -> None:
         write_arrow_stream(raw / split / "data-00000-of-00001.arrow", part)
         write_json(raw / split / "dataset_info.json", {"features": {}})
         write_json(raw / split / "state.json", {"_split": split})
+
+
+class Prepared:
+    """What `llava-mole prepare` wrote for a raw copy."""
+
+    def __init__(self, out: Path) -> None:
+        from llava_mole.data.store import PreparedRecords
+
+        self.out = out
+        self.report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        self.rows = []
+        if (out / "train").is_dir():
+            records = PreparedRecords(out / "train", "test")
+            self.rows = [records.row(index) for index in range(len(records))]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`split/sub-source` -> records that were kept."""
+        return {f"{r['split']}/{r['sub_source']}": r["kept"] for r in self.report["records"]}
+
+    @property
+    def defects(self) -> dict[str, int]:
+        """`kind action` -> records."""
+        return {f"{d['kind']} {d['action']}": d["count"] for d in self.report["defects"]}
+
+    @property
+    def listed(self) -> list[tuple[str, str]]:
+        """`(where, kind)` of every line of defects.jsonl."""
+        lines = (self.out / "defects.jsonl").read_text(encoding="utf-8").splitlines()
+        return [(line["where"], line["kind"]) for line in map(json.loads, lines)]
+
+    def questions(self, name: str = "test") -> list[dict[str, Any]]:
+        path = self.out / "questions" / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prepare(source: str, raw: Path, out: Path, *arguments: str) -> Prepared:
+    """Run the command in this process (and one for the images), which must succeed."""
+    from llava_mole.cli import main
+
+    code = main(["prepare", source, "--raw", str(raw), "--out", str(out), "--workers", "1", *arguments])
+    assert code == 0
+    return Prepared(out)

@@ -52,7 +52,7 @@ def test_prepare_names_its_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prepare"]) == 0
     assert "\n  tiny " in capsys.readouterr().out
     assert cli.main(["prepare", "imagenet"]) == 2
-    assert "no source 'imagenet' to prepare; there are tiny" in capsys.readouterr().err
+    assert "no source 'imagenet' to prepare; there are tiny, sharegpt4v-pt" in capsys.readouterr().err
 
 
 def test_prepare_forwards_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,8 @@ def _most(archive: Path) -> int:
 
 def _bomb(archive: Path, total: int) -> DataError:
     return DataError(
-        f"{archive}: {total:,} bytes or more from {archive.stat().st_size:,}, a decompression bomb; nothing was unpacked"
+        f"{archive}: {total:,} bytes or more from {archive.stat().st_size:,}, a decompression bomb; nothing was "
+        "unpacked"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a converter is given and what it yields: drafts of rows, whose images are looked at later, in other processes."""
+"""What a converter is given and what it yields: drafts of rows, whose images are looked at later."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -132,7 +132,9 @@ def _batches(path: Path, columns: Sequence[str] | None, name: str) -> Iterator[A
         return
     with pa.memory_map(str(path)) as source:
         reader = _open_arrow(source)
-        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
+        batches = (
+            (reader.get_batch(i) for i in range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
+        )
         for batch in batches:
             batch = batch.select(columns) if columns is not None else batch
             for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):

@@ -122,7 +122,7 @@ def look(source: str | bytes, path: str, *, decode: bool) -> tuple[ImageFacts, s
             if given != path.lower() and given in _KNOWN_EXTENSIONS and given not in extensions:
                 notes.append(Note("wrong-extension", f"{path} holds {image.format}"))
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                notes.append(Note("animated-image", f"{path} has {image.n_frames} frames"))  # type: ignore[attr-defined]
+                notes.append(Note("animated-image", f"{path} has {image.n_frames} frames"))
             if image.mode == "CMYK":
                 notes.append(Note("cmyk-image", path))
             if decode:

@@ -1,4 +1,4 @@
-"""The step between drafts and rows: every image is looked at (or unpacked) in a pool of processes, in bounded memory."""
+"""The step between drafts and rows: images are looked at (or unpacked) in a pool of processes, in bounded memory."""
 
 import json
 import multiprocessing
@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +180,9 @@ class _Chunk:
         return position
 
 
-def look_at_images(drafts: Iterable[Draft], policy: ImagePolicy, journal: Journal | None = None) -> Iterator[Looked]:
+def look_at_images(
+    drafts: Iterable[Draft], policy: ImagePolicy, journal: Journal | None = None
+) -> Generator[Looked, None, None]:
     """The drafts in order, each with what was found out about its images.
 
     With `check` `none` or `exist` and images left in place nothing is opened: `none` looks at the path's text alone,
@@ -224,8 +226,8 @@ def look_at_images(drafts: Iterable[Draft], policy: ImagePolicy, journal: Journa
                 if task.kind == "file":
                     journal.add(facts)
         for draft, parts in ready.rows:
-            facts = tuple(results[part] if isinstance(part, int) else part for part in parts)
-            yield Looked(draft, facts, policy.copy or "" in draft.images)
+            found = tuple(results[part] if isinstance(part, int) else part for part in parts)
+            yield Looked(draft, found, policy.copy or "" in draft.images)
 
     try:
         for draft in drafts:
@@ -246,4 +248,3 @@ def look_at_images(drafts: Iterable[Draft], policy: ImagePolicy, journal: Journa
     finally:
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
-

@@ -27,16 +27,13 @@ def to_draft(value: Any, where: str, source_of: Callable[[str | None], str], def
     """One LLaVA record. Raises Dropped where it cannot be used."""
     if type(value) is not dict:
         raise Dropped("bad-record", f"not an object but {type(value).__name__}")
-    image = value.get("image")
-    if image is None or type(image) is str:
-        images = () if image is None and "image" not in value else (image,)
-    elif type(image) is list:
-        images = tuple(image)
-    else:
-        images = (None,)
+    image: Any = value.get("image", ())
+    images: tuple[Any, ...] = (
+        (image,) if type(image) is str else tuple(image) if type(image) in (list, tuple) else (None,)
+    )
     if not all(type(path) is str and path for path in images):
         raise Dropped("bad-record", f"'image' is {image!r:.60}; it must be a path or a list of paths")
-    if len(value) > len(images) + 2:
+    if len(value) > 2 + ("image" in value):
         _count_keys(value, where, defects)
     turns = check_turns(read_turns(value.get("conversations"), LLAVA_ROLES), len(images), where, defects)
     identifier = value.get("id")
@@ -139,9 +136,9 @@ CONVERTERS = (
         "your own data in LLaVA's format, *.json (a list) and *.jsonl",
         "RAW is one file, or a folder whose *.json and *.jsonl files are all read.\n"
         'Records: {"id", "image" (a path, a list of paths, or absent), "conversations": [{"from": "human"|"gpt",\n'
-        '"value"}]}; one <image> marker for each image. Image paths are relative to --image-root (default: RAW, or the\n'
-        "folder of the file). A file whose name says test (`test.json`, `my_test.jsonl`) becomes a question file; one\n"
-        "that says val is left out unless --train-splits or --test-splits names it.",
+        '"value"}]}; one <image> marker for each image. Image paths are relative to --image-root (default: RAW, or\n'
+        "the folder of the file). A file whose name says test (`test.json`, `my_test.jsonl`) becomes a question file;\n"
+        "one that says val is left out unless --train-splits or --test-splits names it.",
         _iterate_own,
     ),
 )

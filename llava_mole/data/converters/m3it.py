@@ -164,7 +164,7 @@ def _parquet_rows(path: Path, raw: Path, options: Options, defects: Defects) -> 
 CONVERTER = Converter(
     "m3it",
     "general instructions, 40 sets, 1.59M for training: data/<task>/<set>/train.jsonl, or the parquet copy",
-    "Hub data set MMInstruction/M3IT (each set keeps its own licence); read the files, the loading script no longer runs.\n"
+    "Hub data set MMInstruction/M3IT (each set keeps its own licence); the loading script no longer runs, so:\n"
     "RAW/data/<task>/<set>/{train,val,test}.jsonl with instructions.json beside them, from which records without an\n"
     "instruction get one, drawn with --seed. Or the single-image copy HuggingFaceM4/M3IT: RAW/**/*.parquet, of which\n"
     "train-*.parquet is read for training.\n"

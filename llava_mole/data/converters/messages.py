@@ -194,9 +194,10 @@ CONVERTER = Converter(
     "messages",
     "your own data as chat messages, ShareGPT with images, questions and answers: JSON, parquet, a datasets folder",
     "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read (so also what\n"
-    "`datasets` writes with save_to_disk; the package itself is not needed). The split is that of the file's or folder's\n"
-    "name. Records have `messages` (role, content: text, or parts of type text, image, image_url), `conversations`\n"
-    "(from, value), or a question (question, instruction, prompt, query) and an answer (answer, output, response).\n"
+    "`datasets` writes with save_to_disk; the package itself is not needed). The split is that of the file's or\n"
+    "folder's name. Records have `messages` (role, content: text, or parts of type text, image, image_url),\n"
+    "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
+    "(answer, output, response).\n"
     "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW), bytes, base64 or a\n"
     "data: address. Web addresses are counted and left out. Several images: --multi-image. A system prompt is left\n"
     "out, since the template brings one (--system prepend: put in front of the first question).",

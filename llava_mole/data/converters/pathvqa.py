@@ -41,7 +41,7 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
 
 
 def _pickle(raw: Path, split: Split) -> Path | None:
-    """The pickle of a split: `qas/<split>/<split>_qa.pkl`, or LXMERT's twin `<split>_vqa.pkl`; with or without `pvqa`."""
+    """The pickle of a split: `<split>_qa.pkl`, or LXMERT's twin `<split>_vqa.pkl`, where the archives put them."""
     for name in (f"{split}_qa.pkl", f"{split}_vqa.pkl"):
         for folder in ("pvqa/qas", "qas", "."):
             for path in (raw / folder / split / name, raw / folder / name):
@@ -65,8 +65,8 @@ def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects:
             if not isinstance(image, str) or not image:
                 raise Dropped("bad-record", f"'image' is {image!r:.60}")
             question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
-            if isinstance(answer, dict):
-                answer = max(answer, key=lambda text: answer[text], default="")
+            if isinstance(answer, dict):  # candidates with their weights
+                answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
             yield _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
         except Dropped as dropped:
             defects.add(dropped.kind, where, dropped.detail)
@@ -131,10 +131,10 @@ CONVERTER = Converter(
     "pathvqa",
     "biomedicine, 19,755 train and 6,761 test questions: the original pickles, the parquet copy, LLaVA-Med's JSON",
     "One of:\n"
-    "RAW/pvqa/qas/<split>/<split>_qa.pkl and RAW/pvqa/images/<split>/*.jpg (UCSD-AI4H/PathVQA): the paper's counts. The\n"
-    "pickles are read without calling anything in them.\n"
-    "RAW/**/{train,validation,test}*.parquet (flaviagiammarino/path-vqa): 19,654 / 6,259 / 6,719, de-duplicated, so its\n"
-    "test scores have other denominators than the paper's 3,370 open and 3,391 closed.\n"
+    "RAW/pvqa/qas/<split>/<split>_qa.pkl and RAW/pvqa/images/<split>/*.jpg (UCSD-AI4H/PathVQA): the paper's counts.\n"
+    "The pickles are read without calling anything in them.\n"
+    "RAW/**/{train,validation,test}*.parquet (flaviagiammarino/path-vqa): 19,654 / 6,259 / 6,719, de-duplicated, so\n"
+    "its test scores have other denominators than the paper's 3,370 open and 3,391 closed.\n"
     "RAW/**/*.json in LLaVA-Med's form (its misspelt key is understood), the split by file name, images below\n"
     "--image-root.\n"
     "A question is CLOSED if its answer is yes or no. --closed-suffix adds LLaVA-Med's `Please choose ...` to those.\n"

@@ -9,6 +9,21 @@ from llava_mole.errors import DataError
 LARGEST = 1 << 30
 """Bytes; PathVQA's files have two million."""
 
+# What the unpickler raises for damage, depending on where it is.
+_REFUSALS = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
+
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -29,9 +44,8 @@ def load_plain(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError) as error:
-        reason = error
-    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        reason = error
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    raise DataError(f"{path}: refused as a pickle of plain lists and dicts: {text}; use the file as published")
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: refused as a pickle of plain lists and dicts: {reason}; use the file as published"
+        ) from None

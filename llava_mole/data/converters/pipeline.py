@@ -123,7 +123,9 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
             if draft.split in request.options.test_splits:
                 questions.add(draft, images)
         if not kept:
-            worst = ", ".join(f"{row['count']} x {row['kind']}" for row in defects.rows()[:3] if row["action"] == "dropped")
+            worst = ", ".join(
+                f"{row['count']} x {row['kind']}" for row in defects.rows()[:3] if row["action"] == "dropped"
+            )
             raise DataError(f"{request.raw}: no record is left to be written ({worst or 'the files hold none'})")
         if len(homes) > 1:
             raise DataError(

@@ -16,7 +16,7 @@ def published_counts() -> dict[str, Any]:
 def report_text(report: Mapping[str, Any]) -> str:
     """The tables that `prepare` prints: counts by split and sub-source, and defects by kind."""
     published = published_counts().get(report["published"], {})
-    rows = [("split", "sub-source", "records", "no image", "published")]
+    rows: list[tuple[str, ...]] = [("split", "sub-source", "records", "no image", "published")]
     splits = list(dict.fromkeys(record["split"] for record in report["records"]))
     for split in sorted(splits, key=("train", "val", "test").index):
         known = published.get(split, {})
@@ -31,7 +31,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     if published:
         lines.append(f"(published: {published['from']})")
     if report["defects"]:
-        defects = [("defect", "records", "what was done", "meaning")]
+        defects: list[tuple[str, ...]] = [("defect", "records", "what was done", "meaning")]
         defects += [(d["kind"], _number(d["count"]), d["action"], d["meaning"]) for d in report["defects"]]
         lines += ["", *_table(defects, right_from=1, right_to=2)]
     if report["ignored_keys"]:

@@ -86,17 +86,20 @@ def check_turns(turns: Sequence[Turn], images: int, where: str, defects: Defects
         defects.add("empty-answer", where, f"{unanswered} of {len(turns) // 2} answers", "kept")
     if markers > images == 1 and sum(DEFAULT_IMAGE_TOKEN in turn.text for turn in turns) == 1:
         defects.add("marker-again", where, f"{markers} markers in one turn for one image", "repaired")
-        markers = 1
+        return place_image_first(turns)
     if markers != images:
         raise Dropped("marker", f"{markers} markers of {DEFAULT_IMAGE_TOKEN} for {images} images")
-    if images != 1 or _is_in_front(turns[0].text):
-        return tuple(turns)
-    return place_image_first(turns)
+    return tuple(turns) if images != 1 or _is_in_front(turns[0].text) else place_image_first(turns)
 
 
 def _is_in_front(text: str) -> bool:
     """Whether `place_image_first` would leave a first question with the only marker as it is, which most are."""
-    return len(text) > len(_IN_FRONT) and text.startswith(_IN_FRONT) and not text[len(_IN_FRONT)].isspace() and not text[-1].isspace()
+    return (
+        len(text) > len(_IN_FRONT)
+        and text.startswith(_IN_FRONT)
+        and not text[len(_IN_FRONT)].isspace()
+        and not text[-1].isspace()
+    )
 
 
 def _check_text(text: str) -> None:

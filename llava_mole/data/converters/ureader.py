@@ -114,14 +114,14 @@ def _text(value: Any) -> bool:
 CONVERTER = Converter(
     "ureader",
     "document instructions, 654,840 before up-sampling: train.jsonl, val.jsonl, test_<set>.jsonl",
-    "Hub data set Mizukiluke/ureader-instruction-1.0 (no licence stated; each set keeps its own): ureader_json.zip and\n"
-    "the image archives. RAW/**/{train,val}.jsonl and test_<set>.jsonl; images stay where they are, below --image-root\n"
-    "(default: RAW/ureader_images if it is there, else RAW): ChartQA, DUE_Benchmark/<set>, TextCaps, TextVQA, VisualMRC.\n"
+    "Hub data set Mizukiluke/ureader-instruction-1.0 (no licence stated; each set keeps its own): ureader_json.zip\n"
+    "and the image archives. RAW/**/{train,val}.jsonl and test_<set>.jsonl; images stay in place, below --image-root\n"
+    "(default: RAW/ureader_images if it is there, else RAW): ChartQA, DUE_Benchmark/<set>, TextCaps, TextVQA, ...\n"
     "train.jsonl and val.jsonl are both trained on, as the released configuration does (--train-splits train: not).\n"
     "--upsample DocVQA=3,... repeats sub-sources; `official` is the UReader paper's: DocVQA, InfographicsVQA and\n"
     "WikiTableQuestions three times, DeepForm and KleisterCharity twice; default none.\n"
-    "Known: many answers of DeepForm and KleisterCharity are the word None, on purpose: kept and counted; some TabFact\n"
-    "images are missing. DocDownstream-1.0 has the same form (its imgs/ is understood).",
+    "Known: many answers of DeepForm and KleisterCharity are the word None, on purpose: kept and counted; some\n"
+    "TabFact images are missing. DocDownstream-1.0 has the same form (its imgs/ is understood).",
     iterate,
     default_train_splits=("train", "val"),
 )
