@@ -1,8 +1,8 @@
-"""Conversation templates: from turns to the prompt text and the character spans that training supervises.
+"""Conversations: from turns to the prompt text and the character spans that training supervises.
 
-A template is data, so that `render` is the only place that builds a prompt: training, evaluation and chat call it. The
-texts equal those of LLaVA-1.5's `conversation.py`. The spans replace LLaVA's counting of tokens: whatever the tokenizer
-does, a token is supervised when it begins inside an answer's span.
+`render` is the only place that builds a prompt: training, evaluation and chat call it, with a template from
+`templates.py`. The spans replace LLaVA's counting of tokens: whatever the tokenizer does, a token is supervised when it
+begins inside an answer's span.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.errors import DataError
+from llava_mole.templates import TEMPLATES, Template, get_template
 
-VICUNA_SYSTEM = (
-    "A chat between a curious {user} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {user}'s questions."
-)
-LLAVA_LLAMA_2_SYSTEM = (
-    "You are a helpful language and vision assistant. "
-    "You are able to understand the visual content that the user provides, "
-    "and assist the user with a variety of tasks using natural language."
-)
-MPT_SYSTEM = (
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-)
+__all__ = [
+    "TEMPLATES",
+    "Rendered",
+    "Template",
+    "Turn",
+    "drop_leading_answer",
+    "get_template",
+    "place_image_first",
+    "render",
+]
 
 
 @dataclass(frozen=True)
@@ -35,99 +34,11 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Template:
-    """The fixed strings around the turns.
-
-    A prompt is `system`, then per turn `user_start text user_end` or `answer_marker answer_start text answer_end`.
-    The supervised span of an answer is everything after `answer_marker`.
-    """
-
-    name: str
-    answer_end: str
-    """Ends an answer and is supervised: what the model must learn to say in order to stop."""
-    system: str = ""
-    first_text_prefix: str = ""
-    """Put in front of the first user text (Llama-2's `<<SYS>>` block)."""
-    between_rounds: str = ""
-    """Put in front of every user turn but the first."""
-    user_start: str = ""
-    user_end: str = ""
-    user_empty: str = ""
-    """Replaces a whole user turn without text."""
-    answer_marker: str = ""
-    """Announces an answer. A prompt for generation ends with it, and an answer without text is only this."""
-    answer_start: str = ""
-    """Between marker and text. The space is the answer's: tokenizers join it to the answer's first word."""
-    caption: bool = False
-    """Training text is the image marker and the answer; what the user says is left out (LLaVA's `plain`)."""
-
-    @property
-    def stop(self) -> str:
-        """The string at which generation may stop."""
-        return self.answer_end.strip(" ")
-
-
-@dataclass(frozen=True)
 class Rendered:
     """A prompt with the literal `<image>` markers and its supervised character ranges, ascending, end excluded."""
 
     text: str
     answer_spans: tuple[tuple[int, int], ...]
-
-
-def _vicuna(name: str, user: str) -> Template:
-    return Template(
-        name=name,
-        system=VICUNA_SYSTEM.format(user=user) + " ",
-        user_start="USER: ",
-        user_end=" ",
-        user_empty="USER:",
-        answer_marker="ASSISTANT:",
-        answer_start=" ",
-        answer_end="</s>",
-    )
-
-
-def _chatml(name: str, system: str) -> Template:
-    return Template(
-        name=name,
-        system=f"<|im_start|>system\n{system}<|im_end|>",
-        user_start="<|im_start|>user\n",
-        user_end="<|im_end|>",
-        user_empty="<|im_start|>user\n",
-        answer_marker="<|im_start|>assistant\n",
-        answer_end="<|im_end|>",
-    )
-
-
-_VICUNA_V1 = _vicuna("vicuna_v1", "user")
-
-TEMPLATES: dict[str, Template] = {
-    "plain": Template(name="plain", user_end="\n", answer_end="\n", caption=True),
-    "vicuna_v1": _VICUNA_V1,
-    "v1": _VICUNA_V1,
-    "llava_v1": _vicuna("llava_v1", "human"),
-    "llava_llama_2": Template(
-        name="llava_llama_2",
-        first_text_prefix=f"<<SYS>>\n{LLAVA_LLAMA_2_SYSTEM}\n<</SYS>>\n\n",
-        between_rounds="<s>",
-        user_start="[INST] ",
-        user_end=" [/INST]",
-        answer_start=" ",
-        answer_end=" </s>",
-    ),
-    "chatml_direct": _chatml("chatml_direct", "Answer the questions."),
-    "mpt": _chatml("mpt", MPT_SYSTEM),
-}
-"""Templates by the names LLaVA gives them; `v1` is another name of `vicuna_v1`."""
-
-
-def get_template(name: str) -> Template:
-    """The template called `name`. Raises ConfigError that lists the names (LLaVA would silently take `vicuna_v1`)."""
-    try:
-        return TEMPLATES[name]
-    except KeyError:
-        raise ConfigError(f"template {name!r} does not exist; choose one of {', '.join(sorted(TEMPLATES))}") from None
 
 
 def place_image_first(turns: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -163,6 +74,8 @@ def render(template: Template, turns: Sequence[Turn], *, add_generation_prompt: 
         DataError: no turns, turns that do not alternate, or a shape that the template cannot hold.
     """
     turns = drop_leading_answer(turns)
+    if template.strip:
+        turns = [replace(turn, text=turn.text.strip()) for turn in turns]
     _check_turns(template, turns, add_generation_prompt)
     if template.caption:
         return _render_caption(template, turns, add_generation_prompt)

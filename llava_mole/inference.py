@@ -8,48 +8,27 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 
 from llava_mole.config import Quantization
-from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.conversation import Turn, get_template, place_image_first, render
-from llava_mole.data.images import open_image
-from llava_mole.data.tokenization import encode
+from llava_mole.data.chat_template import check_template_name, resolve_template
 from llava_mole.decoding import AnswerDecoder, Decoding, RowStop
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.errors import ConfigError
+from llava_mole.likelihood import Likelihood, encode_continuation, score_batch
 from llava_mole.model.builder import LoadedModel, load_pretrained_model
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-ImageLike: TypeAlias = "Image | str | os.PathLike[str] | None"
-ImagesLike: TypeAlias = "ImageLike | Sequence[Image | str | os.PathLike[str]]"
-Prompt: TypeAlias = str | Sequence[Turn]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts of one forward pass, padded on the left."""
-
-    input_ids: torch.Tensor
-    """int64 [B, L], IMAGE_TOKEN_INDEX at image positions."""
-    attention_mask: torch.Tensor
-    """bool [B, L], False at padding."""
-    images: torch.Tensor | None
-    """float32 [M, 3, S, S], each distinct image once."""
-    image_index: torch.Tensor | None
-    """int64 [N]: which of the M images the n-th `<image>` of the rows, taken one after the other, shows."""
-    members: tuple[int, ...]
-    """Positions of the rows in the caller's lists."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row without padding."""
-        return self.attention_mask.sum(dim=1).tolist()
+from llava_mole.prompts import (
+    Batch,
+    ImagesLike,
+    Prompt,
+    as_images,
+    batches,
+    check_pairs,
+    encode_prompt,
+    place_images,
+)
 
 
 class Predictor:
@@ -58,7 +37,7 @@ class Predictor:
     def __init__(self, loaded: LoadedModel, *, template: str | None = None):
         """`template` replaces the one stored in the checkpoint. Raises ConfigError for an unknown name."""
         self.loaded = loaded
-        self.template = get_template(template or loaded.template)
+        self.template = resolve_template(template or loaded.template, loaded.tokenizer)
         self._eos_ids = _end_ids(loaded, self.template.stop)
 
     @classmethod
@@ -74,7 +53,7 @@ class Predictor:
     ) -> "Predictor":
         """Load a checkpoint or run directory; errors as `load_pretrained_model` and the constructor."""
         if template is not None:
-            get_template(template)
+            check_template_name(template)
         loaded = load_pretrained_model(
             Path(model_path), model_base=model_base, device=device, dtype=dtype, quantization=quantization
         )
@@ -96,7 +75,7 @@ class Predictor:
 
         Args:
             images: One per prompt: a PIL image, a path, None, or a list of images for a prompt about several. The same
-                object or path is encoded once a batch.
+                object or path is encoded once.
             prompts: A question, or the turns of a conversation that ends with the user's. The image placeholders are
                 put in front of the first user turn where the text has none.
             max_new_tokens: Upper bound of an answer; it also ends where the context does.
@@ -109,10 +88,8 @@ class Predictor:
             DataError: an image that cannot be read, a placeholder without image, a prompt longer than the context.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
         answers = [""] * len(prompts)
-        for batch in self.batches(images, prompts, batch_size=batch_size):
+        for batch in self.batches(images, prompts, batch_size=_positive(batch_size)):
             answer = self._answer_decoder(stop)
             for position, ids in zip(batch.members, self._decode(batch, decoding, answer), strict=True):
                 answers[position] = answer.final(ids)
@@ -137,73 +114,56 @@ class Predictor:
         (batch,) = self.batches([image], [prompt], batch_size=1)
         return self._pieces(batch, decoding, self._answer_decoder(stop))
 
+    def score(
+        self,
+        images: Sequence[ImagesLike],
+        prompts: Sequence[Prompt],
+        continuations: Sequence[str],
+        *,
+        with_end: bool = False,
+        batch_size: int = 16,
+    ) -> list[Likelihood]:
+        """How likely each continuation is as the answer to its prompt; see `likelihood.Likelihood`.
+
+        Args:
+            images, prompts: As for `generate`.
+            continuations: The answer whose probability is asked for, one a prompt.
+            with_end: Whether the end marker counts, that is, the probability that the answer stops there.
+            batch_size: Rows of one forward pass; they are batched by length.
+
+        Raises:
+            ConfigError: lists of different lengths.
+            DataError: as for `generate`, or an empty continuation.
+        """
+        check_pairs(images, prompts)
+        if len(continuations) != len(prompts):
+            raise ConfigError(
+                f"{len(continuations)} continuations for {len(prompts)} prompts; give one for every prompt"
+            )
+        encoded = [
+            encode_continuation(
+                self.loaded, self.template, place_images(prompt, len(as_images(own)), n), text, n, with_end
+            )
+            for n, (own, prompt, text) in enumerate(zip(images, prompts, continuations, strict=True))
+        ]
+        results: dict[int, Likelihood] = {}
+        for batch in batches(self.loaded, [ids for ids, _ in encoded], images, _positive(batch_size)):
+            found = score_batch(self.loaded.model, batch, [encoded[n][1] for n in batch.members])
+            results.update(zip(batch.members, found, strict=True))
+        return [results[n] for n in range(len(prompts))]
+
     def batches(self, images: Sequence[ImagesLike], prompts: Sequence[Prompt], *, batch_size: int) -> Iterator[Batch]:
         """The prompts as model input, shortest first so that batches hold little padding."""
-        if len(images) != len(prompts):
-            raise ConfigError(
-                f"{len(images)} images for {len(prompts)} prompts; give one image (or None) for every prompt"
-            )
-        shown = [_as_tuple(given) for given in images]
-        rows = [self._encode(prompt, len(own), n) for n, (prompt, own) in enumerate(zip(prompts, shown, strict=True))]
-        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
-            yield self._collate([rows[n] for n in members], [image for n in members for image in shown[n]], members)
+        check_pairs(images, prompts)
+        rows = [
+            encode_prompt(self.loaded, self.template, prompt, len(as_images(own)), n)
+            for n, (prompt, own) in enumerate(zip(prompts, images, strict=True))
+        ]
+        return batches(self.loaded, rows, images, batch_size)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """Input embeddings [B, L, D] of a batch, each distinct image encoded once."""
-        return self.loaded.model.embed(batch.input_ids, batch.images, batch.image_index)
-
-    def _encode(self, prompt: Prompt, num_images: int, position: int) -> list[int]:
-        turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        if not turns or turns[-1].role != "user":
-            raise DataError(f"prompt {position}: a conversation to be answered must end with a user turn")
-        placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-        if placeholders not in (0, num_images) or (placeholders and not num_images):
-            given = {0: "no image", 1: "one image"}.get(num_images, f"{num_images} images")
-            raise DataError(f"prompt {position}: {placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given")
-        if not placeholders:
-            turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + turns[0].text)
-        # One image goes where LLaVA trains it; several stay where the prompt has put them.
-        placed = place_image_first(turns) if num_images == 1 else turns
-        rendered = render(self.template, placed, add_generation_prompt=True)
-        encoded = encode(
-            rendered, self.loaded.tokenizer, num_image_tokens=self.loaded.model.num_image_tokens, max_length=None
-        )
-        if encoded.num_images != num_images:
-            raise DataError(
-                f"prompt {position}: template {self.template.name!r} shows {encoded.num_images} of {num_images} "
-                "images; give one image, or take another template"
-            )
-        if len(encoded.input_ids) >= self.loaded.context_length:
-            raise DataError(
-                f"prompt {position}: {len(encoded.input_ids)} tokens with its image leave no room for an answer in the "
-                f"model's context of {self.loaded.context_length}; shorten it"
-            )
-        return encoded.input_ids
-
-    def _collate(
-        self, rows: list[list[int]], images: "list[Image | str | os.PathLike[str]]", members: list[int]
-    ) -> Batch:
-        longest = max(map(len, rows))
-        device = self.loaded.model.device
-        pad_id = self.loaded.tokenizer.pad_token_id
-        distinct: dict[object, torch.Tensor] = {}
-        keys = []
-        for image in images:
-            key = os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
-            if key not in distinct:
-                distinct[key] = self.loaded.image_processor(_open(image))
-            keys.append(list(distinct).index(key))
-        return Batch(
-            input_ids=torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device),
-            attention_mask=torch.tensor(
-                [[n >= longest - len(row) for n in range(longest)] for row in rows], device=device
-            ),
-            images=torch.stack(list(distinct.values())).to(device) if distinct else None,
-            image_index=torch.tensor(keys, device=device) if distinct else None,
-            members=tuple(members),
-        )
+        """Input embeddings [B, L, D] of a batch."""
+        return self.loaded.model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features)
 
     def _answer_decoder(self, stop: Sequence[str] | None) -> AnswerDecoder:
         return AnswerDecoder(self.loaded.tokenizer, self._eos_ids, [self.template.stop, *(stop or ())])
@@ -281,16 +241,10 @@ class _QueueStreamer:
         """The end is put by the thread that runs `generate`, after its errors are known."""
 
 
-def _as_tuple(images: ImagesLike) -> "tuple[Image | str | os.PathLike[str], ...]":
-    if images is None:
-        return ()
-    return tuple(images) if isinstance(images, Sequence) and not isinstance(images, str) else (images,)
-
-
-def _open(image: "Image | str | os.PathLike[str]") -> "Image":
-    if isinstance(image, (str, os.PathLike)):
-        return open_image(image)
-    return image.convert("RGB")
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+    return batch_size
 
 
 def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:

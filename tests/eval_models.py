@@ -15,12 +15,20 @@ from llava_mole.model.builder import attach_adapter, build_parts
 from llava_mole.train.saving import CheckpointWriter, Progress
 
 
-def make_checkpoint(directory: Path, method: str = "mole", options: dict[str, Any] | None = None) -> Path:
-    """Write `<directory>/run/checkpoint-1` of an untrained model with random adapters. Returns the run directory."""
+def make_checkpoint(
+    directory: Path, method: str = "mole", options: dict[str, Any] | None = None, chat_template: str | None = None
+) -> Path:
+    """Write `<directory>/run/checkpoint-1` of an untrained model with random adapters. Returns the run directory.
+
+    With a `chat_template` the tokenizer has it and the model was trained with it.
+    """
     path = make_world(directory, samples=1)
+    if chat_template:
+        (directory / "language_model" / "chat_template.jinja").write_text(chat_template)
     mute_byte_pieces(directory / "language_model" / "model.safetensors")
     config = parse_run_config([str(path), "--adapter.method", method])
     config.adapter.options = options or {}
+    config.data.template = "tokenizer" if chat_template else config.data.template
     model, hf_tokenizer, fingerprints = build_parts(config.model)
     torch.manual_seed(3)
     for parameter in model.projector.parameters():

@@ -18,14 +18,16 @@ CHAT = sorted({template.name for template in TEMPLATES.values()} - {"plain"})
 
 
 def test_template_names() -> None:
-    assert set(TEMPLATES) == {"plain", "vicuna_v1", "v1", "llava_v1", "llava_llama_2", "chatml_direct", "mpt"}
+    llava = {"plain", "vicuna_v1", "v1", "llava_v1", "llava_llama_2", "chatml_direct", "mpt", "mistral_instruct"}
+    models = {"mistral_v1", "mistral_v3", "llama_2", "llama_3", "chatml", "qwen", "gemma"}
+    assert set(TEMPLATES) == llava | models
     assert get_template("v1") is get_template("vicuna_v1")
     assert all(template.name == name for name, template in TEMPLATES.items() if name != "v1")
 
 
 def test_unknown_template_is_refused_with_the_names() -> None:
     with pytest.raises(
-        ConfigError, match=r"template 'vicuna' does not exist; choose one of chatml_direct, .*vicuna_v1"
+        ConfigError, match=r"template 'vicuna' does not exist; choose one of chatml, .*vicuna_v1, or 'tokenizer'"
     ):
         get_template("vicuna")
 
@@ -77,7 +79,7 @@ def test_empty_answer_is_the_bare_marker_and_not_supervised(name: str) -> None:
     template = get_template(name)
     rendered = render(template, [USER, Turn("assistant", ""), USER, ASSISTANT])
     assert len(rendered.answer_spans) == 1
-    assert rendered.text.count(template.answer_end) == (3 if template.user_end == template.answer_end else 1) + (
+    assert rendered.text.count(template.answer_end) == (3 if template.answer_end in template.user_end else 1) + (
         template.system.count(template.answer_end)
     )
 

@@ -122,18 +122,20 @@ def assumed_lengths(name: str, source: AssumedSource, image_tokens: int, max_len
 
 def measured_lengths(name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int) -> SourceLengths:
     """Lengths of up to `sample` records of the source's file, tokenized as in training if the tokenizer is there."""
-    from llava_mole.conversation import get_template, render
+    from llava_mole.conversation import render
+    from llava_mole.data.chat_template import resolve_template
     from llava_mole.data.dataset import encode_record
     from llava_mole.data.records import read_records
     from llava_mole.data.tokenization import HFTextTokenizer
     from llava_mole.model.language_model import load_tokenizer
 
     records: Sequence[Any] = read_records(data.sources[name].annotations, name)
-    template = get_template(data.template)
+    has_tokenizer = (Path(language_model) / "config.json").is_file()
+    tokenizer = HFTextTokenizer(load_tokenizer(language_model)) if has_tokenizer else None
+    template = resolve_template(data.template, tokenizer)
     chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).astype(int))]
     images = np.array([len(record.images) for record in chosen], dtype=np.int64)
-    if (Path(language_model) / "config.json").is_file():
-        tokenizer = HFTextTokenizer(load_tokenizer(language_model))
+    if tokenizer is not None:
         encoded = [encode_record(record, template, tokenizer, image_tokens, data.max_length) for record in chosen]
         tokens = np.array([len(e.input_ids) for e in encoded], dtype=np.int64)
         supervised = np.array([e.num_supervised for e in encoded], dtype=np.int64)

@@ -10,7 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_mole.config import DataConfig
-from llava_mole.conversation import Rendered, Template, get_template, render
+from llava_mole.conversation import Rendered, Template, render
+from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
 from llava_mole.data.grouping import GroupedPlan, modality_length
 from llava_mole.data.holdout import hold_out
@@ -35,7 +36,7 @@ class SupervisedDataset:
         image_folders: Root of the image paths, by source.
         plan: Which sample comes when.
         tokenizer: Tokenizes the rendered conversations.
-        template_name: One of `conversation.TEMPLATES`; unknown names raise ConfigError.
+        template_name: One of `templates.TEMPLATES`, or `tokenizer`; unknown names raise ConfigError.
         image_processor: Makes the tower's input of an image.
         num_image_tokens: Placeholder ids for one image.
         max_length: Most tokens of a sample; longer ones are cut at the end.
@@ -55,7 +56,7 @@ class SupervisedDataset:
         lengths: Mapping[str, npt.NDArray[np.int32]] | None = None,
     ) -> None:
         self.plan = plan
-        self._template = get_template(template_name)
+        self._template = resolve_template(template_name, tokenizer)
         self._records = dict(records_by_source)
         self._image_folders = dict(image_folders)
         self._source_index = {name: index for index, name in enumerate(plan.names)}
@@ -180,7 +181,7 @@ def build_dataset(
         ConfigError: unknown template, empty mixture, lambda below 0, `max_length` too small for one image.
         DataError: anything wrong with a file, a record or an image; the message starts with the file.
     """
-    template = get_template(data_config.template)
+    template = resolve_template(data_config.template, tokenizer)
     names = _active_sources(data_config)
     if data_config.max_length <= num_image_tokens:
         raise ConfigError(

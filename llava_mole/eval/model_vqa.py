@@ -3,7 +3,8 @@
     python -m llava_mole.eval.model_vqa --model-path RUN --question-file Q.jsonl --image-folder DIR --answers-file A
 
 Decoding is greedy unless `--temperature` is above 0. An interrupted run continues where it stopped when the same
-command is given again. `--num-chunks N --chunk-idx I` answers one part; the parts' files in order are the whole.
+command is given again, on as many ranks as it is started with then. `--num-chunks N --chunk-idx I` answers one part;
+the parts' files in order are the whole. Under torchrun or `accelerate launch` the ranks share the questions.
 """
 
 import argparse
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_mole.decoding import Decoding
+from llava_mole.distributed import get_rank, get_world_size, is_main_process, on_main
 from llava_mole.errors import ConfigError, command
 from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, check_images, read_questions, take_chunk, windows
+from llava_mole.eval.ranks import joined_ranks, share_of_rank
 from llava_mole.log import setup_logging
 from llava_mole.model.quantization import add_quantization_arguments
 
@@ -84,20 +87,22 @@ def answer_questions(
     from llava_mole.eval.routing_stats import RoutingStats, collect_routing_stats
 
     if routing_stats:
-        refuse_existing(routing_stats, overwrite=overwrite)
+        on_main(lambda: refuse_existing(routing_stats, overwrite=overwrite))
         RoutingStats(predictor)  # refuses an unfit model before the work, not after it
     output = AnswerFile(answers_file, questions, describe_run(predictor, questions, decoding), overwrite=overwrite)
-    pending = output.pending
+    mine = share_of_rank(output.pending, get_rank(), get_world_size())
     name = model_id(predictor.loaded.path)
-    with tqdm(total=len(questions), initial=len(questions) - len(pending), unit="q", disable=None) as progress:
-        for window, images in windows(pending, image_folder, batch_size):
+    title = f"rank 0 of {get_world_size()}" if get_world_size() > 1 else None
+    with tqdm(total=len(mine), desc=title, unit="q", disable=None if is_main_process() else True) as progress:
+        for window, images in windows(mine, image_folder, batch_size):
             texts = predictor.generate(
                 images, [q.text for q in window], batch_size=batch_size, **dataclasses.asdict(decoding)
             )
             output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
             progress.update(len(window))
     if routing_stats:
-        collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size).write(routing_stats)
+        stats = collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size)
+        on_main(lambda: stats.write(routing_stats))
     output.finish()
 
 
@@ -115,11 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     setup_logging()
+    with joined_ranks():
+        return _answer(args)
+
+
+def _answer(args: argparse.Namespace) -> int:
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
-    questions = take_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
-    check_images(questions, Path(args.image_folder))
     answers_file = Path(args.answers_file)
-    refuse_existing(answers_file, overwrite=args.overwrite)
+    questions = on_main(lambda: _read_chunk(args))
     answer_questions(
         load_predictor(args.model_path, args),
         questions,
@@ -130,8 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=args.overwrite,
         routing_stats=Path(args.routing_stats) if args.routing_stats else None,
     )
-    print(f"{len(questions)} answers in {answers_file}")
+    if is_main_process():
+        print(f"{len(questions)} answers in {answers_file}")
     return 0
+
+
+def _read_chunk(args: argparse.Namespace) -> Sequence[Question]:
+    """The questions to answer, after everything that can be checked without the model."""
+    questions = take_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
+    check_images(questions, Path(args.image_folder))
+    refuse_existing(Path(args.answers_file), overwrite=args.overwrite)
+    return questions
 
 
 def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":

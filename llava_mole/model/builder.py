@@ -220,8 +220,10 @@ def load_pretrained_model(
         logger.info("language model: quantisation %s, in training %s", quantization, config.model.quantization)
         config.model.quantization = quantization
     where, float_type = select_device(device), getattr(torch, dtype)
-    model, hf_tokenizer, fingerprints = build_parts(config.model)
+    model, _, fingerprints = build_parts(config.model)
     _check_base(path, fingerprints)
+    # The checkpoint's own: the base directory's may have been changed since, down to its chat template.
+    hf_tokenizer = load_tokenizer(str(path / TOKENIZER_DIR))
     quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
     load_projector(model.projector, path / PROJECTOR_FILE)
     if (path / ADAPTER_DIR).is_dir():

@@ -54,19 +54,24 @@ class LlavaMole(nn.Module):
         return self.projector(self.vision_tower(images_NCHW).to(self._first_linear.weight.dtype))
 
     def embed(
-        self, ids_BL: torch.Tensor, images_NCHW: torch.Tensor | None, image_index: torch.Tensor | None = None
+        self,
+        ids_BL: torch.Tensor,
+        images_NCHW: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        *,
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Input embeddings [B, L, D]: token embeddings, with image features at the placeholder positions.
 
         Features fill the placeholders in order: image 0 the first P, image 1 the next P, and so on. With
         `image_index` (int64 [M]) the m-th P placeholders show image `image_index[m]`: an image that several samples
-        share is encoded once.
+        share is encoded once. `features` [N, P, D] are what `encode_images` gave, instead of the images.
 
         Raises:
             DataError: the number of placeholders is not that of the features.
         """
         is_image_BL = ids_BL == IMAGE_TOKEN_INDEX
-        shown = image_index if image_index is not None else images_NCHW
+        shown = next((given for given in (image_index, images_NCHW, features) if given is not None), None)
         num_images = 0 if shown is None else shown.shape[0]
         num_placeholders = int(is_image_BL.sum())
         if num_placeholders != num_images * self.num_image_tokens:
@@ -76,7 +81,9 @@ class LlavaMole(nn.Module):
             )
         text_BLD = self.causal_lm.get_input_embeddings()(ids_BL.masked_fill(is_image_BL, 0))
         if images_NCHW is not None:
-            features_NPD = self.encode_images(images_NCHW).to(text_BLD.dtype)
+            features = self.encode_images(images_NCHW)
+        if features is not None:
+            features_NPD = features.to(text_BLD.dtype)
             if image_index is not None:
                 features_NPD = features_NPD[image_index]
             return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)

@@ -15,7 +15,7 @@ from llava_mole.mole.auxiliary import (
 )
 from llava_mole.mole.config import PRESETS, MoleConfig
 from llava_mole.mole.layer import MoleLinear, MoleMlp
-from llava_mole.mole.loss import balance_loss, z_loss
+from llava_mole.mole.loss import balance_loss, choice_counts, z_loss
 from llava_mole.mole.model import MoleModel
 from llava_mole.mole.record import Routing, RoutingInputs
 from llava_mole.mole.register import register_mole
@@ -34,6 +34,7 @@ __all__ = [
     "RoutingMeter",
     "active_config",
     "balance_loss",
+    "choice_counts",
     "collect_routing",
     "find_tuner",
     "mole_after_step",

@@ -10,11 +10,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from llava_mole.conversation import TEMPLATES
+from llava_mole.conversation import get_template
 from llava_mole.tiny.language import pretraining_item
 from llava_mole.tiny.samples import Sample
 
 VOCABULARY = 1024
+PROMPTS = ("plain", "vicuna_v1", "v1", "llava_v1", "llava_llama_2", "chatml_direct", "mpt")
+"""Templates whose words the vocabulary holds; `v1` counts twice because the shipped tokenizer was trained so."""
 SPACE = "\u2581"
 """SentencePiece's visible space."""
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -22,7 +24,8 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 def training_lines(samples: Iterable[Sample], items: int, seed: int) -> Iterator[str]:
     """Lines of text, each beginning with a space where it would begin a text and without where it follows a newline."""
-    for template in TEMPLATES.values():
+    for name in PROMPTS:
+        template = get_template(name)
         for _ in range(300):
             yield " " + " ".join((template.system, template.user_start, template.answer_marker)).replace("\n", " ")
     for sample in samples:

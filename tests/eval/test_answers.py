@@ -92,7 +92,7 @@ def test_foreign_partial_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="its first line does not describe a run"):
         AnswerFile(tmp_path / "a.jsonl", questions, RUN)
     partial.write_text(json.dumps({"run": RUN}) + '\n{"question_id": 9, "text": "x"}\n')
-    with pytest.raises(DataError, match=r"partial:2: no question has the id '9'"):
+    with pytest.raises(DataError, match=r"partial:2: no question has the id 9;"):
         AnswerFile(tmp_path / "a.jsonl", questions, RUN)
 
 

@@ -174,6 +174,28 @@ def test_routing_shares_count_prompt_tokens_once(predictor: Predictor, asked: Pa
     assert 0 < single["domains"]["one"]["all"]["share"][0][0] < 1
 
 
+def test_routing_spread_is_that_of_the_samples_shares(predictor: Predictor, asked: Path) -> None:
+    """Mean and deviation over samples, from one run a sample."""
+    given = read_questions([str(asked)])
+    together = collect_routing_stats(predictor, given, asked.parent, batch_size=4).result()["domains"]
+    for domain in ("one", "two"):
+        for modality in ("all", "image", "text"):
+            shares = []
+            for question in given:
+                if question.domain == domain:
+                    alone = collect_routing_stats(predictor, [question], asked.parent).result()["domains"][domain]
+                    shares += [torch.tensor(alone[modality]["share"])] if modality in alone else []
+            entry = together[domain][modality]
+            assert (
+                entry["samples"]
+                == len(shares)
+                == (5 if (domain, modality) == ("one", "image") else 6 - (domain == "two"))
+            )
+            torch.testing.assert_close(torch.tensor(entry["sample_mean"]), torch.stack(shares).mean(dim=0))
+            torch.testing.assert_close(torch.tensor(entry["sample_std"]), torch.stack(shares).std(dim=0))
+            assert torch.tensor(entry["sample_std"]).max() > 0
+
+
 def test_routing_statistics_need_experts(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = make_checkpoint(tmp_path / "world", "lora")
     assert run(plain, asked, tmp_path / "a.jsonl", "--routing-stats", str(tmp_path / "r.json")) == 2

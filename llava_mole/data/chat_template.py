@@ -1,0 +1,167 @@
+"""The chat template that a tokenizer brings along, as a `Template` whose answers are supervised by span.
+
+A chat template is a program, so its fixed strings are found by running it on marked texts, and the result is believed
+only after it has rebuilt the program's own output for conversations of one to three rounds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llava_mole.conversation import Template, Turn, get_template, render
+from llava_mole.data.tokenization import TextTokenizer
+from llava_mole.errors import ConfigError
+from llava_mole.templates import TOKENIZER_TEMPLATE
+
+Render = Callable[[Sequence[Turn], bool], str]
+_MARKS = ("qqAskedFirstqq", "qqSaidFirstqq", "qqAskedLastqq", "qqSaidLastqq")
+"""Words that no chat template holds."""
+_ALTERNATIVE = "name a template of conversation.TEMPLATES instead"
+
+
+def check_template_name(name: str) -> None:
+    """Raise ConfigError for a name that `resolve_template` knows nothing about, before a tokenizer is loaded."""
+    if name != TOKENIZER_TEMPLATE:
+        get_template(name)
+
+
+def resolve_template(name: str, tokenizer: TextTokenizer | None) -> Template:
+    """The template called `name`; the name `tokenizer` stands for the chat template of the tokenizer given.
+
+    Raises:
+        ConfigError: no template has this name, or see `read_chat_template`.
+    """
+    if name != TOKENIZER_TEMPLATE:
+        return get_template(name)
+    return read_chat_template(getattr(tokenizer, "hf", None))
+
+
+def read_chat_template(hf_tokenizer: Any) -> Template:
+    """The fixed strings of the tokenizer's own chat template.
+
+    The beginning-of-text token is left out, since `tokenization.encode` puts it in front. An answer is supervised up to
+    the last special token of what follows it (`<|im_end|>`), the line break behind that is not.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or one that no fixed strings describe: that writes the last
+            answer otherwise than earlier ones, depends on the date, or changes the texts beyond stripping blanks.
+    """
+    if hf_tokenizer is None or not getattr(hf_tokenizer, "chat_template", None):
+        raise ConfigError(f"template 'tokenizer': the language model's tokenizer has no chat template; {_ALTERNATIVE}")
+    published = _renderer(hf_tokenizer)
+    template = _take_apart(published, set(hf_tokenizer.all_special_tokens) | set(hf_tokenizer.get_added_vocab()))
+    blanks = [Turn("user", " padded "), Turn("assistant", " padded\n")]
+    if (wanted := published(blanks, False)) != _whole(template, blanks, wanted):
+        template = replace(template, strip=True)
+    _check(template, published, blanks)
+    return template
+
+
+def _renderer(hf_tokenizer: Any) -> Render:
+    bos = hf_tokenizer.bos_token or ""
+
+    def published(turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            text = hf_tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        # Templates are foreign programs in Jinja: they fail with its errors and with any error of Python's.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"template 'tokenizer': the tokenizer's chat template fails on a plain conversation: {reason}; "
+                f"{_ALTERNATIVE}"
+            ) from None
+        return text.removeprefix(bos)
+
+    return published
+
+
+def _take_apart(published: Render, special_tokens: set[str]) -> Template:
+    asked, said, asked_last, said_last = _MARKS
+    rounds = [Turn("user", asked), Turn("assistant", said), Turn("user", asked_last), Turn("assistant", said_last)]
+    pieces, rest = [], published(rounds, False)
+    for mark in _MARKS:
+        before, found, rest = rest.partition(mark)
+        if not found:
+            raise _unfit("leaves a turn out")
+        pieces.append(before)
+    head, to_answer, to_user, to_last_answer = pieces
+    prompt = published(rounds[:1], True).partition(asked)[2]
+    if to_answer != to_last_answer or not to_answer.startswith(prompt):
+        raise _unfit("announces the last answer otherwise than the one before it, or than the prompt does")
+    answer_end, tail = _split_end(rest, special_tokens)
+    if not to_user.startswith(answer_end):
+        raise _unfit("ends the last answer otherwise than the one before it")
+    to_user = to_user[len(answer_end) :]
+    between, user_start = _split_start(to_user, tail, head)
+    # What a first question has in front of it and a later one has not: the system text, or what stands in for it.
+    system, prefix = (head[: -len(user_start)], "") if head.endswith(user_start) else (head, "")
+    if not head.endswith(user_start):
+        if not (user_start and user_start in head):
+            raise _unfit("begins the first question otherwise than later ones")
+        system, _, prefix = head.partition(user_start)
+    user_end, answer_marker = _split_marker(prompt, special_tokens)
+    return Template(
+        name=TOKENIZER_TEMPLATE,
+        system=system,
+        first_text_prefix=prefix,
+        between_rounds=between,
+        user_start=user_start,
+        user_end=user_end,
+        user_empty=user_start + user_end,
+        answer_marker=answer_marker,
+        answer_start=to_answer[len(prompt) :],
+        answer_end=answer_end,
+    )
+
+
+def _split_end(rest: str, special_tokens: set[str]) -> tuple[str, str]:
+    """What ends the last answer, up to its last special token, and the unsupervised rest."""
+    ends = [rest.rfind(token) + len(token) for token in special_tokens if token and token in rest]
+    end = max(ends, default=len(rest))
+    if not end:
+        raise _unfit("writes nothing behind an answer, so a model could not learn to stop")
+    return rest[:end], rest[end:]
+
+
+def _split_start(to_user: str, tail: str, head: str) -> tuple[str, str]:
+    """What only stands between rounds (the tail of an answer, a second BOS), and what begins every question."""
+    for start in range(len(to_user) + 1):
+        user_start = to_user[start:]
+        if to_user[:start].startswith(tail) and user_start in head:
+            return to_user[:start], user_start
+    raise _unfit("begins the first question otherwise than later ones")
+
+
+def _split_marker(prompt: str, special_tokens: set[str]) -> tuple[str, str]:
+    """What ends a question, and what announces the answer; together they are `prompt`."""
+    ends = [prompt.find(token) + len(token) for token in special_tokens if token and token in prompt]
+    end = min(ends, default=len(prompt))
+    # The line break behind the token belongs to it: an answer's marker begins with a visible character.
+    end += len(prompt[end:]) - len(prompt[end:].lstrip("\n")) if prompt[end:].strip("\n") else 0
+    return prompt[:end], prompt[end:]
+
+
+def _check(template: Template, published: Render, blanks: list[Turn]) -> None:
+    """Raise ConfigError where the template does not rebuild the published output."""
+    texts = ["What?", "One.", "And then,\n\nwhat?", "Two: a & b", "Why <b>?", "So."]
+    for count in (2, 4, 6):
+        turns = [Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts[:count])]
+        for conversation, prompt in ((turns, False), (turns[:-1], True), (blanks + turns, False)):
+            wanted = published(conversation, prompt)
+            given = _whole(template, conversation, wanted, prompt)
+            if given != wanted:
+                raise _unfit(f"makes {wanted!r} where its fixed strings make {given!r}")
+
+
+def _whole(template: Template, turns: Sequence[Turn], wanted: str, prompt: bool = False) -> str:
+    """Our rendering, with the line breaks that the published one has behind its last end marker."""
+    text = render(template, turns, add_generation_prompt=prompt).text
+    tail = wanted[len(text) :] if wanted.startswith(text) else ""
+    return text + tail if not prompt and not tail.strip() else text
+
+
+def _unfit(reason: str) -> ConfigError:
+    return ConfigError(f"template 'tokenizer': the tokenizer's chat template {reason}; {_ALTERNATIVE}")

@@ -1,0 +1,49 @@
+"""Evaluation over the ranks that torchrun or `accelerate launch` started: a group for coordination only.
+
+Every rank has the whole model and answers its own questions; nothing but small Python objects is exchanged, so gloo
+serves CPU and GPU ranks alike.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llava_mole.eval.questions import Question, take_chunk
+
+_LONGEST_WAIT = timedelta(days=14)
+"""Ranks that are done wait for the slowest; that is no failure."""
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Join the ranks that the launcher's environment names, each with its own GPU; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    try:
+        yield
+        dist.barrier()
+    finally:
+        # After an error the others may never come: the launcher ends them, waiting here would hide the error.
+        dist.destroy_process_group()
+
+
+def share_of_rank(questions: Sequence[Question], rank: int, world_size: int) -> list[Question]:
+    """The questions that `rank` answers: equally many, off by one at most, and those about one image together.
+
+    Questions keep the order in which their images first occur, so that an image is decoded and encoded on one rank.
+    """
+    first: dict[str | None, int] = {}
+    for position, question in enumerate(questions):
+        first.setdefault(question.image, position)
+    return list(take_chunk(sorted(questions, key=lambda question: first[question.image]), world_size, rank))

@@ -1,0 +1,169 @@
+"""Prompts as model input: rendered and tokenized like training samples, batched by length, padded on the left.
+
+An image that several prompts show is decoded and encoded once, also where they end up in different batches.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.conversation import Template, Turn, place_image_first, render
+from llava_mole.data.images import open_image
+from llava_mole.data.tokenization import encode
+from llava_mole.errors import ConfigError, DataError
+from llava_mole.model.builder import LoadedModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OneImage: TypeAlias = "Image | str | os.PathLike[str]"
+ImagesLike: TypeAlias = "OneImage | Sequence[OneImage] | None"
+Prompt: TypeAlias = str | Sequence[Turn]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one forward pass, padded on the left."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L], IMAGE_TOKEN_INDEX at image positions."""
+    attention_mask: torch.Tensor
+    """bool [B, L], False at padding."""
+    features: torch.Tensor | None
+    """[M, P, D], each distinct image of the batch once, as the projector gives them."""
+    image_index: torch.Tensor | None
+    """int64 [N]: which of the M images the n-th `<image>` of the rows, taken one after the other, shows."""
+    members: tuple[int, ...]
+    """Positions of the rows in the caller's lists."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row without padding."""
+        return self.attention_mask.sum(dim=1).tolist()
+
+
+def as_images(given: ImagesLike) -> tuple[OneImage, ...]:
+    """The images of one prompt: none, one or several."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+
+
+def check_pairs(images: Sequence[ImagesLike], prompts: Sequence[Prompt]) -> None:
+    """Raise ConfigError unless every prompt has its entry in `images`."""
+    if len(images) != len(prompts):
+        raise ConfigError(f"{len(images)} images for {len(prompts)} prompts; give one image (or None) for every prompt")
+
+
+def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
+    """The turns of a prompt with one `<image>` for each of its images.
+
+    Where the text has none they go in front of the first turn. One image goes to the front of its turn, where LLaVA
+    trains it; several stay where the prompt has put them.
+
+    Raises:
+        DataError: the conversation does not end with the user's turn, or holds another number of `<image>`.
+    """
+    turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    if not turns or turns[-1].role != "user":
+        raise DataError(f"prompt {position}: a conversation to be answered must end with a user turn")
+    placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if placeholders not in (0, num_images) or (placeholders and not num_images):
+        given = {0: "no image", 1: "one image"}.get(num_images, f"{num_images} images")
+        raise DataError(f"prompt {position}: {placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given")
+    if not placeholders:
+        turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + turns[0].text)
+    return list(place_image_first(turns)) if num_images == 1 else turns
+
+
+def encode_prompt(loaded: LoadedModel, template: Template, prompt: Prompt, num_images: int, position: int) -> list[int]:
+    """Ids of a prompt that ends with the marker of the answer to come.
+
+    Raises:
+        DataError: see `place_images`; a template that does not show all images, or a prompt that fills the context.
+    """
+    turns = place_images(prompt, num_images, position)
+    rendered = render(template, turns, add_generation_prompt=True)
+    encoded = encode(rendered, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
+    if encoded.num_images != num_images:
+        raise DataError(
+            f"prompt {position}: template {template.name!r} shows {encoded.num_images} of {num_images} images; give "
+            "one image, or take another template"
+        )
+    check_room(loaded, len(encoded.input_ids), position)
+    return encoded.input_ids
+
+
+def check_room(loaded: LoadedModel, tokens: int, position: int) -> None:
+    """Raise DataError where `tokens` fill the model's context."""
+    if tokens >= loaded.context_length:
+        raise DataError(
+            f"prompt {position}: {tokens} tokens with its image leave no room for an answer in the model's context of "
+            f"{loaded.context_length}; shorten it"
+        )
+
+
+def batches(
+    loaded: LoadedModel, rows: Sequence[list[int]], images: Sequence[ImagesLike], batch_size: int
+) -> Iterator[Batch]:
+    """The rows of ids as batches, shortest first so that they hold little padding.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+    batched = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    shown = [_distinct(images, members) for members in batched]
+    remaining = Counter(key for distinct in shown for key in distinct)
+    features: dict[object, torch.Tensor] = {}
+    for members, distinct in zip(batched, shown, strict=True):
+        new = [key for key in distinct if key not in features]
+        if new:
+            pixels = torch.stack([loaded.image_processor(_open(distinct[key])) for key in new])
+            with torch.inference_mode():
+                features.update(zip(new, loaded.model.encode_images(pixels.to(loaded.model.device)), strict=True))
+        keys = [_key(image) for n in members for image in as_images(images[n])]
+        yield _collate(loaded, [rows[n] for n in members], keys, {key: features[key] for key in distinct}, members)
+        for key in distinct:
+            remaining[key] -= 1
+            if not remaining[key]:  # no later batch shows it
+                del features[key]
+
+
+def _distinct(images: Sequence[ImagesLike], members: Sequence[int]) -> dict[object, OneImage]:
+    return {_key(image): image for n in members for image in as_images(images[n])}
+
+
+def _key(image: OneImage) -> object:
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
+
+
+def _open(image: OneImage) -> "Image":
+    if isinstance(image, (str, os.PathLike)):
+        return open_image(image)
+    return image.convert("RGB")
+
+
+def _collate(
+    loaded: LoadedModel,
+    rows: Sequence[list[int]],
+    keys: Sequence[object],
+    features: dict[object, torch.Tensor],
+    members: Sequence[int],
+) -> Batch:
+    longest = max(map(len, rows))
+    device = loaded.model.device
+    pad_id = loaded.tokenizer.pad_token_id
+    places = {key: n for n, key in enumerate(features)}
+    return Batch(
+        input_ids=torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device),
+        attention_mask=torch.tensor([[n >= longest - len(row) for n in range(longest)] for row in rows], device=device),
+        features=torch.stack(list(features.values())) if features else None,
+        image_index=torch.tensor([places[key] for key in keys], device=device) if keys else None,
+        members=tuple(members),
+    )

@@ -1,0 +1,72 @@
+"""Ranks share the questions of one run, and answer together what one process answers, also after a kill."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from eval_models import make_questions
+
+from llava_mole.eval.model_vqa import main
+from llava_mole.eval.questions import Question, read_questions
+from llava_mole.eval.ranks import share_of_rank
+
+WORKER = Path(__file__).parent / "sharded_worker.py"
+
+
+def command(run_dir: Path, asked: Path, answers: Path, *more: str) -> list[str]:
+    given = ["--model-path", str(run_dir), "--question-file", str(asked), "--image-folder", str(asked.parent)]
+    return [*given, "--answers-file", str(answers), "--max_new_tokens", "6", "--device", "cpu", *more]
+
+
+def on_ranks(ranks: int, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(WORKER)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *launch, *arguments], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_shares_are_equal_complete_and_keep_images_together() -> None:
+    images = ["a", "b", None, "a", "c", "b", "a", None, "c", "d", "a"]
+    asked = [Question(n, "?", image, "all", None, None, f"q:{n}") for n, image in enumerate(images)]
+    for ranks in (1, 2, 3, 16):
+        shares = [share_of_rank(asked, rank, ranks) for rank in range(ranks)]
+        assert sorted(q.key for share in shares for q in share) == sorted(q.key for q in asked)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        in_order = [q.image for share in shares for q in share]
+        changes = sum(one != other for one, other in itertools.pairwise(in_order))
+        assert changes == len(set(images)) - 1  # the questions about one image follow each other
+
+
+@pytest.mark.slow
+def test_killed_sharded_run_goes_on_with_another_number_of_ranks(mole_run: Path, tmp_path: Path) -> None:
+    asked = make_questions(tmp_path, count=40)
+    single, sharded = tmp_path / "single.jsonl", tmp_path / "sharded.jsonl"
+    stats = [tmp_path / f"{name}.routing.json" for name in ("single", "sharded")]
+    assert main(command(mole_run, asked, single, "--batch-size", "1", "--routing-stats", str(stats[0]))) == 0
+
+    options = ("--batch-size", "1", "--routing-stats", str(stats[1]))
+    killed = on_ranks(2, command(mole_run, asked, sharded, *options), DIE_AFTER="2")
+    assert killed.returncode != 0
+    left = sorted(tmp_path.glob("sharded.jsonl*"))
+    assert [p.name for p in left] == ["sharded.jsonl.partial", "sharded.jsonl.partial.1"]
+    answered = [json.loads(line)["question_id"] for p in left for line in p.read_text().splitlines()[1:]]
+    assert len(answered) == len(set(answered))
+    assert 0 < len(answered) < 40
+
+    done = on_ranks(3, command(mole_run, asked, sharded, *options))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("40 answers in") == 1
+    assert f"continuing after {len(answered)} answers" in done.stderr
+    assert sharded.read_bytes() == single.read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))
+    one, three = (json.loads(p.read_text())["domains"] for p in stats)
+    assert set(one) == set(three) == {"one", "two"}
+    for domain in one:
+        assert one[domain]["all"]["tokens"] == three[domain]["all"]["tokens"]
+        for name in ("share", "sample_mean", "sample_std"):
+            for ours, theirs in zip(one[domain]["all"][name], three[domain]["all"][name], strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-12)
+    assert len(read_questions([str(asked)])) == one["one"]["all"]["samples"] + one["two"]["all"]["samples"] == 40
