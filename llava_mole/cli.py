@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "plan": ("llava_mole.analysis.plan_command", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
     "inspect": ("llava_mole.model.inspection", "say what a run or checkpoint directory holds"),
+    "check-data": ("llava_mole.analysis.check_command", "look at every record and image of a run before it starts"),
     "prepare": ("llava_mole.prepare", "write a data set to disk"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
@@ -23,7 +24,7 @@ SUBCOMMANDS = {
 def usage() -> str:
     """The text of `llava-mole --help`."""
     lines = [f"llava-mole {__version__}", "", "usage: llava-mole COMMAND [ARGUMENTS]", "", "commands:"]
-    lines += [f"  {name:<9}{text}" for name, (_, text) in SUBCOMMANDS.items()]
+    lines += [f"  {name:<11}{text}" for name, (_, text) in SUBCOMMANDS.items()]
     return "\n".join([*lines, "", "`llava-mole COMMAND --help` lists a command's arguments."])
 
 

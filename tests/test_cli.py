@@ -13,7 +13,7 @@ from llava_mole import __version__, cli, prepare
 def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    for name in ("train", "chat", "eval", "report", "plan", "plot", "inspect", "prepare"):
+    for name in ("train", "chat", "eval", "report", "plan", "plot", "inspect", "check-data", "prepare"):
         assert f"\n  {name} " in printed
 
 
@@ -31,7 +31,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fly"]) == 2
     assert (
-        "no command 'fly'; there are train, chat, eval, report, plan, plot, inspect, prepare" in capsys.readouterr().err
+        "no command 'fly'; there are train, chat, eval, report, plan, plot, inspect, check-data, prepare"
+        in capsys.readouterr().err
     )
 
 
@@ -40,7 +41,7 @@ def test_every_command_has_its_module() -> None:
         assert importlib.util.find_spec(module) is not None, module
 
 
-@pytest.mark.parametrize("name", ["chat", "eval", "report", "plan", "plot", "inspect"])
+@pytest.mark.parametrize("name", ["chat", "eval", "report", "plan", "plot", "inspect", "check-data"])
 def test_arguments_are_forwarded(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
