@@ -11,12 +11,14 @@ SUBCOMMANDS = {
     "train": ("llava_mole.train.train", "train one stage: CONFIG.yaml [--key value ...]"),
     "chat": ("llava_mole.serve.cli", "talk with a model about an image"),
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
+    "score": ("llava_mole.eval.score_command", "score answers that exist by a benchmark's published rules"),
     "report": ("llava_mole.eval.report", "compare scored runs in one table"),
     "plan": ("llava_mole.analysis.plan_command", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
     "inspect": ("llava_mole.model.inspection", "say what a run or checkpoint directory holds"),
     "check-data": ("llava_mole.analysis.check_command", "look at every record and image of a run before it starts"),
     "prepare": ("llava_mole.prepare", "write a data set to disk"),
+    "prepare-benchmark": ("llava_mole.eval.prepare_benchmark", "convert a benchmark's official files to questions"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
 
@@ -24,7 +26,7 @@ SUBCOMMANDS = {
 def usage() -> str:
     """The text of `llava-mole --help`."""
     lines = [f"llava-mole {__version__}", "", "usage: llava-mole COMMAND [ARGUMENTS]", "", "commands:"]
-    lines += [f"  {name:<11}{text}" for name, (_, text) in SUBCOMMANDS.items()]
+    lines += [f"  {name:<18}{text}" for name, (_, text) in SUBCOMMANDS.items()]
     return "\n".join([*lines, "", "`llava-mole COMMAND --help` lists a command's arguments."])
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "mole_decode": ["--repeats", "1", "--tokens", "1"],
     "batching": ["--steps", "2"],
     "train_step": ["--repeats", "1"],
+    "eval_speed": ["--new-tokens", "4"],
 }
 
 pytestmark = pytest.mark.slow

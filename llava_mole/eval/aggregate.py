@@ -1,0 +1,239 @@
+"""From the fields of every question to a benchmark's numbers, with intervals, and to the comparison of two runs."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llava_mole.errors import DataError
+from llava_mole.eval.intervals import (
+    RESAMPLES,
+    SEED,
+    Array,
+    Statistic,
+    Sums,
+    bootstrap_sums,
+    difference_interval,
+    group_sums,
+    mcnemar_exact,
+    percentile_interval,
+    permutation_p_value,
+)
+from llava_mole.eval.metrics.table import METRICS, Fields
+from llava_mole.eval.registry import COUNTED, Benchmark, Number
+from llava_mole.eval.score import wilson_interval
+
+PERCENT = 100.0
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is scored and resampled: questions, or the images that several questions share.
+
+    `fields[f"{metric}.{field}"]` has one value a unit, 0 where the metric does not apply to its group.
+    """
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    fields: Mapping[str, Array]
+
+    def rows(self) -> dict[str, Array]:
+        """Group -> `[n, F]`, fields in the order of `fields`."""
+        table = np.stack(list(self.fields.values()), axis=1)
+        member = np.array(self.groups)
+        return {group: table[member == group] for group in dict.fromkeys(self.groups)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, column by column."""
+        return {
+            "ids": list(self.ids),
+            "groups": list(self.groups),
+            "fields": {name: [_plain(value) for value in values] for name, values in self.fields.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], where: str) -> "Units":
+        """Read back. Raises DataError for anything `to_dict` does not write."""
+        try:
+            fields = {name: np.array(values, dtype=np.float64) for name, values in value["fields"].items()}
+            units = cls(tuple(value["ids"]), tuple(value["groups"]), fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{where}: its scores per question are damaged ({error!r}); score the answers again"
+            ) from None
+        if any(len(column) != len(units.ids) for column in (units.groups, *fields.values())):
+            raise DataError(f"{where}: its scores per question differ in number; score the answers again")
+        return units
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def build_units(
+    benchmark: Benchmark, scored: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Fields]]]
+) -> Units:
+    """Units from scored questions.
+
+    Args:
+        scored: (id, group, question line, metric -> fields) of every question; a metric that dropped the question gave
+            no fields.
+    """
+    names = list(dict.fromkeys(metric for metrics in benchmark.metrics.values() for metric in metrics))
+    keys = {METRICS[name].unit_key for name in names}
+    key = keys.pop() if len(keys) == 1 else None
+    members: dict[str, list[tuple[str, Mapping[str, Fields]]]] = {}
+    for question_id, group, line, fields in scored:
+        unit = f"{group}/{line[key]}" if key and key in line else question_id
+        members.setdefault(unit, []).append((group, fields))
+    columns: dict[str, list[float]] = {f"{m}.{f}": [] for m in names for f in (COUNTED, *METRICS[m].fields)}
+    for parts in members.values():
+        for name in names:
+            metric = METRICS[name]
+            given = [fields[name] for _, fields in parts if name in fields]
+            extra = metric.combine(given) if metric.combine and given else {}
+            columns[f"{name}.{COUNTED}"].append(float(len(given)))
+            for field in metric.fields:
+                columns[f"{name}.{field}"].append(
+                    extra[field] if field in extra else sum(fields.get(field, 0.0) for fields in given)
+                )
+    return Units(
+        tuple(members),
+        tuple(parts[0][0] for parts in members.values()),
+        {name: np.array(values, dtype=np.float64) for name, values in columns.items()},
+    )
+
+
+def statistic(name: str, numbers: Mapping[str, Number], fields: Sequence[str]) -> Statistic:
+    """The number `name` as a function of its groups' sums, in percent; NaN where nothing is in the denominator."""
+    number = numbers[name]
+    if number.value is None:
+        parts = [statistic(part, numbers, fields) for part in (*number.sum, *number.mean)]
+        divisor = len(parts) if number.mean else 1
+        return lambda sums: np.sum([part(sums) for part in parts], axis=0) / divisor
+    top = fields.index(number.value)
+    bottom = [fields.index(field) for field in denominator(number)]
+
+    def ratio(sums: Sums) -> Array:
+        chosen = [values for group, values in sums.items() if not number.groups or group in number.groups]
+        if not chosen:
+            return np.full(len(next(iter(sums.values()))), math.nan)
+        pooled = np.sum(chosen, axis=0)
+        below = pooled[:, bottom].sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(below > 0, PERCENT * number.scale * pooled[:, top] / below, math.nan)
+
+    return ratio
+
+
+def denominator(number: Number) -> list[str]:
+    """Fields whose sums are added up below the line."""
+    assert number.value is not None
+    return number.of or [f"{number.value.partition('.')[0]}.{COUNTED}"]
+
+
+def is_share(number: Number) -> bool:
+    """Whether it is a share of questions that are right or wrong, each by itself."""
+    if number.value is None or number.scale != 1 or number.of:
+        return False
+    metric = METRICS[number.value.partition(".")[0]]
+    return metric.binary and metric.unit_key is None
+
+
+def compute_numbers(
+    benchmark: Benchmark, units: Units, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, dict[str, Any]]:
+    """Every number: `value`, `low`, `high` in percent (None where there is nothing to divide by), `interval` (`wilson`
+    or `bootstrap`) and, for ratios, `k` and `n`, the sums above and below the line."""
+    rows, fields = units.rows(), list(units.fields)
+    numbers = benchmark.expand_numbers(list(rows) if not benchmark.groups else benchmark.groups)
+    observed = group_sums(rows)
+    resampled: dict[str, Array] | None = None
+    results: dict[str, dict[str, Any]] = {}
+    for name, number in numbers.items():
+        function = statistic(name, numbers, fields)
+        entry: dict[str, Any] = {"value": _finite(float(function(observed)[0]))}
+        if number.value is not None:
+            chosen = [sums for group, sums in observed.items() if not number.groups or group in number.groups]
+            pooled = np.sum(chosen, axis=0)[0] if chosen else np.zeros(len(fields))
+            entry["k"] = _plain(number.scale * pooled[fields.index(number.value)])
+            entry["n"] = _plain(sum(pooled[fields.index(field)] for field in denominator(number)))
+        if is_share(number):
+            low, high = (PERCENT * end for end in wilson_interval(int(entry["k"]), int(entry["n"])))
+            entry |= {"low": low, "high": high, "interval": "wilson"}
+        else:
+            if resampled is None:
+                resampled = bootstrap_sums(rows, resamples=resamples, seed=seed)
+            low, high = percentile_interval(function(resampled))
+            entry |= {"low": _finite(low), "high": _finite(high), "interval": "bootstrap"}
+        if entry["value"] is None:
+            entry |= {"low": None, "high": None}
+        results[name] = entry
+    return results
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def compare_units(
+    benchmark: Benchmark, name: str, first: Units, second: Units, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, Any]:
+    """Paired comparison of a number between two runs.
+
+    Returns:
+        `difference` (second - first, percentage points) with its interval `low`..`high`, `test` (`mcnemar` or
+        `permutation`), `p_value`, and the discordant units: `better` and `worse` (0/1 shares) or `changed`.
+
+    Raises:
+        DataError: the runs answered different questions.
+    """
+    order = {unit: n for n, unit in enumerate(second.ids)}
+    if set(order) != set(first.ids) or dict(zip(first.ids, first.groups, strict=True)) != dict(
+        zip(second.ids, second.groups, strict=True)
+    ):
+        only = len(set(first.ids) ^ set(second.ids))
+        raise DataError(f"{only} questions are in one run alone; score both runs on the same questions")
+    permutation = np.array([order[unit] for unit in first.ids])
+    fields = list(first.fields)
+    aligned = Units(first.ids, first.groups, {field: second.fields[field][permutation] for field in fields})
+    one, two = first.rows(), aligned.rows()
+    numbers = benchmark.expand_numbers(list(one) if not benchmark.groups else benchmark.groups)
+    number, function = numbers[name], statistic(name, numbers, fields)
+    difference = float(function(group_sums(two))[0] - function(group_sums(one))[0])
+    low, high = difference_interval(one, two, function, resamples=resamples, seed=seed)
+    result: dict[str, Any] = {
+        "number": name,
+        "difference": _finite(difference),
+        "low": _finite(low),
+        "high": _finite(high),
+    }
+    involved = _groups_involved(name, numbers, list(one))
+    if is_share(number):
+        index = fields.index(number.value or "")
+        change = np.concatenate([two[group][:, index] - one[group][:, index] for group in involved])
+        better, worse = int((change > 0).sum()), int((change < 0).sum())
+        return result | {"test": "mcnemar", "p_value": mcnemar_exact(worse, better), "better": better, "worse": worse}
+    columns = [fields.index(field) for field in _fields_involved(name, numbers)]
+    changed = sum(int((one[g][:, columns] != two[g][:, columns]).any(axis=1).sum()) for g in involved)
+    p_value = permutation_p_value(one, two, function, resamples=resamples, seed=seed)
+    return result | {"test": "permutation", "p_value": p_value, "changed": changed}
+
+
+def _walk(name: str, numbers: Mapping[str, Number], visit: Callable[[Number], Sequence[str]]) -> list[str]:
+    number = numbers[name]
+    if number.value is not None:
+        return list(visit(number))
+    found = [item for part in (*number.sum, *number.mean) for item in _walk(part, numbers, visit)]
+    return list(dict.fromkeys(found))
+
+
+def _groups_involved(name: str, numbers: Mapping[str, Number], groups: Sequence[str]) -> list[str]:
+    wanted = _walk(name, numbers, lambda number: number.groups or groups)
+    return [group for group in groups if group in wanted]
+
+
+def _fields_involved(name: str, numbers: Mapping[str, Number]) -> list[str]:
+    return _walk(name, numbers, lambda number: [number.value or "", *denominator(number)])

@@ -1,0 +1,80 @@
+"""What the converters share: reading official files, and the result."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.errors import ConfigError, DataError
+from llava_mole.eval.questions import read_json_lines
+
+Line = dict[str, Any]
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@dataclass
+class Converted:
+    """Question lines, the folder their image paths are relative to, and the files they come from."""
+
+    lines: list[Line]
+    images: Path
+    sources: list[Path]
+    remarks: list[str] = field(default_factory=list)
+    """What the user should know, one line each."""
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises DataError where it is absent or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def read_list(path: Path, key: str | None = None) -> list[Line]:
+    """A JSON file that is a list of objects, or has one under `key`."""
+    value = read_json(path)
+    if key is not None and isinstance(value, dict):
+        value = value.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{path}: a list of objects{f' under {key!r}' if key else ''} is needed")
+    return value
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The objects of a JSON-lines file."""
+    return [line for _, line in read_json_lines(path)]
+
+
+def need(item: Mapping[str, Any], key: str, where: str) -> Any:
+    """`item[key]`. Raises DataError that names the place."""
+    if key not in item:
+        raise DataError(f"{where}: no {key!r} in it; found {', '.join(map(str, item)) or 'nothing'}")
+    return item[key]
+
+
+def option(options: Mapping[str, str], key: str) -> str:
+    """A converter's option from the benchmark file. Raises ConfigError where it is not given."""
+    if key not in options:
+        raise ConfigError(f"data.options.{key} is missing in the benchmark's file")
+    return options[key]
+
+
+def find(raw: Path, *names: str) -> Path:
+    """The first of the paths below `raw` that exists. Raises DataError that lists what was looked for."""
+    for name in names:
+        if (raw / name).exists():
+            return raw / name
+    raise DataError(f"{raw}: none of {', '.join(names)} in it")
+
+
+def without(text: str, suffix: str) -> str:
+    """A question of LLaVA's files without image placeholder and prompt suffix, which the benchmark's prompt adds."""
+    text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    return text.removesuffix(suffix.strip()).rstrip("\n") if suffix else text

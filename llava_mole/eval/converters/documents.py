@@ -1,0 +1,176 @@
+"""UReader's test files: ChartQA and TabFact by their own answers, the DUE tasks with the DUE benchmark's references."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_mole.errors import DataError
+from llava_mole.eval.converters.base import Converted, Line, find, need, option, read_lines, read_list
+
+IMAGES = ("ureader_images", "images", ".")
+DUE = ("benchmark_files/DUE", "DUE", "meta")
+SAME_QUESTION = 0.95
+"""Share of questions that must agree with the references they are aligned with."""
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(where, image, question, answer) of a UReader test file: `image` is a list, the user asks in the second turn."""
+    for number, row in enumerate(read_lines(path), 1):
+        where = f"{path}:{number}"
+        turns = need(row, "conversations", where)
+        if not isinstance(turns, list) or len(turns) < 3 or not all(isinstance(turn, dict) for turn in turns):
+            raise DataError(f"{where}: 'conversations' needs the image's, the user's and the assistant's turn")
+        image = need(row, "image", where)
+        image = image[0] if isinstance(image, list) and image else image
+        if not isinstance(image, str):
+            raise DataError(f"{where}: 'image' must be a path or a list of paths; found {image!r}")
+        yield where, image, str(need(turns[1], "value", where)), str(need(turns[2], "value", where))
+
+
+def ureader(raw: Path, options: Mapping[str, str]) -> Converted:
+    """A test file whose own answers are the gold ones: TabFact."""
+    path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
+    stem = path.stem
+    lines: list[Line] = [
+        {"question_id": f"{stem}-{n}", "image": image, "text": question, "answer": answer}
+        for n, (_, image, question, answer) in enumerate(_rows(path))
+    ]
+    return Converted(lines, find(raw, *IMAGES), [path])
+
+
+def chart_qa(raw: Path, options: Mapping[str, str]) -> Converted:
+    """UReader's ChartQA test file; each row is `human` or `augmented` by ChartQA's own `test_human.json` and
+    `test_augmented.json` where they lie in `raw` (or `ChartQA/test`), else `unknown`. Without UReader's file those two
+    are the questions."""
+    splits: dict[tuple[str, str], str] = {}
+    official: list[tuple[str, Line]] = []
+    sources = []
+    for split in ("human", "augmented"):
+        for name in (f"test_{split}.json", f"ChartQA/test/test_{split}.json", f"test/test_{split}.json"):
+            if (raw / name).is_file():
+                sources.append(raw / name)
+                for item in read_list(raw / name):
+                    official.append((split, item))
+                    splits[str(item.get("imgname")), str(item.get("query")).strip()] = split
+                break
+    name = option(options, "file")
+    path = next((p for p in (raw / name, raw / "ureader_json" / name) if p.is_file()), None)
+    if path is None:
+        if len(sources) != 2:
+            raise DataError(f"{raw}: neither {name} nor test_human.json and test_augmented.json in it")
+        lines: list[Line] = [
+            {
+                "question_id": f"{split}-{n}",
+                "image": str(need(item, "imgname", f"test_{split}.json: item {n}")),
+                "text": str(need(item, "query", f"test_{split}.json: item {n}")),
+                "category": split,
+                "answer": str(need(item, "label", f"test_{split}.json: item {n}")),
+            }
+            for n, (split, item) in enumerate(official)
+        ]
+        return Converted(lines, find(raw, "png", "ChartQA/test/png", "test/png", "."), sources)
+    lines = []
+    for n, (_, image, question, answer) in enumerate(_rows(path)):
+        split = splits.get((Path(image).name, question.strip()), "unknown")
+        lines.append(
+            {"question_id": f"{path.stem}-{n}", "image": image, "text": question, "category": split, "answer": answer}
+        )
+    unknown = sum(line["category"] == "unknown" for line in lines)
+    remarks = [f"{unknown} of {len(lines)} questions have no known split (human or augmented)"] if unknown else []
+    return Converted(lines, find(raw, *IMAGES), [path, *sources], remarks)
+
+
+def _references(raw: Path, task: str) -> tuple[Path, list[Line]]:
+    folder = find(raw, *DUE)
+    path = find(folder, f"{task}/test/document.jsonl", f"{task}/test.jsonl")
+    return path, read_lines(path)
+
+
+def _aligned(raw: Path, options: Mapping[str, str], read: Callable[[Mapping[str, Any], str], Line]) -> Converted:
+    """A question-answering task: row n of the test file and annotation n of the references, documents in order."""
+    path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
+    reference, documents = _references(raw, option(options, "due"))
+    annotations = [annotation for document in documents for annotation in need(document, "annotations", f"{reference}")]
+    rows = list(_rows(path))
+    if len(rows) != len(annotations):
+        raise DataError(
+            f"{path} has {len(rows)} questions, {reference} {len(annotations)}; they are aligned by position"
+        )
+    lines: list[Line] = []
+    same = 0
+    for n, ((where, image, question, _), annotation) in enumerate(zip(rows, annotations, strict=True)):
+        same += _letters(question) == _letters(str(need(annotation, "key", f"{reference}")))
+        lines.append({"question_id": f"{path.stem}-{n}", "image": image, "text": question, **read(annotation, where)})
+    if same < SAME_QUESTION * len(rows):
+        raise DataError(f"{path}: only {same} of {len(rows)} questions are those of {reference} at the same position")
+    return Converted(lines, find(raw, *IMAGES), [path, reference])
+
+
+def _letters(text: str) -> str:
+    """What of a question is compared: UReader's rows have "minor revisions" of the first 100 characters."""
+    return re.sub(r"[\W_]+", "", text[:100]).lower()
+
+
+def due_anls(raw: Path, options: Mapping[str, str]) -> Converted:
+    """DocVQA, InfographicsVQA: the golds are the first value's `value_variants`."""
+
+    def read(annotation: Mapping[str, Any], where: str) -> Line:
+        return {"answers": need(need(annotation, "values", where)[0], "value_variants", where)}
+
+    return _aligned(raw, options, read)
+
+
+def due_wtq(raw: Path, options: Mapping[str, str]) -> Converted:
+    """WikiTableQuestions: the golds are all values."""
+
+    def read(annotation: Mapping[str, Any], where: str) -> Line:
+        return {"answers": [need(value, "value", where) for value in need(annotation, "values", where)]}
+
+    return _aligned(raw, options, read)
+
+
+def due_key_values(raw: Path, options: Mapping[str, str]) -> Converted:
+    """DeepForm, Kleister Charity: a question asks for the category that its text names, of the document that its image
+    belongs to (the image's name up to `.pdf`); the golds are that category's values in the references."""
+    path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
+    categories = option(options, "categories").split()
+    reference, documents = _references(raw, option(options, "due"))
+    wanted = {str(need(d, "name", f"{reference}")): need(d, "annotations", f"{reference}") for d in documents}
+    lines: list[Line] = []
+    asked = set()
+    for n, (where, image, question, _) in enumerate(_rows(path)):
+        document = Path(image).name.split(".pdf")[0]
+        category = next((c for c in categories if c in question), None)
+        if category is None:
+            raise DataError(f"{where}: the question names none of {', '.join(categories)}: {question!r}")
+        if document not in wanted:
+            raise DataError(f"{where}: document {document!r} is not in {reference}")
+        asked.add((document, category))
+        values = [
+            [str(need(value, "value", where)), *value.get("value_variants", [])]
+            for annotation in wanted[document]
+            if annotation.get("key") == category
+            for value in annotation["values"]
+        ]
+        lines.append({"question_id": f"{path.stem}-{n}", "image": image, "text": question, "values": values})
+    missed = sum((d, str(a.get("key"))) not in asked for d, annotations in wanted.items() for a in annotations)
+    remarks = (
+        [f"{missed} fields of the references are asked by no question and left out of the recall"] if missed else []
+    )
+    return Converted(lines, find(raw, *IMAGES), [path, reference], remarks)
+
+
+def doc_vqa_val(raw: Path, options: Mapping[str, str]) -> Converted:
+    """DocVQA's official validation file: `data[].questionId, question, answers, image`."""
+    path = find(raw, option(options, "file"))
+    lines: list[Line] = [
+        {
+            "question_id": need(item, "questionId", f"{path}: item {n}"),
+            "image": need(item, "image", f"{path}: item {n}"),
+            "text": need(item, "question", f"{path}: item {n}"),
+            "answers": need(item, "answers", f"{path}: item {n}"),
+        }
+        for n, item in enumerate(read_list(path, "data"))
+    ]
+    return Converted(lines, raw, [path])

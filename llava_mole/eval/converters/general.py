@@ -1,0 +1,178 @@
+"""PathVQA, TextVQA, POPE, MME, GQA, and LLaVA's own question files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llava_mole.errors import DataError
+from llava_mole.eval.converters.base import (
+    SHORT_ANSWER,
+    Converted,
+    Line,
+    find,
+    need,
+    option,
+    read_json,
+    read_lines,
+    read_list,
+    without,
+)
+from llava_mole.eval.metrics.path_vqa import is_closed
+
+PATH_VQA_CLOSED = " Please choose from the following two options: [yes, no]"
+OCR_HINT = "\nReference OCR token: "
+
+
+def path_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
+    """PathVQA's test split: the question file that `llava-mole prepare pathvqa` writes, or LLaVA-Med's `test.json`.
+
+    A question whose gold answer is yes or no is `closed`, any other `open`, whatever `answer_type` says.
+    """
+    path = find(raw, *option(options, "files").split())
+    lines: list[Line] = []
+    if path.suffix == ".jsonl":
+        for n, item in enumerate(read_lines(path)):
+            where = f"{path}:{n + 1}"
+            answer = str(need(item, "answer", where))
+            lines.append(
+                {
+                    "question_id": need(item, "question_id", where),
+                    "image": need(item, "image", where),
+                    "text": without(str(need(item, "text", where)), ""),
+                    "category": "closed" if is_closed(answer) else "open",
+                    "answer": answer,
+                }
+            )
+        return Converted(lines, find(raw, "images", "."), [path])
+    for n, item in enumerate(read_list(path)):
+        where = f"{path}: item {n}"
+        turns = item.get("conversations", item.get("conversatons"))  # LLaVA-Med's file has the misspelt key
+        if not isinstance(turns, list) or len(turns) < 2:
+            raise DataError(f"{where}: 'conversations' needs a question and an answer")
+        answer = str(need(turns[1], "value", where))
+        question = without(str(need(turns[0], "value", where)), "")
+        lines.append(
+            {
+                "question_id": need(item, "id", where),
+                "image": need(item, "image", where),
+                "text": question.removesuffix(PATH_VQA_CLOSED).rstrip(),
+                "category": "closed" if is_closed(answer) else "open",
+                "answer": answer,
+            }
+        )
+    return Converted(lines, find(raw, "images", "."), [path])
+
+
+def text_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
+    """TextVQA's validation split: the official `TextVQA_0.5.1_val.json`; with the option `hints`, LLaVA's question file
+    is joined to it by (image, question in lower case) for its line `Reference OCR token: ...`."""
+    path = find(raw, option(options, "file"))
+    items = read_list(path, "data")
+    hints: dict[tuple[str, str], str] = {}
+    sources = [path]
+    if "hints" in options:
+        source = find(raw, options["hints"])
+        sources.append(source)
+        for line in read_lines(source):
+            text = without(str(need(line, "text", str(source))), SHORT_ANSWER)
+            question, _, tokens = text.partition(OCR_HINT)
+            hints[str(need(line, "question_id", str(source))), question.lower()] = tokens
+    lines: list[Line] = []
+    for n, item in enumerate(items):
+        where = f"{path}: item {n}"
+        image, question = str(need(item, "image_id", where)), str(need(item, "question", where))
+        if hints:
+            if (image, question.lower()) not in hints:
+                raise DataError(f"{where}: {sources[1]} has no question {question!r} about image {image}")
+            question += OCR_HINT + hints[image, question.lower()]
+        lines.append(
+            {
+                "question_id": need(item, "question_id", where),
+                "image": f"{image}.jpg",
+                "text": question,
+                "answers": need(item, "answers", where),
+            }
+        )
+    return Converted(lines, find(raw, "train_images", "train_val_images/train_images", "."), sources)
+
+
+def pope(raw: Path, options: Mapping[str, str]) -> Converted:
+    """POPE's `coco_pope_{random,popular,adversarial}.json`, which are JSON lines; their ids repeat, so the split is put
+    in front. LLaVA's own release of the random file has 2,910 rows."""
+    lines: list[Line] = []
+    sources = []
+    for split in ("random", "popular", "adversarial"):
+        path = find(raw, f"coco_pope_{split}.json", f"coco/coco_pope_{split}.json")
+        sources.append(path)
+        for n, item in enumerate(read_lines(path)):
+            where = f"{path}:{n + 1}"
+            lines.append(
+                {
+                    "question_id": f"{split}-{need(item, 'question_id', where)}",
+                    "image": need(item, "image", where),
+                    "text": need(item, "text", where),
+                    "category": split,
+                    "answer": need(item, "label", where),
+                }
+            )
+    return Converted(lines, find(raw, "val2014", "."), sources)
+
+
+def mme(raw: Path, options: Mapping[str, str]) -> Converted:
+    """MME's release: `<subtask>/*.txt` with the images beside them, or `<subtask>/questions_answers_YN/*.txt` and
+    `<subtask>/images/*`; a line is a question, a tab, and Yes or No."""
+    root = find(raw, "MME_Benchmark_release_version", "MME_Benchmark_release", ".")
+    lines: list[Line] = []
+    sources = []
+    for subtask in option(options, "subtasks").split():
+        folder = root / subtask
+        split_up = (folder / "questions_answers_YN").is_dir()
+        files = sorted((folder / "questions_answers_YN" if split_up else folder).glob("*.txt"))
+        if not files:
+            raise DataError(f"{folder}: no question files *.txt in it")
+        pictures = {p.stem: p for p in (folder / "images" if split_up else folder).glob("*") if p.suffix != ".txt"}
+        for path in files:
+            if path.stem not in pictures:
+                raise DataError(f"{path}: no image {path.stem}.* for it")
+            sources.append(path)
+            for n, row in enumerate(path.read_text(encoding="utf-8").splitlines()):
+                question, tab, answer = row.rpartition("\t")
+                if not tab:
+                    raise DataError(f"{path}:{n + 1}: no tab between question and answer")
+                lines.append(
+                    {
+                        "question_id": f"{subtask}/{path.stem}/{n}",
+                        "image": str(pictures[path.stem].relative_to(root)),
+                        "text": question.strip(),
+                        "category": subtask,
+                        "answer": answer.strip(),
+                    }
+                )
+    return Converted(lines, root, sources)
+
+
+def gqa(raw: Path, options: Mapping[str, str]) -> Converted:
+    """GQA's balanced test-dev questions: `{id: {"question", "imageId", "answer"}}`."""
+    path = find(raw, option(options, "file"), f"data/{options['file']}")
+    questions = read_json(path)
+    if not isinstance(questions, dict):
+        raise DataError(f"{path}: an object of questions by id is needed")
+    lines: list[Line] = [
+        {
+            "question_id": name,
+            "image": f"{need(item, 'imageId', f'{path}: {name}')}.jpg",
+            "text": need(item, "question", f"{path}: {name}"),
+            "answer": need(item, "answer", f"{path}: {name}"),
+        }
+        for name, item in questions.items()
+    ]
+    return Converted(lines, find(raw, "images", "data/images", "."), [path])
+
+
+def llava_questions(raw: Path, options: Mapping[str, str]) -> Converted:
+    """A question file of LLaVA's for a benchmark that a server scores; its prompt suffix is taken off."""
+    path = find(raw, option(options, "file"))
+    lines = read_lines(path)
+    for n, line in enumerate(lines):
+        line["text"] = without(str(need(line, "text", f"{path}:{n + 1}")), options.get("suffix", ""))
+        line.pop("category", None)
+    return Converted(lines, find(raw, *option(options, "images").split(), "."), [path])

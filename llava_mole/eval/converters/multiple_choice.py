@@ -1,0 +1,106 @@
+"""ScienceQA, SEED-Bench and MMBench: the options are part of the question's text."""
+
+import base64
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.errors import DataError
+from llava_mole.eval.converters.base import (
+    LETTER,
+    Converted,
+    Line,
+    find,
+    need,
+    option,
+    read_json,
+    read_lines,
+    read_list,
+    without,
+)
+from llava_mole.eval.metrics.choice import LETTERS
+
+MMBENCH_OPTIONS = ("A", "B", "C", "D")
+MISSING = ("", "nan", "none")
+
+
+def science_qa(raw: Path, options: Mapping[str, str]) -> Converted:
+    """LLaVA's `llava_test_CQM-A.json` (its text) with ScienceQA's `problems.json` (answer, number of choices).
+
+    A question with an image is of group `image`, any other of `text`, as LLaVA's IMG-accuracy counts them.
+    """
+    path, problems_path = find(raw, option(options, "file")), find(raw, "problems.json", "data/scienceqa/problems.json")
+    problems = read_json(problems_path)
+    lines: list[Line] = []
+    for n, item in enumerate(read_list(path)):
+        where = f"{path}: item {n}"
+        identifier = str(need(item, "id", where))
+        if not isinstance(problems, dict) or identifier not in problems:
+            raise DataError(f"{where}: {problems_path} has no problem {identifier}")
+        problem = problems[identifier]
+        answer, choices = need(problem, "answer", where), need(problem, "choices", where)
+        text = str(need(need(item, "conversations", where)[0], "value", where))
+        line: Line = {
+            "question_id": identifier,
+            "text": without(text, LETTER),
+            "category": "image" if "image" in item or DEFAULT_IMAGE_TOKEN in text else "text",
+            "answer": LETTERS[answer],
+            "choices": len(choices),
+        }
+        if "image" in item:
+            line["image"] = item["image"]
+        lines.append(line)
+    return Converted(lines, find(raw, "images/test", "test", "."), [path, problems_path])
+
+
+def seed(raw: Path, options: Mapping[str, str]) -> Converted:
+    """LLaVA's `llava-seed-bench.jsonl` (its text and image) with `SEED-Bench.json` (answer, image or video)."""
+    path, reference = find(raw, option(options, "file")), find(raw, "SEED-Bench.json")
+    known = {str(need(q, "question_id", f"{reference}")): q for q in read_list(reference, "questions")}
+    lines: list[Line] = []
+    for n, line in enumerate(read_lines(path)):
+        where = f"{path}:{n + 1}"
+        identifier = str(need(line, "question_id", where))
+        if identifier not in known:
+            raise DataError(f"{where}: {reference} has no question {identifier}")
+        line |= {
+            "text": without(str(need(line, "text", where)), LETTER),
+            "category": str(known[identifier].get("data_type", "image")),
+            "answer": need(known[identifier], "answer", where),
+        }
+        lines.append(line)
+    return Converted(lines, raw, [path, reference])
+
+
+def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
+    """MMBench's TSV: the hint, the question and the options `A. ...` are the text; the images, base64 in the TSV, are
+    written to `<raw>/images`. One round a question, as LLaVA asks by default."""
+    path = find(raw, option(options, "file"))
+    folder = raw / "images"
+    folder.mkdir(exist_ok=True)
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines: list[Line] = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for n, row in enumerate(csv.DictReader(file, delimiter="\t")):
+            where = f"{path}: row {n + 1}"
+            index = need(row, "index", where)
+            picture = folder / f"{index}.jpg"
+            try:
+                picture.write_bytes(base64.b64decode(need(row, "image", where), validate=True))
+            except ValueError as error:
+                raise DataError(f"{where}: its image is not valid base64 ({error})") from None
+            choices = [(letter, row.get(letter) or "") for letter in MMBENCH_OPTIONS]
+            parts = [row.get("hint") or "", need(row, "question", where)]
+            parts += [f"{letter}. {text}" for letter, text in choices if text.lower() not in MISSING]
+            line: Line = {
+                "question_id": index,
+                "image": picture.name,
+                "text": "\n".join(part for part in parts if part.lower() not in MISSING),
+                "row": {key: value for key, value in row.items() if key != "image"},
+            }
+            if (row.get("answer") or "").strip():
+                line["answer"] = row["answer"].strip()
+            lines.append(line)
+    return Converted(lines, folder, [path])

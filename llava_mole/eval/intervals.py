@@ -1,0 +1,141 @@
+"""Intervals and paired tests of numbers that are ratios of sums over questions, or sums and means of such ratios.
+
+All resampling works on *distinct rows*: questions with equal fields are interchangeable, so drawing n of n questions
+with replacement is one multinomial draw over the distinct rows. That makes 10,000 resamples of 0/1 scores cost no more
+than a few thousand numbers, and is the same distribution as drawing the questions one by one.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+SEED = 20230719
+LEVEL = 0.95
+CHUNK = 2_000_000
+"""Counts held at a time."""
+
+Array = NDArray[np.float64]
+Sums = Mapping[str, Array]
+"""Group -> sums of its fields, `[B, F]`: B resamples, F fields."""
+Statistic = Callable[[Sums], Array]
+"""Sums -> the number's value in each resample, `[B]`."""
+
+
+def group_sums(groups: Mapping[str, Array]) -> dict[str, Array]:
+    """The observed sums, `[1, F]` each, of groups of questions `[n, F]`."""
+    return {name: rows.sum(axis=0, keepdims=True) for name, rows in groups.items()}
+
+
+def bootstrap_sums(groups: Mapping[str, Array], *, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, Array]:
+    """Sums over resamples drawn with replacement within each group (the groups' sizes are part of the benchmark).
+
+    Args:
+        groups: Group -> fields of its questions, `[n, F]`.
+
+    Returns:
+        Group -> `[resamples, F]`.
+    """
+    generator = np.random.default_rng(seed)
+    return {name: _multinomial_sums(rows, resamples, generator) for name, rows in groups.items()}
+
+
+def _multinomial_sums(rows: Array, resamples: int, generator: np.random.Generator) -> Array:
+    distinct, counts = np.unique(rows, axis=0, return_counts=True)
+    step = max(1, CHUNK // len(distinct))
+    parts = [
+        generator.multinomial(len(rows), counts / len(rows), size=min(step, resamples - start)) @ distinct
+        for start in range(0, resamples, step)
+    ]
+    return np.concatenate(parts)
+
+
+def percentile_interval(values: Array, level: float = LEVEL) -> tuple[float, float]:
+    """The percentile bootstrap's interval of `level`. Resamples without a value (0/0) are left out.
+
+    Efron, "Bootstrap methods: another look at the jackknife" (1979).
+    """
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided exact McNemar test: the probability of a split at least as uneven among the discordant pairs.
+
+    Twice the binomial tail with probability 1/2, at most 1; 1 where no pair is discordant. McNemar (1947).
+
+    Args:
+        only_first: Questions that only the first run answers rightly.
+        only_second: Those that only the second does.
+    """
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    if not total:
+        return 1.0
+    # In logarithms: 2**-total underflows for thousands of pairs.
+    terms = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(fewer + 1)]
+    largest = max(terms)
+    log_tail = largest + math.log(sum(math.exp(term - largest) for term in terms)) - total * math.log(2)
+    return min(1.0, 2 * math.exp(log_tail))
+
+
+def permutation_p_value(
+    first: Mapping[str, Array],
+    second: Mapping[str, Array],
+    statistic: Statistic,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> float:
+    """Two-sided paired permutation test of the difference of a number between two runs.
+
+    Under the hypothesis that the runs are exchangeable, the two scores of each question are swapped at random; the
+    p-value is (1 + swaps with a difference at least as large) / (1 + swaps), never 0.
+
+    Args:
+        first, second: Group -> fields of the same questions in the same order, `[n, F]`.
+    """
+    generator = np.random.default_rng(seed)
+    swapped_first, swapped_second = {}, {}
+    for name, rows in first.items():
+        other = second[name]
+        pairs, counts = np.unique(np.concatenate([rows, other], axis=1), axis=0, return_counts=True)
+        width = rows.shape[1]
+        step = max(1, CHUNK // len(pairs))
+        moved = np.concatenate(
+            [
+                generator.binomial(counts, 0.5, size=(min(step, resamples - start), len(pairs)))
+                @ (pairs[:, width:] - pairs[:, :width])
+                for start in range(0, resamples, step)
+            ]
+        )
+        swapped_first[name], swapped_second[name] = rows.sum(axis=0) + moved, other.sum(axis=0) - moved
+    observed = abs(float(statistic(group_sums(second))[0] - statistic(group_sums(first))[0]))
+    differences = np.abs(statistic(swapped_second) - statistic(swapped_first))
+    # Sums of equal terms in another order differ by rounding, which must not decide a tie.
+    as_large = int(np.count_nonzero(~(differences < observed - 1e-9 * max(1.0, observed))))
+    return (1 + as_large) / (1 + resamples)
+
+
+def difference_interval(
+    first: Mapping[str, Array],
+    second: Mapping[str, Array],
+    statistic: Statistic,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> tuple[float, float]:
+    """Paired percentile bootstrap of `second - first`: both runs are resampled on the same questions."""
+    width = {name: rows.shape[1] for name, rows in first.items()}
+    joint = bootstrap_sums(
+        {name: np.concatenate([rows, second[name]], axis=1) for name, rows in first.items()},
+        resamples=resamples,
+        seed=seed,
+    )
+    one = statistic({name: sums[:, : width[name]] for name, sums in joint.items()})
+    two = statistic({name: sums[:, width[name] :] for name, sums in joint.items()})
+    return percentile_interval(two - one)

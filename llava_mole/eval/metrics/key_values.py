@@ -1,0 +1,23 @@
+"""DeepForm and Kleister Charity: corpus micro F1 of (key, value) pairs.
+
+Source: the DUE benchmark's `fscorer.py` as UReader calls it: case ignored, newlines deleted from predictions, a
+prediction that is exactly `None` is no pair. UReader asks one question per document and key, so a pair is settled
+within its question, and the corpus F1 is 2 * matched / (predicted + wanted).
+"""
+
+from collections.abc import Sequence
+
+ABSENT = "None"
+"""UReader's answer for a field that a document does not have."""
+
+
+def key_value_counts(prediction: str, golds: Sequence[Sequence[str]]) -> tuple[int, int, int]:
+    """(matched, predicted, wanted) pairs of one question.
+
+    Args:
+        golds: The field's values in the document, each with its accepted spellings; empty where it has none.
+    """
+    text = prediction.replace("\n", "")
+    predicted = int(text != ABSENT)
+    matched = int(bool(predicted) and any(text.upper() == spelling.upper() for gold in golds for spelling in gold))
+    return matched, predicted, len(golds)

@@ -1,0 +1,190 @@
+"""Every metric by name: what it reads from a question, and the fields it gives each answer.
+
+A metric turns one prediction and its question into fields, numbers that are summed over questions: every published
+number here is a ratio of such sums (see `eval/aggregate.py`), an accuracy as much as a corpus F1. `n` counts the
+question in the denominator; a metric that leaves a question out of it returns None.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_mole.errors import ConfigError, DataError
+from llava_mole.eval.metrics import (
+    anls,
+    choice,
+    exact,
+    key_values,
+    path_vqa,
+    relaxed,
+    text_vqa,
+    word_match,
+    wtq,
+    yes_no,
+)
+
+Fields = dict[str, float]
+QuestionLine = Mapping[str, Any]
+"""A line of a question file: `answer` (a text) or `answers` (a list), and what else the benchmark's metric needs."""
+
+
+def golds(line: QuestionLine) -> list[str]:
+    """The gold answers of a question: `answers`, or `answer` alone.
+
+    Raises:
+        DataError: neither is there, or they are not texts.
+    """
+    value = line.get("answers", [line["answer"]] if "answer" in line else None)
+    if not isinstance(value, list) or not value or not all(isinstance(gold, str) for gold in value):
+        raise DataError("no 'answer' (a text) or 'answers' (a list of texts, at least one) to score against")
+    return value
+
+
+def gold(line: QuestionLine) -> str:
+    """The only gold answer. Raises DataError where there are several."""
+    found = golds(line)
+    if len(found) != 1:
+        raise DataError(f"{len(found)} gold answers; this metric takes one")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One scoring rule."""
+
+    fields: tuple[str, ...]
+    score: Callable[[str, QuestionLine], Fields | None]
+    binary: bool = False
+    """Whether each field is 0 or 1 for each question, so that a share has Wilson's interval."""
+    unit_key: str | None = None
+    """Question key whose equal values form one unit (MME: the image). None: each question is its own."""
+    combine: Callable[[Sequence[Fields]], Fields] | None = None
+    """Further fields of a unit, from those of its questions."""
+
+
+def _one(function: Callable[[str, str], bool | None]) -> Metric:
+    """A 0/1 rule on one gold answer."""
+
+    def score(prediction: str, line: QuestionLine) -> Fields | None:
+        hit = function(prediction, gold(line))
+        return None if hit is None else {"hit": float(hit)}
+
+    return Metric(("hit",), score, binary=True)
+
+
+def _any(function: Callable[[str, Sequence[str]], bool]) -> Metric:
+    """A 0/1 rule on the list of gold answers."""
+    return Metric(("hit",), lambda prediction, line: {"hit": float(function(prediction, golds(line)))}, binary=True)
+
+
+def _graded(function: Callable[[str, Sequence[str]], float]) -> Metric:
+    """A score in 0..1 on the list of gold answers."""
+    return Metric(("score",), lambda prediction, line: {"score": function(prediction, golds(line))})
+
+
+def _path_vqa_open(prediction: str, line: QuestionLine) -> Fields:
+    wanted = gold(line)
+    precision, recall, f1 = path_vqa.token_overlap(prediction, wanted)
+    return {
+        "exact": float(path_vqa.open_exact(prediction, wanted)),
+        "containment": float(path_vqa.open_containment(prediction, wanted)),
+        "exact_match_score": path_vqa.llava_med_exact_score(prediction, wanted),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+    }
+
+
+def _path_vqa_closed(prediction: str, line: QuestionLine) -> Fields:
+    wanted = gold(line)
+    return {
+        "llava_med": float(path_vqa.closed_llava_med(prediction, wanted)),
+        "strict": float(path_vqa.closed_strict(prediction, wanted)),
+    }
+
+
+def _yes_no_gold(line: QuestionLine) -> str:
+    wanted = gold(line).strip().lower().removesuffix(".")
+    if wanted not in ("yes", "no"):
+        raise DataError(f"the gold answer is {gold(line)!r}; it must be yes or no")
+    return wanted
+
+
+def _pope(parse: Callable[[str], str], prediction: str, line: QuestionLine, *, undecided_missed: bool) -> Fields:
+    said, wanted = parse(prediction), _yes_no_gold(line)
+    return {
+        "hit": float(said == wanted),
+        "said_yes": float(said == "yes"),
+        "is_yes": float(wanted == "yes" and (undecided_missed or said in ("yes", "no"))),
+        "both_yes": float(said == wanted == "yes"),
+    }
+
+
+def _pope_llava(prediction: str, line: QuestionLine) -> Fields:
+    return _pope(yes_no.pope_llava, prediction, line, undecided_missed=True)
+
+
+def _pope_lmms_eval(prediction: str, line: QuestionLine) -> Fields:
+    # lmms-eval counts a missed yes only where the answer is exactly "no": others are in neither part of its recall.
+    return _pope(yes_no.pope_lmms_eval, prediction, line, undecided_missed=False)
+
+
+def _mme(prediction: str, line: QuestionLine) -> Fields:
+    return {"hit": float(yes_no.mme_answer(prediction) == _yes_no_gold(line))}
+
+
+def _mme_image(questions: Sequence[Fields]) -> Fields:
+    """`both`: all questions of the image are right; `images`: one."""
+    return {"both": float(all(fields["hit"] for fields in questions)), "images": 1.0}
+
+
+def _science_qa(prediction: str, line: QuestionLine) -> Fields:
+    count = line.get("choices")
+    if not isinstance(count, int):
+        raise DataError(f"'choices' must be the number of choices; found {count!r}")
+    return {
+        "hit": float(choice.science_qa_correct(prediction, gold(line), count)),
+        "unparsed": float(choice.science_qa_letter(prediction) == choice.FAILED),
+    }
+
+
+def _key_values(prediction: str, line: QuestionLine) -> Fields:
+    values = line.get("values")
+    if not isinstance(values, list) or not all(isinstance(spellings, list) and spellings for spellings in values):
+        raise DataError("'values' must be a list with the accepted spellings, a list of texts, of each value")
+    matched, predicted, wanted = key_values.key_value_counts(prediction, values)
+    return {"matched": float(matched), "predicted": float(predicted), "wanted": float(wanted)}
+
+
+_POPE_FIELDS = ("hit", "said_yes", "is_yes", "both_yes")
+
+METRICS: Mapping[str, Metric] = {
+    "plain_exact": _one(exact.plain_exact),
+    "word_match": _any(word_match.word_match),
+    "relaxed_ureader": _one(relaxed.relaxed_ureader),
+    "relaxed_lmms_eval": _one(relaxed.relaxed_lmms_eval),
+    "anls_due": _graded(anls.anls_due),
+    "anls_lmms_eval": _graded(anls.anls_lmms_eval),
+    "anls_st_vqa": _graded(anls.anls_st_vqa),
+    "path_vqa_open": Metric(("exact", "containment", "exact_match_score", "precision", "recall", "f1"), _path_vqa_open),
+    "path_vqa_closed": Metric(("llava_med", "strict"), _path_vqa_closed, binary=True),
+    "text_vqa": _graded(text_vqa.soft_score),
+    "vqa_exact": _any(text_vqa.normalised_exact),
+    "pope_llava": Metric(_POPE_FIELDS, _pope_llava, binary=True),
+    "pope_lmms_eval": Metric(_POPE_FIELDS, _pope_lmms_eval, binary=True),
+    "mme": Metric(("hit", "both", "images"), _mme, unit_key="image", combine=_mme_image),
+    "science_qa": Metric(("hit", "unparsed"), _science_qa, binary=True),
+    "exact_letter": _one(choice.exact_letter),
+    "leading_letter": _one(choice.leading_letter),
+    "gqa_exact": _one(exact.gqa_exact),
+    "exact_ureader": _one(exact.exact_ureader),
+    "key_values": Metric(("matched", "predicted", "wanted"), _key_values),
+    "wtq": _any(wtq.denotation_accuracy),
+}
+
+
+def get_metric(name: str) -> Metric:
+    """The metric called `name`. Raises ConfigError for an unknown one."""
+    if name not in METRICS:
+        raise ConfigError(f"no metric {name!r}; there are {', '.join(METRICS)}")
+    return METRICS[name]

@@ -1,0 +1,76 @@
+"""`llava-mole prepare-benchmark NAME --raw DIR`: the official files of a benchmark as a question file with its answers.
+
+Images stay where they are: `prepared.json` beside the questions says where, what was converted and how much.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_mole.errors import ConfigError, DataError, command
+from llava_mole.eval.answers import write_text_atomically
+from llava_mole.eval.benchmark_questions import DATA_ROOT, PREPARED, load_questions
+from llava_mole.eval.converters import CONVERTERS
+from llava_mole.eval.registry import get_benchmark, list_benchmarks
+
+SOURCES_LISTED = 50
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert, check by reading back, say what is there."""
+    parser = argparse.ArgumentParser(
+        prog="llava-mole prepare-benchmark",
+        description=__doc__.split("\n")[0],
+        epilog=f"benchmarks: {', '.join(list_benchmarks())}",
+    )
+    parser.add_argument("benchmark", metavar="NAME", help="a benchmark, or its YAML file")
+    parser.add_argument("--raw", required=True, metavar="DIR", help="where the official files lie")
+    parser.add_argument("--out", metavar="DIR", help="default: the benchmark's folder below playground/data")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing question file")
+    args = parser.parse_args(argv)
+    benchmark = get_benchmark(args.benchmark)
+    if benchmark.data.converter is None:
+        raise ConfigError(f"benchmark {benchmark.name} needs no conversion: {benchmark.data.source}")
+    raw = Path(args.raw)
+    if not raw.is_dir():
+        raise DataError(f"--raw {raw}: no such directory; {benchmark.name} needs {benchmark.data.source}")
+    out = Path(args.out) if args.out else DATA_ROOT / benchmark.data.folder
+    path = out / benchmark.data.questions[0]
+    if path.exists() and not args.overwrite:
+        raise ConfigError(f"{path} exists; give --overwrite to replace it, or another --out")
+    converted = CONVERTERS[benchmark.data.converter](raw, benchmark.data.options)
+    if not converted.lines:
+        raise DataError(f"{', '.join(map(str, converted.sources)) or raw}: no questions in it")
+    write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in converted.lines))
+    loaded = load_questions(benchmark, files=[str(path)], image_folder=converted.images)
+    groups = Counter(question.domain for question in loaded.questions)
+    report = {
+        "benchmark": benchmark.name,
+        "converter": benchmark.data.converter,
+        "options": benchmark.data.options,
+        "image_folder": str(converted.images.resolve()),
+        "questions": len(loaded.questions),
+        "groups": dict(groups),
+        "fingerprint": loaded.fingerprint(),
+        "sources": {
+            str(source): hashlib.sha256(source.read_bytes()).hexdigest()
+            for source in converted.sources[:SOURCES_LISTED]
+        },
+        "remarks": converted.remarks,
+    }
+    write_text_atomically(out / PREPARED, json.dumps(report, indent=2) + "\n")
+    print(f"{path}: {len(loaded.questions)} questions ({', '.join(f'{g} {n}' for g, n in groups.items())})")
+    print(f"images: {converted.images}")
+    if benchmark.data.count not in (None, len(loaded.questions)):
+        print(f"note: the complete {benchmark.title} has {benchmark.data.count} questions")
+    for remark in converted.remarks:
+        print(f"note: {remark}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

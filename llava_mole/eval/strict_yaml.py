@@ -1,0 +1,66 @@
+"""YAML files into dataclasses: every key is known, every value has the field's type, or the file is refused."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from llava_mole.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_yaml(path: Path, kind: type[T]) -> T:
+    """The dataclass `kind` from the file.
+
+    Raises:
+        ConfigError: unreadable file, unknown or missing key, or value of another type; the message names the key.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return typing.cast(T, _read(kind, value, f"{path}", ""))
+
+
+def _read(kind: Any, value: Any, where: str, key: str) -> Any:
+    """`value` as a `kind`, which is a dataclass, list[...], dict[str, ...], a union with None, or a plain type."""
+    at = f"{where}: {key or 'the file'}"
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _read(next(a for a in arguments if a is not type(None)), value, where, key)
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, value, where, key, at)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{at} must be a list; found {value!r}")
+        return [_read(arguments[0], item, where, f"{key}[{n}]") for n, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{at} must map names to values; found {value!r}")
+        return {name: _read(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{at} must be {kind.__name__}; found {value!r}")
+    return value
+
+
+def _read_fields(kind: Any, value: Any, where: str, key: str, at: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{at} must map keys to values; found {value!r}")
+    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in value:
+        if name not in fields:
+            raise ConfigError(f"{where}: unknown key {prefix}{name}; allowed are {', '.join(fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise ConfigError(f"{where}: {prefix}{name} is missing")
+    return kind(**{name: _read(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()})

@@ -1,0 +1,121 @@
+"""Files that the benchmarks' servers take, in the layouts of LLaVA's `convert_*_for_submission` scripts."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+from xml.sax.saxutils import escape
+
+from llava_mole.eval.benchmark_questions import BenchmarkQuestions
+from llava_mole.eval.metrics.normalise import m4c_normalise
+from llava_mole.eval.questions import read_json_lines
+
+Answers = Mapping[str, Mapping[str, Any]]
+MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+MMBENCH_COLUMN = 6
+"""Where LLaVA inserts the column `prediction`."""
+
+
+def _texts(loaded: BenchmarkQuestions, answers: Answers) -> list[tuple[Any, Mapping[str, Any], str]]:
+    """(question id as in the file, question line, answer) in the questions' order."""
+    return [
+        (question.question_id, line, answers[question.key]["text"])
+        for question, line in zip(loaded.questions, loaded.lines, strict=True)
+    ]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def vqa_v2(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
+    """`[{"question_id", "answer"}]` over the complete test set (option `all_questions`), normalised; questions that
+    were not asked have the answer `""`."""
+    given = {str(name): text for name, _, text in _texts(loaded, answers)}
+    everything = loaded.root / loaded.benchmark.data.options.get("all_questions", "")
+    names = [name for name, _, _ in _texts(loaded, answers)]
+    if everything.is_file():
+        names = [line["question_id"] for _, line in read_json_lines(everything)]
+    return _json([{"question_id": name, "answer": m4c_normalise(given.get(str(name), ""))} for name in names])
+
+
+def viz_wiz(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
+    """`[{"image", "answer"}]`, normalised."""
+    return _json([{"image": line["image"], "answer": m4c_normalise(text)} for _, line, text in _texts(loaded, answers)])
+
+
+def gqa(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
+    """`[{"questionId", "prediction"}]` for GQA's `eval.py`: trailing periods removed, lower case."""
+    return _json(
+        [{"questionId": name, "prediction": text.rstrip(".").lower()} for name, _, text in _texts(loaded, answers)]
+    )
+
+
+def seed(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
+    """JSON lines `{"question_id", "prediction"}`."""
+    return b"".join(_json({"question_id": n, "prediction": text}) + b"\n" for n, _, text in _texts(loaded, answers))
+
+
+def mm_vet(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
+    """`{"v1_<question id>": answer}`."""
+    return _json({f"v1_{name}": text for name, _, text in _texts(loaded, answers)})
+
+
+def mmbench(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
+    """An .xlsx sheet of the TSV's rows without `hint`, `category`, `source`, `image`, `comment` and `l2-category`, with
+    the column `prediction` as the seventh."""
+    rows = _texts(loaded, answers)
+    columns = [name for name in rows[0][1]["row"] if name not in MMBENCH_DROPPED]
+    table = [[*columns[:MMBENCH_COLUMN], "prediction", *columns[MMBENCH_COLUMN:]]]
+    for _, line, text in rows:
+        cells = [str(line["row"].get(name) or "") for name in columns]
+        table.append([*cells[:MMBENCH_COLUMN], text, *cells[MMBENCH_COLUMN:]])
+    return write_xlsx(table)
+
+
+def write_xlsx(table: list[list[str]]) -> bytes:
+    """A workbook with one sheet of texts (Office Open XML, ECMA-376), whole numbers as numbers. The same bytes for the
+    same table."""
+
+    def cell(value: str) -> str:
+        if value.isascii() and value.isdigit() and len(value) < 16:
+            return f"<c><v>{int(value)}</v></c>"
+        legal = "".join(c for c in value if c in "\t\n\r" or ord(c) >= 32)
+        return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(legal)}</t></is></c>'
+
+    head = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
+    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    package = "http://schemas.openxmlformats.org/package/2006"
+    sheet_type = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+    rows = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in table)
+    files = {
+        "[Content_Types].xml": f'<Types xmlns="{package}/content-types">'
+        '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+        f'<Override PartName="/xl/workbook.xml" ContentType="{sheet_type}.sheet.main+xml"/>'
+        f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{sheet_type}.worksheet+xml"/></Types>',
+        "_rels/.rels": f'<Relationships xmlns="{package}/relationships">'
+        f'<Relationship Id="r1" Type="{office}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+        "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{office}">'
+        '<sheets><sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
+        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{package}/relationships">'
+        f'<Relationship Id="r1" Type="{office}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
+        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{main}"><sheetData>{rows}</sheetData></worksheet>',
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), head + text)
+    return buffer.getvalue()
+
+
+WRITERS: Mapping[str, Callable[[BenchmarkQuestions, Answers], bytes]] = {
+    "vqa_v2": vqa_v2,
+    "viz_wiz": viz_wiz,
+    "gqa": gqa,
+    "seed": seed,
+    "mm_vet": mm_vet,
+    "mmbench": mmbench,
+}
+"""Format -> writer."""
