@@ -100,7 +100,11 @@ class DataConfig:
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
     max_length: int = 4096
-    """Longest sample in tokens, image tokens included; longer ones are cut and counted."""
+    """Longest sample in tokens, image tokens included."""
+    max_length_policy: Literal["truncate", "error", "drop", "truncate_history"] = "truncate"
+    """What becomes of longer samples, counted by source. `truncate`: cut at the end, which is what LLaVA does and so
+    the default; `error`: refused at the start; `drop`: left out; `truncate_history`: the oldest rounds go until it
+    fits, not those of an image nor the last one, and where that is not enough the sample does."""
     validation_samples: int = 0
     """Samples of each source that are held out of training, for the validation loss; 0 turns it off."""
     max_bad_image_share: float = 0.001

@@ -50,7 +50,7 @@ def on_main(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 only and return its result on every rank.
 
     A decision taken from files must be one decision: ranks that look at a shared file system at different moments, or
-    through different caches, may see different things. A collective; the result must be picklable.
+    through different caches, may see different things. A collective; the result must be picklable, and may be large.
 
     Raises:
         UserError: what `function` raised, on every rank; other exceptions end rank 0 and so the group.
@@ -61,7 +61,10 @@ def on_main(function: Callable[[], T]) -> T:
             outcome = (function(), None)
         except UserError as caught:
             outcome = (None, caught)
-    result, error = all_gather_objects(outcome)[0]
+    shared = [outcome]
+    if _initialized():
+        dist.broadcast_object_list(shared, src=0)
+    result, error = shared[0]
     if error is not None:
         error.on_every_rank = True
         raise error

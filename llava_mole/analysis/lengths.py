@@ -124,7 +124,7 @@ def measured_lengths(name: str, data: DataConfig, language_model: str, image_tok
     """Lengths of up to `sample` records of the source's file, tokenized as in training if the tokenizer is there."""
     from llava_mole.conversation import render
     from llava_mole.data.chat_template import resolve_template
-    from llava_mole.data.dataset import encode_record
+    from llava_mole.data.encoding import encode_record
     from llava_mole.data.records import read_records
     from llava_mole.data.tokenization import HFTextTokenizer
     from llava_mole.model.language_model import load_tokenizer

@@ -1,24 +1,31 @@
 """The training set: positions of a plan become examples, and `build_dataset` checks everything before a run starts."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from llava_mole.config import DataConfig
-from llava_mole.conversation import Rendered, Template, render
+from llava_mole.conversation import Template
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
-from llava_mole.data.grouping import GroupedPlan, modality_length
+from llava_mole.data.columns import image_counts, modality_lengths
+from llava_mole.data.encoding import encode_record, encode_shortened
+from llava_mole.data.fitting import Fitted, Limits, fit_source, sample_of
+from llava_mole.data.grouping import GroupedPlan
 from llava_mole.data.holdout import hold_out
 from llava_mole.data.images import ImageProcessor, load_image, resolve_image
 from llava_mole.data.mixture import TrainingPlan, check_lambdas
+from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.records import Record, read_records
-from llava_mole.data.tokenization import Encoded, TextTokenizer, encode
+from llava_mole.data.subset import RecordSubset
+from llava_mole.data.tokenization import Encoded, TextTokenizer
+from llava_mole.distributed import on_main
 from llava_mole.errors import ConfigError, DataError
 from llava_mole.log import get_logger
 
@@ -35,11 +42,8 @@ class SupervisedDataset:
         records_by_source: Records of each source of the plan.
         image_folders: Root of the image paths, by source.
         plan: Which sample comes when.
-        tokenizer: Tokenizes the rendered conversations.
-        template_name: One of `templates.TEMPLATES`, or `tokenizer`; unknown names raise ConfigError.
+        limits: Template, tokenizer, tokens of an image, and what becomes of samples that are too long.
         image_processor: Makes the tower's input of an image.
-        num_image_tokens: Placeholder ids for one image.
-        max_length: Most tokens of a sample; longer ones are cut at the end.
         lengths: Tokens of every record, by source; only `lengths` needs them.
     """
 
@@ -48,25 +52,21 @@ class SupervisedDataset:
         records_by_source: Mapping[str, Sequence[Record]],
         image_folders: Mapping[str, str],
         plan: TrainingPlan | GroupedPlan,
-        tokenizer: TextTokenizer,
-        template_name: str,
+        limits: Limits,
         image_processor: ImageProcessor,
-        num_image_tokens: int,
-        max_length: int,
         lengths: Mapping[str, npt.NDArray[np.int32]] | None = None,
     ) -> None:
         self.plan = plan
-        self._template = resolve_template(template_name, tokenizer)
         self._records = dict(records_by_source)
         self._image_folders = dict(image_folders)
         self._source_index = {name: index for index, name in enumerate(plan.names)}
-        self._tokenizer = tokenizer
+        self._limits = limits
         self._image_processor = image_processor
-        self._num_image_tokens = num_image_tokens
-        self._max_length = max_length
         self._lengths = lengths
         self.validation: SupervisedDataset | None = None
         """Samples held out of the plan, each once; None where validation is off."""
+        self.report: dict[str, dict[str, int]] = {}
+        """By source: records, text_only, and how many were cut, shortened or dropped for their length."""
 
     def lengths(self, positions: Iterable[int]) -> list[int]:
         """Tokens of the samples at some positions of the plan. Raises ValueError if lengths were not counted."""
@@ -93,10 +93,19 @@ class SupervisedDataset:
         """
         source, sample = self.plan[position]
         record, pictures, replaced = readable_record(self._records[source], sample, self._image_folders[source])
-        encoded = encode_record(record, self._template, self._tokenizer, self._num_image_tokens, self._max_length)
+        encoded = self._encode(record)
         images = torch.stack([self._image_processor(picture) for picture in pictures]) if pictures else None
         index = self._source_index[source]
         return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced)
+
+    def _encode(self, record: Record) -> Encoded:
+        limits = self._limits
+        arguments = (record, limits.template, limits.tokenizer, limits.num_image_tokens, limits.max_length)
+        if limits.policy == "truncate_history":
+            shortened = encode_shortened(*arguments)
+            if shortened is not None:
+                return shortened
+        return encode_record(*arguments)
 
 
 def readable_record(
@@ -117,33 +126,6 @@ def readable_record(
         except DataError as error:
             problem = problem or f"{record.where}: {error}"
     raise DataError(f"{problem}; nor can the image of any of the {SUBSTITUTES} records after it")
-
-
-def encode_record(
-    record: Record, template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int
-) -> Encoded:
-    """Render and tokenize one record.
-
-    Raises:
-        DataError: the template cannot hold it, its image is cut off by `max_length`, or no supervised token is left;
-            the message starts with `file:line`.
-    """
-    rendered = _render(record, template)
-    try:
-        encoded = encode(rendered, tokenizer, num_image_tokens=num_image_tokens, max_length=max_length)
-    except DataError as error:
-        raise DataError(f"{record.where}: {error}") from None
-    if encoded.num_images != len(record.images):
-        raise DataError(
-            f"{record.where}: template {template.name!r} shows {encoded.num_images} of the record's "
-            f"{len(record.images)} images; take another template, or one image a record"
-        )
-    if not encoded.num_supervised:
-        raise DataError(
-            f"{record.where}: no token of an answer is left after the cut at data.max_length {max_length} "
-            f"({len(encoded.input_ids) + encoded.truncated} tokens); raise it, or shorten or remove the record"
-        )
-    return encoded
 
 
 def build_dataset(
@@ -189,45 +171,69 @@ def build_dataset(
             "an image; raise it"
         )
     _warn_about_end_marker(template, tokenizer)
+    limits = Limits(template, tokenizer, num_image_tokens, data_config.max_length, data_config.max_length_policy)
     all_records = {name: read_records(data_config.sources[name].annotations, name) for name in names}
-    records, held_out = hold_out(all_records, data_config.validation_samples, seed)
     image_folders = {name: data_config.sources[name].image_folder for name in names}
-    lambdas = {name: value for name, value in data_config.mixture.items() if name in records}
-    plan: TrainingPlan | GroupedPlan
-    plan = base = TrainingPlan({name: len(records[name]) for name in names}, lambdas, seed, epochs)
-    lengths: dict[str, npt.NDArray[np.int32]] | None = {} if batching == "packed" else None
-    held_out_lengths: dict[str, npt.NDArray[np.int32]] = {}
+    all_lengths = batching == "packed" or data_config.validation_samples > 0
+    fitted = {}
     for name in names:
         if not resuming:
             _check_images(all_records[name], image_folders[name])
-        limits = (template, tokenizer, num_image_tokens, data_config.max_length)
-        if lengths is None:
-            cut = _count_cut(records[name], *limits)
-        else:
-            lengths[name], cut = _count_tokens(records[name], *limits)
-        if name in held_out:
-            held_out_lengths[name], _ = _count_tokens(held_out[name], *limits)
+        # One process counts, and decides for all.
+        fit = partial(fit_source, all_records[name], limits, name, all_lengths=all_lengths)
+        fitted[name] = on_main(fit)
+    fitting = {name: fitted[name].select(all_records[name]) for name in names}
+    records, held_out = hold_out(fitting, data_config.validation_samples, seed)
+    lambdas = {name: value for name, value in data_config.mixture.items() if name in records}
+    sizes = {name: len(records[name]) for name in names}
+    plan: TrainingPlan | GroupedPlan
+    plan = base = TrainingPlan(sizes, lambdas, seed, epochs, detail=_digest_of_kept(fitted))
+    report = {}
+    for name in names:
+        counts = {"cut": fitted[name].cut, "shortened": fitted[name].shortened, "dropped": fitted[name].dropped}
+        text_only = int((image_counts(records[name]) == 0).sum())
+        report[name] = {"records": sizes[name], "text_only": text_only, **counts}
         logger.info(
-            "data: %s: %d records, lambda %g, %d samples an epoch, %d text only, %d cut at %d tokens",
+            "data: %s: %d records, lambda %g, %d samples an epoch, %d text only, %s at %d tokens",
             name,
-            len(records[name]),
+            sizes[name],
             lambdas.get(name, 1.0),
             base.counts[name] // epochs,
-            sum(not record.images for record in records[name]),
-            cut,
+            text_only,
+            ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "cut"),
             data_config.max_length,
         )
     if batching == "grouped":
-        words = {name: [modality_length(record) for record in records[name]] for name in names}
+        words = {name: modality_lengths(records[name]).tolist() for name in names}
         plan = GroupedPlan(base, words, global_batch_size, micro_batch_size, seed)
     logger.info("data: %d samples in %d epochs, plan %s", len(plan), epochs, plan.digest[:12])
-    rest = (tokenizer, data_config.template, image_processor, num_image_tokens, data_config.max_length)
-    dataset = SupervisedDataset(records, image_folders, plan, *rest, lengths)
+    lengths = {name: _lengths_of(records[name], fitted[name]) for name in names} if all_lengths else None
+    dataset = SupervisedDataset(records, image_folders, plan, limits, image_processor, lengths)
+    dataset.report = report
     if held_out:
         once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
-        dataset.validation = SupervisedDataset(held_out, image_folders, once, *rest, held_out_lengths)
+        held_out_lengths = {name: _lengths_of(held_out[name], fitted[name]) for name in names}
+        dataset.validation = SupervisedDataset(held_out, image_folders, once, limits, image_processor, held_out_lengths)
         logger.info("data: %d samples of each source are held out for validation", data_config.validation_samples)
     return dataset
+
+
+def _lengths_of(records: Sequence[Record], fitted: Fitted) -> npt.NDArray[np.int32]:
+    """Lengths of what `hold_out` has made of a fitted source."""
+    assert fitted.lengths is not None
+    if isinstance(records, RecordSubset) and len(records) < len(fitted.lengths):
+        return fitted.lengths[records.indices]
+    return fitted.lengths
+
+
+def _digest_of_kept(fitted: Mapping[str, Fitted]) -> str:
+    """What the plan's digest has to cover besides sizes: which records were left out. Empty if none was."""
+    digest = hashlib.sha256()
+    kept = {name: outcome.kept for name, outcome in fitted.items() if outcome.kept is not None}
+    for name, indices in kept.items():
+        digest.update(name.encode())
+        digest.update(indices.astype("<i8").tobytes())
+    return digest.hexdigest() if kept else ""
 
 
 def _active_sources(data_config: DataConfig) -> list[str]:
@@ -247,8 +253,11 @@ def _warn_about_end_marker(template: Template, tokenizer: TextTokenizer) -> None
 
 
 def _check_images(records: Sequence[Record], folder: str) -> None:
+    """Raise DataError for an image that is not there; of a prepared set, which was checked then, a sample is tried."""
     known: set[str] = set()
-    for record in records:
+    indices = sample_of(len(records)) if isinstance(records, PreparedRecords) else range(len(records))
+    for index in indices:
+        record = records[int(index)]
         for path in record.images:
             if path not in known:
                 try:
@@ -256,42 +265,3 @@ def _check_images(records: Sequence[Record], folder: str) -> None:
                 except DataError as error:
                     raise DataError(f"{record.where}: {error}") from None
                 known.add(path)
-
-
-def _count_tokens(
-    records: Sequence[Record], template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int
-) -> tuple[npt.NDArray[np.int32], int]:
-    """Tokens of every record after the cut, and how many are cut; finds unusable records, as `_count_cut` does."""
-    lengths, cut = np.empty(len(records), dtype=np.int32), 0
-    bar = tqdm(records, desc="counting tokens", unit="record", mininterval=1.0, delay=3.0, disable=None)
-    for index, record in enumerate(bar):
-        encoded = encode_record(record, template, tokenizer, num_image_tokens, max_length)
-        lengths[index] = len(encoded.input_ids)
-        cut += bool(encoded.truncated)
-    return lengths, cut
-
-
-def _count_cut(
-    records: Sequence[Record], template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int
-) -> int:
-    """How many records are longer than `max_length`; finds those that the template or the cut makes unusable.
-
-    Only records that may be too long are tokenized. A token covers at least one byte of the text, but for the leading
-    space of each piece, so bytes bound the tokens. A normaliser that lengthens rare characters could pass the bound;
-    such a record is then cut, and checked, when it is loaded.
-    """
-    cut = 0
-    for record in records:
-        rendered = _render(record, template)
-        images = len(record.images)
-        most_tokens = 1 + len(rendered.text.encode()) + (images + 1) + images * num_image_tokens
-        if most_tokens > max_length:
-            cut += bool(encode_record(record, template, tokenizer, num_image_tokens, max_length).truncated)
-    return cut
-
-
-def _render(record: Record, template: Template) -> Rendered:
-    try:
-        return render(template, record.turns)
-    except DataError as error:
-        raise DataError(f"{record.where}: {error}") from None

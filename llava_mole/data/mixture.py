@@ -107,15 +107,19 @@ class TrainingPlan:
     """The plans of `epochs` epochs, one after the other, each built when it is first needed.
 
     `plan[i]` is `(source name, sample index)` of the i-th sample of the run. At most two epochs are kept in memory (10
-    bytes a sample), and none is pickled into data loader workers.
+    bytes a sample), and none is pickled into data loader workers. `detail`, what else decides which samples these are,
+    goes into the digest.
     """
 
-    def __init__(self, sizes: Mapping[str, int], lambdas: Mapping[str, float], seed: int, epochs: int) -> None:
+    def __init__(
+        self, sizes: Mapping[str, int], lambdas: Mapping[str, float], seed: int, epochs: int, detail: str = ""
+    ) -> None:
         if epochs < 1:
             raise ConfigError(f"train.epochs is {epochs}; it must be at least 1")
         self._sizes = dict(sizes)
         self._lambdas = dict(lambdas)
         self._seed = seed
+        self._detail = detail
         self.epochs = epochs
         self._epoch_counts = mixture_counts(sizes, lambdas)
         self.samples_per_epoch = sum(self._epoch_counts.values())
@@ -144,7 +148,8 @@ class TrainingPlan:
     @property
     def digest(self) -> str:
         """Digest of the first epoch. It does not depend on `epochs`, so a run may be resumed to last longer."""
-        return self.epoch_plan(0).digest
+        own = self.epoch_plan(0).digest
+        return hashlib.sha256(f"{own} {self._detail}".encode()).hexdigest() if self._detail else own
 
     def epoch_plan(self, epoch: int) -> EpochPlan:
         """The plan of one epoch."""

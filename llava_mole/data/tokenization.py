@@ -4,6 +4,7 @@ The text between image markers is tokenized piece by piece, each piece as if it 
 `tokenizer_image_token` does. Labels follow from the answers' character spans and the tokens' character offsets.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,9 @@ from llava_mole.conversation import Rendered
 from llava_mole.errors import DataError, WeightsError
 
 Offsets = list[tuple[int, int]]
+
+VERSION = 1
+"""Raised whenever `encode` makes other ids of the same text: stored token counts are then counted again."""
 
 
 class TextTokenizer(Protocol):
@@ -59,6 +63,12 @@ class HFTextTokenizer:
         if pad_token_id is None:
             raise WeightsError("the tokenizer has neither a padding, an unknown nor an end token; set its pad_token")
         self.pad_token_id: int = pad_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that decides which ids a text has."""
+        content = f"{self.hf.backend_tokenizer.to_str()}\n{self.bos_token_id}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """See `TextTokenizer`."""

@@ -1,9 +1,11 @@
-"""`llava-mole eval`: answer question files with a model and score the answers, in one command.
+"""`llava-mole eval`: answer questions with a model and score the answers, in one command.
 
+    llava-mole eval RUN --benchmarks tiny,chartqa
     llava-mole eval RUN --questions general=Q1.jsonl document=Q2.jsonl --image-folder DIR --answers-file answers.jsonl
 
-Beside `answers.jsonl` it writes `answers.score.json`, which `llava-mole report` compares, and for a model with experts
-`answers.routing.json`.
+The first form takes everything from the benchmarks' files and writes `RUN/eval/<benchmark>.jsonl`, `.score.json` and
+so on. The second is for question files of one's own: beside `answers.jsonl` it writes `answers.score.json` and, for a
+model with experts, `answers.routing.json`. `llava-mole report` compares the score files.
 """
 
 import argparse
@@ -11,13 +13,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_mole.decoding import Decoding
-from llava_mole.errors import command
+from llava_mole.errors import ConfigError, command
 from llava_mole.eval.answers import read_answers
 from llava_mole.eval.baseline import read_train_files
+from llava_mole.eval.benchmark_questions import DATA_ROOT, DEFAULT_VARIANT
+from llava_mole.eval.evaluate_benchmarks import run_benchmarks
 from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, load_predictor, refuse_existing
 from llava_mole.eval.questions import check_images, read_questions
 from llava_mole.eval.score import SCORE_SUFFIX, check_references, format_scores, score_answers, write_scores
 from llava_mole.log import setup_logging
+
+MAX_NEW_TOKENS = 128
+
+
+def check_forms(args: argparse.Namespace) -> None:
+    """Raise ConfigError unless the options are those of one of the two forms."""
+    own = {"--questions": args.questions, "--answers-file": args.answers_file}
+    given = [name for name, value in own.items() if value]
+    if args.benchmarks:
+        if given or args.train_file:
+            raise ConfigError(f"--benchmarks and {given[0] if given else '--train-file'} are two forms; give one")
+        return
+    if len(given) < len(own):
+        raise ConfigError("give --benchmarks NAME,..., or --questions FILE... with --answers-file FILE")
+    extra = {"--out": args.out, "--prompt-variant": args.prompt_variant != DEFAULT_VARIANT}
+    unused = [name for name, value in extra.items() if value]
+    if unused:
+        raise ConfigError(f"{unused[0]} needs --benchmarks")
 
 
 @command
@@ -25,16 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and score."""
     parser = argparse.ArgumentParser(prog="llava-mole eval", description=__doc__.split("\n")[0])
     parser.add_argument("model_path", metavar="MODEL_DIR", help="run directory or checkpoint")
-    parser.add_argument("--questions", nargs="+", required=True, metavar="[DOMAIN=]FILE", help="with answers")
+    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="by name or YAML file, comma or blank between")
+    parser.add_argument("--prompt-variant", default=DEFAULT_VARIANT, metavar="NAME", help="of the benchmarks' prompts")
+    parser.add_argument(
+        "--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"of benchmarks; default {DATA_ROOT}"
+    )
+    parser.add_argument("--out", metavar="DIR", help="of benchmarks; default MODEL_DIR/eval")
+    parser.add_argument("--questions", nargs="+", metavar="[DOMAIN=]FILE", help="with answers")
     parser.add_argument("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
-    parser.add_argument("--answers-file", required=True, metavar="FILE", help="the scores are written beside it")
+    parser.add_argument("--answers-file", metavar="FILE", help="the scores are written beside it")
     parser.add_argument(
         "--train-file", nargs="+", metavar="[DOMAIN=]FILE", help="training split, for the majority baseline"
     )
     add_model_arguments(parser)
+    parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)
     setup_logging()
-    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+    check_forms(args)
+    if args.benchmarks:
+        run_benchmarks(args)
+        return 0
+    decoding = Decoding(args.max_new_tokens or MAX_NEW_TOKENS, args.temperature, args.top_p, args.num_beams)
     image_folder, answers_file = Path(args.image_folder), Path(args.answers_file)
     score_file = answers_file.with_suffix(SCORE_SUFFIX)
     for path in (answers_file, score_file):

@@ -46,3 +46,61 @@ def draw_accuracies(report: Mapping[str, Any], path: Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
     return True
+
+
+def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
+    """Grouped bars like the paper's Figure 1: a panel a benchmark, a group a number, a bar a run with its 95% interval.
+
+    Numbers that are sums (of 500, say) get a panel of their own, with an axis that starts near the values.
+
+    Returns:
+        Whether it was drawn; without matplotlib a line in the log says so.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no figure: matplotlib is not installed (pip install 'llava_mole[eval]')")
+        return False
+    panels: list[tuple[str, list[str], Mapping[str, Any], bool]] = []
+    for entry in benchmarks.values():
+        for columns, summed in (
+            (entry["summed"], True),
+            ([column for column in entry["columns"] if column not in entry["summed"]], False),
+        ):
+            if columns:
+                panels.append((entry["title"], columns, entry["runs"], summed))
+    names = list(dict.fromkeys(name for _, _, runs, _ in panels for name in runs))
+    widths = [max(1.6, 0.4 + len(columns) * max(0.9, 0.3 * len(names))) for _, columns, _, _ in panels]
+    figure = Figure(figsize=(max(5.0, 0.8 * len(panels) + sum(widths)), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    width = 0.8 / len(names)
+    for axis, (title, columns, runs, summed) in zip(axes, panels, strict=True):
+        lows, highs = [], []
+        for n, name in enumerate(names):
+            found = [
+                (c, (runs.get(name) or {"numbers": {}})["numbers"].get(column)) for c, column in enumerate(columns)
+            ]
+            bars = [(c, entry) for c, entry in found if entry is not None and entry["value"] is not None]
+            centres = [c + (n - (len(names) - 1) / 2) * width for c, _ in bars]
+            heights = [entry["value"] for _, entry in bars]
+            # A percentile interval of a skewed number need not hold the number itself.
+            below = [max(0.0, entry["value"] - entry["low"]) for _, entry in bars]
+            above = [max(0.0, entry["high"] - entry["value"]) for _, entry in bars]
+            axis.bar(centres, heights, width * 0.92, yerr=[below, above], capsize=2.5, color=f"C{n}", label=name)
+            lows += [entry["low"] for _, entry in bars]
+            highs += [entry["high"] for _, entry in bars]
+        axis.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 9 else 0)
+        for label in axis.get_xticklabels():
+            label.set_horizontalalignment("right" if max(map(len, columns)) > 9 else "center")
+        axis.set_title(title, fontsize="medium")
+        axis.spines[["top", "right"]].set_visible(False)
+        if summed and lows:
+            margin = max(1.0, 0.5 * (max(highs) - min(lows)))
+            axis.set_ylim(max(0.0, min(lows) - margin), max(highs) + 0.3 * margin)
+    axes[0].set_ylabel("percent, 95% interval")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+    return True

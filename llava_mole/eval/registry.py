@@ -75,6 +75,8 @@ class Published:
     model: str
     source: str
     values: dict[str, float]
+    main: bool = True
+    """Whether a report shows it unless told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
-"""Compares scored runs: one table for a person, `report.json` for a program, `accuracy.png` for a slide.
+"""Compares scored runs: tables for a person, `report.json` for a program, pictures for a slide.
 
-    python -m llava_mole.eval.report --runs stage1=A.score.json lora=B.score.json mole=C.score.json --out DIR
+    llava-mole report [NAME=]RUN... --out DIR
+    llava-mole report --runs stage1=A.score.json lora=B.score.json mole=C.score.json --out DIR
 
-The first run is what the others are compared with. A run is the score file that `llava-mole eval` wrote, or a
-directory with exactly one.
+The first run is what the others are compared with. A run is a score file that `llava-mole eval` or `llava-mole score`
+wrote, or a directory with such files (or with them in its `eval`). Scores of benchmarks are compared by the
+benchmarks' own numbers, with paired tests; accuracies per domain with the majority baseline beside them.
 """
 
 import argparse
@@ -14,46 +16,14 @@ from typing import Any
 
 from llava_mole.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import read_answers, write_text_atomically
+from llava_mole.eval.benchmark_report import build_benchmarks
+from llava_mole.eval.model_vqa import refuse_existing
 from llava_mole.eval.questions import read_questions
-from llava_mole.eval.score import SCORE_SUFFIX, format_accuracy, format_table, normalise
+from llava_mole.eval.report_formats import to_latex, to_markdown, to_text
+from llava_mole.eval.report_runs import read_json_object, read_runs
+from llava_mole.eval.score import format_accuracy, format_table, normalise
 
 MAJORITY = "commonest answer"
-REQUIRED = ("domains", "model_path", "questions", "image_folder", "answers", "routing")
-
-
-def read_run(argument: str) -> tuple[str, dict[str, Any]]:
-    """Name and scores of one `NAME=PATH`.
-
-    Raises:
-        ConfigError: no name, or no score file there.
-        DataError: a file that `llava-mole eval` did not write.
-    """
-    name, separator, location = argument.partition("=")
-    if not separator or not name:
-        raise ConfigError(f"--runs {argument!r}: give NAME=PATH, for example mole=answers/mole{SCORE_SUFFIX}")
-    path = Path(location)
-    if path.is_dir():
-        found = sorted(path.glob(f"*{SCORE_SUFFIX}"))
-        if len(found) != 1:
-            raise ConfigError(f"--runs {argument}: {len(found)} files *{SCORE_SUFFIX} in {path}; name the file")
-        path = found[0]
-    if not path.is_file():
-        raise ConfigError(f"--runs {argument}: {path} does not exist; `llava-mole eval` writes it")
-    scores = _read_json(path)
-    absent = [key for key in REQUIRED if key not in scores]
-    if absent:
-        raise DataError(f"{path}: no {', '.join(absent)} in it; give a score file that `llava-mole eval` wrote")
-    return name, scores | {"score_file": str(path)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: {type(value).__name__} found, an object is needed")
-    return value
 
 
 def compare(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
@@ -90,7 +60,7 @@ def build_report(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "domains": domains,
         "majority_from": first.get("majority_from"),
         "routing": {
-            name: expert_shares(_read_json(Path(run["routing"]))) for name, run in runs.items() if run["routing"]
+            name: expert_shares(read_json_object(Path(run["routing"]))) for name, run in runs.items() if run["routing"]
         },
         "chat": {"run": last_name, "examples": chat_examples(last)},
         "files": {
@@ -98,6 +68,11 @@ def build_report(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             for name, run in runs.items()
         },
     }
+
+
+def same_questions(runs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all runs have the same domains with equally many questions."""
+    return len({tuple((domain, e["total"]) for domain, e in run["domains"].items()) for run in runs.values()}) == 1
 
 
 def _compare_domain(domain: str, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -152,7 +127,8 @@ def expert_shares(routing: Mapping[str, Any]) -> dict[str, Any]:
 def chat_examples(run: Mapping[str, Any]) -> dict[str, dict[str, str | bool | None]]:
     """The first question with an image of each domain, with the run's answer and the reference."""
     questions = read_questions(run["questions"])
-    answers = read_answers([Path(run["answers"])])
+    files = run["answers"] if isinstance(run["answers"], list) else [run["answers"]]
+    answers = read_answers([Path(name) for name in files])
     examples: dict[str, dict[str, str | bool | None]] = {}
     for question in questions:
         if question.domain in examples or question.image is None:
@@ -239,28 +215,55 @@ def _format_files(report: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison and write it to a directory."""
     parser = argparse.ArgumentParser(prog="llava-mole report", description=__doc__.split("\n")[0])
+    parser.add_argument("run", nargs="*", metavar="[NAME=]RUN", help="scored runs, the reference first")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=PATH", help="the same, each with a name")
+    parser.add_argument("--out", metavar="DIR", help="report.{txt,md,tex,json} and the pictures go here")
     parser.add_argument(
-        "--runs", nargs="+", required=True, metavar="NAME=PATH", help="scored runs, the reference first"
+        "--published", choices=["main", "all", "none"], default="main", help="published rows beside the runs"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="report.txt, report.json and accuracy.png go here")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
     args = parser.parse_args(argv)
-    runs: dict[str, dict[str, Any]] = {}
-    for argument in args.runs:
-        name, scores = read_run(argument)
-        if name in runs:
-            raise ConfigError(f"--runs {argument}: the name {name!r} is given twice")
-        runs[name] = scores
-    report = build_report(runs)
-    text = format_report(report)
-    out = Path(args.out)
-    write_text_atomically(out / "report.json", json.dumps(report, indent=2) + "\n")
-    write_text_atomically(out / "report.txt", text + "\n")
-    from llava_mole.eval.figure import draw_accuracies
-
-    drawn = draw_accuracies(report, out / "accuracy.png")
-    print(text)
-    print(f"\nreport: {out / 'report.txt'}, {out / 'report.json'}" + (f", {out / 'accuracy.png'}" if drawn else ""))
+    if not args.run and not args.runs:
+        raise ConfigError("no run to report; give score files or directories with them, for example runs/*/eval")
+    out = Path(args.out) if args.out else None
+    if out:
+        refuse_existing(out / "report.json", overwrite=args.overwrite)
+    runs = read_runs(args.runs, args.run)
+    domains = {name: run.domains for name, run in runs.items() if run.domains is not None}
+    report: dict[str, Any] = {}
+    sections = []
+    benchmarks = build_benchmarks(runs, published=args.published)
+    if benchmarks:
+        report["benchmarks"] = benchmarks
+        sections.append(to_text(benchmarks))
+    if domains and len(domains) == len(runs) and (not benchmarks or same_questions(domains)):
+        report |= build_report(domains)
+        sections.append(format_report(report))
+    elif not benchmarks:
+        raise DataError(f"{', '.join(name for name in runs if name not in domains)}: no scores to compare")
+    print("\n\n".join(sections))
+    if out:
+        written = write_report(out, report, "\n\n".join(sections))
+        print(f"\nreport: {', '.join(str(path) for path in written)}")
     return 0
+
+
+def write_report(out: Path, report: Mapping[str, Any], text: str) -> list[Path]:
+    """Write every form of the report that there is something for. Returns the files."""
+    from llava_mole.eval.figure import draw_accuracies, draw_benchmarks
+
+    texts = {"report.txt": text + "\n", "report.json": json.dumps(report, indent=2) + "\n"}
+    benchmarks = report.get("benchmarks")
+    if benchmarks:
+        texts |= {"report.md": to_markdown(benchmarks), "report.tex": to_latex(benchmarks)}
+    for name, content in texts.items():
+        write_text_atomically(out / name, content)
+    written = [out / name for name in texts]
+    if "domains" in report and draw_accuracies(report, out / "accuracy.png"):
+        written.append(out / "accuracy.png")
+    if benchmarks and draw_benchmarks(benchmarks, out / "benchmarks.png"):
+        written.append(out / "benchmarks.png")
+    return written
 
 
 if __name__ == "__main__":

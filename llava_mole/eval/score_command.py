@@ -1,7 +1,6 @@
 """`llava-mole score ANSWERS --benchmark NAME`: scores answers that exist, or writes the file that a server scores."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +11,7 @@ from llava_mole.eval.benchmark_score import check_answers, dump_scores, file_dig
 from llava_mole.eval.model_vqa import refuse_existing
 from llava_mole.eval.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.score import SCORE_SUFFIX
-from llava_mole.eval.submission import WRITERS
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+from llava_mole.eval.submission import WRITERS, write_bytes_atomically
 
 
 @command
@@ -62,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"submission: {submission} ({len(answers)} answers; {'; '.join(benchmark.notes) or 'no score yet'})")
     if benchmark.primary:
         scores = score_benchmark(loaded, answers)
-        scores |= {"answers": ",".join(args.answers), "answers_sha256": file_digest(files)}
+        scores |= {"answers": args.answers, "answers_sha256": file_digest(files)}
         scores |= {"model_path": None, "routing": None}
         write_text_atomically(output, dump_scores(scores))
         print(format_benchmark(scores))

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -110,6 +112,17 @@ def write_xlsx(table: list[list[str]]) -> bytes:
     return buffer.getvalue()
 
 
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 WRITERS: Mapping[str, Callable[[BenchmarkQuestions, Answers], bytes]] = {
     "vqa_v2": vqa_v2,
     "viz_wiz": viz_wiz,
@@ -119,3 +132,5 @@ WRITERS: Mapping[str, Callable[[BenchmarkQuestions, Answers], bytes]] = {
     "mmbench": mmbench,
 }
 """Format -> writer."""
+SUFFIXES: Mapping[str, str] = {name: ".json" for name in WRITERS} | {"seed": ".jsonl", "mmbench": ".xlsx"}
+"""Format -> ending of the file's name."""

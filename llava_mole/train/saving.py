@@ -258,9 +258,12 @@ def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
     return Progress(**state), load_file(checkpoint / OPTIMIZER_FILE)
 
 
-def write_summary(run_dir: Path, progress: Progress, entry: dict[str, Any] | None, seconds: float) -> None:
-    """Mark the run as finished: what it did, its last metrics and the seconds of its last (or only) part."""
-    summary = {**vars(progress), "last_step": entry, "seconds": seconds}
+def write_summary(
+    run_dir: Path, progress: Progress, entry: dict[str, Any] | None, seconds: float, data: dict[str, dict[str, int]]
+) -> None:
+    """Mark the run as finished: what it did, its last metrics, the seconds of its last (or only) part, and `data`, what
+    became of the records of each source."""
+    summary = {**vars(progress), "last_step": entry, "seconds": seconds, "data": data}
     (run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 

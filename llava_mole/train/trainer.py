@@ -143,7 +143,8 @@ class Trainer:
                 print(
                     "\n" + summary_table(name, entries, self.progress.consumed_by_source), file=sys.stderr, flush=True
                 )
-            write_summary(self.writer.run_dir, self.progress, entry, time.perf_counter() - run_started)
+            seconds = time.perf_counter() - run_started
+            write_summary(self.writer.run_dir, self.progress, entry, seconds, self.dataset.report)
 
     def save(self, final: bool) -> None:
         """Write a checkpoint; a collective. One that fails is reported and training goes on, unless it is the last."""

@@ -124,6 +124,24 @@ def test_each_distinct_image_is_encoded_once(predictor: Predictor, asked: Path) 
         hook.remove()
 
 
+def test_a_prompt_may_show_several_images(predictor: Predictor) -> None:
+    asked = [([RED, BLUE], "Is <image> like <image>?"), ([BLUE, RED, RED], "What?"), (GREEN, "What?"), (None, "What?")]
+    images, prompts = zip(*asked, strict=True)
+    model, tokenizer = predictor.loaded.model, predictor.loaded.tokenizer
+    answers = predictor.generate(images, prompts, max_new_tokens=NEW)
+    for (shown, prompt), answer in zip(asked, answers, strict=True):
+        assert predictor.generate([shown], [prompt], max_new_tokens=NEW) == [answer]
+        own = list(shown) if isinstance(shown, list) else [] if shown is None else [shown]
+        text = prompt if "<image>" in prompt else "<image>\n" * len(own) + prompt
+        rendered = render(get_template("vicuna_v1"), [Turn("user", text)], add_generation_prompt=True)
+        ids = encode(rendered, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS, max_length=None).input_ids
+        assert ids.count(IMAGE_TOKEN_INDEX) == len(own) * NUM_IMAGE_TOKENS
+        (batch,) = predictor.batches([shown], [prompt], batch_size=1)
+        assert batch.input_ids[0].tolist() == ids
+        pixels = torch.stack([predictor.loaded.image_processor(image) for image in own]) if own else None
+        assert torch.allclose(predictor.embed(batch), model.embed(torch.tensor([ids]), pixels), atol=1e-6)
+
+
 def test_greedy_ignores_the_language_models_own_sampling_values(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +216,8 @@ def test_answers_end_where_the_context_does(predictor: Predictor) -> None:
         ([RED], ["a"], {"batch_size": 0}, ConfigError, "batch_size is 0"),
         ([None], ["<image> a"], {}, DataError, "prompt 0: 1 <image> in the text, but no image given"),
         ([RED], ["<image> <image>"], {}, DataError, "prompt 0: 2 <image> in the text, but one image given"),
+        ([[RED, BLUE]], ["<image> a"], {}, DataError, "prompt 0: 1 <image> in the text, but 2 images given"),
+        ([[]], ["<image> a"], {}, DataError, "prompt 0: 1 <image> in the text, but no image given"),
         ([RED], [[]], {}, DataError, "prompt 0: a conversation to be answered must end with a user turn"),
         ([RED], [[Turn("assistant", "a")]], {}, DataError, "must end with a user turn"),
         (["no/such.png"], ["a"], {}, DataError, r"such\.png"),

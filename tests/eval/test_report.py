@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava_mole import cli
-from llava_mole.eval.report import build_report, compare, expert_shares, read_run
+from llava_mole.eval.report import build_report, compare, expert_shares
+from llava_mole.eval.report_runs import read_runs
 from llava_mole.eval.score import accuracy
 
 DOMAINS = ("general", "document")
@@ -67,7 +68,8 @@ def test_verdicts_need_intervals_that_do_not_overlap() -> None:
 
 
 def test_report_numbers(runs: Path) -> None:
-    report = build_report(dict(read_run(argument) for argument in arguments(runs)))
+    scored = {name: run.domains for name, run in read_runs(arguments(runs), []).items()}
+    report = build_report({name: scores for name, scores in scored.items() if scores is not None})
     general, document = report["domains"]["general"], report["domains"]["document"]
     assert [entry["correct"] for entry in general["runs"].values()] == [40, 80, 90]
     assert general["majority"]["correct"] == 60

@@ -1,0 +1,156 @@
+"""Answers, scores and reports benchmarks with one model: `llava-mole eval MODEL --benchmarks a,b,c`.
+
+Everything that a user can have got wrong is checked for all benchmarks before the model is loaded. A benchmark that is
+finished already, with the same model, questions, prompt and decoding, is not asked again.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_mole.decoding import Decoding
+from llava_mole.errors import ConfigError
+from llava_mole.eval.answers import read_answers, write_text_atomically
+from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions, prompt_suffix
+from llava_mole.eval.benchmark_report import build_benchmarks
+from llava_mole.eval.benchmark_score import dump_scores, file_digest, format_benchmark, score_benchmark
+from llava_mole.eval.model_vqa import answer_questions, describe_run, load_predictor, refuse_existing
+from llava_mole.eval.questions import check_images
+from llava_mole.eval.registry import get_benchmark, list_benchmarks
+from llava_mole.eval.report_formats import to_text
+from llava_mole.eval.report_runs import Run, read_json_object
+from llava_mole.eval.score import SCORE_SUFFIX
+from llava_mole.eval.submission import SUFFIXES, WRITERS, write_bytes_atomically
+
+if TYPE_CHECKING:
+    from llava_mole.inference import Predictor
+
+
+@dataclass(frozen=True)
+class Job:
+    """One benchmark to be run."""
+
+    loaded: BenchmarkQuestions
+    variant: str
+    decoding: Decoding
+    answers: Path
+
+    @property
+    def scores(self) -> Path:
+        """The score file beside the answers."""
+        return self.answers.with_suffix(SCORE_SUFFIX)
+
+    @property
+    def submission(self) -> Path | None:
+        """The file for the benchmark's server, if it has one."""
+        kind = self.loaded.benchmark.submission
+        return self.answers.with_suffix(f".submission{SUFFIXES[kind]}") if kind else None
+
+    @property
+    def record(self) -> Path:
+        """What the answers depend on, as `describe_run` says it."""
+        return self.answers.with_suffix(".run.json")
+
+    @property
+    def finished(self) -> Path:
+        """The file whose presence says that all is done."""
+        return self.scores if self.loaded.benchmark.primary else self.submission or self.scores
+
+
+def output_folder(model_path: str) -> Path:
+    """`<run>/eval`, or `<run>/eval/checkpoint-<step>`: never inside a checkpoint."""
+    path = Path(model_path)
+    return path.parent / "eval" / path.name if path.name.startswith("checkpoint-") else path / "eval"
+
+
+def split_names(names: list[str]) -> list[str]:
+    """`a,b c` -> a, b, c. Raises ConfigError where there is none or one comes twice."""
+    found = [name for part in names for name in part.split(",") if name]
+    if not found or len(set(found)) < len(found):
+        raise ConfigError(f"--benchmarks {' '.join(names)!r}: give each once, of {', '.join(list_benchmarks())}")
+    return found
+
+
+def plan_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
+    """The benchmarks that `args` names, with their questions and images checked. Raises UserErrors as the parts do."""
+    jobs = []
+    for name in split_names(args.benchmarks):
+        benchmark = get_benchmark(name)
+        prompt_suffix(benchmark, args.prompt_variant)
+        images = Path(args.image_folder) if args.image_folder else None
+        loaded = load_questions(benchmark, data_root=Path(args.data_root), image_folder=images)
+        check_images(loaded.questions, loaded.image_folder)
+        limit = args.max_new_tokens or benchmark.prompt.max_new_tokens
+        decoding = Decoding(limit, args.temperature, args.top_p, args.num_beams)
+        job = Job(loaded, args.prompt_variant, decoding, folder / f"{benchmark.name}.jsonl")
+        if not job.record.exists():
+            refuse_existing(job.answers, overwrite=args.overwrite)
+        jobs.append(job)
+    return jobs
+
+
+def run_benchmarks(args: argparse.Namespace) -> None:
+    """Answer, score and report; see the module."""
+    folder = Path(args.out) if args.out else output_folder(args.model_path)
+    jobs = plan_jobs(args, folder)
+    predictor = load_predictor(args.model_path, args)
+    run = Run(Path(args.model_path).name)
+    for job in jobs:
+        scores = _run_job(predictor, job, args)
+        if scores is not None:
+            run.benchmarks[job.loaded.benchmark.name] = scores
+    if run.benchmarks:
+        report = build_benchmarks({run.name: run})
+        print(to_text(report))
+        print(f"\nresults: {folder}   compare runs: llava-mole report RUN1 RUN2 --out DIR")
+
+
+def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
+    """One benchmark's scores, from a finished run or a new one; None where a server scores it."""
+    benchmark = job.loaded.benchmark
+    asked = job.loaded.asked(job.variant)
+    run = describe_run(predictor, asked, job.decoding)
+    answered = job.answers.exists() and not args.overwrite
+    if answered and read_json_object(job.record) != json.loads(json.dumps(run)):
+        raise ConfigError(
+            f"{job.answers} exists and comes from another model, prompt, question file or decoding; give "
+            "--overwrite to replace it, or another --out"
+        )
+    if answered and job.finished.exists():
+        print(f"{benchmark.name}: done already, see {job.finished}")
+        return read_json_object(job.scores) | {"score_file": str(job.scores)} if benchmark.primary else None
+    has_experts = predictor.loaded.config.adapter.method == "mole"
+    routing = job.answers.with_suffix(".routing.json") if has_experts else None
+    if not answered:
+        print(f"{benchmark.name}: {len(asked)} questions")
+        write_text_atomically(job.record, json.dumps(run, indent=2) + "\n")
+        answer_questions(
+            predictor,
+            asked,
+            job.loaded.image_folder,
+            job.answers,
+            job.decoding,
+            batch_size=args.batch_size,
+            overwrite=args.overwrite,
+            routing_stats=routing,
+        )
+    answers = read_answers([job.answers])
+    if job.submission is not None:
+        write_bytes_atomically(job.submission, WRITERS[benchmark.submission or ""](job.loaded, answers))
+        print(f"{benchmark.name}: submission file {job.submission}")
+    if benchmark.primary is None:
+        return None
+    scores = score_benchmark(job.loaded, answers)
+    scores |= {
+        "model_path": str(predictor.loaded.path),
+        "template": predictor.template.name,
+        "answers": str(job.answers),
+        "answers_sha256": file_digest([job.answers]),
+        "routing": str(routing) if routing else None,
+        "run": run,
+    }
+    write_text_atomically(job.scores, dump_scores(scores))
+    print(format_benchmark(scores) + "\n")
+    return scores | {"score_file": str(job.scores)}

@@ -1,0 +1,105 @@
+"""Reads the score files that a report compares."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_mole.errors import ConfigError, DataError
+from llava_mole.eval.score import SCORE_SUFFIX
+
+DOMAIN_KEYS = ("domains", "model_path", "questions", "image_folder", "answers", "routing")
+BENCHMARK_KEYS = ("numbers", "primary", "definition", "per_question", "question_set", "prompt", "total")
+
+
+@dataclass
+class Run:
+    """One run's scores."""
+
+    name: str
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Benchmark -> score file."""
+    domains: dict[str, Any] | None = None
+    """The score file with accuracies per domain, if there is one."""
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises DataError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {type(value).__name__} found, an object is needed")
+    return value
+
+
+def split_argument(argument: str, *, named: bool) -> tuple[str, Path]:
+    """Name and path of `NAME=PATH`, or of `PATH`, which is named after its directory or file.
+
+    Raises:
+        ConfigError: no name where one is needed (`named`).
+    """
+    name, separator, location = argument.partition("=")
+    if separator and name and not Path(argument).exists():
+        return name, Path(location)
+    if named:
+        raise ConfigError(f"--runs {argument!r}: give NAME=PATH, for example mole=answers/mole{SCORE_SUFFIX}")
+    path = Path(argument)
+    if path.name == "eval" and path.parent.name:  # where `scripts/quickstart.sh` puts a run's scores
+        return path.parent.name, path
+    return path.name.removesuffix(SCORE_SUFFIX) or argument, path
+
+
+def read_run(name: str, path: Path) -> Run:
+    """The score file `path`, or all score files of the directory `path` or its `eval`.
+
+    Raises:
+        ConfigError: no score file, or two of the same benchmark.
+        DataError: a file that neither `llava-mole eval` nor `llava-mole score` wrote.
+    """
+    given = f"--runs {name}={path}"
+    files = [path]
+    if path.is_dir():
+        folder = path if any(path.glob(f"*{SCORE_SUFFIX}")) else path / "eval"
+        files = sorted(folder.glob(f"*{SCORE_SUFFIX}"))
+        if not files:
+            raise ConfigError(f"{given}: 0 files *{SCORE_SUFFIX} in {path}; `llava-mole eval` writes them")
+    elif not path.is_file():
+        raise ConfigError(f"{given}: {path} does not exist; `llava-mole eval` writes it")
+    run = Run(name)
+    for file in files:
+        _add(run, file, read_json_object(file), given)
+    return run
+
+
+def _add(run: Run, path: Path, scores: dict[str, Any], given: str) -> None:
+    benchmark = scores.get("benchmark")
+    needed = DOMAIN_KEYS if benchmark is None else BENCHMARK_KEYS
+    absent = [key for key in needed if key not in scores]
+    if absent:
+        raise DataError(f"{path}: no {', '.join(absent)} in it; give a score file that `llava-mole eval` wrote")
+    scores = scores | {"score_file": str(path)}
+    if benchmark is not None:
+        if benchmark in run.benchmarks:
+            other = run.benchmarks[benchmark]["score_file"]
+            raise ConfigError(f"{given}: both {other} and {path} hold scores of {benchmark}; name the file")
+        run.benchmarks[benchmark] = scores
+    if "domains" in scores:
+        if run.domains is not None:
+            raise ConfigError(f"{given}: both {run.domains['score_file']} and {path} hold accuracies; name the file")
+        run.domains = scores
+
+
+def read_runs(named: Sequence[str], positional: Sequence[str]) -> dict[str, Run]:
+    """All runs by name, in order. Raises ConfigError where a name comes twice."""
+    runs: dict[str, Run] = {}
+    arguments = [(argument, False) for argument in positional] + [(argument, True) for argument in named]
+    for argument, must_name in arguments:
+        name, path = split_argument(argument, named=must_name)
+        run = read_run(name, path)
+        if name in runs:
+            raise ConfigError(f"{argument}: the name {name!r} is given twice; give NAME=PATH with different names")
+        runs[name] = run
+    return runs

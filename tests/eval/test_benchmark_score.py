@@ -1,0 +1,371 @@
+"""Scores of answers: every kind of number against hand-computed values, and bad input."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from llava_mole import cli
+from llava_mole.errors import DataError
+from llava_mole.eval.aggregate import Units, compare_units, compute_numbers
+from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions
+from llava_mole.eval.benchmark_score import dump_scores, format_benchmark, score_benchmark, score_units
+from llava_mole.eval.registry import get_benchmark
+
+
+def loaded(folder: Path, name: str, lines: list[dict]) -> BenchmarkQuestions:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"question_id": n, "text": "Q?"} | line) + "\n" for n, line in enumerate(lines)))
+    return load_questions(get_benchmark(name), files=[str(path)])
+
+
+def score(folder: Path, name: str, *pairs: tuple[dict, str]) -> dict:
+    """Scores of (question, answer) pairs."""
+    questions = loaded(folder, name, [line for line, _ in pairs])
+    return score_benchmark(questions, {str(n): {"text": text} for n, (_, text) in enumerate(pairs)}, resamples=200)
+
+
+def values(scores: dict, *names: str) -> list:
+    return [scores["numbers"][name]["value"] for name in names]
+
+
+def test_sum_of_five_percentages(tmp_path: Path) -> None:
+    pairs = [({"category": group, "answer": "yes"}, "yes it is") for group in ("VR", "VP", "VKA", "VC", "OH")]
+    pairs += [({"category": "VR", "answer": "no"}, "yes"), ({"category": "VP", "answer": "no"}, "")]
+    scores = score(tmp_path, "tiny_ehub", *pairs)
+    assert values(scores, "VR", "VP", "VKA", "VC", "OH", "all") == [50, 50, 100, 100, 100, 400]
+    vr, total = scores["numbers"]["VR"], scores["numbers"]["all"]
+    assert (vr["k"], vr["n"], vr["interval"]) == (1, 2, "wilson")
+    assert (total["interval"], "k" in total) == ("bootstrap", False)
+    assert 300 <= total["low"] <= 400 <= total["high"] <= 500
+    assert (scores["empty_answers"], scores["complete"], scores["total"]) == (1, False, 7)
+    assert "note: the complete set has 2450 questions" in format_benchmark(scores)
+
+
+def test_a_sum_with_a_part_missing_has_no_value(tmp_path: Path) -> None:
+    scores = score(tmp_path, "tiny_ehub", ({"category": "VR", "answer": "yes"}, "yes"))
+    assert values(scores, "VR", "VP", "all") == [100, None, None]
+    assert "all *" in format_benchmark(scores)
+
+
+def test_dropped_rows_leave_the_denominator(tmp_path: Path) -> None:
+    human = {"category": "human", "answer": "100"}
+    scores = score(
+        tmp_path, "chartqa", (human, "104"), (human, "Error>"), (human | {"category": "augmented"}, "200"), (human, "")
+    )
+    assert values(scores, "overall", "human", "augmented") == pytest.approx([100 / 3, 50, 0])
+    assert scores["numbers"]["overall"]["n"] == 3
+    assert scores["numbers"]["overall (lmms-eval)"]["n"] == 4
+    assert scores["dropped"] == {"relaxed_ureader": 1}
+
+
+def test_anls_dialects_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("rapidfuzz")
+    scores = score(tmp_path, "docvqa", ({"answers": ["abcd"]}, "abxx"), ({"answers": ["abcd"]}, "abcd"))
+    assert values(scores, "anls", "anls (lmms-eval)", "anls (ST-VQA)") == [50, 75, 75]
+    assert scores["numbers"]["anls"]["interval"] == "bootstrap"
+
+
+def test_path_vqa(tmp_path: Path) -> None:
+    opened = {"category": "open", "answer": "the liver"}
+    closed = {"category": "closed", "answer": "no"}
+    scores = score(tmp_path, "pathvqa", (opened, "liver"), (opened, "in liver"), (closed, "not sure"), (closed, "no"))
+    names = ("open", "open containment", "open token recall", "open token F1", "closed", "closed strict")
+    assert values(scores, *names) == pytest.approx([50, 100, 100, 100 * (1 + 2 / 3) / 2, 100, 50])
+    assert [(scores["numbers"][name]["k"], scores["numbers"][name]["n"]) for name in ("open", "closed")] == [
+        (1, 2),
+        (2, 2),
+    ]
+
+
+def test_pope(tmp_path: Path) -> None:
+    def ask(split: str, gold: str, said: str) -> tuple[dict, str]:
+        return {"category": split, "answer": gold}, said
+
+    pairs = [
+        ask("random", "yes", "Yes"),
+        ask("random", "yes", "No"),
+        ask("random", "no", "Yes"),
+        ask("random", "no", "No"),
+    ]
+    pairs += [ask("popular", "yes", "Yes"), ask("adversarial", "no", "maybe"), ask("adversarial", "yes", "yes")]
+    scores = score(tmp_path, "pope", *pairs)
+    names = ("accuracy random", "precision random", "recall random", "F1 random", "yes ratio random")
+    assert values(scores, *names) == [50, 50, 50, 50, 50]
+    # adversarial: "maybe" is a yes for LLaVA: precision 1/2, recall 1, F1 2/3. popular: 1.
+    assert values(scores, "F1 adversarial", "F1") == pytest.approx([200 / 3, (50 + 100 + 200 / 3) / 3])
+    # lmms-eval pools: tp 3, said yes 4, true yes 4.
+    assert values(scores, "F1 (lmms-eval)", "accuracy (lmms-eval)") == pytest.approx([75, 400 / 7])
+
+
+def test_mme_pairs_by_image(tmp_path: Path) -> None:
+    def image(name: str, *said: str) -> list[tuple[dict, str]]:
+        golds = ("Yes", "No")
+        return [({"category": "count", "image": name, "answer": g}, s) for g, s in zip(golds, said, strict=True)]
+
+    scores = score(tmp_path, "mme", *image("1.jpg", "Yes", "no."), *image("2.jpg", "Yes", "Yes"))
+    assert values(scores, "count acc", "count acc+", "count", "perception") == [75, 50, 125, None]
+    assert len(scores["per_question"]["ids"]) == 2  # the unit is the image
+    assert scores["numbers"]["count acc"]["interval"] == "bootstrap"
+
+
+def test_micro_f1(tmp_path: Path) -> None:
+    pairs = [
+        ({"values": [["Acme"]]}, "ACME"),
+        ({"values": [["5"]]}, "None"),
+        ({"values": []}, "x"),
+        ({"values": []}, "None"),
+    ]
+    scores = score(tmp_path, "deepform", *pairs)
+    # matched 1, predicted 2, wanted 2
+    assert values(scores, "precision", "recall", "f1") == [50, 50, 50]
+    assert (scores["numbers"]["f1"]["k"], scores["numbers"]["f1"]["n"]) == (2, 4)
+
+
+def test_science_qa_image_accuracy(tmp_path: Path) -> None:
+    line = {"category": "image", "answer": "B", "choices": 2}
+    scores = score(tmp_path, "scienceqa", (line, "B"), (line, "B."), (line | {"category": "text"}, "A"))
+    assert values(scores, "image", "overall", "unparsed") == pytest.approx([50, 100 / 3, 100 / 3])
+
+
+def test_everything_that_decides_the_number_is_stored(tmp_path: Path) -> None:
+    scores = json.loads(dump_scores(score(tmp_path, "chartqa", ({"category": "human", "answer": "a"}, "a"))))
+    assert scores["definition"]["prompt"]["max_new_tokens"] == 128
+    assert scores["definition"]["metrics"] == {"*": ["relaxed_ureader", "relaxed_lmms_eval"]}
+    assert scores["interval"] == {"level": 0.95, "resamples": 200, "seed": 20230719}
+    assert scores["prompt"] == {"variant": "unknown", "suffix": None}
+    assert len(scores["question_set"]) == 64
+    units = Units.from_dict(scores["per_question"], "x")
+    assert (units.ids, units.groups) == (("0",), ("human",))
+    assert {name: values.tolist() for name, values in units.fields.items()} == {
+        "relaxed_ureader.n": [1],
+        "relaxed_ureader.hit": [1],
+        "relaxed_lmms_eval.n": [1],
+        "relaxed_lmms_eval.hit": [1],
+    }
+
+
+def test_scores_repeat(tmp_path: Path) -> None:
+    pairs = [({"category": "VR", "answer": str(n % 3)}, str(n % 2)) for n in range(30)]
+    assert score(tmp_path, "tiny_ehub", *pairs) == score(tmp_path, "tiny_ehub", *pairs)
+
+
+# --- paired comparison ---
+
+
+def units_of(folder: Path, name: str, *pairs: tuple[dict, str]) -> Units:
+    questions = loaded(folder, name, [line for line, _ in pairs])
+    return score_units(questions, {str(n): {"text": text} for n, (_, text) in enumerate(pairs)})[0]
+
+
+def test_mcnemar_of_a_share(tmp_path: Path) -> None:
+    line = {"category": "VR", "answer": "yes"}
+    first = units_of(tmp_path, "tiny_ehub", *[(line, said) for said in ["yes"] * 5 + ["no"] * 5])
+    second = units_of(tmp_path, "tiny_ehub", *[(line, said) for said in ["no"] + ["yes"] * 9])
+    result = compare_units(get_benchmark("tiny_ehub"), "VR", first, second, resamples=500)
+    assert (result["better"], result["worse"], result["test"]) == (5, 1, "mcnemar")
+    assert result["p_value"] == pytest.approx(2 * (1 + 6) / 2**6)
+    assert result["difference"] == pytest.approx(40)
+    assert result["low"] < 40 < result["high"]
+
+
+def test_permutation_of_a_composite(tmp_path: Path) -> None:
+    groups = ("VR", "VP", "VKA", "VC", "OH")
+    lines = [{"category": group, "answer": "yes"} for group in groups for _ in range(8)]
+    first = units_of(tmp_path, "tiny_ehub", *[(line, "no") for line in lines])
+    second = units_of(tmp_path, "tiny_ehub", *[(line, ("no", "yes")[n % 2]) for n, line in enumerate(lines)])
+    result = compare_units(get_benchmark("tiny_ehub"), "all", first, second, resamples=1000)
+    assert (result["difference"], result["changed"], result["test"]) == (250, 20, "permutation")
+    assert result["p_value"] == pytest.approx(1 / 1001)
+    same = compare_units(get_benchmark("tiny_ehub"), "all", first, first, resamples=100)
+    assert (same["difference"], same["changed"], same["p_value"]) == (0, 0, 1)
+
+
+def test_the_order_of_questions_does_not_matter(tmp_path: Path) -> None:
+    first = units_of(tmp_path, "tiny_ehub", *[({"category": "VR", "answer": str(n)}, "1") for n in range(4)])
+    turned = Units(first.ids[::-1], first.groups[::-1], {name: column[::-1] for name, column in first.fields.items()})
+    assert compare_units(get_benchmark("tiny_ehub"), "VR", first, turned, resamples=10)["worse"] == 0
+
+
+def test_other_questions_are_not_compared(tmp_path: Path) -> None:
+    line = {"category": "VR", "answer": "yes"}
+    first = units_of(tmp_path, "tiny_ehub", (line, "yes"))
+    second = units_of(tmp_path, "tiny_ehub", (line, "yes"), (line, "yes"))
+    with pytest.raises(DataError, match="1 questions are in one run alone"):
+        compare_units(get_benchmark("tiny_ehub"), "VR", first, second)
+
+
+def test_damaged_scores_per_question() -> None:
+    for value in ({}, {"ids": ["a"], "groups": ["g"], "fields": {"x": ["y"]}}):
+        with pytest.raises(DataError, match=r"s\.json: its scores per question are damaged"):
+            Units.from_dict(value, "s.json")
+    with pytest.raises(DataError, match="differ in number"):
+        Units.from_dict({"ids": ["a"], "groups": ["g"], "fields": {"x": [1, 2]}}, "s.json")
+
+
+def test_numbers_of_no_question() -> None:
+    units = Units(("a",), ("VR",), {})
+    with pytest.raises(ValueError, match="at least one array"):
+        compute_numbers(get_benchmark("tiny_ehub"), units)
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def chart(tmp_path: Path) -> Path:
+    lines = [{"question_id": n, "text": f"Q{n}?", "category": "human", "answer": str(n)} for n in range(1, 4)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_answers(tmp_path, *("1", "2", "9"))
+    return tmp_path
+
+
+def write_answers(folder: Path, *texts: str, suffix: str = "", first: int = 1) -> None:
+    lines = [
+        {"question_id": n, "prompt": f"Q{n}?{suffix}", "text": text, "model_id": "m"}
+        for n, text in enumerate(texts, first)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def command(folder: Path, *more: str, benchmark: str = "chartqa") -> list[str]:
+    return ["score", str(folder / "a.jsonl"), "--benchmark", benchmark, "--questions", str(folder / "q.jsonl"), *more]
+
+
+def test_command(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(chart)) == 0
+    printed = capsys.readouterr().out
+    assert "ChartQA test (chartqa): 3 questions, prompt default" in printed
+    assert re.search(r"^overall \* +66\.67 \[20\.8, 93\.9\] 2/3 +wilson$", printed, re.M)
+    scores = json.loads((chart / "a.score.json").read_text())
+    assert (scores["model_id"], scores["answers"]) == (["m"], [str(chart / "a.jsonl")])
+    assert cli.main(command(chart)) == 2
+    assert "a.score.json exists; give --overwrite" in capsys.readouterr().err
+    assert cli.main(command(chart, "--overwrite")) == 0
+
+
+def test_chunks_are_scored_together(chart: Path) -> None:
+    lines = (chart / "a.jsonl").read_text().splitlines(keepends=True)
+    (chart / "a.jsonl").write_text("".join(lines[:1]))
+    (chart / "b.jsonl").write_text("".join(lines[1:]))
+    arguments = command(chart)
+    assert cli.main([arguments[0], arguments[1], str(chart / "b.jsonl"), *arguments[2:]]) == 0
+    assert json.loads((chart / "a.score.json").read_text())["total"] == 3
+
+
+def test_the_prompt_is_recognised(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_answers(chart, "1", "2", "3", suffix="\nAnswer the question with a single word.")
+    assert cli.main(command(chart)) == 0
+    assert json.loads((chart / "a.score.json").read_text())["prompt"]["variant"] == "lmms-eval"
+    write_answers(chart, "1", "2", "3", suffix=" Be brief.")
+    assert cli.main(command(chart, "--overwrite")) == 2
+    assert "question 1 was asked as 'Q1? Be brief.', which is not its text" in capsys.readouterr().err
+
+
+def test_bad_answers_are_refused(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*more: str, benchmark: str = "chartqa") -> str:
+        assert cli.main(command(chart, *more, benchmark=benchmark)) == 2
+        assert not (chart / "a.score.json").exists()
+        return capsys.readouterr().err
+
+    good = (chart / "a.jsonl").read_text()
+    (chart / "a.jsonl").write_text(good + '{"question_id": 1, "text": "x"}\n')
+    assert "a.jsonl:4: a second answer to question 1" in refused()
+    (chart / "a.jsonl").write_text(good + '{"question_id": 1, "te\n')
+    assert "a.jsonl:4: not valid JSON" in refused()
+    (chart / "a.jsonl").write_text(good + "[1]\n")
+    assert "a.jsonl:4: list found" in refused()
+    (chart / "a.jsonl").write_text(good + '{"question_id": 5}\n')
+    assert "a.jsonl:4: an answer needs 'question_id' and 'text'" in refused()
+    (chart / "a.jsonl").write_text("\n".join(good.splitlines()[1:]) + "\n")
+    assert "1 of 3 questions of benchmark chartqa have no answer, the first is 1" in refused()
+    write_answers(chart, *"abcdef")
+    error = refused()
+    assert "3 of 6 answers, the first to question '4', are to questions that benchmark chartqa does not have" in error
+    assert "no such file; `llava-mole prepare-benchmark gqa" in refused_at(chart, "gqa", capsys)
+    (chart / "a.jsonl").unlink()
+    assert "a.jsonl: no such file" in refused()
+
+
+def refused_at(folder: Path, benchmark: str, capsys: pytest.CaptureFixture[str]) -> str:
+    arguments = ["score", str(folder / "a.jsonl"), "--benchmark", benchmark, "--data-root", str(folder)]
+    assert cli.main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_questions_without_what_the_metric_needs(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (chart / "q.jsonl").read_text().replace('"answer": "2"', '"answers": ["2", "3"]')
+    (chart / "q.jsonl").write_text(text)
+    assert cli.main(command(chart)) == 2
+    assert "q.jsonl:2: 2 gold answers; this metric takes one" in capsys.readouterr().err
+
+
+# --- submission files ---
+
+
+def submission(
+    folder: Path, name: str, lines: list[dict], texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> bytes:
+    (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [{"question_id": line["question_id"], "text": t} for line, t in zip(lines, texts, strict=True)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    arguments = command(folder, "--submission", str(folder / "s"), "--data-root", str(folder), benchmark=name)
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert cli.main(arguments) == 2
+    assert "exists; give --overwrite" in capsys.readouterr().err
+    return (folder / "s").read_bytes()
+
+
+def test_vqa_v2_submission_covers_the_whole_test_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval" / "vqav2").mkdir(parents=True)
+    everything = tmp_path / "eval" / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl"
+    everything.write_text("".join(f'{{"question_id": {n}}}\n' for n in (1, 2)))
+    lines = [{"question_id": 2, "text": "Q?", "image": "2.jpg"}]
+    content = json.loads(submission(tmp_path, "vqav2", lines, ["The two dogs."], capsys))
+    assert content == [{"question_id": 1, "answer": ""}, {"question_id": 2, "answer": "2 dogs"}]
+    assert not (tmp_path / "a.score.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "expected"),
+    [
+        ("vizwiz", {"image": "v.jpg"}, [{"image": "v.jpg", "answer": "red car"}]),
+        ("gqa", {"answer": "red car"}, [{"questionId": 3, "prediction": "a red car"}]),
+        ("mmvet", {}, {"v1_3": "A red car."}),
+        ("seed", {"answer": "A", "category": "image"}, {"question_id": 3, "prediction": "A red car."}),
+    ],
+)
+def test_json_submissions(
+    name: str, extra: dict, expected: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"question_id": 3, "text": "Q?", **extra}]
+    assert json.loads(submission(tmp_path, name, lines, ["A red car."], capsys)) == expected
+
+
+def test_mmbench_submission_is_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"index": "241", "question": "Which <one>?", "hint": "h", "A": "x", "B": "y", "C": "", "D": "", "answer": "A"}
+    row |= {"category": "c", "source": "s", "l2-category": "l", "comment": "", "split": "dev"}
+    content = submission(
+        tmp_path, "mmbench", [{"question_id": "241", "text": "Q?", "answer": "A", "row": row}], ["A"], capsys
+    )
+    (tmp_path / "s.xlsx").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "s.xlsx") as archive:
+        parts = {name: ElementTree.fromstring(archive.read(name)) for name in archive.namelist()}
+    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+    table = [
+        ["".join(cell.itertext()) for cell in line.iter(f"{space}c")]
+        for line in parts["xl/worksheets/sheet1.xml"].iter(f"{space}row")
+    ]
+    assert table[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert table[1] == ["241", "Which <one>?", "x", "y", "", "", "A", "A", "dev"]
+    assert "[Content_Types].xml" in parts
+
+
+def test_benchmarks_with_and_without_a_server(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(chart, benchmark="vqav2")) == 2
+    assert "benchmark vqav2 is scored by a server; give --submission FILE" in capsys.readouterr().err
+    assert cli.main(command(chart, "--submission", str(chart / "s"))) == 2
+    assert "benchmark chartqa has no server" in capsys.readouterr().err
