@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "plan": ("llava_mole.analysis.plan_command", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
     "inspect": ("llava_mole.model.inspection", "say what a run or checkpoint directory holds"),
+    "check-data": ("llava_mole.analysis.check_command", "look at every record and image of a run before it starts"),
     "prepare": ("llava_mole.prepare", "write a data set to disk"),
     "prepare-benchmark": ("llava_mole.eval.prepare_benchmark", "convert a benchmark's official files to questions"),
 }

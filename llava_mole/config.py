@@ -116,6 +116,28 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class CheckConfig:
+    """What `llava-mole check-data` lets pass. Shares are of a source's records, or of its image files."""
+
+    evaluation_images: list[str] = field(default_factory=list)
+    """Folders of images and question files (`.jsonl`) whose images must not be trained on."""
+    max_bad_records: float = 0.0
+    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise."""
+    max_missing_images: float = 0.0
+    """Images that are not there or lead out of the image folder; training does not start with one."""
+    max_bad_images: float = 0.001
+    """Images that do not decode; training replaces such samples, see data.max_bad_image_share."""
+    max_truncated: float = 0.2
+    """Records that are longer than data.max_length."""
+    max_duplicates: float = 0.5
+    """Records that are there again, word for word; up-sampling makes them."""
+    max_overlap: float = 0.0
+    """Share of the evaluation images that are trained on, by content."""
+    huge_pixels: int = 50_000_000
+    """Images of more pixels are listed; they take memory and seconds in a data loader."""
+
+
+@dataclass(kw_only=True)
 class TrackerConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -215,6 +237,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
 
@@ -273,6 +296,9 @@ def check_run_config(config: RunConfig) -> None:
         raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
     if not 0 <= config.data.max_bad_image_share <= 1:
         raise ConfigError(f"data.max_bad_image_share is {config.data.max_bad_image_share}; it is a share, 0 to 1")
+    for key, value in dataclasses.asdict(config.check).items():
+        if key.startswith("max_") and not 0 <= value <= 1:
+            raise ConfigError(f"check.{key} is {value}; it is a share, 0 to 1")
     train = config.train
     if train.distributed in SHARDED:
         raise ConfigError(f"train.distributed is {train.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")

@@ -18,6 +18,8 @@ LARGEST_VALUE = 64 << 20
 """Most bytes (characters in a list) of one value: beyond it the file is damaged or hostile, and memory is at stake."""
 _BLOCK = 1 << 20
 _GAP = re.compile(r"[ \t\r\n]*")
+_BLANK = object()
+_DECODER = json.JSONDecoder()
 _NEAR_THE_END = 16
 """An error so close to the end of the window may come from its end: `tru`, `\\u12`, a missing bracket."""
 
@@ -27,6 +29,7 @@ def iterate_json(
     *,
     largest_value: int = LARGEST_VALUE,
     on_read: Callable[[int], object] | None = None,
+    on_error: Callable[[int, str], object] | None = None,
 ) -> Iterator[tuple[Any, int]]:
     """The values of a JSONL file (its name ends in `.jsonl`), or else the elements of a JSON list, in order.
 
@@ -34,6 +37,8 @@ def iterate_json(
         path: UTF-8, with or without a byte order mark.
         largest_value: Most bytes of a line, or characters of an element.
         on_read: Called with the number of bytes just read, for a progress bar.
+        on_error: Called with line and problem of a JSONL line that is no JSON, no UTF-8, too large or too deeply
+            nested, which is then passed over; without it such a line raises. In a list nothing can be passed over.
 
     Yields:
         `(value, line)`, the line it starts on, from 1. JSONL lines without text are passed over.
@@ -47,7 +52,7 @@ def iterate_json(
     try:
         with path.open("rb") as file:
             if path.suffix == ".jsonl":
-                yield from _lines(file, path, largest_value, read)
+                yield from _lines(file, path, largest_value, read, on_error)
             else:
                 yield from _Window(file, path, largest_value, read).elements()
     except OSError as error:
@@ -58,30 +63,47 @@ def _ignore(_: int) -> None:
     """No progress bar."""
 
 
-def _lines(file: BinaryIO, path: Path, largest: int, read: Callable[[int], object]) -> Iterator[tuple[Any, int]]:
+def _lines(
+    file: BinaryIO,
+    path: Path,
+    largest: int,
+    read: Callable[[int], object],
+    on_error: Callable[[int, str], object] | None,
+) -> Iterator[tuple[Any, int]]:
     # A binary file breaks lines at "\n" only, not at the separators that JSON allows inside strings.
     line = 0
     while data := file.readline(largest + 1):
         line += 1
         read(len(data))
-        where = f"{path}:{line}"
-        if len(data) > largest:
-            raise DataError(f"{where}: {_too_large(largest)}; JSONL has one record a line")
         try:
-            text = data.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: {_no_utf8(data[error.start])}") from None
-        if not text.strip():
+            if len(data) > largest:
+                raise ValueError(f"{_too_large(largest)}; JSONL has one record a line")
+            value = _parse_line(data, line)
+        except ValueError as error:
+            if on_error is None:
+                raise DataError(f"{path}:{line}: {error}") from None
+            on_error(line, str(error))
+            while not data.endswith(b"\n") and (data := file.readline(_BLOCK)):
+                read(len(data))
             continue
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not valid JSON: {error.msg} (column {error.colno}); JSONL has one record a line"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: {_unusual(error)}") from None
-        yield value, line
+        if value is not _BLANK:
+            yield value, line
+
+
+def _parse_line(data: bytes, line: int) -> Any:
+    """The value of a line, or `_BLANK`. Raises ValueError with the complete message."""
+    try:
+        text = data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(_no_utf8(data[error.start])) from None
+    if not text.strip():
+        return _BLANK
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} (column {error.colno}); JSONL has one record a line") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_unusual(error)) from None
 
 
 class _Window:
@@ -135,7 +157,7 @@ class _Window:
 
     def _decode(self) -> Any:
         """The value at the position, behind which the position is then."""
-        decode = json.JSONDecoder().raw_decode
+        decode = _DECODER.raw_decode
         while True:
             problem, end = None, len(self._text)
             try:

@@ -1,0 +1,123 @@
+"""`llava-mole check-data CONFIG`: look at every record and image of a run before it starts."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from llava_mole.config import RunConfig, parse_run_config
+from llava_mole.data.chat_template import check_template_name
+from llava_mole.data.mixture import check_lambdas
+from llava_mole.errors import ConfigError, command
+from llava_mole.log import setup_logging
+
+EXIT_FAILED = 1
+REPORT, FINDINGS, FIGURE = "check_data.json", "findings.jsonl", "token_lengths.png"
+ALONE = 10 << 20
+"""Bytes of annotations up to which tokens are counted in this process: others take seconds to load a tokenizer."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llava-mole check-data",
+        allow_abbrev=False,
+        description="Look at every record and image of a run before it starts: images are decoded once, records are "
+        "tokenized as in training. Limits are in section `check` of the configuration. Exit code 0: all passed, 1: one "
+        "failed, 2: a mistake in what was given. Further options are the configuration's own: --key.sub value.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="configuration of the run, as for `llava-mole train`")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of {REPORT}, {FINDINGS} and {FIGURE} "
+        "(default: check_data/ in the run directory)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
+    parser.add_argument("--no-tokens", action="store_true", help="do not tokenize: no lengths, no truncation")
+    parser.add_argument("--no-images", action="store_true", help="do not open images")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, print the table, write the report; the exit code says whether all limits are passed."""
+    given, overrides = _parser().parse_known_args(argv)
+    config = parse_run_config([given.config, *overrides], prog="llava-mole check-data")
+    if given.workers < 1:
+        raise ConfigError(f"--workers is {given.workers}; it must be at least 1")
+    check_template_name(config.data.template)
+    check_lambdas(config.data.sources, config.data.mixture)
+    setup_logging()
+    return check(config, given)
+
+
+def check(config: RunConfig, given: argparse.Namespace) -> int:
+    """Check the active sources of a configuration."""
+    from llava_mole.analysis.check_data import (
+        FindingsFile,
+        SourceFindings,
+        TextLimits,
+        check_images,
+        check_records,
+        read_all,
+    )
+    from llava_mole.analysis.check_overlap import find_overlap
+    from llava_mole.analysis.check_report import draw_lengths, judge, report_text, report_values
+    from llava_mole.data.converters.image_stage import open_pool
+
+    data = config.data
+    limits = None
+    if not given.no_tokens:
+        limits = TextLimits(config.model.language_model, data.template, image_tokens(config), data.max_length)
+    out: Path = given.out or Path(config.train.output_dir, "check_data")
+    out.mkdir(parents=True, exist_ok=True)
+    sources = []
+    opened: dict[str, bytes] = {}
+    with ExitStack() as stack:
+        findings = FindingsFile(stack.enter_context((out / FINDINGS).open("w", encoding="utf-8")))
+        pool = stack.enter_context(open_pool(given.workers)) if given.workers > 1 else None
+        for name, described in data.sources.items():
+            if data.mixture.get(name, 1.0) <= 0:
+                continue
+            source = SourceFindings(name)
+            sources.append(source)
+            size = _size(described.annotations)
+            images = check_records(
+                read_all(described.annotations, source, findings),
+                source,
+                findings,
+                limits,
+                pool if size > ALONE else None,
+            )
+            if not given.no_images:
+                folder = described.image_folder
+                check_images(images, folder, source, findings, opened, pool, config.check.huge_pixels)
+    places = config.check.evaluation_images if not given.no_images else []
+    evaluated, shared = find_overlap(places, set(opened.values()) - {b""}) if places else (0, [])
+    verdicts = judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check)
+    print(report_text(sources, evaluated, shared, verdicts))
+    values = report_values(sources, evaluated, shared, verdicts)
+    (out / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print(f"report: {out / REPORT}\nlist: {out / FINDINGS}")
+    if limits is not None and any(source.tokens.size for source in sources):
+        print(f"picture: {draw_lengths(sources, data.max_length, out / FIGURE)}")
+    return 0 if values["passed"] else EXIT_FAILED
+
+
+def image_tokens(config: RunConfig) -> int:
+    """Tokens of one image: the patches of the vision tower, as its architecture says. Raises WeightsError."""
+    from llava_mole.model.multimodal_encoder import read_tower_config
+
+    vision = read_tower_config(config.model.vision_tower.name)["vision_cfg"]
+    side, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+    width, height = (side, side) if isinstance(side, int) else side
+    return (width // patch) * (height // patch)
+
+
+def _size(annotations: str) -> int:
+    """Bytes of an annotation file or of a prepared set."""
+    path = Path(annotations)
+    files = path.glob("*.arrow") if path.is_dir() else [path] if path.is_file() else []
+    return sum(file.stat().st_size for file in files)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""How the findings of `llava-mole check-data` are judged and shown: limits, table, JSON, picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llava_mole.analysis.check_data import BAD_IMAGE, BAD_RECORD, MISSING_IMAGE, SourceFindings
+from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
+from llava_mole.config import CheckConfig
+
+MEANINGS = {
+    "bad-json": "a line that is no JSON",
+    "bad-record": "a value of the wrong type, or a shape that the template cannot hold",
+    "unknown-role": "a turn that is neither human nor gpt",
+    "marker": "the number of <image> markers and of images differ, or a marker stands in an answer",
+    "marker-again": "several markers for one image",
+    "turn-order": "turns do not alternate",
+    "empty-answer": "no answer with text",
+    "bad-text": "characters that are no text",
+    "image-cut": "an image behind data.max_length",
+    "masked": "no supervised token before data.max_length",
+    "truncated": "longer than data.max_length",
+    "duplicate": "a record that is there again, word for word",
+    "missing-image": "the image file is not there",
+    "outside-image": "an image path that leads out of the image folder",
+    "remote-image": "a web address instead of an image path",
+    "corrupt-image": "the image does not decode",
+    "too-large-image": "more pixels than Pillow decodes",
+    "huge-image": "more than check.huge_pixels",
+    "cmyk-image": "CMYK pixels, trained on as RGB",
+    "animated-image": "several frames, the first is trained on",
+    "wrong-extension": "content of another format than the name says",
+}
+
+
+class Verdict(NamedTuple):
+    """One limit of the configuration and how a source does."""
+
+    source: str
+    limit: str
+    """Field of section `check`."""
+    share: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the share is within the limit."""
+        return self.share <= self.allowed
+
+
+def judge(sources: Sequence[SourceFindings], overlap: float, check: CheckConfig) -> list[Verdict]:
+    """Every limit for every source, and that of the overlap."""
+    verdicts = []
+    for source in sources:
+        records = source.records
+        shares = {
+            "max_bad_records": source.share(BAD_RECORD, records),
+            "max_missing_images": source.share(MISSING_IMAGE, source.images),
+            "max_bad_images": source.share(BAD_IMAGE, source.images),
+            "max_truncated": source.truncated / records if records else 0.0,
+            "max_duplicates": source.duplicates / records if records else 0.0,
+        }
+        verdicts += [Verdict(source.name, limit, share, getattr(check, limit)) for limit, share in shares.items()]
+    if check.evaluation_images:
+        verdicts.append(Verdict("evaluation images", "max_overlap", overlap, check.max_overlap))
+    return verdicts
+
+
+def report_text(
+    sources: Sequence[SourceFindings], evaluated: int, shared: Sequence[str], verdicts: Sequence[Verdict]
+) -> str:
+    """What is printed: a line a source, the findings by kind, and which limits are passed."""
+    rows: list[tuple[str, ...]] = [
+        ("source", "records", "text only", "images", "mean tokens", "longest", "truncated", "duplicates")
+    ]
+    for source in sources:
+        tokens = source.tokens
+        mean, longest = (f"{tokens.mean():.0f}", f"{tokens.max()}") if tokens.size else ("-", "-")
+        numbers = (source.records, source.text_only, source.images)
+        more = (source.truncated, source.duplicates)
+        rows.append((source.name, *(f"{n:,}" for n in numbers), mean, longest, *(f"{n:,}" for n in more)))
+    lines = _table(rows)
+    kinds = [(source, kind, count) for source in sources for kind, count in source.kinds.most_common()]
+    if kinds:
+        found: list[tuple[str, ...]] = [("source", "finding", "number", "meaning")]
+        found += [(source.name, kind, f"{count:,}", MEANINGS[kind]) for source, kind, count in kinds]
+        lines += ["", *_table(found, left=(0, 1, 3))]
+    else:
+        lines += ["", "no findings"]
+    if evaluated:
+        lines += ["", f"evaluation images: {evaluated:,}, of which {len(shared):,} are trained on"]
+        lines += [f"  {name}" for name in shared[:5]]
+    lines.append("")
+    for verdict in verdicts:
+        if not verdict.passed:
+            share = f"{verdict.share:.2%} > {verdict.allowed:.2%}"
+            lines.append(f"FAILED  {verdict.source}: {share} (check.{verdict.limit})")
+    failed = sum(not verdict.passed for verdict in verdicts)
+    lines.append(f"{len(verdicts) - failed} of {len(verdicts)} limits passed")
+    return "\n".join(lines)
+
+
+def report_values(
+    sources: Sequence[SourceFindings], evaluated: int, shared: Sequence[str], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    """The same as plain values."""
+    return {
+        "passed": all(verdict.passed for verdict in verdicts),
+        "sources": [
+            {
+                "name": source.name,
+                "records": source.records,
+                "text_only": source.text_only,
+                "images": source.images,
+                "truncated": source.truncated,
+                "duplicates": source.duplicates,
+                "findings": dict(source.kinds),
+                "tokens": _quantiles(source),
+            }
+            for source in sources
+        ],
+        "evaluation_images": {"files": evaluated, "trained_on": list(shared)},
+        "limits": [{**verdict._asdict(), "passed": verdict.passed} for verdict in verdicts],
+    }
+
+
+def _quantiles(source: SourceFindings) -> dict[str, float]:
+    if not source.tokens.size:
+        return {}
+    points = np.quantile(source.tokens, (0.5, 0.9, 0.99))
+    names = ("median", "p90", "p99")
+    quantiles = {name: float(point) for name, point in zip(names, points, strict=True)}
+    return {"mean": float(source.tokens.mean()), **quantiles, "max": float(source.tokens.max())}
+
+
+def draw_lengths(sources: Sequence[SourceFindings], max_length: int, path: Path) -> Path:
+    """A histogram of token lengths for each source, with the cut at `max_length`, as PNG."""
+    counted = [source for source in sources if source.tokens.size]
+    figure = new_figure(8, 1.2 + 1.6 * len(counted))
+    longest = max([max_length, *(int(source.tokens.max()) for source in counted)])
+    edges = np.linspace(0, longest, 81)
+    for number, source in enumerate(counted):
+        axes = figure.add_subplot(len(counted), 1, number + 1)
+        axes.hist(source.tokens, bins=edges, color=COLORS[number % len(COLORS)])
+        axes.axvline(max_length, color="#444444", linestyle="--", linewidth=1)
+        cut = f", {source.truncated:,} beyond {max_length}" if source.truncated else ""
+        last = number == len(counted) - 1
+        tidy(axes, f"{source.name}: {source.tokens.size:,} records{cut}", "tokens" if last else "", "records")
+    return save_figure(figure, path)
+
+
+def _table(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -1,0 +1,205 @@
+"""Anyone's own data in other forms: chat messages, ShareGPT with images, question and answer columns."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.conversation import Turn
+from llava_mole.data.converters.base import Converter, Draft, Dropped, Embedded, Options, Split
+from llava_mole.data.converters.defects import Action, Defects
+from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.converters.llava import TEXT_ONLY
+from llava_mole.data.converters.turns import (
+    CHAT_ROLES,
+    check_turns,
+    choose_images,
+    keep_first_marker,
+    merge_turns,
+    without_marker,
+)
+
+QUESTIONS = ("question", "instruction", "prompt", "query")
+ANSWERS = ("answer", "output", "outputs", "response")
+INPUTS = ("input", "inputs")
+IMAGES = ("images", "image", "image_base64", "image_bytes")
+_OTHER = ("messages", "conversations", "id", "source", "system")
+_KNOWN = {*QUESTIONS, *ANSWERS, *INPUTS, *IMAGES, *_OTHER}
+_METADATA = {"dataset_info.json", "state.json", "dataset_dict.json"}
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
+_LONGEST_PATH = 1024
+_REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+
+
+def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
+    """Rows of every JSON, JSONL, parquet and Arrow file below `raw`; of a `datasets` folder those it has saved."""
+    suffixes = (*JSON_SUFFIXES, ".parquet", ".arrow")
+    for path in find_files(raw, suffixes, "file of messages"):
+        if path.name in _METADATA or path.name.startswith("cache-"):
+            continue
+        split = _split(path, raw)
+        if not options.wants(split):
+            continue
+        rows = read_values(path, raw, defects) if path.suffix in JSON_SUFFIXES else read_rows(path, raw)
+        stem = "" if path == raw else f"{show(path.with_suffix(''), raw)}-"
+        for value, where in rows:
+            try:
+                draft = to_draft(value, where, options, defects, stem)
+            except Dropped as dropped:
+                defects.add(dropped.kind, where, dropped.detail)
+                continue
+            draft.split = split
+            yield draft
+
+
+def _split(path: Path, raw: Path) -> Split:
+    """By the file's name (`train-00000-of-00002.parquet`), else by its folder's (`datasets` saves `test/data-...`)."""
+    split = split_of(path.stem)
+    if split == "train" and path != raw and path.parent != raw:
+        split = split_of(path.parent.name)
+    return split
+
+
+def to_draft(value: Any, where: str, options: Options, defects: Defects, stem: str = "") -> Draft:
+    """One record of any of the forms. Raises Dropped where it cannot be used."""
+    if not isinstance(value, dict):
+        raise Dropped("bad-record", f"not an object but {type(value).__name__}")
+    value = {key: content for key, content in value.items() if content is not None}  # columns have nulls
+    extra = sorted(map(str, value.keys() - _KNOWN))
+    if extra:
+        defects.ignored_keys.update(extra)
+        defects.add("ignored-keys", where, ", ".join(extra), "kept")
+    images: list[str | Embedded] = []
+    messages = value.get("messages", value.get("conversations"))
+    turns = _question(value) if messages is None else _messages(messages, images, where, options, defects)
+    in_text = len(images)
+    outside = _outside_images(value)
+    if in_text and outside:
+        raise Dropped("marker", "images both inside the messages and beside them")
+    images = images or outside
+    if outside and not any(DEFAULT_IMAGE_TOKEN in turn.text for turn in turns):
+        turns = _with_markers(turns, len(outside))
+    if len(images) > 1:
+        kept = choose_images(images, where, options, defects)
+        if len(kept) < len(images):
+            turns = keep_first_marker(turns)
+        images = kept
+    checked = check_turns(turns, len(images), where, defects)
+    identifier = value.get("id")
+    line = where.rpartition(":")[2]
+    source = value.get("source")
+    if not isinstance(source, str) or not source:
+        source = "images" if images else TEXT_ONLY
+    return Draft(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(images), checked, where)
+
+
+def _question(value: Mapping[str, Any]) -> list[Turn]:
+    question = next((value[key] for key in QUESTIONS if key in value), None)
+    answer = next((value[key] for key in ANSWERS if key in value), None)
+    more = next((value[key] for key in INPUTS if key in value), "")
+    if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(more, str):
+        keys = ", ".join(map(str, value)) or "none"
+        raise Dropped(
+            "bad-record",
+            f"neither 'messages', 'conversations' nor a question and an answer that are text; keys: {keys}",
+        )
+    return [Turn("user", "\n".join(text for text in (question, more) if text)), Turn("assistant", answer)]
+
+
+def _messages(
+    messages: Any, images: list[str | Embedded], where: str, options: Options, defects: Defects
+) -> list[Turn]:
+    if not isinstance(messages, list) or not messages:
+        raise Dropped("bad-record", "no list of messages")
+    turns: list[Turn] = []
+    system = ""
+    for message in messages:
+        if not isinstance(message, dict):
+            raise Dropped("bad-record", "a message is no object")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        text = _content(content, images)
+        if role == "system":
+            system = text
+            action: Action = "repaired" if options.system == "prepend" else "kept"
+            defects.add("system-turn", where, text[:60], action)
+        elif isinstance(role, str) and role in CHAT_ROLES:
+            turns.append(Turn(CHAT_ROLES[role], text))
+        else:
+            raise Dropped("unknown-role", f"from {role!r:.60}; known are system, {', '.join(CHAT_ROLES)}")
+    turns = merge_turns(turns)
+    if system and options.system == "prepend" and turns and turns[0].role == "user":
+        turns[0] = Turn("user", f"{system}\n{turns[0].text}")
+    return turns
+
+
+def _content(content: Any, images: list[str | Embedded]) -> str:
+    """Text of a message; image parts go to `images` and leave a marker."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Dropped("bad-record", f"content is {type(content).__name__}; it must be text or a list of parts")
+    pieces = []
+    for part in content:
+        if isinstance(part, str):
+            pieces.append(without_marker(part))
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(without_marker(part["text"]))
+        elif kind in ("image_url", "image", "input_image"):
+            images.append(_image(next((part[k] for k in ("image_url", "image", "url", "path") if part.get(k)), None)))
+            pieces.append(DEFAULT_IMAGE_TOKEN)
+        else:
+            raise Dropped("bad-record", f"a part of type {kind!r:.40}; known are text, image and image_url")
+    return "\n".join(pieces)
+
+
+def _outside_images(value: Mapping[str, Any]) -> list[str | Embedded]:
+    content = next((value[key] for key in IMAGES if key in value), None)
+    items = content if isinstance(content, list) else [] if content is None else [content]
+    return [_image(item) for item in items if item is not None]
+
+
+def _image(value: Any) -> str | Embedded:
+    """A path, or the bytes of an image.
+
+    Raises:
+        Dropped: a web address, which is never fetched, or something else.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("url") or value.get("path")
+    if isinstance(value, bytes) and value:
+        return Embedded(value)
+    if not isinstance(value, str) or not value:
+        raise Dropped("no-image", f"an image is {type(value).__name__}; it must be a path, base64 or bytes")
+    if value.startswith("data:"):
+        return Embedded(value)
+    if _REMOTE.match(value):
+        raise Dropped("remote-image", value[:200])
+    if len(value) > _LONGEST_PATH or (value.startswith(_BASE64_STARTS) and "." not in value[-8:]):
+        return Embedded(value)
+    return value
+
+
+def _with_markers(turns: list[Turn], images: int) -> list[Turn]:
+    """All markers in front of the first question."""
+    marker = f"{DEFAULT_IMAGE_TOKEN}\n" * images
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    return [Turn(t.role, marker + t.text) if i == first else t for i, t in enumerate(turns)]
+
+
+CONVERTER = Converter(
+    "messages",
+    "your own data as chat messages, ShareGPT with images, questions and answers: JSON, parquet, a datasets folder",
+    "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read (so also what\n"
+    "`datasets` writes with save_to_disk; the package itself is not needed). The split is that of the file's or\n"
+    "folder's name. Records have `messages` (role, content: text, or parts of type text, image, image_url),\n"
+    "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
+    "(answer, output, response).\n"
+    "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW), bytes, base64 or a\n"
+    "data: address. Web addresses are counted and left out. Several images: --multi-image. A system prompt is left\n"
+    "out, since the template brings one (--system prepend: put in front of the first question).",
+    iterate,
+)

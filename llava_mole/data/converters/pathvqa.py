@@ -1,0 +1,143 @@
+"""PathVQA: the original pickles, the parquet copy on the hub, or LLaVA-Med's JSON."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_mole.data.converters.base import SPLITS, Converter, Draft, Dropped, Embedded, Options, Split
+from llava_mole.data.converters.defects import Defects
+from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.converters.pickles import load_plain
+from llava_mole.data.converters.turns import CHAT_ROLES, check_turns, question_and_answer, read_turns
+from llava_mole.errors import DataError
+
+SOURCE = "pathvqa"
+CLOSED_SUFFIX = " Please choose from the following two options: [yes, no]"
+MISSPELT = "conversatons"
+_TYPES = {"open": "OPEN", "other": "OPEN", "number": "OPEN", "closed": "CLOSED", "yes/no": "CLOSED"}
+
+
+def answer_type(answer: str) -> str:
+    """`CLOSED` for yes and no, else `OPEN`."""
+    return "CLOSED" if answer.lower().strip() in ("yes", "no") else "OPEN"
+
+
+def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
+    """Rows of whichever form of the data set lies below `raw`, for the splits that the options name."""
+    splits = [split for split in SPLITS if options.wants(split)]
+    pickles = {split: path for split in splits if (path := _pickle(raw, split)) is not None}
+    if pickles:
+        for split, path in pickles.items():
+            yield from _pickle_rows(path, raw, split, options, defects)
+        return
+    if raw.is_dir() and not next(raw.rglob("*.parquet"), None) and not next(raw.rglob("*.json*"), None):
+        raise DataError(f"{raw}: no PathVQA below it: qas/<split>/<split>_qa.pkl, *.parquet or LLaVA-Med's *.json")
+    for path in find_files(raw, (".parquet", *JSON_SUFFIXES), "PathVQA file"):
+        split = split_of(path.stem)
+        if path.name.startswith("dataset_info") or split not in splits:
+            continue
+        rows = _parquet_rows if path.suffix == ".parquet" else _json_rows
+        yield from rows(path, raw, split, options, defects)
+
+
+def _pickle(raw: Path, split: Split) -> Path | None:
+    """The pickle of a split: `<split>_qa.pkl`, or LXMERT's twin `<split>_vqa.pkl`, where the archives put them."""
+    for name in (f"{split}_qa.pkl", f"{split}_vqa.pkl"):
+        for folder in ("pvqa/qas", "qas", "."):
+            for path in (raw / folder / split / name, raw / folder / name):
+                if path.is_file():
+                    return path
+    return None
+
+
+def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+    values = load_plain(path)
+    if not isinstance(values, list):
+        raise DataError(f"{path}: holds {type(values).__name__}, not a list of questions; use the file as published")
+    images = next((f for f in ("pvqa/images", "images") if (raw / f).is_dir()), "images")
+    name = show(path, raw)
+    for number, value in enumerate(values, 1):
+        where = f"{name}:{number}"
+        try:
+            if not isinstance(value, dict):
+                raise Dropped("bad-record", f"not an object but {type(value).__name__}")
+            image = value.get("image", value.get("img_id"))
+            if not isinstance(image, str) or not image:
+                raise Dropped("bad-record", f"'image' is {image!r:.60}")
+            question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
+            if isinstance(answer, dict):  # candidates with their weights
+                answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
+            yield _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
+        except Dropped as dropped:
+            defects.add(dropped.kind, where, dropped.detail)
+
+
+def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+    for value, where in read_rows(path, raw, ("image", "question", "answer")):
+        try:
+            image = value["image"]
+            data = image.get("bytes") if isinstance(image, dict) else image
+            if not isinstance(data, (bytes, str)) or not data:
+                raise Dropped("no-image", "no bytes in column 'image'")
+            yield _draft(value["question"], value["answer"], Embedded(data), where, split, options, defects)
+        except Dropped as dropped:
+            defects.add(dropped.kind, where, dropped.detail)
+
+
+def _draft(
+    question: Any,
+    answer: Any,
+    image: str | Embedded,
+    where: str,
+    split: Split,
+    options: Options,
+    defects: Defects,
+) -> Draft:
+    if not isinstance(question, str) or not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
+        raise Dropped("bad-record", f"question {question!r:.40}, answer {answer!r:.40}; both must be text")
+    answer = str(answer)
+    kind = answer_type(answer)
+    if options.closed_suffix and kind == "CLOSED":
+        question += CLOSED_SUFFIX
+    turns = check_turns(question_and_answer(question, answer, 1), 1, where, defects)
+    identifier = f"{SOURCE}-{split}-{where.rpartition(':')[2]}"
+    return Draft(identifier, SOURCE, (image,), turns, where, split, kind, kind)
+
+
+def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+    """LLaVA-Med's records; its test file misspells `conversations`."""
+    for value, where in read_values(path, raw, defects):
+        try:
+            if not isinstance(value, dict):
+                raise Dropped("bad-record", f"not an object but {type(value).__name__}")
+            conversations = value.get("conversations")
+            if conversations is None and MISSPELT in value:
+                conversations = value[MISSPELT]
+                defects.add("misspelt-key", where, MISSPELT, "repaired")
+            image = value.get("image")
+            if not isinstance(image, str) or not image:
+                raise Dropped("no-image", "no 'image' in the record")
+            turns = check_turns(read_turns(conversations, CHAT_ROLES), 1, where, defects)
+            given = value.get("answer_type")
+            kind = _TYPES.get(given.lower()) if isinstance(given, str) else None
+            kind = kind or answer_type(turns[1].text)
+            identifier = str(value.get("id", value.get("question_id", f"{SOURCE}-{where.rpartition(':')[2]}")))
+            yield Draft(identifier, SOURCE, (image,), turns, where, split, kind, kind)
+        except Dropped as dropped:
+            defects.add(dropped.kind, where, dropped.detail)
+
+
+CONVERTER = Converter(
+    "pathvqa",
+    "biomedicine, 19,755 train and 6,761 test questions: the original pickles, the parquet copy, LLaVA-Med's JSON",
+    "One of:\n"
+    "RAW/pvqa/qas/<split>/<split>_qa.pkl and RAW/pvqa/images/<split>/*.jpg (UCSD-AI4H/PathVQA): the paper's counts.\n"
+    "The pickles are read without calling anything in them.\n"
+    "RAW/**/{train,validation,test}*.parquet (flaviagiammarino/path-vqa): 19,654 / 6,259 / 6,719, de-duplicated, so\n"
+    "its test scores have other denominators than the paper's 3,370 open and 3,391 closed.\n"
+    "RAW/**/*.json in LLaVA-Med's form (its misspelt key is understood), the split by file name, images below\n"
+    "--image-root.\n"
+    "A question is CLOSED if its answer is yes or no. --closed-suffix adds LLaVA-Med's `Please choose ...` to those.\n"
+    "MIT licence; the images belong to textbook publishers: do not pass them on. Some are CMYK or grey.",
+    iterate,
+)

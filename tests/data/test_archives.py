@@ -1,0 +1,108 @@
+"""Archives are unpacked whole or not at all; nothing is written outside the folder."""
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import raw_sets
+
+from llava_mole.data.archives import unpack_archive
+from llava_mole.errors import DataError
+
+
+def make_zip(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        if link is not None:
+            info = zipfile.ZipInfo(link)
+            info.external_attr = 0o120777 << 16
+            archive.writestr(info, "/etc/passwd")
+    return path
+
+
+def make_tar(path: Path, members: dict[str, bytes], kind: bytes | None = None, link: str = "link") -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        if kind is not None:
+            info = tarfile.TarInfo(link)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_files_arrive_and_a_second_call_does_nothing(tmp_path: Path, name: str) -> None:
+    make = make_zip if name.endswith("zip") else make_tar
+    archive = make(tmp_path / name, {"x/1.jpg": b"one", "x/y/2.jpg": b"two"})
+    assert unpack_archive(archive, tmp_path / "out") == 2
+    assert (tmp_path / "out/x/y/2.jpg").read_bytes() == b"two"
+    (tmp_path / "out/x/1.jpg").write_bytes(b"mine")
+    assert unpack_archive(archive, tmp_path / "out") == 0
+    assert (tmp_path / "out/x/1.jpg").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/tmp/x", "..\\x", "C:\\x", ".."])
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar"])
+def test_names_that_lead_out_are_refused(tmp_path: Path, name: str, kind: str) -> None:
+    make = make_zip if kind.endswith("zip") else make_tar
+    archive = make(tmp_path / kind, {"good": b"1", name: b"2"})
+    with pytest.raises(DataError, match="would be written elsewhere; nothing was unpacked"):
+        unpack_archive(archive, tmp_path / "deep" / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [kind]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    archive = make_tar(tmp_path / "a.tar", {"good": b"1"}, kind)
+    with pytest.raises(DataError, match="is a (link|device); nothing was unpacked"):
+        unpack_archive(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"good": b"1"}, link="link")
+    with pytest.raises(DataError, match="is a link"):
+        unpack_archive(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
+def test_bombs_are_refused(tmp_path: Path, name: str) -> None:
+    make = make_zip if name.endswith("zip") else make_tar
+    archive = make(tmp_path / name, {f"zeros-{n}": bytes(30 << 20) for n in range(3)})
+    with pytest.raises(DataError, match="decompression bomb"):
+        unpack_archive(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_members_of_one_name_and_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for _ in range(2):
+            archive.addfile(tarfile.TarInfo("x"), io.BytesIO(b""))
+    with pytest.raises(DataError, match="two members"):
+        unpack_archive(path, tmp_path / "out")
+    for name in ("b.zip", "b.tar"):
+        (tmp_path / name).write_bytes(b"rubbish" * 100)
+        with pytest.raises(DataError, match="cannot be unpacked"):
+            unpack_archive(tmp_path / name, tmp_path / "out")
+
+
+def test_prepare_reads_what_it_unpacked(tmp_path: Path) -> None:
+    raw_sets.write_ureader(tmp_path / "full")
+    (tmp_path / "raw").mkdir()
+    lines = {f"{p.name}": p.read_bytes() for p in (tmp_path / "full/ureader_json").iterdir()}
+    images = {
+        p.relative_to(tmp_path / "full").as_posix(): p.read_bytes()
+        for p in (tmp_path / "full/ureader_images").rglob("*.png")
+    }
+    make_zip(tmp_path / "raw/ureader_json.zip", lines)
+    make_tar(tmp_path / "raw/images.tar.gz", images)
+    folder = tmp_path / "unpacked"
+    done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", "--unpack-archives", str(folder))
+    assert len(done.rows) == 6

@@ -1,0 +1,239 @@
+"""`llava-mole check-data` finds what was put in, in files and prepared sets, and its limits decide the exit code."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import raw_sets
+import tiny_models
+import yaml
+from PIL import Image
+
+from llava_mole.analysis.check_report import MEANINGS
+from llava_mole.cli import main
+
+ASK, SAY = "<image>\nWhat color is this?", "It is red."
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and two sound sources of 12 records."""
+    directory = tmp_path_factory.mktemp("world")
+    tiny_models.make_world(directory, samples=12, text_only_every=12)
+    return directory
+
+
+def check(world: Path, out: Path, *arguments: str) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+    """Exit code, report and findings."""
+    given = ["check-data", str(world / "config.yaml"), "--out", str(out), "--workers", "1", *arguments]
+    code = main(given)
+    findings = [json.loads(line) for line in (out / "findings.jsonl").read_text(encoding="utf-8").splitlines()]
+    return code, json.loads((out / "check_data.json").read_text(encoding="utf-8")), findings
+
+
+def only(world: Path, name: str, annotations: Path, folder: Path) -> list[str]:
+    """Overrides that leave one source, which is called `red` in the configuration."""
+    return [
+        "--data.sources.red.annotations", str(annotations), "--data.sources.red.image_folder", str(folder),
+        "--data.mixture.blue", "0",
+    ]  # fmt: skip
+
+
+def test_a_sound_run_passes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report, findings = check(world, tmp_path)
+    assert (code, report["passed"], findings) == (0, True, [])
+    red = next(source for source in report["sources"] if source["name"] == "red")
+    assert (red["records"], red["text_only"], red["images"]) == (12, 1, 11)
+    assert red["tokens"]["max"] > red["tokens"]["median"] > 50
+    with Image.open(tmp_path / "token_lengths.png") as picture:
+        assert min(picture.size) > 300
+    printed = capsys.readouterr().out
+    assert "no findings" in printed
+    assert "10 of 10 limits passed" in printed
+
+
+def test_the_report_goes_into_the_run_directory(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = world / "own"
+    assert main(["check-data", str(world / "config.yaml"), "--workers", "1", "--train.output_dir", str(run)]) == 0
+    assert sorted(path.name for path in (run / "check_data").iterdir()) == [
+        "check_data.json", "findings.jsonl", "token_lengths.png"
+    ]  # fmt: skip
+
+
+def turns(*texts: str, **kwargs: Any) -> dict[str, Any]:
+    return {"conversations": raw_sets.talk(*texts, **kwargs)}
+
+
+RECORDS: list[tuple[Any, str | None]] = [
+    ({"image": "a.png", **turns(ASK, SAY)}, None),
+    ({"image": "a.png", **turns(ASK, SAY)}, "duplicate"),
+    ({"image": "a.png", **turns("No marker?", SAY)}, "marker"),
+    ({"image": "a.png", **turns("<image><image>Two?", SAY)}, "marker-again"),
+    ({**turns(ASK, SAY)}, "marker"),
+    ({"image": "a.png", **turns(ASK, SAY, roles=("human", "robot"))}, "unknown-role"),
+    ({"image": "a.png", **turns(ASK, "")}, "empty-answer"),
+    ({"image": "a.png", "conversations": [{"from": "human", "value": ASK}] * 2}, "turn-order"),
+    ({"image": 7, **turns(ASK, SAY)}, "bad-record"),
+    ({"image": "http://x/a.png", **turns(ASK, SAY)}, "bad-record"),
+    ([1, 2], "bad-record"),
+    ({**turns("Say \ud800", SAY)}, "bad-text"),
+    ('{"image": "a.png", ', "bad-json"),
+    ({"image": "gone.png", **turns(ASK, SAY)}, "missing-image"),
+    ({"image": "../out.png", **turns(ASK, SAY)}, "outside-image"),
+    ({"image": "cut.jpg", **turns(ASK, SAY)}, "corrupt-image"),
+    ({"image": "cmyk.jpg", **turns(ASK, SAY)}, "cmyk-image"),
+    ({"image": "moving.gif", **turns(ASK, SAY)}, "animated-image"),
+    ({"image": "named.jpg", **turns(ASK, SAY)}, "wrong-extension"),
+    ({"image": "big.png", **turns(ASK, SAY)}, "huge-image"),
+    ({**turns("Long?", "red " * 400)}, "truncated"),
+    ({**turns("Long? " * 400, SAY)}, "masked"),
+    ({"image": "a.png", **turns("Last?", "word " * 400, "<image>\nNow?", SAY)}, "image-cut"),
+]
+
+
+def write_defects(folder: Path) -> Path:
+    """One record for every finding; line n of the file is RECORDS[n - 1]."""
+    whole = raw_sets.image_bytes(3)
+    raw_sets.write_image(folder / "a.png", 1, kind="PNG")
+    raw_sets.write_image(folder.parent / "out.png", 2, kind="PNG")
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    raw_sets.write_image(folder / "cmyk.jpg", 4, mode="CMYK")
+    raw_sets.write_image(folder / "moving.gif", 5, kind="GIF", frames=2)
+    raw_sets.write_image(folder / "named.jpg", 6, kind="PNG")
+    Image.new("RGB", (64, 64)).save(folder / "big.png")
+    raw_sets.write_lines(folder / "defects.jsonl", [value for value, _ in RECORDS])
+    return folder / "defects.jsonl"
+
+
+def test_every_finding_is_listed_with_its_place(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_defects(tmp_path / "data")
+    code, report, findings = check(
+        world, tmp_path / "out", *only(world, "red", path, path.parent), "--check.huge_pixels", "4000"
+    )
+    assert code == 1
+    by_line: dict[int, set[str]] = {}
+    for finding in findings:
+        assert finding["source"] == "red"
+        by_line.setdefault(int(finding["where"].rpartition(":")[2]), set()).add(finding["kind"])
+    for line, (_, kind) in enumerate(RECORDS, 1):
+        found = (
+            by_line.get(line, set()) - {"truncated"} if kind in ("masked", "image-cut") else by_line.get(line, set())
+        )
+        assert found == ({kind} if kind else set()), f"line {line}"
+    (red,) = report["sources"]
+    assert red["records"] == len(RECORDS)
+    assert red["findings"] == {kind: n for kind, n in red["findings"].items() if kind in MEANINGS}
+    failed = {limit["limit"] for limit in report["limits"] if not limit["passed"]}
+    assert failed == {"max_bad_records", "max_missing_images", "max_bad_images"}
+    printed = capsys.readouterr().out
+    assert "FAILED  red: " in printed
+    assert "(check.max_missing_images)" in printed
+
+
+def test_limits_decide(world: Path, tmp_path: Path) -> None:
+    path = write_defects(tmp_path / "data")
+    base = [*only(world, "red", path, path.parent), "--check.max_bad_records", "0.7"]
+    images = ["--check.max_missing_images", "0.5", "--check.max_bad_images", "0.5"]
+    assert check(world, tmp_path / "a", *base, *images)[0] == 0
+    assert check(world, tmp_path / "b", *base)[0] == 1
+    for limit in ("max_truncated", "max_duplicates"):
+        code, report, _ = check(world, tmp_path / limit, *base, *images, f"--check.{limit}", "0.001")
+        assert code == 1
+        assert [entry["limit"] for entry in report["limits"] if not entry["passed"]] == [limit]
+
+
+def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
+    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    done = raw_sets.prepare("sharegpt4v-instruct", tmp_path / "raw", tmp_path / "prepared")
+    given = only(world, "red", done.out / "train", done.out / "images")
+    code, report, findings = check(world, tmp_path / "out", *given)
+    assert code == 1, "a cut image, which preparing without --check-images decode does not see"
+    (red,) = report["sources"]
+    assert (red["records"], red["text_only"], red["images"]) == (7, 1, 6)
+    assert red["findings"] == {"corrupt-image": 1, "animated-image": 1, "wrong-extension": 1, "cmyk-image": 1}
+    file = "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json"
+    assert {f["where"] for f in findings if f["kind"] == "corrupt-image"} == {f"{file}:5"}
+
+
+@pytest.mark.parametrize("form", ["folder", "questions", "prepared"])
+def test_overlap_with_evaluation_images(world: Path, tmp_path: Path, form: str) -> None:
+    red = json.loads((world / "red" / "red.json").read_text())
+    trained = next(record["image"] for record in red if "image" in record)
+    folder = tmp_path / "eval"
+    if form == "prepared":
+        folder, questions = tmp_path / "eval" / "images", tmp_path / "eval" / "questions" / "test.jsonl"
+    else:
+        questions = folder / "test.jsonl"
+    folder.mkdir(parents=True)
+    (folder / "renamed.png").write_bytes((world / "red" / trained).read_bytes())
+    raw_sets.write_image(folder / "other.png", 99, kind="PNG")
+    lines = [{"question_id": n, "image": name, "text": "?"} for n, name in enumerate(("renamed.png", "other.png"))]
+    raw_sets.write_lines(questions, lines)
+    place = folder if form == "folder" else questions
+    settings = yaml.safe_load((world / "config.yaml").read_text())
+    settings["check"] = {"evaluation_images": [str(place)]}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    out = tmp_path / "out"
+    arguments = ["check-data", str(config), "--out", str(out), "--workers", "1"]
+    assert main(arguments) == 1
+    report = json.loads((out / "check_data.json").read_text())
+    assert report["evaluation_images"] == {"files": 2, "trained_on": [str(folder / "renamed.png")]}
+    assert [limit["share"] for limit in report["limits"] if limit["limit"] == "max_overlap"] == [0.5]
+    assert main([*arguments, "--check.max_overlap", "0.5"]) == 0
+
+
+def test_workers_find_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_mole.analysis import check_command
+    from llava_mole.data.converters import image_stage
+
+    path = write_defects(tmp_path / "data")
+    given = only(world, "red", path, path.parent)
+    _, one, listed = check(world, tmp_path / "one", *given)
+    # Tokens, too, are counted by others: threads, since processes would take seconds to load a tokenizer.
+    monkeypatch.setattr(check_command, "ALONE", 0)
+    monkeypatch.setattr(image_stage, "open_pool", ThreadPoolExecutor)
+    _, two, listed_by_two = check(world, tmp_path / "two", *given, "--workers", "2")
+    assert one == two
+    assert listed == listed_by_two
+
+
+def test_parts_can_be_left_out(world: Path, tmp_path: Path) -> None:
+    path = write_defects(tmp_path / "data")
+    given = [*only(world, "red", path, path.parent), "--no-images", "--no-tokens"]
+    code, report, _ = check(world, tmp_path / "out", *given, "--model.language_model", "none")
+    found = report["sources"][0]["findings"]
+    assert code == 1
+    assert "corrupt-image" not in found
+    assert "truncated" not in found
+    assert found["unknown-role"] == 1
+    assert not (tmp_path / "out" / "token_lengths.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--data.sources.red.annotations", "none.json"],
+            "none.json: is neither an annotation file nor a prepared set",
+        ),
+        (["--check.max_truncated", "20"], "check.max_truncated is 20.0; it is a share, 0 to 1"),
+        (["--check.max_trunc", "0"], "max_trunc"),
+        (["--data.template", "vicuna"], "template 'vicuna' does not exist"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--model.language_model", "none"], "no tokenizer loads from 'none'"),
+        (["--check.evaluation_images", "[nowhere]"], "nowhere is neither a folder nor a question file"),
+    ],
+)
+def test_mistakes_end_with_2(
+    world: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["check-data", str(world / "config.yaml"), "--out", str(tmp_path), "--workers", "1", *arguments]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

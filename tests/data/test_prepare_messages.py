@@ -1,0 +1,121 @@
+"""Anyone's own data: chat messages, ShareGPT with images, a `datasets` folder, parquet."""
+
+from pathlib import Path
+
+import pytest
+import raw_sets
+
+from llava_mole.cli import main
+from llava_mole.conversation import Turn
+
+
+def test_chat_messages_and_sharegpt(tmp_path: Path) -> None:
+    raw_sets.write_messages(tmp_path / "raw")
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [(row.id, row.images) for row in done.rows] == [
+        ("a", ("photos/0.jpg",)),
+        ("b", ("photos/1.jpg",)),
+        ("d", ()),
+        ("f", ("photos/2.jpg",)),
+        ("g", ("photos/0.jpg", "photos/1.jpg")),
+    ]
+    assert done.rows[0].turns == (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A card."))
+    assert done.rows[1].turns == done.rows[0].turns
+    assert done.rows[4].turns[0].text == "<image> or <image>?"
+    assert done.defects == {
+        "system-turn kept": 1,
+        "remote-image dropped": 1,
+        "unknown-role dropped": 1,
+        "several-images kept": 1,
+        "bad-record dropped": 1,
+        "ignored-keys kept": 1,
+    }
+    assert [(q["text"], q["answer"]) for q in done.questions()] == [("Red?", "yes"), ("Blue?", "no")]
+
+
+def test_a_system_prompt_can_be_put_in_front(tmp_path: Path) -> None:
+    raw_sets.write_messages(tmp_path / "raw")
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out", "--system", "prepend")
+    assert done.rows[0].turns[0].text == "<image>\nBe brief.\n\nWhat is it?"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_datasets_folder(tmp_path: Path, split: str) -> None:
+    raw_sets.write_datasets_folder(tmp_path / "raw")
+    raw = tmp_path / "raw" if split == "test" else tmp_path / "raw" / "train"  # a DatasetDict, and one Dataset
+    done = raw_sets.prepare("messages", raw, tmp_path / "out")
+    assert [[turn.text for turn in row.turns] for row in done.rows] == [
+        [f"<image>\nNumber {n}?", str(n)] for n in range(3)
+    ]
+    assert all((done.out / "images" / row.images[0]).is_file() for row in done.rows)
+    if split == "test":
+        assert [q["answer"] for q in done.questions()] == ["3", "4"]
+
+
+@pytest.mark.parametrize("form", ["bytes", "base64", "data", "struct", "path"])
+def test_image_columns_of_parquet(tmp_path: Path, form: str) -> None:
+    data = raw_sets.image_bytes(7, kind="PNG")
+    text = raw_sets.base64_image(7, kind="PNG")
+    column = {
+        "bytes": data,
+        "base64": text,
+        "data": f"data:image/png;base64,{text}",
+        "struct": {"bytes": data, "path": None},
+        "path": "photos/a.png",
+    }[form]
+    raw_sets.write_image(tmp_path / "raw/photos/a.png", 7, kind="PNG")
+    rows = [{"id": "x", "image": column, "instruction": "Look.", "input": "Red?", "output": "no"}]
+    raw_sets.write_parquet(tmp_path / "raw/rows.parquet", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    (row,) = done.rows
+    assert [turn.text for turn in row.turns] == ["<image>\nLook.\nRed?", "no"]
+    assert (done.out / "images" / row.images[0]).read_bytes() == data
+
+
+def test_lists_of_images_in_parquet(tmp_path: Path) -> None:
+    images = [{"bytes": raw_sets.image_bytes(n), "path": None} for n in range(2)]
+    rows = [
+        {"images": images, "messages": [{"role": "user", "content": "Same?"}, {"role": "assistant", "content": "no"}]},
+        {
+            "images": images[:1],
+            "messages": [{"role": "user", "content": "Red?"}, {"role": "assistant", "content": "no"}],
+        },
+        {"images": [], "messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]},
+    ]
+    raw_sets.write_parquet(tmp_path / "raw/rows.parquet", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [len(row.images) for row in done.rows] == [2, 1, 0]
+    assert done.rows[0].turns[0].text == "<image>\n<image>\nSame?"
+    first = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "first", "--multi-image", "first")
+    assert first.rows[0].turns[0].text == "<image>\nSame?"
+
+
+def test_images_in_records_and_beside_them_are_gathered_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw_sets.write_image(tmp_path / "raw/a.jpg", 1)
+    rows = [
+        {"image": "a.jpg", "question": "Red?", "answer": "no"},
+        {"image": f"data:image/jpeg;base64,{raw_sets.base64_image(2)}", "question": "Red?", "answer": "yes"},
+    ]
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
+    arguments = [
+        "prepare",
+        "messages",
+        "--raw",
+        str(tmp_path / "raw"),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
+    assert main(arguments) == 2
+    assert "--images unpack gathers them all" in capsys.readouterr().err
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out", "--images", "unpack")
+    assert all((done.out / "images" / row.images[0]).is_file() for row in done.rows)
+
+
+def test_records_of_no_known_form_say_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", [{"caption": "A card."}, [1], 3])
+    assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
+    assert "no record is left to be written (3 x bad-record)" in capsys.readouterr().err

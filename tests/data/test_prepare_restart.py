@@ -1,0 +1,199 @@
+"""`prepare` is all or nothing: killed at any moment it leaves no output, and the next call ends with the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import raw_sets
+
+from llava_mole.cli import main
+from llava_mole.data.converters import image_stage
+from llava_mole.data.store import verify_shards
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def arguments(tmp_path: Path, out: str, *more: str) -> list[str]:
+    return ["prepare", "m3it", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / out), "--workers", "1", *more]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder; the manifest without its time."""
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: data for name, data in files.items() if not name.endswith("manifest.json")}
+
+
+def write_many(raw: Path, files: int = 6, rows: int = 40) -> None:
+    for number in range(files):
+        lines = [
+            {
+                "instruction": "D.",
+                "inputs": f"{number}/{row}",
+                "image": raw_sets.base64_image(number * rows + row, kind="PNG"),
+                "outputs": "x",
+            }
+            for row in range(rows)
+        ]
+        raw_sets.write_lines(raw / f"data/vqa/set{number}/train.jsonl", lines)
+
+
+@pytest.mark.slow
+def test_killed_and_called_again(tmp_path: Path) -> None:
+    write_many(tmp_path / "raw")
+    assert main(arguments(tmp_path, "whole")) == 0
+    slow = (
+        "import sys, time\n"
+        "from llava_mole.data.converters import image_stage\n"
+        "whole = image_stage.run_tasks\n"
+        "def run_tasks(*given):\n"
+        "    time.sleep(0.3)\n"
+        "    return whole(*given)\n"
+        "image_stage.run_tasks = run_tasks\n"
+        "from llava_mole.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments(tmp_path, "killed")], env=environment, stderr=subprocess.DEVNULL
+    )
+    partial = tmp_path / ".killed.partial"
+    deadline = time.monotonic() + 60
+    while len(list((partial / "images").rglob("*.png"))) < 64 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    written = {path: path.stat().st_mtime_ns for path in (partial / "images").rglob("*.png")}
+    assert 64 <= len(written) < 240
+
+    assert main(arguments(tmp_path, "killed")) == 0
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+    verify_shards(tmp_path / "killed" / "train")
+    assert not partial.exists()
+    for path, changed in written.items():
+        final = tmp_path / "killed" / path.relative_to(partial)
+        assert final.stat().st_mtime_ns == changed, "an image that was there is not written again"
+
+
+def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    given = [
+        "prepare",
+        "sharegpt4v-instruct",
+        "--raw",
+        str(tmp_path / "raw"),
+        "--workers",
+        "1",
+        "--check-images",
+        "decode",
+    ]
+    assert main([*given, "--out", str(tmp_path / "whole")]) == 0
+    from llava_mole.data.converters import pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*given, "--out", str(tmp_path / "out")]) == 130
+    seen: list[str] = []
+    real = image_stage.run_task
+    monkeypatch.setattr(image_stage, "run_task", lambda task, *more: seen.append(task.name) or real(task, *more))
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    assert seen == []
+    once, again = raw_sets.Prepared(tmp_path / "whole"), raw_sets.Prepared(tmp_path / "out")
+    assert again.report == once.report
+    assert again.rows == once.rows
+    assert sorted(again.listed) == sorted(once.listed)
+
+
+def test_a_partial_output_of_other_arguments_is_thrown_away(tmp_path: Path) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+    partial = tmp_path / ".out.partial"
+    (partial / "images" / "set0").mkdir(parents=True)
+    (partial / "images" / "set0" / "stray.png").write_bytes(b"x")
+    (partial / "request.json").write_text(json.dumps({"seed": 5}))
+    done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / "out")
+    assert not (done.out / "images/set0/stray.png").exists()
+    assert len(done.rows) == 3
+
+
+def test_an_output_is_replaced_on_request_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+    assert main(arguments(tmp_path, "out")) == 0
+    assert main(arguments(tmp_path, "out")) == 2
+    assert "is there already; --overwrite replaces it" in capsys.readouterr().err
+    write_many(tmp_path / "raw", 1, 4)
+    assert main(arguments(tmp_path, "out", "--overwrite")) == 0
+    assert len(raw_sets.Prepared(tmp_path / "out").rows) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    assert main(arguments(tmp_path, "out", "--overwrite")) == 2
+    assert "`prepare` did not write it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.tex").is_file()
+
+
+def test_a_failed_overwrite_keeps_the_old_output(tmp_path: Path) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+    assert main(arguments(tmp_path, "out")) == 0
+    before = tree(tmp_path / "out")
+    raw_sets.write_lines(tmp_path / "raw/data/vqa/set1/train.jsonl", [{"new_key": 1}])
+    assert main(arguments(tmp_path, "out", "--overwrite")) == 2
+    assert tree(tmp_path / "out") == before
+
+
+def test_two_at_a_time_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    write_many(tmp_path / "raw", 1, 3)
+    (tmp_path / ".out.partial").mkdir()
+    with (tmp_path / ".out.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(arguments(tmp_path, "out")) == 2
+    assert "another process is preparing it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_bytes(tmp_path: Path) -> None:
+    write_many(tmp_path / "raw", 3, 70)
+    assert main(arguments(tmp_path, "one")) == 0
+    assert main([*arguments(tmp_path, "two"), "--workers", "2"]) == 0
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    code = (
+        "import os, time\n"
+        "from llava_mole.data.converters.image_stage import open_pool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = open_pool(1)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and Path(f"/proc/{worker}").exists() and _state(worker) != "Z":
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists() or _state(worker) == "Z"
+
+
+def _state(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
