@@ -159,7 +159,7 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
         CheckpointError: it does not verify, has no adapter, another one, or was trained on another base model.
     """
     checkpoint = resolve_checkpoint(source)
-    _check_base(checkpoint, fingerprints)
+    check_base(checkpoint, fingerprints)
     method = read_manifest(checkpoint)["adapter"]
     if method != config.method or method == "none":
         raise CheckpointError(
@@ -175,7 +175,8 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
     load_adapter_state(model, checkpoint)
 
 
-def _check_base(checkpoint: Path, fingerprints: dict[str, str]) -> None:
+def check_base(checkpoint: Path, fingerprints: dict[str, str]) -> None:
+    """Raise CheckpointError unless the frozen parts are those that the checkpoint was trained on."""
     for part, found in fingerprints.items():
         recorded = read_manifest(checkpoint)["fingerprints"][part]
         if found != recorded:
@@ -217,7 +218,7 @@ def load_pretrained_model(
         config.model.quantization = quantization
     where, float_type = select_device(device), getattr(torch, dtype)
     model, _, fingerprints = build_parts(config.model)
-    _check_base(path, fingerprints)
+    check_base(path, fingerprints)
     # The checkpoint's own: the base directory's may have been changed since, down to its chat template.
     hf_tokenizer = load_tokenizer(str(path / TOKENIZER_DIR))
     quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
