@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from llava_mole.errors import ConfigError, WeightsError
-from llava_mole.model.interop.lora import add_note
 from llava_mole.model.interop.own import OwnCheckpoint
 from llava_mole.model.language_model import load_language_model
 
@@ -46,9 +45,7 @@ def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path 
     model = PeftModel.from_pretrained(base, str(own.adapter_dir))
     usage = _usage(model, usage_file) if expert == "usage" else None
     to_lora(model, directory, expert=expert, usage=usage)
-    note = describe(own, expert)
-    add_note(directory, note)
-    return note
+    return describe(own, expert)
 
 
 def _usage(model: torch.nn.Module, file: Path | None) -> torch.Tensor:

@@ -4,18 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.constants import CLIP_MEAN, CLIP_STD, DEFAULT_IMAGE_TOKEN
-from llava_mole.conversation import Template
+from llava_mole.conversation import Template, get_template
 from llava_mole.errors import ConfigError
 from llava_mole.model.interop.clip_keys import clip_vision_config
 from llava_mole.model.interop.own import OwnCheckpoint
+from llava_mole.model.builder import TOKENIZER_DIR
 from llava_mole.model.language_model import load_tokenizer
+from llava_mole.templates import TOKENIZER_TEMPLATE
 
 
 def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:
     """The language model's tokenizer with `<image>` as a special token, and its id."""
     from transformers import AddedToken
 
-    tokenizer = load_tokenizer(str(own.language_model))
+    tokenizer = load_tokenizer(str(own.path / TOKENIZER_DIR))
     token = AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)
     tokenizer.add_tokens([token], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -69,11 +71,11 @@ def llava_config(own: OwnCheckpoint, image_id: int, rows: int) -> Any:
     return config
 
 
-def write_processor(own: OwnCheckpoint, tokenizer: Any, template: Template, directory: Path) -> None:
+def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> None:
     """Write tokenizer, image processor, chat template and `processor_config.json`."""
     from transformers import LlavaImageProcessor, LlavaProcessor
 
-    vision = own.tower.config["vision_cfg"]
+    vision, name = own.tower.config["vision_cfg"], own.manifest["template"]
     size = vision["image_size"]
     images = LlavaImageProcessor(
         do_pad=own.aspect_ratio == "pad",
@@ -88,7 +90,7 @@ def write_processor(own: OwnCheckpoint, tokenizer: Any, template: Template, dire
         patch_size=vision["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=chat_template(template),
+        chat_template=tokenizer.chat_template if name == TOKENIZER_TEMPLATE else chat_template(get_template(name)),
     )
     processor.save_pretrained(str(directory))
 
@@ -106,6 +108,7 @@ def chat_template(template: Template) -> str | None:
 
     fields = ("system", "first_text_prefix", "between_rounds", "user_start", "user_end", "answer_marker")
     strings = {name: quoted(getattr(template, name)) for name in (*fields, "answer_start", "answer_end")}
+    trim = "{%- set parts.text = parts.text | trim -%}" if template.strip else ""
     text = (
         "{%- set image = '" + DEFAULT_IMAGE_TOKEN + "' -%}"
         "{%- for message in messages -%}"
@@ -114,8 +117,7 @@ def chat_template(template: Template) -> str | None:
         "{%- for part in message['content'] -%}"
         "{%- if part['type'] == 'image' -%}{%- set parts.image = image + '\\n' -%}"
         "{%- else -%}{%- set parts.text = parts.text + part['text'] -%}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- if loop.first -%}{{ SYSTEM }}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}" + trim + "{%- if loop.first -%}{{ SYSTEM }}{%- endif -%}"
         "{%- if message['role'] == 'user' -%}"
         "{%- if not loop.first -%}{{ BETWEEN_ROUNDS }}{%- endif -%}"
         "{{ USER_START }}{%- if loop.first -%}{{ FIRST_TEXT_PREFIX }}{%- endif -%}"

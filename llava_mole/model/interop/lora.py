@@ -1,6 +1,5 @@
 """Plain LoRA adapters on disk: read in every spelling PEFT has had, checked, written, and merged tensor by tensor."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,9 +34,9 @@ class Lora:
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def merged(self, path: str, weight: torch.Tensor) -> torch.Tensor:
-        """`W + (alpha / r) B A` of a linear `[out, in]`, computed in float32, in the dtype of `weight`."""
-        a_RI, b_OR = (value.float() for value in self.pairs[path])
-        return (weight.float() + self.scaling(path) * (b_OR @ a_RI)).to(weight.dtype)
+        """`W + (alpha / r) B A` of a linear `[out, in]`, computed in float64, in the dtype of `weight`."""
+        a_RI, b_OR = (value.double() for value in self.pairs[path])
+        return (weight.double() + self.scaling(path) * (b_OR @ a_RI)).to(weight.dtype)
 
 
 def is_adapter_dir(path: Path) -> bool:
@@ -111,13 +110,6 @@ def write_lora(lora: Lora, directory: Path, base: str) -> None:
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a_RI.detach().clone(memory_format=torch.contiguous_format)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b_OR.detach().clone(memory_format=torch.contiguous_format)
     save_file(tensors, directory / ADAPTER_FILES[0], metadata={"format": "pt"})
-
-
-def add_note(directory: Path, note: str) -> None:
-    """Put a remark into an adapter's configuration, which PEFT keeps but does not read."""
-    file = directory / ADAPTER_CONFIG
-    config = read_json(file)
-    file.write_text(json.dumps({**config, "llava_mole_note": note}, indent=2) + "\n", encoding="utf-8")
 
 
 def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
