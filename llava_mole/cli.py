@@ -14,7 +14,10 @@ SUBCOMMANDS = {
     "report": ("llava_mole.eval.report", "compare scored runs in one table"),
     "plan": ("llava_mole.analysis.plan_command", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
-    "convert": ("llava_mole.model.interop.convert_command", "bring checkpoints of LLaVA and Hugging Face in, or ours out"),
+    "convert": (
+        "llava_mole.model.interop.convert_command",
+        "bring checkpoints of LLaVA and Hugging Face in, or ours out",
+    ),
     "inspect": ("llava_mole.model.inspection", "say what a directory or weight file is and holds"),
     "prepare": ("llava_mole.prepare", "write a data set to disk"),
 }

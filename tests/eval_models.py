@@ -24,7 +24,8 @@ def make_checkpoint(
 ) -> Path:
     """Write `<directory>/run/checkpoint-1` of an untrained model with random adapters. Returns the run directory.
 
-    `std` is the adapters' standard deviation. With a `chat_template` the tokenizer has it and the model was trained with it.
+    `std` is the adapters' standard deviation. With a `chat_template` the tokenizer has it, and
+    the model was trained with it.
     """
     path = make_world(directory, samples=1)
     if chat_template:

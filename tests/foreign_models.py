@@ -76,7 +76,9 @@ def make_llava_hf(directory: Path, names: str, seed: int = 1) -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
-    config = LlavaConfig(vision_config=vision_config(), text_config=text, image_token_index=VOCABULARY, image_seq_length=4)
+    config = LlavaConfig(
+        vision_config=vision_config(), text_config=text, image_token_index=VOCABULARY, image_seq_length=4
+    )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
     randomize(model)

@@ -21,7 +21,7 @@ def golden(case: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def make_released(directory: Path, case: dict[str, Any], data: dict[str, Tensor], *, ends: bool = True) -> None:
-    """`directory/vicuna` with the recorded FFNs, and `released.pt` in float64 with the recorded experts in each layer."""
+    """`directory/vicuna` with the recorded FFNs, `released.pt` in float64 with their experts in each layer."""
     make_language_model(directory / "vicuna", layers=LAYERS)
     base_file = directory / "vicuna" / "model.safetensors"
     base = load_file(base_file)

@@ -7,7 +7,6 @@ from torch import nn
 
 from llava_mole.errors import ConfigError
 
-
 ENDS = "+ends"
 
 

@@ -119,7 +119,10 @@ def test_llava_lora_in_and_out_key_for_key(tmp_path: Path) -> None:
     state = make_llava_lora(tmp_path / "lora", tmp_path / "vicuna")
     command = (tmp_path / "lora", "--to", "checkpoint", "--out", tmp_path / "run", "--model-base", tmp_path / "vicuna")
     assert convert(*command, "--vision-tower", tmp_path / "clip") == 0
-    assert convert(tmp_path / "run", "--to", "llava-lora", "--out", tmp_path / "again", "--mm-vision-tower", "openai/x") == 0
+    assert (
+        convert(tmp_path / "run", "--to", "llava-lora", "--out", tmp_path / "again", "--mm-vision-tower", "openai/x")
+        == 0
+    )
     others = torch.load(tmp_path / "again" / "non_lora_trainables.bin", weights_only=True)
     equal(load_file(tmp_path / "again" / "adapter_model.safetensors") | others, state)
     before, after = (json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("lora", "again"))

@@ -35,7 +35,12 @@ def test_a_full_llava_checkpoint_with_its_tower(binary: bool, tmp_path: Path) ->
     tower = make_clip(tmp_path / "clip")
     make_llava(tmp_path / "llava", tower=tower, binary=binary)
     make_language_model(tmp_path / "vicuna")  # the same seed: LLaVA's language model alone
-    assert convert(tmp_path / "llava", "--to", "checkpoint", "--out", tmp_path / "run", "--vision-tower", tmp_path / "clip") == 0
+    assert (
+        convert(
+            tmp_path / "llava", "--to", "checkpoint", "--out", tmp_path / "run", "--vision-tower", tmp_path / "clip"
+        )
+        == 0
+    )
     loaded = load(tmp_path / "run")
     expected = reference_logits(tmp_path / "vicuna", tower, projector_state())
     close(our_logits(loaded)[0], expected)

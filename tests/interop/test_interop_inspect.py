@@ -129,7 +129,10 @@ def test_a_prepared_data_set(inspected, tmp_path: Path) -> None:
         ({"config.json": "[]"}, "holds a JSON list, not an object"),
         ({"config.json": json.dumps({"model_type": "llama"})}, "is nothing known here"),
         ({"manifest.json": json.dumps({"format": "other/9"})}, "has format 'other/9'"),
-        ({"model.safetensors": "junk", "config.json": json.dumps({"model_type": "llama"})}, "not a readable safetensors"),
+        (
+            {"model.safetensors": "junk", "config.json": json.dumps({"model_type": "llama"})},
+            "not a readable safetensors",
+        ),
     ],
 )
 def test_anything_else_gets_a_clear_message(

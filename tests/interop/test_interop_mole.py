@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from eval_models import make_checkpoint
-from foreign_models import HIDDEN, WIDTH, make_clip
+from foreign_models import WIDTH, make_clip
 from interop_tools import close, convert, example, load, our_logits
 from released_mole import CASES, LAYERS, golden, make_released
 from safetensors.torch import load_file
@@ -15,8 +15,8 @@ from tiny_models import NUM_IMAGE_TOKENS
 from torch import Tensor
 
 from llava_mole.constants import IMAGE_TOKEN_INDEX
-from llava_mole.mole import MoleMlp
 from llava_mole.model.interop.own import open_own
+from llava_mole.mole import MoleMlp
 
 PAIRS = [*((case, "sparse") for case in CASES), *((case, "dense") for case in CASES[2:8:3])]
 
@@ -120,7 +120,9 @@ def test_a_mixture_goes_out_as_a_peft_adapter(mole_run: Path, tmp_path: Path) ->
     assert convert(mole_run, "--to", "peft", "--out", tmp_path / "peft") == 0
     base = AutoModelForCausalLM.from_pretrained(mole_run.parent / "language_model")
     loaded = load(mole_run)
-    assert torch.equal(text_logits(PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()), our_logits(loaded)[1])
+    assert torch.equal(
+        text_logits(PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()), our_logits(loaded)[1]
+    )
     state = torch.load(tmp_path / "peft" / "mm_projector.bin", weights_only=True)
     for name, value in loaded.model.projector.state_dict().items():
         assert torch.equal(state[f"model.mm_projector.{name}"], value)
@@ -160,9 +162,7 @@ def test_an_approximation_says_so_and_equals_the_surgery(expert: str, mole_run: 
         assert "APPROXIMATION" in (tmp_path / "lora" / file).read_text(), file
 
 
-def test_usage_comes_from_a_routing_file(
-    mole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_comes_from_a_routing_file(mole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(mole_run, "--to", "peft", "--expert", "usage", "--out", tmp_path / "lora") == 2
     assert "this adapter has counted no tokens" in capsys.readouterr().err
     domains = {
@@ -179,9 +179,7 @@ def test_usage_comes_from_a_routing_file(
     torch.testing.assert_close(stored["base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight"], expected)
 
 
-def test_a_mixture_is_never_merged_silently(
-    mole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mixture_is_never_merged_silently(mole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for layout in ("llava", "llava-lora", "llava-hf"):
         assert convert(mole_run, "--to", layout, "--out", tmp_path / "out") == 2
         assert "--expert k, uniform or usage writes an approximation" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Directories of a Hugging Face causal LM: what its weights must be, writing one, and its identity without loading it."""
+"""Directories of a Hugging Face causal LM: what its weights must be, writing one, its identity unloaded."""
 
 import json
 import shutil

@@ -44,7 +44,7 @@ FUSED = {f"attn.in_proj_{kind}": tuple(f"self_attn.{p}_proj.{kind}" for p in "qk
 
 def name_pairs(layers: int) -> dict[str, tuple[str, ...]]:
     """open_clip name -> the Hugging Face names it is made of, for a tower of `layers` blocks, without projection."""
-    pairs = {ours: (theirs,) for ours, theirs in OUTER.items()}
+    pairs: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in OUTER.items()}
     for n in range(layers):
         ours, theirs = f"transformer.resblocks.{n}.", f"encoder.layers.{n}."
         pairs |= {ours + key: (theirs + value,) for key, value in BLOCK.items()}
@@ -81,7 +81,7 @@ def to_hugging_face(state: Mapping[str, Tensor], where: object) -> dict[str, Ten
     """open_clip's visual tensors in Hugging Face's names. Raises WeightsError that lists names that do not fit."""
     pairs = name_pairs(count_layers(state, "transformer.resblocks."))
     check_names(where, {name: None for name in state if name != "proj"}, pairs)
-    result = {}
+    result: dict[str, Tensor] = {}
     for ours, names in pairs.items():
         parts = state[ours].chunk(3) if len(names) == 3 else (state[ours],)
         result |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}

@@ -47,22 +47,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", type=Path, help="checkpoint, run, model directory or weight file")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="see below")
     parser.add_argument("--out", required=True, type=Path, help="directory (for projector: file) to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what a conversion has written to --out before")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what a conversion has written to --out before"
+    )
     parser.add_argument("--model-base", type=Path, metavar="DIR", help="language model that the source was trained on")
     coming = parser.add_argument_group("to checkpoint")
-    coming.add_argument("--vision-tower", type=Path, metavar="PATH", help="CLIP directory or open_clip directory or file")
+    coming.add_argument(
+        "--vision-tower", type=Path, metavar="PATH", help="CLIP directory or open_clip directory or file"
+    )
     coming.add_argument("--vision-tower-name", metavar="NAME", help="open_clip model name of a file without config")
     coming.add_argument("--template", help="conversation template (default vicuna_v1; plain for a projector)")
     coming.add_argument("--image-aspect-ratio", choices=("pad", "square"), help="default: what the source says, or pad")
-    coming.add_argument("--select-layer", type=int, metavar="N", help="tower layer (default: what the source says, or -2)")
+    coming.add_argument(
+        "--select-layer", type=int, metavar="N", help="tower layer (default: what the source says, or -2)"
+    )
     coming.add_argument("--alpha", type=float, help="LoRA alpha of the authors' .pt (default 2 r)")
     coming.add_argument("--mode", choices=("sparse", "dense"), default="sparse", help="of the authors' .pt")
     going = parser.add_argument_group("to llava, llava-lora, llava-hf, peft")
     going.add_argument("--expert", metavar="K|uniform|usage", help="replace a mixture by one plain LoRA: approximate")
-    going.add_argument("--usage", type=Path, metavar="FILE", help="routing.json of `llava-mole eval` for --expert usage")
-    going.add_argument("--mm-vision-tower", metavar="NAME", help="tower's name in LLaVA's config.json; else it is written")
+    going.add_argument(
+        "--usage", type=Path, metavar="FILE", help="routing.json of `llava-mole eval` for --expert usage"
+    )
+    going.add_argument(
+        "--mm-vision-tower", metavar="NAME", help="tower's name in LLaVA's config.json; else it is written"
+    )
     going.add_argument("--tower-in-shards", action="store_true", help="llava: the tower's weights among the others")
-    going.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as the language model has them)")
+    going.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights written (default: as the language model has them)"
+    )
     return parser
 
 

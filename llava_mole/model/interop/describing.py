@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from llava_mole.errors import WeightsError
 from llava_mole.data.store_format import read_manifest
+from llava_mole.errors import WeightsError
 from llava_mole.model.inspection import format_bytes
 from llava_mole.model.interop.causal_lm import fingerprint_language_model
 from llava_mole.model.interop.kinds import KINDS, NON_LORA_FILE, Found
@@ -19,7 +19,7 @@ NEXT = {
     "llava-lora": "use it: llava-mole convert DIR --to checkpoint --model-base VICUNA --vision-tower CLIP --out RUN",
     "llava-projector": "use it: llava-mole convert FILE --to projector --out FILE.safetensors (projector_weights)",
     "llava-hf": "use it: llava-mole convert DIR --to checkpoint --out RUN",
-    "released-mole": "use it: llava-mole convert FILE --to checkpoint --model-base VICUNA --vision-tower CLIP --out RUN",
+    "released-mole": "use it: llava-mole convert FILE --to checkpoint --model-base LLM --vision-tower CLIP --out RUN",
     "clip": "use it: llava-mole convert DIR --to open-clip --out TOWER (model.vision_tower)",
     "open_clip": "use it as model.vision_tower",
     "language-model": "use it as model.language_model",
@@ -85,7 +85,9 @@ def _parts(found: Found) -> list[str]:
     if not files:
         raise WeightsError(f"{found.path} holds no weights")
     weights = open_weights(found.path) if found.kind in ("llava", "llava-hf", "language-model") else Weights(files)
-    lines = [f"  {part:<28}{_count(weights, names):>16,} numbers" for part, names in _split(found, weights).items() if names]
+    lines = [
+        f"  {part:<28}{_count(weights, names):>16,} numbers" for part, names in _split(found, weights).items() if names
+    ]
     return [*lines, _line("files", f"{len(files)}, {format_bytes(sum(file.stat().st_size for file in files))}")]
 
 
@@ -103,7 +105,13 @@ def _split(found: Found, weights: Weights) -> Mapping[str, list[str]]:
             "unknown": parts.unknown,
         }
     if found.kind == "released-mole":
-        groups: dict[str, list[str]] = {"experts": [], "router": [], "attention LoRA": [], "projector": [], "frozen": []}
+        groups: dict[str, list[str]] = {
+            "experts": [],
+            "router": [],
+            "attention LoRA": [],
+            "projector": [],
+            "frozen": [],
+        }
         for name in names:
             groups[_released_part(name)].append(name)
         return groups

@@ -150,7 +150,9 @@ def export_llava_hf(path: Path, out: Path, options: ExportOptions) -> list[str]:
         config.save_pretrained(str(temporary))
         write_processor(own, tokenizer, temporary)
         GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         ).save_pretrained(str(temporary))
         return _checked(temporary, own, adapter, lora, llava_hf_name)
 
@@ -176,8 +178,8 @@ def _export(
         raise ConfigError(f"{own.path} has no adapter; export its projector with --to projector")
     if own.method == "mole" and expert is None and not mole_stays:
         raise ConfigError(
-            f"{own.path} is a mixture of experts, which cannot be merged or written as one LoRA; --expert k, uniform or "
-            "usage writes an approximation, --to peft the mixture itself"
+            f"{own.path} is a mixture of experts, which cannot be merged or written as one LoRA; --expert k, uniform "
+            "or usage writes an approximation, --to peft the mixture itself"
         )
     notes = _quantization_note(own)
     with publish(out, overwrite=options.overwrite) as temporary, tempfile.TemporaryDirectory() as scratch:
@@ -213,7 +215,9 @@ def _quantization_note(own: OwnCheckpoint) -> list[str]:
     quantization = own.manifest.get("quantization", "none")
     if quantization == "none" or own.method == "none":
         return []
-    return [f"APPROXIMATION: the adapter was trained on a language model in {quantization}, and is used on the original."]
+    return [
+        f"APPROXIMATION: the adapter was trained on a language model in {quantization}, and is used on the original."
+    ]
 
 
 def _llava_projector_state(state: dict[str, torch.Tensor], kind: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -235,7 +239,9 @@ def _write_llava_config(own: OwnCheckpoint, directory: Path, out: Path, options:
     config = read_json(own.language_model / "config.json")
     types = {inner: (outer, f"Llava{inner.capitalize()}ForCausalLM") for outer, (inner, _) in LLAVA_MODEL_TYPES.items()}
     if config.get("model_type") not in types:
-        raise ConfigError(f"{own.language_model} is a {config.get('model_type')!r}; LLaVA's layout has {', '.join(types)}")
+        raise ConfigError(
+            f"{own.language_model} is a {config.get('model_type')!r}; LLaVA's layout has {', '.join(types)}"
+        )
     model_type, architecture = types[config["model_type"]]
     tower_name = options.mm_vision_tower
     if tower_name is None:

@@ -6,9 +6,9 @@ from typing import Any
 from llava_mole.constants import CLIP_MEAN, CLIP_STD, DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, get_template
 from llava_mole.errors import ConfigError
+from llava_mole.model.builder import TOKENIZER_DIR
 from llava_mole.model.interop.clip_keys import clip_vision_config
 from llava_mole.model.interop.own import OwnCheckpoint
-from llava_mole.model.builder import TOKENIZER_DIR
 from llava_mole.model.language_model import load_tokenizer
 from llava_mole.templates import TOKENIZER_TEMPLATE
 
@@ -32,7 +32,7 @@ def embeddings_to_grow(own: OwnCheckpoint, tokenizer: Any, image_id: int) -> dic
     A new row copies the unknown token's, so that its logit is the unknown token's too: it never wins. The logits of
     all other tokens stay as they are.
     """
-    copied = next((t for t in (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None))
+    copied = next(t for t in (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None)
     model = own.skeleton.model
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     grow = {}

@@ -33,9 +33,9 @@ from llava_mole.model.interop.publishing import check_target, publish, write_lab
 from llava_mole.model.interop.released import check_base_weights, check_experts, read_released, write_experts
 from llava_mole.model.interop.sources import LanguageModelPart, Source, read_adapter, read_source
 from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json
-from llava_mole.model.interop.towers import Tower, open_tower, tower_fingerprint, tower_from_parts, write_open_clip
 from llava_mole.model.interop.towers import CONFIG_FILE as TOWER_CONFIG
 from llava_mole.model.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
+from llava_mole.model.interop.towers import Tower, open_tower, tower_fingerprint, tower_from_parts, write_open_clip
 from llava_mole.model.language_model import load_tokenizer
 from llava_mole.model.multimodal_projector import build_projector
 
@@ -129,7 +129,11 @@ def _language_model(source: Source, options: ImportOptions) -> tuple[LanguageMod
     if base.kind in ("llava", "llava-hf"):
         whole = read_source(options.model_base)
         if not source.tower_names:
-            source.weights, source.tower_names, source.tower_config = whole.weights, whole.tower_names, whole.tower_config
+            source.weights, source.tower_names, source.tower_config = (
+                whole.weights,
+                whole.tower_names,
+                whole.tower_config,
+            )
         return whole.language_model, options.model_base
     raise WeightsError(f"--model-base {options.model_base} is {base.kind!r}; needed is a language model or full LLaVA")
 
@@ -219,7 +223,9 @@ def _write(
     def write_files(checkpoint: Path) -> None:
         save_config(config, checkpoint / CONFIG_FILE)
         tokenizer.save_pretrained(checkpoint / TOKENIZER_DIR)
-        save_file({PROJECTOR_PREFIX + n: v.contiguous() for n, v in source.projector.items()}, checkpoint / PROJECTOR_FILE)
+        save_file(
+            {PROJECTOR_PREFIX + n: v.contiguous() for n, v in source.projector.items()}, checkpoint / PROJECTOR_FILE
+        )
         if adapter.write is not None:
             adapter.write(checkpoint / ADAPTER_DIR, config.model.language_model)
 
@@ -240,7 +246,9 @@ def _write(
         },
         "paths": {
             "language_model": f"../{LANGUAGE_MODEL_DIR}" if inside else str(language_model.resolve()),
-            "vision_tower_weights": f"{beside}/{TOWER_WEIGHTS}" if tower.state else str(Path(tower_config.weights).resolve()),
+            "vision_tower_weights": f"{beside}/{TOWER_WEIGHTS}"
+            if tower.state
+            else str(Path(tower_config.weights).resolve()),
             "vision_tower_config": f"{beside}/{TOWER_CONFIG}" if tower.state else absolute,
         },
     }

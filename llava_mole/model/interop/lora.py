@@ -80,7 +80,7 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
             f"{weights_file}: {len(unknown)} tensors adapt no linear of the language model: {shorten(unknown)}"
         )
     adapted = [path for path in linears if targets(config["target_modules"], path)]
-    needed = {}
+    needed: dict[str, tuple[int, ...]] = {}
     for path in adapted:
         out, inner = linears[path]
         rank = int(_pattern(config.get("rank_pattern") or {}, path, config["r"]))

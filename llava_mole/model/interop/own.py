@@ -98,5 +98,3 @@ def llava_projector(state: dict[str, torch.Tensor], kind: str) -> dict[str, torc
     if any(not name.endswith((".weight", ".bias")) for name in state):
         raise ConfigError(f"projector {kind!r} has learned vectors around an image, for which LLaVA has no place")
     return dict(state)
-
-

@@ -53,7 +53,9 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise WeightsError(f"{out} exists; give another --out, or --overwrite to replace it")
     if out.is_dir() and any(out.iterdir()) and not (out / LABEL_FILE).is_file():
-        raise WeightsError(f"{out} is a directory that no conversion has written (no {LABEL_FILE}); it stays: remove it")
+        raise WeightsError(
+            f"{out} is a directory that no conversion has written (no {LABEL_FILE}); it stays: remove it"
+        )
 
 
 def write_label(directory: Path, fields: dict[str, Any]) -> None:

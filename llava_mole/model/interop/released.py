@@ -129,7 +129,9 @@ def check_base_weights(released: ReleasedMole, base: Weights, where: Path) -> No
     assert released.source.weights is not None
     for name, there in released.base_names.items():
         if name not in base:
-            raise WeightsError(f"{released.source.found.path} holds {there}, which {where} has not; is it another base?")
+            raise WeightsError(
+                f"{released.source.found.path} holds {there}, which {where} has not; is it another base?"
+            )
         ours, theirs = base[name], released.source.weights[there]
         if ours.shape != theirs.shape or not torch.equal(ours.bfloat16(), theirs.bfloat16()):
             raise WeightsError(

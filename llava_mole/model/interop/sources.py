@@ -113,7 +113,7 @@ def read_llava_hf(found: Found) -> Source:
     from transformers import LlavaConfig
 
     where = found.path / "config.json"
-    config = LlavaConfig.from_pretrained(str(found.path), local_files_only=True)
+    config: Any = LlavaConfig.from_pretrained(str(found.path), local_files_only=True)
     if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
         raise WeightsError(
             f"{where}: vision_feature_layer {config.vision_feature_layer!r} with strategy "
@@ -183,9 +183,13 @@ def _from_llava_config(found: Found, parts: Parts, weights: Weights) -> Source:
     config, where = found.config, found.path / "config.json"
     for key, allowed in LLAVA_FLAT.items():
         if config.get(key) not in allowed:
-            raise WeightsError(f"{where}: {key} {config[key]!r}; LLaVA-1.5 has {allowed[0]!r}, others cannot be run here")
+            raise WeightsError(
+                f"{where}: {key} {config[key]!r}; LLaVA-1.5 has {allowed[0]!r}, others cannot be run here"
+            )
     if config.get("mm_vision_select_feature", "patch") != "patch":
-        raise WeightsError(f"{where}: mm_vision_select_feature {config['mm_vision_select_feature']!r}; needed is 'patch'")
+        raise WeightsError(
+            f"{where}: mm_vision_select_feature {config['mm_vision_select_feature']!r}; needed is 'patch'"
+        )
     aspect_ratio = config.get("image_aspect_ratio", "square" if config else None)
     if aspect_ratio not in ("pad", "square", None):
         raise WeightsError(f"{where}: image_aspect_ratio {aspect_ratio!r}; supported are 'pad' and 'square'")

@@ -182,7 +182,7 @@ def check_shapes(where: object, found: Mapping[str, tuple[int, ...]], needed: Ma
 def _shapes(handle: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(handle, dict):
         return {name: tuple(value.shape) for name, value in handle.items()}
-    return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
 
 
 def _is_dict(value: Any) -> bool:

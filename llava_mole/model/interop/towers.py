@@ -138,12 +138,13 @@ def write_hugging_face(tower: Tower, directory: Path, aspect_ratio: str) -> None
     from transformers import CLIPVisionConfig
 
     directory.mkdir(parents=True)
-    config = CLIPVisionConfig(**clip_vision_config(tower.config, directory))
+    values = clip_vision_config(tower.config, directory)
+    config = CLIPVisionConfig(**values)
     config.architectures = ["CLIPVisionModel"]
     config.save_pretrained(str(directory))
     state = hugging_face_state(tower)
     save_file({f"vision_model.{k}": v for k, v in state.items()}, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_image_processor(directory, config.image_size, aspect_ratio)
+    write_image_processor(directory, values["image_size"], aspect_ratio)
 
 
 def hugging_face_state(tower: Tower) -> dict[str, torch.Tensor]:
