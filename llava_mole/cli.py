@@ -15,10 +15,14 @@ SUBCOMMANDS = {
     "report": ("llava_mole.eval.report", "compare scored runs in one table"),
     "plan": ("llava_mole.analysis.plan_command", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
-    "inspect": ("llava_mole.model.inspection", "say what a run or checkpoint directory holds"),
+    "prepare": ("llava_mole.prepare", "convert a published or own data set for training"),
     "check-data": ("llava_mole.analysis.check_command", "look at every record and image of a run before it starts"),
-    "prepare": ("llava_mole.prepare", "write a data set to disk"),
     "prepare-benchmark": ("llava_mole.eval.prepare_benchmark", "convert a benchmark's official files to questions"),
+    "convert": (
+        "llava_mole.model.interop.convert_command",
+        "take checkpoints of LLaVA and Hugging Face in, or ours out",
+    ),
+    "inspect": ("llava_mole.model.inspection", "say what a directory or weight file is and holds"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
 

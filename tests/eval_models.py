@@ -16,11 +16,16 @@ from llava_mole.train.saving import CheckpointWriter, Progress
 
 
 def make_checkpoint(
-    directory: Path, method: str = "mole", options: dict[str, Any] | None = None, chat_template: str | None = None
+    directory: Path,
+    method: str = "mole",
+    options: dict[str, Any] | None = None,
+    chat_template: str | None = None,
+    std: float = 0.3,
 ) -> Path:
     """Write `<directory>/run/checkpoint-1` of an untrained model with random adapters. Returns the run directory.
 
-    With a `chat_template` the tokenizer has it and the model was trained with it.
+    `std` is the adapters' standard deviation. With a `chat_template` the tokenizer has it, and
+    the model was trained with it.
     """
     path = make_world(directory, samples=1)
     if chat_template:
@@ -36,7 +41,7 @@ def make_checkpoint(
     attach_adapter(model, config.adapter)
     for name, parameter in model.language_model.named_parameters():
         if parameter.requires_grad or "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=std)
     run = directory / "run"
     CheckpointWriter(run, config, hf_tokenizer, fingerprints).write(model, {}, Progress(step=1))
     return run

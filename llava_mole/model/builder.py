@@ -159,7 +159,7 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
         CheckpointError: it does not verify, has no adapter, another one, or was trained on another base model.
     """
     checkpoint = resolve_checkpoint(source)
-    _check_base(checkpoint, fingerprints)
+    check_base(checkpoint, fingerprints)
     method = read_manifest(checkpoint)["adapter"]
     if method != config.method or method == "none":
         raise CheckpointError(
@@ -175,7 +175,8 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
     load_adapter_state(model, checkpoint)
 
 
-def _check_base(checkpoint: Path, fingerprints: dict[str, str]) -> None:
+def check_base(checkpoint: Path, fingerprints: dict[str, str]) -> None:
+    """Raise CheckpointError unless the frozen parts are those that the checkpoint was trained on."""
     for part, found in fingerprints.items():
         recorded = read_manifest(checkpoint)["fingerprints"][part]
         if found != recorded:
@@ -211,17 +212,13 @@ def load_pretrained_model(
     path = resolve_checkpoint(model_path)
     manifest = read_manifest(path)
     config = load_config(path / CONFIG_FILE)
-    config.model.language_model = model_base or _where(config.model.language_model, manifest, "language_model")
-    tower = config.model.vision_tower
-    tower.weights = _where(tower.weights, manifest, "vision_tower_weights")
-    if tower.name.endswith(".json"):
-        tower.name = _where(tower.name, manifest, "vision_tower_config")
+    locate_parts(config.model, manifest, path, model_base)
     if quantization is not None and quantization != config.model.quantization:
         logger.info("language model: quantisation %s, in training %s", quantization, config.model.quantization)
         config.model.quantization = quantization
     where, float_type = select_device(device), getattr(torch, dtype)
     model, _, fingerprints = build_parts(config.model)
-    _check_base(path, fingerprints)
+    check_base(path, fingerprints)
     # The checkpoint's own: the base directory's may have been changed since, down to its chat template.
     hf_tokenizer = load_tokenizer(str(path / TOKENIZER_DIR))
     quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
@@ -248,10 +245,24 @@ def build_image_processor(model: LlavaMole, aspect_ratio: Literal["pad", "square
     return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio)
 
 
-def _where(configured: str, manifest: dict[str, Any], key: str) -> str:
-    """The configured path, or where the run found it if the working directory is another now."""
-    absolute = manifest["paths"][key]
-    return configured if Path(configured).exists() or not Path(absolute).exists() else absolute
+def locate_parts(config: ModelConfig, manifest: dict[str, Any], checkpoint: Path, model_base: str | None) -> None:
+    """Point `config`, in place, to where a checkpoint's language model and tower are now.
+
+    The configured path, or where the run found it if the working directory is another now. What the manifest has as a
+    relative path lies beside the checkpoint, and is looked for there first: such a directory can be moved.
+    """
+
+    def where(configured: str, key: str) -> str:
+        recorded = manifest["paths"][key]
+        found = checkpoint / recorded  # an absolute path stays itself
+        beside = not Path(recorded).is_absolute()
+        return str(found) if found.exists() and (beside or not Path(configured).exists()) else configured
+
+    config.language_model = model_base or where(config.language_model, "language_model")
+    tower = config.vision_tower
+    tower.weights = where(tower.weights, "vision_tower_weights")
+    if tower.name.endswith(".json"):
+        tower.name = where(tower.name, "vision_tower_config")
 
 
 def _load_adapter(language_model: nn.Module, directory: Path) -> nn.Module:

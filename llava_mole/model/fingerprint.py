@@ -16,8 +16,13 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
             so a file in half precision and its float32 copy have the same fingerprint. Quantised weights do not:
             take it before.
     """
+    return fingerprint_in_order(sorted(tensors, key=lambda pair: pair[0]))
+
+
+def fingerprint_in_order(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`fingerprint` of pairs that come sorted by name; one tensor at a time is enough."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+    for name, tensor in tensors:
         digest.update(f"{name}:{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         stride = max(1, flat.numel() // _SAMPLES)

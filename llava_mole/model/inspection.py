@@ -1,4 +1,7 @@
-"""`llava-mole inspect DIR`: what a run or checkpoint directory holds, and whether it is intact. Loads no weights."""
+"""`llava-mole inspect PATH`: what a directory or weight file is and holds, and whether our own is intact.
+
+Our runs and checkpoints are described here, everything else in `interop.describing`.
+"""
 
 import argparse
 import json
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.errors import EXIT_USER_ERROR, CheckpointError, command
-from llava_mole.model.checkpoint import MANIFEST, list_checkpoints, verify_checkpoint
+from llava_mole.model.checkpoint import list_checkpoints, verify_checkpoint
 
 
 def count_parameters(path: Path) -> int:
@@ -55,7 +58,10 @@ def describe_checkpoint(directory: Path) -> str:
     for key in ("stage", "step", "adapter", "template", "quantization", "version"):
         lines.append(f"  {key:<28}{manifest.get(key, 'not recorded')}")
     for key, value in manifest.get("paths", {}).items():
-        lines.append(f"  {key:<28}{value}" + ("" if Path(value).exists() or "/" not in value else "   (not there now)"))
+        there = (directory / value).exists() or "/" not in value
+        lines.append(f"  {key:<28}{value}" + ("" if there else "   (not there now)"))
+    for key, value in manifest.get("imported", {}).items():
+        lines.append(f"  {'imported ' + key:<28}{value}")
     for key, value in manifest.get("fingerprints", {}).items():
         lines.append(f"  {key + ' fingerprint':<28}{value}")
     return "\n".join([*lines, "parts:", *describe_parts(directory, manifest)])
@@ -81,17 +87,23 @@ def describe_run(run_dir: Path, checkpoints: Sequence[Path]) -> tuple[str, bool]
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Describe a directory. The exit code is 0 only if everything in it is intact."""
-    parser = argparse.ArgumentParser(prog="llava-mole inspect", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("directory", metavar="DIR", type=Path, help="run directory or checkpoint")
-    directory = parser.parse_args(argv).directory
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory; give a run directory or a checkpoint-<step> inside one")
-    checkpoints = list_checkpoints(directory)
-    if (directory / MANIFEST).is_file() or not checkpoints:
-        print(describe_checkpoint(directory))
+    """Describe a path. The exit code is 0 only if everything in it is intact."""
+    from llava_mole.model.interop.describing import describe_found
+    from llava_mole.model.interop.kinds import find_kind
+
+    parser = argparse.ArgumentParser(
+        prog="llava-mole inspect", description="What a directory or weight file is and holds; its name plays no part."
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="run, checkpoint, model, adapter, tower or data set")
+    path = parser.parse_args(argv).path
+    found = find_kind(path)
+    if found.kind == "checkpoint":
+        print(describe_checkpoint(path))
         return 0
-    text, intact = describe_run(directory, checkpoints)
+    if found.kind != "run":
+        print("\n".join(describe_found(found)))
+        return 0
+    text, intact = describe_run(path, list_checkpoints(path))
     print(text)
     return 0 if intact else EXIT_USER_ERROR
 

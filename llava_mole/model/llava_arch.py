@@ -33,7 +33,7 @@ class LlavaMole(nn.Module):
     @property
     def num_image_tokens(self) -> int:
         """Positions an image takes in the sequence (P)."""
-        return self.vision_tower.num_patches
+        return self.vision_tower.num_patches + getattr(self.projector[-1], "extra_positions", 0)
 
     @property
     def causal_lm(self) -> Any:

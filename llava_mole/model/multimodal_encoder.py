@@ -78,6 +78,7 @@ def read_tower_config(name: str) -> dict[str, Any]:
                 f"model.vision_tower.name {name!r} is no open_clip model; see open_clip.list_models(), "
                 "or give a JSON file"
             )
+    config = config.get("model_cfg", config)  # the Hugging Face hub's open_clip_config.json has it one level down
     missing = [key for key in ("embed_dim", "vision_cfg") if key not in config]
     if missing or "timm_model_name" in config.get("vision_cfg", {}):
         raise ConfigError(f"model.vision_tower.name {name!r}: only open_clip's own ViT towers are supported")
@@ -106,9 +107,7 @@ def build_vision_tower(name: str, weights: str, activation: str, select_layer: i
             f"vision tower {name!r} is built with {built_with}, but its weights need {activation} "
             f"(model.vision_tower.activation); for OpenAI's weights take the name ending in '-quickgelu'"
         )
-    state = _read_state(Path(weights))
-    if any(key.startswith("visual.") for key in state):
-        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    state = read_visual_state(Path(weights))
     with torch.device("meta"):
         clip = open_clip.CLIP(
             embed_dim=config["embed_dim"],
@@ -116,7 +115,9 @@ def build_vision_tower(name: str, weights: str, activation: str, select_layer: i
             text_cfg=open_clip.CLIPTextCfg(),
             quick_gelu=built_with == "quick_gelu",
         )
-    visual = clip.visual
+    visual: Any = clip.visual
+    if "proj" not in state:
+        visual.proj = None  # never used here, and Hugging Face's CLIPVisionModel has none
     expected = visual.state_dict()
     problems = [f"missing {key}" for key in expected.keys() - state.keys()]
     problems += [f"unexpected {key}" for key in state.keys() - expected.keys()]
@@ -134,6 +135,14 @@ def build_vision_tower(name: str, weights: str, activation: str, select_layer: i
     identity = fingerprint(state.items())
     visual.load_state_dict(state, strict=True, assign=True)
     return VisionTower(visual, select_layer, identity)
+
+
+def read_visual_state(path: Path) -> dict[str, torch.Tensor]:
+    """The visual part of an open_clip state dict, names without `visual.`. Raises WeightsError, see above."""
+    state = _read_state(path)
+    if any(key.startswith("visual.") for key in state):
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    return state
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:

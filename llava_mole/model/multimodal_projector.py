@@ -2,9 +2,33 @@
 
 import re
 
+import torch
 from torch import nn
 
 from llava_mole.errors import ConfigError
+
+ENDS = "+ends"
+
+
+class ImageEnds(nn.Module):
+    """Learned vectors around the features of an image: [N, P, D] -> [N, P + 2, D].
+
+    The authors of LLaVA-MoLE trained theirs so; LLaVA-1.5 has none.
+    """
+
+    extra_positions = 2
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.start = nn.Parameter(torch.empty(hidden_size))
+        self.end = nn.Parameter(torch.empty(hidden_size))
+        for vector in (self.start, self.end):
+            nn.init.normal_(vector, std=hidden_size**-0.5)
+
+    def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
+        ends = (vector.expand(features_NPD.shape[0], 1, -1) for vector in (self.start, self.end))
+        start_N1D, end_N1D = ends
+        return torch.cat([start_N1D, features_NPD, end_N1D], dim=1)
 
 
 def build_projector(kind: str, vision_size: int, hidden_size: int) -> nn.Sequential:
@@ -12,17 +36,21 @@ def build_projector(kind: str, vision_size: int, hidden_size: int) -> nn.Sequent
 
     Args:
         kind: `linear`, or `mlp<N>x_gelu`: N linear layers with exact GELU in between. The state keys are LLaVA's
-            (`0.weight`, `0.bias`, `2.weight`, ...).
+            (`0.weight`, `0.bias`, `2.weight`, ...). With `+ends` behind it, `ImageEnds` follow.
 
     Raises:
         ConfigError: `kind` is neither.
     """
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(vision_size, hidden_size))
-    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
-    if match is None:
-        raise ConfigError(f"model.projector {kind!r}: allowed are 'linear' and 'mlp<N>x_gelu', as in 'mlp2x_gelu'")
+    plain = kind.removesuffix(ENDS)
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", plain)
+    if match is None and plain != "linear":
+        raise ConfigError(
+            f"model.projector {kind!r}: allowed are 'linear' and 'mlp<N>x_gelu', as in 'mlp2x_gelu', and either with "
+            f"{ENDS!r} for learned vectors around an image"
+        )
     layers: list[nn.Module] = [nn.Linear(vision_size, hidden_size)]
-    for _ in range(int(match[1]) - 1):
+    for _ in range(int(match[1]) - 1 if match else 0):
         layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+    if kind.endswith(ENDS):
+        layers.append(ImageEnds(hidden_size))
     return nn.Sequential(*layers)

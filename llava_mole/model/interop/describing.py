@@ -1,0 +1,143 @@
+"""What foreign directories and files hold, in words, for `llava-mole inspect`. Reads headers, not values."""
+
+import math
+from collections.abc import Mapping
+
+from llava_mole.data.store_format import read_manifest
+from llava_mole.errors import WeightsError
+from llava_mole.model.inspection import format_bytes
+from llava_mole.model.interop.causal_lm import fingerprint_language_model
+from llava_mole.model.interop.kinds import KINDS, NON_LORA_FILE, Found
+from llava_mole.model.interop.llava_keys import split_llava, split_llava_hf
+from llava_mole.model.interop.lora import ADAPTER_CONFIG
+from llava_mole.model.interop.publishing import LABEL_FILE
+from llava_mole.model.interop.tensors import Weights, open_weights, read_json
+from llava_mole.model.interop.towers import open_tower, tower_fingerprint
+
+NEXT = {
+    "llava": "use it: llava-mole convert DIR --to checkpoint --vision-tower CLIP --out RUN",
+    "llava-lora": "use it: llava-mole convert DIR --to checkpoint --model-base VICUNA --vision-tower CLIP --out RUN",
+    "llava-projector": "use it: llava-mole convert FILE --to projector --out FILE.safetensors (projector_weights)",
+    "llava-hf": "use it: llava-mole convert DIR --to checkpoint --out RUN",
+    "released-mole": "use it: llava-mole convert FILE --to checkpoint --model-base LLM --vision-tower CLIP --out RUN",
+    "clip": "use it: llava-mole convert DIR --to open-clip --out TOWER (model.vision_tower)",
+    "open_clip": "use it as model.vision_tower",
+    "language-model": "use it as model.language_model",
+    "projector": "use it as projector_weights",
+    "peft": "use it: peft.PeftModel.from_pretrained on its base",
+}
+
+
+def describe_found(found: Found) -> list[str]:
+    """Lines about anything but our own runs and checkpoints. Raises WeightsError where its files cannot be read."""
+    lines = [f"{found.path}: {KINDS[found.kind]}"]
+    label = found.path / LABEL_FILE
+    if found.path.is_dir() and label.is_file():
+        written = read_json(label)
+        lines += [_line("written by", f"llava_mole {written.get('version')}, {written.get('converted')}")]
+        lines += [_line("from", written["from"])] if "from" in written else []
+        lines += [_line("label", written["approximation"])] if "approximation" in written else []
+        lines += [_line("template", written["template"])] if "template" in written else []
+    if found.kind == "prepared":
+        return lines + _describe_prepared(found)
+    lines += _facts(found)
+    lines += ["parts:", *_parts(found)]
+    return [*lines, NEXT[found.kind]]
+
+
+def _facts(found: Found) -> list[str]:
+    config = found.config
+    keys = {
+        "llava": ("model_type", "mm_vision_tower", "mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio"),
+        "llava-hf": ("vision_feature_layer", "vision_feature_select_strategy", "image_token_index"),
+        "peft": ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "num_experts", "mode"),
+        "language-model": ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"),
+    }
+    names = keys["llava"] if found.kind in ("llava-lora", "llava-projector") else keys.get(found.kind, ())
+    lines = [_line(key, config[key]) for key in names if config.get(key) is not None]
+    if found.kind == "llava-lora":
+        adapter = read_json(found.path / ADAPTER_CONFIG)
+        lines += [_line(key, adapter.get(key)) for key in ("base_model_name_or_path", "r", "lora_alpha")]
+        if not (found.path / NON_LORA_FILE).is_file():
+            lines.append(_line("incomplete", f"no {NON_LORA_FILE}: the projector is not in it"))
+    stage = {"llava-projector": "pretrain", "projector": "pretrain"}.get(found.kind, "finetune")
+    if found.kind.startswith(("llava", "released", "projector")):
+        lines += [_line("stage", stage), _line("template", "not recorded in this layout; LLaVA-1.5's is vicuna_v1")]
+    if found.kind in ("llava", "llava-hf", "language-model"):
+        lines.append(_line("base", "none: it holds the language model itself"))
+    if found.kind == "released-mole":
+        lines.append(_line("base", "not recorded; vicuna-7b-v1.5 in the authors' code"))
+    return [*lines, *_fingerprints(found)]
+
+
+def _fingerprints(found: Found) -> list[str]:
+    """Of whole parts that our checkpoints would name; the others have none before they are converted."""
+    if found.kind == "language-model":
+        return [_line("fingerprint", fingerprint_language_model(found.path))]
+    if found.kind == "clip" or (found.kind == "open_clip" and found.path.is_dir()):
+        tower = open_tower(found.path)
+        return [_line("activation", tower.activation), _line("fingerprint", tower_fingerprint(tower))]
+    return []
+
+
+def _parts(found: Found) -> list[str]:
+    files = found.files
+    if not files:
+        raise WeightsError(f"{found.path} holds no weights")
+    weights = open_weights(found.path) if found.kind in ("llava", "llava-hf", "language-model") else Weights(files)
+    lines = [
+        f"  {part:<28}{_count(weights, names):>16,} numbers" for part, names in _split(found, weights).items() if names
+    ]
+    return [*lines, _line("files", f"{len(files)}, {format_bytes(sum(file.stat().st_size for file in files))}")]
+
+
+def _split(found: Found, weights: Weights) -> Mapping[str, list[str]]:
+    names = list(weights)
+    if found.kind in ("llava", "llava-lora", "llava-projector", "projector", "llava-hf"):
+        adapter = [name for name in names if ".lora_" in name]
+        others = [name for name in names if ".lora_" not in name]
+        parts = split_llava_hf(others) if found.kind == "llava-hf" else split_llava(others)
+        return {
+            "language model": list(parts.language_model.values()),
+            "vision tower": list(parts.tower.values()),
+            "projector": list(parts.projector.values()),
+            "adapter": adapter,
+            "unknown": parts.unknown,
+        }
+    if found.kind == "released-mole":
+        groups: dict[str, list[str]] = {
+            "experts": [],
+            "router": [],
+            "attention LoRA": [],
+            "projector": [],
+            "frozen": [],
+        }
+        for name in names:
+            groups[_released_part(name)].append(name)
+        return groups
+    whole = {"peft": "adapter", "clip": "vision tower", "open_clip": "vision tower"}.get(found.kind, "language model")
+    return {whole: names}
+
+
+def _released_part(name: str) -> str:
+    if "in_adaptor." in name and "text_embed" not in name:
+        return "projector"
+    marks = ((".mlp.moe_", "experts"), (".mlp.router.", "router"), (".lora_", "attention LoRA"))
+    return next((part for mark, part in marks if mark in name), "frozen")
+
+
+def _count(weights: Weights, names: list[str]) -> int:
+    return sum(math.prod(weights.shape(name)) for name in names)
+
+
+def _describe_prepared(found: Found) -> list[str]:
+    """Rows and shards, whose sizes have been compared with the manifest. Raises DataError where they differ."""
+    manifest = read_manifest(found.path)
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    lines = [_line(key, manifest[key]) for key in ("name", "format", "rows") if key in manifest]
+    shards = f"{len(manifest['shards'])}, {format_bytes(size)}, all of the recorded size"
+    return [*lines, _line("shards", shards), "use it: data.sources.<name>.annotations"]
+
+
+def _line(key: str, value: object) -> str:
+    return f"  {key:<28}{value}"

@@ -1,0 +1,131 @@
+"""What transformers needs beside the weights of a `llava-hf` checkpoint: configuration, tokenizer, processor."""
+
+from pathlib import Path
+from typing import Any
+
+from llava_mole.constants import CLIP_MEAN, CLIP_STD, DEFAULT_IMAGE_TOKEN
+from llava_mole.conversation import Template, get_template
+from llava_mole.errors import ConfigError
+from llava_mole.model.builder import TOKENIZER_DIR
+from llava_mole.model.interop.clip_keys import clip_vision_config
+from llava_mole.model.interop.own import OwnCheckpoint
+from llava_mole.model.language_model import load_tokenizer
+from llava_mole.templates import TOKENIZER_TEMPLATE
+
+
+def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:
+    """The language model's tokenizer with `<image>` as a special token, and its id."""
+    from transformers import AddedToken
+
+    tokenizer = load_tokenizer(str(own.path / TOKENIZER_DIR))
+    token = AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"  # what batched generation needs
+    return tokenizer, int(tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
+
+
+def embeddings_to_grow(own: OwnCheckpoint, tokenizer: Any, image_id: int) -> dict[str, tuple[int, int]]:
+    """Matrices with too few rows for the image token: name -> (rows needed, row to copy).
+
+    A new row copies the unknown token's, so that its logit is the unknown token's too: it never wins. The logits of
+    all other tokens stay as they are.
+    """
+    copied = next(t for t in (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None)
+    model = own.skeleton.model
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    grow = {}
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if module in modules and weight in own.names and own.skeleton.shapes[weight][0] <= image_id:
+            grow[weight] = (image_id + 1, copied)
+    return grow
+
+
+def llava_config(own: OwnCheckpoint, image_id: int, rows: int) -> Any:
+    """`LlavaConfig` of a checkpoint whose language model has `rows` embeddings.
+
+    Raises:
+        ConfigError: a projector other than `mlp2x_gelu`, the only one transformers has.
+    """
+    from transformers import LlavaConfig
+
+    model = own.config.model
+    if model.projector != "mlp2x_gelu":
+        raise ConfigError(f"model.projector is {model.projector!r}; the layout of llava-hf has 'mlp2x_gelu' only")
+    vision = clip_vision_config(own.tower.config, own.path)
+    text = own.skeleton.config.to_dict()
+    text["vocab_size"] = rows
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    config = LlavaConfig(
+        vision_config={**vision, "model_type": "clip_vision_model"},
+        text_config=text,
+        image_token_index=image_id,
+        image_seq_length=patches,
+        vision_feature_layer=model.vision_tower.select_layer,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    return config
+
+
+def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> None:
+    """Write tokenizer, image processor, chat template and `processor_config.json`."""
+    from transformers import LlavaImageProcessor, LlavaProcessor
+
+    vision, name = own.tower.config["vision_cfg"], own.manifest["template"]
+    size = vision["image_size"]
+    images = LlavaImageProcessor(
+        do_pad=own.aspect_ratio == "pad",
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+    )
+    processor = LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template if name == TOKENIZER_TEMPLATE else chat_template(get_template(name)),
+    )
+    processor.save_pretrained(str(directory))
+
+
+def chat_template(template: Template) -> str | None:
+    """A template in Jinja, for messages whose content is text or a list of text and image parts.
+
+    None for caption templates, which have no conversation.
+    """
+    if template.caption:
+        return None
+
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+    fields = ("system", "first_text_prefix", "between_rounds", "user_start", "user_end", "answer_marker")
+    strings = {name: quoted(getattr(template, name)) for name in (*fields, "answer_start", "answer_end")}
+    trim = "{%- set parts.text = parts.text | trim -%}" if template.strip else ""
+    text = (
+        "{%- set image = '" + DEFAULT_IMAGE_TOKEN + "' -%}"
+        "{%- for message in messages -%}"
+        "{%- set parts = namespace(image='', text='') -%}"
+        "{%- if message['content'] is string -%}{%- set parts.text = message['content'] -%}{%- else -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}{%- set parts.image = image + '\\n' -%}"
+        "{%- else -%}{%- set parts.text = parts.text + part['text'] -%}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}" + trim + "{%- if loop.first -%}{{ SYSTEM }}{%- endif -%}"
+        "{%- if message['role'] == 'user' -%}"
+        "{%- if not loop.first -%}{{ BETWEEN_ROUNDS }}{%- endif -%}"
+        "{{ USER_START }}{%- if loop.first -%}{{ FIRST_TEXT_PREFIX }}{%- endif -%}"
+        "{{ parts.image + parts.text }}{{ USER_END }}"
+        "{%- else -%}{{ ANSWER_MARKER + ANSWER_START + parts.text + ANSWER_END }}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ ANSWER_MARKER }}{%- endif -%}"
+    )
+    for name in sorted(strings, key=len, reverse=True):
+        text = text.replace(name.upper(), strings[name])
+    return text

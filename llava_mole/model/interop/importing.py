@@ -1,0 +1,270 @@
+"""Foreign checkpoints in: they become a run directory that every command of this package reads.
+
+`OUT/checkpoint-0/` is a checkpoint as training writes it. Beside it lie, where the weights had to be rewritten,
+`OUT/language_model/` (Hugging Face's layout) and `OUT/vision_tower/` (open_clip's). What is usable where it is, stays
+there: it is named, not copied.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from llava_mole import __version__
+from llava_mole.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    VisionTowerConfig,
+    save_config,
+)
+from llava_mole.errors import WeightsError
+from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
+from llava_mole.model.checkpoint import write_checkpoint
+from llava_mole.model.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model
+from llava_mole.model.interop.kinds import find_kind
+from llava_mole.model.interop.lora import write_lora
+from llava_mole.model.interop.publishing import check_target, publish, write_label
+from llava_mole.model.interop.released import check_base_weights, check_experts, read_released, write_experts
+from llava_mole.model.interop.sources import LanguageModelPart, Source, read_adapter, read_source
+from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json
+from llava_mole.model.interop.towers import CONFIG_FILE as TOWER_CONFIG
+from llava_mole.model.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
+from llava_mole.model.interop.towers import Tower, open_tower, tower_fingerprint, tower_from_parts, write_open_clip
+from llava_mole.model.language_model import load_tokenizer
+from llava_mole.model.multimodal_projector import build_projector
+
+LANGUAGE_MODEL_DIR, VISION_TOWER_DIR = "language_model", "vision_tower"
+AspectRatio = Literal["pad", "square"]
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a foreign checkpoint does not say, or says wrongly."""
+
+    model_base: Path | None = None
+    vision_tower: Path | None = None
+    vision_tower_name: str | None = None
+    template: str | None = None
+    """None: `plain` for a projector of stage 1, else `vicuna_v1`, LLaVA-1.5's."""
+    aspect_ratio: AspectRatio | None = None
+    """None: as the checkpoint says, else `pad`."""
+    select_layer: int | None = None
+    """None: as the checkpoint says, else -2."""
+    alpha: float | None = None
+    """Of the authors' MoLE file; None takes 2 r."""
+    mode: str = "sparse"
+    """Of the authors' MoLE file: `sparse` or `dense`."""
+    overwrite: bool = False
+
+
+@dataclass
+class _Adapter:
+    config: AdapterConfig = field(default_factory=AdapterConfig)
+    write: Callable[[Path, str], None] | None = None
+
+
+def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str]:
+    """Make `out` a run directory from the checkpoint at `path`.
+
+    Returns:
+        What was assumed because the checkpoint does not say it, in words.
+
+    Raises:
+        WeightsError: it is none of the readable kinds, a part is missing, or tensors do not fit.
+    """
+    check_target(out, overwrite=options.overwrite)
+    found = find_kind(path)
+    if out.resolve() == path.resolve():
+        raise WeightsError(f"--out {out} is the source itself; give another one")
+    released = read_released(found) if found.kind == "released-mole" else None
+    source = read_source(path) if released is None else released.source
+    inside, base_dir = _language_model(source, options)
+    skeleton = inside.skeleton() if inside else _skeleton_of(base_dir)
+    tower = _tower(source, options)
+    _check_projector(source, tower, skeleton)
+    adapter = _Adapter()
+    if released is not None:
+        check_experts(released, skeleton.linears())
+        check_base_weights(released, inside.weights if inside else open_weights(base_dir), base_dir)
+        mole = released.adapter_config(options.alpha, options.mode)
+        adapter = _Adapter(mole, lambda directory, base: write_experts(released, mole, directory, base))
+    elif found.kind == "llava-lora":
+        lora = read_adapter(found, skeleton.linears())
+        plain = AdapterConfig(method="lora", rank=lora.config["r"], alpha=float(lora.config["lora_alpha"]))
+        adapter = _Adapter(plain, lambda directory, base: write_lora(lora, directory, base))
+    with publish(out, overwrite=options.overwrite) as temporary:
+        temporary.mkdir(parents=True)
+        if inside is not None:
+            written = temporary / LANGUAGE_MODEL_DIR
+            write_language_model(written, inside.config, inside.names, inside.weights, inside.directory)
+        if tower.state is not None:
+            write_open_clip(tower, temporary / VISION_TOWER_DIR)
+        final = out / LANGUAGE_MODEL_DIR if inside else base_dir
+        config = _run_config(source, tower, adapter.config, out, final, options)
+        _write(temporary, config, source, tower, adapter, temporary / LANGUAGE_MODEL_DIR if inside else base_dir)
+        write_label(temporary, {"converted": "to a checkpoint of llava_mole", "from": str(path.resolve())})
+    return _assumptions(source, config, options, released is not None)
+
+
+def _language_model(source: Source, options: ImportOptions) -> tuple[LanguageModelPart | None, Path]:
+    """The language model to be taken out of a checkpoint, if any; and the directory it is in."""
+    if source.language_model is not None:
+        if options.model_base is not None:
+            raise WeightsError(f"{source.found.path} holds its own language model; leave --model-base out")
+        return source.language_model, source.language_model.directory
+    if options.model_base is None:
+        raise WeightsError(
+            f"{source.found.path} ({source.found.kind}) holds no language model; name the directory of the one it was "
+            "trained on with --model-base"
+        )
+    base = find_kind(options.model_base)
+    if base.kind == "language-model":
+        return None, options.model_base
+    if base.kind in ("llava", "llava-hf"):
+        whole = read_source(options.model_base)
+        if not source.tower_names:
+            source.weights, source.tower_names, source.tower_config = (
+                whole.weights,
+                whole.tower_names,
+                whole.tower_config,
+            )
+        return whole.language_model, options.model_base
+    raise WeightsError(f"--model-base {options.model_base} is {base.kind!r}; needed is a language model or full LLaVA")
+
+
+def _skeleton_of(directory: Path) -> Skeleton:
+    return Skeleton(read_json(directory / "config.json"), directory / "config.json")
+
+
+def _tower(source: Source, options: ImportOptions) -> Tower:
+    given = None if options.vision_tower is None else open_tower(options.vision_tower, options.vision_tower_name)
+    if not source.tower_names:
+        if given is None:
+            hint = f"; its configuration names {source.tower_hint!r}" if source.tower_hint else ""
+            raise WeightsError(f"{source.found.path} holds no vision tower: give it with --vision-tower{hint}")
+        return given
+    config = source.tower_config or (given.config if given else None)
+    if config is None:
+        raise WeightsError(
+            f"{source.found.path} holds a vision tower, but not its configuration (heads, activation); give the "
+            f"directory of the tower it started from with --vision-tower ({source.tower_hint or 'a CLIP directory'})"
+        )
+    own = tower_from_parts(source.tower_state(), config, source.found.path)
+    if given is not None and given.state is None and _same(own, given):
+        return given
+    return own
+
+
+def _same(one: Tower, other: Tower) -> bool:
+    a, b = one.visual_state(), other.visual_state()
+    return one.config["vision_cfg"] == other.config["vision_cfg"] and all(
+        name in b and torch.equal(value, b[name]) for name, value in a.items()
+    )
+
+
+def _check_projector(source: Source, tower: Tower, skeleton: Skeleton) -> None:
+    hidden = skeleton.config.get_text_config().hidden_size
+    assert source.projector_kind is not None
+    with torch.device("meta"):
+        expected = build_projector(source.projector_kind, tower.width, hidden).state_dict()
+    found = {name: tuple(value.shape) for name, value in source.projector.items()}
+    check_shapes(f"the projector of {source.found.path}", found, {n: tuple(v.shape) for n, v in expected.items()})
+
+
+def _run_config(
+    source: Source, tower: Tower, adapter: AdapterConfig, out: Path, language_model: Path, options: ImportOptions
+) -> RunConfig:
+    assert source.projector_kind is not None
+    if tower.state is None:
+        tower_name, tower_weights = tower.name, tower.weights
+    else:
+        folder = out / VISION_TOWER_DIR
+        tower_name, tower_weights = str(folder / TOWER_CONFIG), folder / TOWER_WEIGHTS
+    assert tower_name is not None
+    ratio = options.aspect_ratio or source.aspect_ratio or "pad"
+    return RunConfig(
+        stage=cast(Any, source.stage),
+        train=TrainConfig(output_dir=str(out)),
+        model=ModelConfig(
+            language_model=str(language_model),
+            vision_tower=VisionTowerConfig(
+                name=tower_name,
+                weights=str(tower_weights),
+                activation=cast(Any, tower.activation),
+                select_layer=options.select_layer or source.select_layer or -2,
+            ),
+            projector=source.projector_kind,
+        ),
+        adapter=adapter,
+        data=DataConfig(
+            sources={"imported": SourceConfig(annotations=f"not recorded (imported from {source.found.path})")},
+            template=options.template or ("plain" if source.stage == "pretrain" else "vicuna_v1"),
+            image_aspect_ratio=cast(AspectRatio, ratio),
+        ),
+    )
+
+
+def _write(
+    directory: Path, config: RunConfig, source: Source, tower: Tower, adapter: _Adapter, language_model: Path
+) -> None:
+    """Write `checkpoint-0`. Paths of what lies beside it are relative in the manifest: the whole can be moved."""
+    from safetensors.torch import save_file
+
+    tokenizer = load_tokenizer(str(language_model))
+    inside = language_model.parent == directory
+    tower_config = config.model.vision_tower
+
+    def write_files(checkpoint: Path) -> None:
+        save_config(config, checkpoint / CONFIG_FILE)
+        tokenizer.save_pretrained(checkpoint / TOKENIZER_DIR)
+        save_file(
+            {PROJECTOR_PREFIX + n: v.contiguous() for n, v in source.projector.items()}, checkpoint / PROJECTOR_FILE
+        )
+        if adapter.write is not None:
+            adapter.write(checkpoint / ADAPTER_DIR, config.model.language_model)
+
+    beside = f"../{VISION_TOWER_DIR}"
+    name = tower_config.name
+    absolute = str(Path(name).resolve()) if name.endswith(".json") else name
+    fields = {
+        "version": __version__,
+        "stage": config.stage,
+        "step": 0,
+        "adapter": config.adapter.method,
+        "quantization": "none",
+        "template": config.data.template,
+        "imported": {"kind": source.found.kind, "path": str(source.found.path.resolve()), "tower": source.tower_hint},
+        "fingerprints": {
+            "language_model": fingerprint_language_model(language_model),
+            "vision_tower": tower_fingerprint(tower),
+        },
+        "paths": {
+            "language_model": f"../{LANGUAGE_MODEL_DIR}" if inside else str(language_model.resolve()),
+            "vision_tower_weights": f"{beside}/{TOWER_WEIGHTS}"
+            if tower.state
+            else str(Path(tower_config.weights).resolve()),
+            "vision_tower_config": f"{beside}/{TOWER_CONFIG}" if tower.state else absolute,
+        },
+    }
+    write_checkpoint(directory / "checkpoint-0", write_files, fields)
+
+
+def _assumptions(source: Source, config: RunConfig, options: ImportOptions, released: bool) -> list[str]:
+    lines = []
+    if options.template is None:
+        lines.append(f"template {config.data.template} (no such file states it; --template)")
+    if options.select_layer is None and source.select_layer is None:
+        lines.append(f"vision tower layer {config.model.vision_tower.select_layer} (--select-layer)")
+    if options.aspect_ratio is None and source.aspect_ratio is None:
+        lines.append(f"images: {config.data.image_aspect_ratio} (--image-aspect-ratio)")
+    elif options.aspect_ratio is None and source.found.kind == "llava-hf" and source.aspect_ratio == "square":
+        lines.append("images: square, as its processor crops; LLaVA-1.5 was trained with --image-aspect-ratio pad")
+    if released:
+        lines.append(f"alpha {config.adapter.alpha:g} (--alpha) and mode {options.mode} (--mode): the file has neither")
+    return lines

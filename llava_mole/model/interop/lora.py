@@ -1,0 +1,119 @@
+"""Plain LoRA adapters on disk: read in every spelling PEFT has had, checked, written, and merged tensor by tensor."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_mole.errors import WeightsError
+from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json, shorten
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+_NAME = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<half>lora_[AB])(?:\.\w+)?\.weight")
+KEPT = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False}
+"""What a plain adapter has; another value means weights that are not A and B."""
+
+
+@dataclass
+class Lora:
+    """A LoRA: module path in the causal LM -> A `[r, in]`, B `[out, r]`, as stored."""
+
+    config: dict[str, Any]
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def scaling(self, path: str) -> float:
+        """alpha / r of a module (alpha / sqrt(r) for rsLoRA)."""
+        rank = self.pairs[path][0].shape[0]
+        alpha = _pattern(self.config.get("alpha_pattern") or {}, path, self.config["lora_alpha"])
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def merged(self, path: str, weight: torch.Tensor) -> torch.Tensor:
+        """`W + (alpha / r) B A` of a linear `[out, in]`, computed in float64, in the dtype of `weight`."""
+        a_RI, b_OR = (value.double() for value in self.pairs[path])
+        return (weight.double() + self.scaling(path) * (b_OR @ a_RI)).to(weight.dtype)
+
+
+def is_adapter_dir(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter of any kind."""
+    return (path / ADAPTER_CONFIG).is_file()
+
+
+def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
+    """Read and check a PEFT LoRA.
+
+    Args:
+        directory: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
+        linears: path -> (out, in) of every linear of the language model that it may adapt.
+
+    Raises:
+        WeightsError: no plain LoRA, or its tensors are missing, unexpected or of another shape.
+    """
+    file = directory / ADAPTER_CONFIG
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise WeightsError(f"{file}: peft_type {config.get('peft_type')!r}, needed is 'LORA'")
+    odd = [f"{key} {config[key]!r}" for key, plain in UNSUPPORTED.items() if config.get(key, plain) not in (plain, [])]
+    if odd:
+        raise WeightsError(f"{file}: {', '.join(odd)}; only plain LoRA pairs can be carried over")
+    weights_file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
+    if weights_file is None:
+        raise WeightsError(f"{directory} has no {' or '.join(ADAPTER_FILES)}")
+    weights = open_weights(weights_file)
+    halves: dict[str, torch.Tensor] = {}
+    unknown = []
+    for name in weights:
+        match = _NAME.fullmatch(name)
+        path = "" if match is None else match["path"].removeprefix(PREFIX)
+        path = path.removeprefix("model.") if path.startswith("model.model.") else path
+        if match is None or path not in linears:
+            unknown.append(name)
+        else:
+            halves[f"{path}.{match['half']}"] = weights[name]
+    if unknown:
+        raise WeightsError(
+            f"{weights_file}: {len(unknown)} tensors adapt no linear of the language model: {shorten(unknown)}"
+        )
+    adapted = [path for path in linears if targets(config["target_modules"], path)]
+    needed: dict[str, tuple[int, ...]] = {}
+    for path in adapted:
+        out, inner = linears[path]
+        rank = int(_pattern(config.get("rank_pattern") or {}, path, config["r"]))
+        needed |= {f"{path}.lora_A": (rank, inner), f"{path}.lora_B": (out, rank)}
+    check_shapes(weights_file, {name: tuple(value.shape) for name, value in halves.items()}, needed)
+    return Lora(config, {path: (halves[f"{path}.lora_A"], halves[f"{path}.lora_B"]) for path in adapted})
+
+
+def targets(target_modules: str | list[str], path: str) -> bool:
+    """Whether PEFT's `target_modules` means the module: name endings, or one regular expression."""
+    if isinstance(target_modules, str):
+        return target_modules == "all-linear" or re.fullmatch(target_modules, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in target_modules)
+
+
+def write_lora(lora: Lora, directory: Path, base: str) -> None:
+    """Write a LoRA as PEFT does, with the tensors as they are stored."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True)
+    kept = {key: lora.config[key] for key in KEPT if lora.config.get(key) is not None}
+    config = LoraConfig(**kept, task_type="CAUSAL_LM", inference_mode=True, base_model_name_or_path=base)
+    config.save_pretrained(str(directory))
+    tensors = {}
+    for path, (a_RI, b_OR) in lora.pairs.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a_RI.detach().clone(memory_format=torch.contiguous_format)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b_OR.detach().clone(memory_format=torch.contiguous_format)
+    save_file(tensors, directory / ADAPTER_FILES[0], metadata={"format": "pt"})
+
+
+def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+    for name, value in patterns.items():
+        if path == name or path.endswith(f".{name}") or re.fullmatch(rf"(.*\.)?({name})", path):
+            return value
+    return default

@@ -1,0 +1,189 @@
+"""Reads tensors by name from weight files of any size, one at a time."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_mole.errors import WeightsError
+
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+SHOWN = 5
+"""How many names an error lists before it only counts."""
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Name -> tensor over one or several files. A tensor is read when it is asked for; only one file is open.
+
+    Raises:
+        WeightsError: a file is absent or unreadable, holds more than tensors, or two files hold the same name.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = tuple(files)
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._open: tuple[Path, Any] | None = None
+        for file in self.files:
+            for name, shape in _shapes(self._handle(file)).items():
+                if name in self._file_of:
+                    raise WeightsError(f"{file} and {self._file_of[name]} both hold {name}; remove one of the files")
+                self._file_of[name], self._shapes[name] = file, shape
+
+    def _handle(self, file: Path) -> Any:
+        if self._open is None or self._open[0] != file:
+            self._open = (file, open_file(file))
+        return self._open[1]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        handle = self._handle(self._file_of[name])
+        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the files' order, so that reading them all opens each file once."""
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Read from the header, not from the values."""
+        return self._shapes[name]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def __str__(self) -> str:
+        return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
+
+
+def open_file(path: Path) -> Any:
+    """A `safe_open` handle, or the dict of a `.bin`/`.pt` file, which is memory-mapped where its format allows it.
+
+    Pickles are read with `weights_only=True`: nothing in them is executed.
+
+    Raises:
+        WeightsError: no such file, not readable, or more in it than tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} is not a readable safetensors file ({error}); download it again") from None
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"{path} is no weight file; its name must end in {', '.join(SUFFIXES)}")
+    state = load_pickle(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)] if _is_dict(state) else []
+    if not _is_dict(state) or strange:
+        raise WeightsError(f"{path} is no state dict: {shorten(strange) or type(state).__name__} is no tensor")
+    return state
+
+
+def load_pickle(path: Path) -> Any:
+    """What a torch file holds. Raises WeightsError where that is more than tensors and plain containers."""
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6: no zip archive, which memory-mapping needs
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; each means that the file is cut short or holds code
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(
+            f"{path} is damaged or holds more than tensors, which is never executed here; convert it to safetensors "
+            f"where you trust it ({reason})"
+        ) from None
+
+
+def find_weights(directory: Path) -> list[Path]:
+    """The weight files of a Hugging Face model directory; empty where it has none.
+
+    Raises:
+        WeightsError: an index names files that are not there, or is no index.
+    """
+    for name in INDEX_FILES:
+        index = directory / name
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise WeightsError(f"{index} has no weight_map; download it again")
+            files = sorted({str(file) for file in weight_map.values()})
+            bad = [file for file in files if Path(file).name != file]
+            if bad:
+                raise WeightsError(f"{index} names {bad[0]!r}, which is no file beside it")
+            absent = [file for file in files if not (directory / file).is_file()]
+            if absent:
+                raise WeightsError(f"{directory} lacks {len(absent)} of {len(files)} shards: {shorten(absent)}")
+            return [directory / file for file in files]
+    return next(([directory / name] for name in SINGLE_FILES if (directory / name).is_file()), [])
+
+
+def open_weights(path: Path) -> Weights:
+    """The weights in a file or model directory. Raises WeightsError, also where a shard lacks what its index names."""
+    files = [path] if path.is_file() else find_weights(path)
+    if not files:
+        raise WeightsError(f"{path} holds no weights; looked for {', '.join((*INDEX_FILES, *SINGLE_FILES))}")
+    weights = Weights(files)
+    for name in INDEX_FILES if len(files) > 1 or not path.is_file() else ():
+        if (path / name).is_file():
+            named = read_json(path / name)["weight_map"]
+            check_names(path, weights, named, "its index names")
+            break
+    return weights
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises WeightsError where the file is absent or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def check_names(where: object, found: Mapping[str, Any], needed: Mapping[str, Any], who: str = "needed are") -> None:
+    """Raise WeightsError that lists names that are missing or unexpected."""
+    missing, unexpected = [n for n in needed if n not in found], [n for n in found if n not in needed]
+    problems = [f"{len(missing)} missing: {shorten(missing)}"] if missing else []
+    problems += [f"{len(unexpected)} unexpected: {shorten(unexpected)}"] if unexpected else []
+    if problems:
+        raise WeightsError(f"{where} does not fit ({who} {len(needed)} tensors): {'; '.join(problems)}")
+
+
+def check_shapes(where: object, found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightsError that lists names that are missing or unexpected, or tensors of another shape, with both."""
+    check_names(where, found, needed)
+    other = [f"{n} is {tuple(found[n])}, needed is {tuple(needed[n])}" for n in needed if found[n] != needed[n]]
+    if other:
+        raise WeightsError(f"{where} does not fit: {len(other)} tensors of another shape: {shorten(other)}")
+
+
+def _shapes(handle: Any) -> dict[str, tuple[int, ...]]:
+    if isinstance(handle, dict):
+        return {name: tuple(value.shape) for name, value in handle.items()}
+    return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
