@@ -20,7 +20,7 @@ SUBCOMMANDS = {
     "prepare-benchmark": ("llava_mole.eval.prepare_benchmark", "convert a benchmark's official files to questions"),
     "convert": (
         "llava_mole.model.interop.convert_command",
-        "take checkpoints of LLaVA and Hugging Face in, or ours out",
+        "take LLaVA and Hugging Face checkpoints in, or ours out",
     ),
     "inspect": ("llava_mole.model.inspection", "say what a directory or weight file is and holds"),
 }
