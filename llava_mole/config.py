@@ -15,15 +15,10 @@ from typing import Any, Literal
 
 import yaml
 
+from llava_mole.config_rules import check_run_config
 from llava_mole.errors import ConfigError
 
 Quantization = Literal["none", "8bit", "4bit"]
-
-SHARDED = ("zero3", "fsdp")
-SHARDED_REASON = (
-    "ZeRO stage 3 and FSDP shard the frozen model too, which this trainer's checkpoints do not gather; all that trains "
-    "takes about 2 GB of memory, which ZeRO-2 shards"
-)
 
 
 @dataclass(kw_only=True)
@@ -272,98 +267,6 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
 def _one_line(error: Exception, arguments: Sequence[str]) -> str:
     where = f"{arguments[1]}: " if arguments[:1] == ["--config"] else ""
     return where + " ".join(str(error).split()) + " (see `llava-mole train --help` for the keys)"
-
-
-def check_run_config(config: RunConfig) -> None:
-    """Refuse values that no run could use. Raises ConfigError naming the key, its value and what is allowed."""
-    for key, lam in config.data.mixture.items():
-        if key not in config.data.sources:
-            raise ConfigError(
-                f"data.mixture.{key}: no such source; data.sources has {sorted(config.data.sources) or 'none'}"
-            )
-        if lam < 0:
-            raise ConfigError(f"data.mixture.{key} is {lam}; lambda must be >= 0 (0 leaves the source out)")
-    if not any(config.data.mixture.get(name, 1.0) > 0 for name in config.data.sources):
-        raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")
-    if config.stage == "pretrain" and config.adapter.method != "none":
-        raise ConfigError(
-            f"adapter.method is {config.adapter.method!r} in stage 'pretrain', which trains the projector only; "
-            "use 'none'"
-        )
-    if config.stage == "pretrain" and not config.train_projector:
-        raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
-    if config.init_from is not None and config.projector_weights is not None:
-        raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
-    if not 0 <= config.data.max_bad_image_share <= 1:
-        raise ConfigError(f"data.max_bad_image_share is {config.data.max_bad_image_share}; it is a share, 0 to 1")
-    for key, value in dataclasses.asdict(config.check).items():
-        if key.startswith("max_") and not 0 <= value <= 1:
-            raise ConfigError(f"check.{key} is {value}; it is a share, 0 to 1")
-    train = config.train
-    if train.distributed in SHARDED:
-        raise ConfigError(f"train.distributed is {train.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")
-    positive = (
-        "global_batch_size",
-        "micro_batch_size",
-        "epochs",
-        "save_every",
-        "keep_checkpoints",
-        "checkpoint_every_n",
-        "max_bad_steps",
-    )
-    for key in positive:
-        if getattr(train, key) < 1:
-            raise ConfigError(f"train.{key} is {getattr(train, key)}; it must be at least 1")
-    rates = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
-    for key in (*rates, "check_ranks_every"):
-        if getattr(train, key) < 0:
-            raise ConfigError(f"train.{key} is {getattr(train, key)}; it must not be negative")
-    if train.pack_length is not None and train.pack_length < config.data.max_length:
-        raise ConfigError(
-            f"train.pack_length {train.pack_length} is below data.max_length {config.data.max_length}: the longest "
-            "samples would not fit into a row"
-        )
-    if train.min_learning_rate > train.learning_rate:
-        raise ConfigError(
-            f"train.min_learning_rate {train.min_learning_rate} is above train.learning_rate {train.learning_rate}"
-        )
-    if not 0 <= train.validation_answers <= config.data.validation_samples:
-        raise ConfigError(
-            f"train.validation_answers is {train.validation_answers}; it must be 0 to data.validation_samples "
-            f"({config.data.validation_samples}), of which it takes the first"
-        )
-    blind = {"router": ("oracle",), "granularity": ("task", "given")}
-    for key, values in blind.items():
-        if train.validation_answers and config.adapter.options.get(key) in values:
-            raise ConfigError(
-                f"train.validation_answers cannot be used with adapter.options.{key} {config.adapter.options[key]!r}: "
-                "that gate needs to be told a sample's source, which a prompt does not have; set it to 0"
-            )
-    if (config.data.validation_samples > 0) != (train.validate_every > 0) or config.data.validation_samples < 0:
-        raise ConfigError(
-            f"data.validation_samples is {config.data.validation_samples} and train.validate_every is "
-            f"{train.validate_every}: set both above 0, or neither"
-        )
-    if config.adapter.rank < 1:
-        raise ConfigError(f"adapter.rank is {config.adapter.rank}; it must be at least 1")
-    if config.adapter.num_experts < 1:
-        raise ConfigError(f"adapter.num_experts is {config.adapter.num_experts}; it must be at least 1")
-
-
-def check_batch(batching: str, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Raise ConfigError where a global batch cannot be spread over `world_size` ranks."""
-    per_pass = micro_batch_size * world_size
-    if batching == "packed" and global_batch_size < world_size:
-        raise ConfigError(
-            f"train.global_batch_size {global_batch_size} is smaller than the {world_size} ranks: some would never "
-            "have a sample; use fewer ranks or a larger batch"
-        )
-    if batching != "packed" and global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{micro_batch_size} x {world_size} ranks = {per_pass}; change one of them or the number of ranks, or use "
-            "train.batching 'packed'"
-        )
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

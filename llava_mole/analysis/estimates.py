@@ -6,7 +6,8 @@ from typing import Literal
 
 from llava_mole.analysis.memory import Precision, Row, Strategy, memory_items
 from llava_mole.analysis.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
-from llava_mole.config import RunConfig, check_batch
+from llava_mole.config import RunConfig
+from llava_mole.config_rules import check_batch
 from llava_mole.data.packing import assign_step
 from llava_mole.hardware import Gpu
 from llava_mole.model.flops import ModelShape

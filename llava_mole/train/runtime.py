@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llava_mole.config import SHARDED_REASON, RunConfig, check_batch
+from llava_mole.config import RunConfig
+from llava_mole.config_rules import SHARDED_REASON, check_batch
 from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
