@@ -13,6 +13,7 @@ LAYERS = {
     "distributed": 0,
     "hardware": 0,
     "config": 1,
+    "check_config": 1,
     "conversation": 1,
     "templates": 1,
     "mole": 2,

@@ -45,6 +45,7 @@ class SupervisedDataset:
         limits: Template, tokenizer, tokens of an image, and what becomes of samples that are too long.
         image_processor: Makes the tower's input of an image.
         lengths: Tokens of every record, by source; only `lengths` needs them.
+        image_draft: See `DataConfig.image_draft`.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class SupervisedDataset:
         limits: Limits,
         image_processor: ImageProcessor,
         lengths: Mapping[str, npt.NDArray[np.int32]] | None = None,
+        *,
+        image_draft: bool = False,
     ) -> None:
         self.plan = plan
         self._records = dict(records_by_source)
@@ -63,6 +66,7 @@ class SupervisedDataset:
         self._limits = limits
         self._image_processor = image_processor
         self._lengths = lengths
+        self._draft_size = 2 * image_processor.image_size if image_draft else None
         self.validation: SupervisedDataset | None = None
         """Samples held out of the plan, each once; None where validation is off."""
         self.report: dict[str, dict[str, int]] = {}
@@ -92,7 +96,9 @@ class SupervisedDataset:
             DataError: the record cannot be used, or no image near it can be read; the message starts with `file:line`.
         """
         source, sample = self.plan[position]
-        record, pictures, replaced = readable_record(self._records[source], sample, self._image_folders[source])
+        record, pictures, replaced = readable_record(
+            self._records[source], sample, self._image_folders[source], draft_size=self._draft_size
+        )
         encoded = self._encode(record)
         images = torch.stack([self._image_processor(picture) for picture in pictures]) if pictures else None
         index = self._source_index[source]
@@ -109,7 +115,7 @@ class SupervisedDataset:
 
 
 def readable_record(
-    records: Sequence[Record], sample: int, image_folder: str
+    records: Sequence[Record], sample: int, image_folder: str, *, draft_size: int | None = None
 ) -> tuple[Record, list[Image.Image], str | None]:
     """Record `sample` with its decoded images, or the next one with images that can be read, and what was wrong.
 
@@ -122,7 +128,8 @@ def readable_record(
         if not record.images and problem is not None:
             continue
         try:
-            return record, [load_image(path, image_folder) for path in record.images], problem
+            pictures = [load_image(path, image_folder, draft_size=draft_size) for path in record.images]
+            return record, pictures, problem
         except DataError as error:
             problem = problem or f"{record.where}: {error}"
     raise DataError(f"{problem}; nor can the image of any of the {SUBSTITUTES} records after it")
@@ -208,12 +215,15 @@ def build_dataset(
         plan = GroupedPlan(base, words, global_batch_size, micro_batch_size, seed)
     logger.info("data: %d samples in %d epochs, plan %s", len(plan), epochs, plan.digest[:12])
     lengths = {name: _lengths_of(records[name], fitted[name]) for name in names} if all_lengths else None
-    dataset = SupervisedDataset(records, image_folders, plan, limits, image_processor, lengths)
+    draft = data_config.image_draft
+    dataset = SupervisedDataset(records, image_folders, plan, limits, image_processor, lengths, image_draft=draft)
     dataset.report = report
     if held_out:
         once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
         held_out_lengths = {name: _lengths_of(held_out[name], fitted[name]) for name in names}
-        dataset.validation = SupervisedDataset(held_out, image_folders, once, limits, image_processor, held_out_lengths)
+        dataset.validation = SupervisedDataset(
+            held_out, image_folders, once, limits, image_processor, held_out_lengths, image_draft=draft
+        )
         logger.info("data: %d samples of each source are held out for validation", data_config.validation_samples)
     return dataset
 

@@ -167,7 +167,8 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise self._error(_unusual(error)) from None
             size = end - self._position
-            complete = problem is None and (end < len(self._text) or self._ended)
+            # "1", "1." and "1e+" may be the beginnings of another number.
+            complete = problem is None and (end + len("e+") < len(self._text) or self._ended)
             if size > self._largest:
                 raise self._error(_too_large(self._largest))
             if complete:

@@ -11,7 +11,7 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from llava_mole.data.images import ImageProcessor, load_image, open_image
 from llava_mole.errors import ConfigError, DataError
@@ -70,6 +70,73 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     assert torch.equal(result, ImageProcessor(8)(image.convert("RGB")))
 
 
+def plain_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Padded, resized and normalised step by step, as LLaVA and the CLIP processor do."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in FIELDS["image_mean"]))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / np.float32(255)
+    mean, std = np.asarray(FIELDS["image_mean"], np.float32), np.asarray(FIELDS["image_std"], np.float32)
+    return ((pixels - mean) / std).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [14, 56, 336])
+def test_shortcuts_change_no_bit(size: int) -> None:
+    generator = np.random.default_rng(size)
+    shapes = [(1, 1), (2, 1), (1, 2), (size, size), (size, 9), (9, size), (500, 333), (333, 500), (700, 14)]
+    shapes += [tuple(generator.integers(1, 600, 2).tolist()) for _ in range(30)]
+    for width, height in shapes:
+        image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        result = golden_processor(size, "pad")(image)
+        assert np.array_equal(result.numpy(), plain_pixels(image, size)), (width, height)
+        assert result.is_contiguous()
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth blobs with some noise."""
+    generator = np.random.default_rng(0)
+    blobs = generator.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    noisy = smooth + generator.integers(-12, 13, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def page(width: int, height: int) -> Image.Image:
+    """Small black text on white."""
+    image = Image.new("RGB", (width, height), "white")
+    for line in range(20, height - 20, 22):
+        ImageDraw.Draw(image).text((30, line), "The quick brown fox jumps over 0123456789 " * 8, fill="black")
+    return image
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("content", [photo, page, noise])
+@pytest.mark.parametrize(("width", "height", "drafted"), [(1400, 1344, 700), (2000, 1500, 1000), (2704, 3008, 676)])
+def test_draft_decoding_stays_within_its_bound(
+    content: Any, width: int, height: int, drafted: int, tmp_path: Path
+) -> None:
+    content(width, height).save(tmp_path / "a.jpg", quality=85)
+    quick = load_image("a.jpg", tmp_path, draft_size=672)
+    assert quick.width == drafted
+    assert min(quick.size) >= 672
+    std = np.array(FIELDS["image_std"])[:, None, None]
+    processor = golden_processor(336, "pad")
+    difference = (processor(quick) - processor(load_image("a.jpg", tmp_path))).abs().numpy() * std * 255
+    assert 0 < difference.mean() <= 3
+    assert difference.max() <= 32
+
+
+@pytest.mark.parametrize("name", ["small.jpg", "odd.jpg", "margin.jpg", "large.png"])
+def test_draft_decoding_leaves_other_images_alone(name: str, tmp_path: Path) -> None:
+    sizes = {"small.jpg": (1342, 1500), "odd.jpg": (1500, 1401), "margin.jpg": (1400, 1402)}
+    photo(*sizes.get(name, (1400, 1400))).save(tmp_path / name)
+    full, quick = load_image(name, tmp_path), load_image(name, tmp_path, draft_size=672)
+    assert np.array_equal(np.asarray(full), np.asarray(quick))
+
+
 def test_cmyk_file_is_read(tmp_path: Path) -> None:
     Image.new("CMYK", (6, 5), (0, 255, 255, 0)).save(tmp_path / "c.jpg")
     assert load_image("c.jpg", tmp_path).getpixel((3, 3))[0] > 200  # type: ignore[index]
@@ -85,7 +152,9 @@ def test_extreme_strips_stay_small_in_memory(ratio: str, size: tuple[int, int]) 
         assert torch.allclose(result, ImageProcessor(8)(Image.new("RGB", (8, 8), (255, 0, 0))))
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png", "a/../../secret.png", "a/../in.png", "a\0.png"])
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", "../secret.png", "a/../../secret.png", "a/../in.png", "a\0.png", "\ud83d"]
+)
 def test_path_out_of_the_folder_is_refused(path: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "a").mkdir(parents=True)
