@@ -164,7 +164,7 @@ def open_image(path: str | os.PathLike[str], *, draft_size: int | None = None) -
     """
     with reading(os.fspath(path)), Image.open(path) as image:
         if draft_size is not None:
-            factor = _draft_factor(*image.size, draft_size)
+            factor = _draft_factor(image.width, image.height, draft_size)
             image.draft(None, (image.width // factor, image.height // factor))
         return decode_rgb(image)
 
