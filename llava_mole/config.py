@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from llava_mole.check_config import CheckConfig
 from llava_mole.config_rules import check_run_config
 from llava_mole.errors import ConfigError
 
@@ -108,28 +109,6 @@ class DataConfig:
     max_bad_image_share: float = 0.001
     """Share of a source's samples whose image may be unreadable: such a sample is replaced and counted, beyond this
     share (and 10 samples) the run stops. 0 stops at the first."""
-
-
-@dataclass(kw_only=True)
-class CheckConfig:
-    """What `llava-mole check-data` lets pass. Shares are of a source's records, or of its image files."""
-
-    evaluation_images: list[str] = field(default_factory=list)
-    """Folders of images and question files (`.jsonl`) whose images must not be trained on."""
-    max_bad_records: float = 0.0
-    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise."""
-    max_missing_images: float = 0.0
-    """Images that are not there or lead out of the image folder; training does not start with one."""
-    max_bad_images: float = 0.001
-    """Images that do not decode; training replaces such samples, see data.max_bad_image_share."""
-    max_truncated: float = 0.2
-    """Records that are longer than data.max_length."""
-    max_duplicates: float = 0.5
-    """Records that are there again, word for word; up-sampling makes them."""
-    max_overlap: float = 0.0
-    """Share of the evaluation images that are trained on, by content."""
-    huge_pixels: int = 50_000_000
-    """Images of more pixels are listed; they take memory and seconds in a data loader."""
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,8 @@
 """What a configuration may say: relations between its values that types alone do not express."""
 
-import dataclasses
 from typing import TYPE_CHECKING
 
+from llava_mole.check_config import check_limits
 from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def check_run_config(config: "RunConfig") -> None:
         raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
     if not 0 <= config.data.max_bad_image_share <= 1:
         raise ConfigError(f"data.max_bad_image_share is {config.data.max_bad_image_share}; it is a share, 0 to 1")
-    for key, value in dataclasses.asdict(config.check).items():
-        if key.startswith("max_") and not 0 <= value <= 1:
-            raise ConfigError(f"check.{key} is {value}; it is a share, 0 to 1")
+    check_limits(config.check)
     train = config.train
     if train.distributed in SHARDED:
         raise ConfigError(f"train.distributed is {train.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")

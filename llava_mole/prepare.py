@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_mole.data.chat_template import check_template_name
 from llava_mole.data.converters.base import SPLITS, Converter, Options, Split, parse_upsample
 from llava_mole.data.converters.registry import MODULES, get_converter
-from llava_mole.errors import ConfigError, DataError, command
+from llava_mole.errors import ConfigError, DataError, WeightsError, command
 
 SOURCES = {"tiny": ("llava_mole.tiny.data", "the embedded default: three small domains, --out playground/data/tiny")}
 """Name -> module with its own `main(argv)`, and its line in the help; the other sources are converters."""
@@ -75,6 +76,8 @@ def make_parser(converter: Converter) -> argparse.ArgumentParser:
         help="look for the file, decode it, or trust (default %(default)s)")  # fmt: skip
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes for images (default %(default)s)")
     add("--unpack-archives", type=Path, metavar="DIR", help="unpack the zip and tar files of --raw there and read that")
+    add("--tokenizer", metavar="DIR", help="count tokens now, with the language model in DIR, so that no run has to")
+    add("--template", default="vicuna_v1", help="conversation template that --tokenizer counts with (%(default)s)")
     add("--train-splits", default=",".join(converter.default_train_splits), metavar="NAME,...",
         help="raw splits to train on (%(default)s)")  # fmt: skip
     add("--test-splits", default="test", metavar="NAME,...", help="raw splits to ask questions of (%(default)s)")
@@ -108,6 +111,10 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
         raise ConfigError(f"--workers is {given.workers}; it must be at least 1")
     if given.images == "keep" and converter.embedded:
         raise ConfigError(f"--images keep: the images of {converter.name} come in its records and must be unpacked")
+    if given.tokenizer is not None:  # before the work, not after it
+        check_template_name(given.template)
+        if not Path(given.tokenizer).is_dir():
+            raise WeightsError(f"--tokenizer {given.tokenizer} is no directory; name that of the language model")
     raw = given.raw if given.unpack_archives is None else _unpack(given.raw, given.unpack_archives)
     request = Request(
         source=converter.name,
@@ -127,9 +134,19 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
     print(report_text(report))
     if (given.out / TRAIN).is_dir():
         print(f"\nannotations: {given.out / TRAIN}\nimage_folder: {given.out / IMAGES}")
+        if given.tokenizer is not None:
+            print(f"tokens: {_count_tokens(given.out / TRAIN, given.tokenizer, given.template):,}, images not counted")
     for name, count in report["questions"].items():
         print(f"questions: {given.out / QUESTIONS / name}.jsonl ({count:,})")
     return 0
+
+
+def _count_tokens(directory: Path, tokenizer: str, template: str) -> int:
+    """Store the token counts of a prepared set in it; returns their sum."""
+    from llava_mole.data.lengths import add_lengths
+    from llava_mole.model.language_model import load_tokenizer
+
+    return add_lengths(directory, load_tokenizer(tokenizer), template)
 
 
 def _options(converter: Converter, given: argparse.Namespace) -> Options:

@@ -14,6 +14,7 @@ LAYERS = {
     "hardware": 0,
     "config": 1,
     "config_rules": 1,
+    "check_config": 1,
     "conversation": 1,
     "templates": 1,
     "mole": 2,

@@ -10,14 +10,16 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
 
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error
@@ -64,7 +66,7 @@ class ImageProcessor:
         # What each of the 256 values becomes, [256, 3]: looking it up gives the same numbers at a third of the time.
         self._normalised = (levels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> "torch.Tensor":
         """The image as float32 [3, S, S]; any Pillow mode is taken."""
         image = decode_rgb(image)
         square = self._padded_square(image) if self.aspect_ratio == "pad" else self._resize_and_crop(_cut_strip(image))
@@ -72,6 +74,8 @@ class ImageProcessor:
         result = np.empty((3, self.image_size, self.image_size), dtype=np.float32)
         for channel in range(3):
             np.take(self._normalised[:, channel], pixels[:, :, channel], out=result[channel])
+        import torch  # here, so that what only looks at images starts at once
+
         return torch.from_numpy(result)
 
     def _padded_square(self, image: Image.Image) -> Image.Image:

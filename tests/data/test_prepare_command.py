@@ -104,3 +104,23 @@ def test_published_counts_add_up() -> None:
         assert sets + videos == train["total"]
     test = counts["pathvqa"]["test"]
     assert test["OPEN"] + test["CLOSED"] == test["total"]
+
+
+def test_tokens_can_be_counted_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tiny_models
+
+    from llava_mole.data.chat_template import resolve_template
+    from llava_mole.data.lengths import lengths_path
+    from llava_mole.data.store import PreparedRecords
+    from llava_mole.data.tokenization import HFTextTokenizer
+    from llava_mole.model.language_model import load_tokenizer
+
+    tiny_models.make_tokenizer(tmp_path / "tokenizer")
+    raw_sets.write_sharegpt4v_pt(tmp_path / "raw")
+    given = ("--tokenizer", str(tmp_path / "tokenizer"), "--template", "plain")
+    done = raw_sets.prepare("sharegpt4v-pt", tmp_path / "raw", tmp_path / "out", *given)
+    assert "tokens: " in capsys.readouterr().out
+    tokenizer = HFTextTokenizer(load_tokenizer(str(tmp_path / "tokenizer")))
+    path = lengths_path(PreparedRecords(done.out / "train", "x"), resolve_template("plain", tokenizer), tokenizer)
+    assert path is not None
+    assert path.is_file()

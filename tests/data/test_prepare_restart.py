@@ -102,7 +102,7 @@ def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest
     real = image_stage.run_task
     monkeypatch.setattr(image_stage, "run_task", lambda task, *more: seen.append(task.name) or real(task, *more))
     assert main([*given, "--out", str(tmp_path / "out")]) == 0
-    assert seen == []
+    assert seen == ["textvqa/train_images/4.jpg"], "only what was damaged, which may have been replaced"
     once, again = raw_sets.Prepared(tmp_path / "whole"), raw_sets.Prepared(tmp_path / "out")
     assert again.report == once.report
     assert again.rows == once.rows

@@ -130,8 +130,8 @@ class Journal:
         return self._other.get(name)
 
     def add(self, facts: ImageFacts) -> None:
-        """Remember the facts of a file."""
-        if self.get(facts.path) is None:
+        """Remember a file, but not one that cannot be used: it may have been replaced when it is asked for again."""
+        if facts.problem is None and self.get(facts.path) is None:
             self._remember(facts)
             self._file.write(json.dumps(facts) + "\n")
 

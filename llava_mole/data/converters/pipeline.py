@@ -134,7 +134,8 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
         name = f"{converter.name}-parquet" if from_parquet else converter.name
         report = make_report(name, request, kept, dropped, defects, questions.counts)
         if True not in homes:  # so that <out>/images is the image folder wherever the images are
-            os.symlink(os.path.relpath(request.image_root, folder.parent / request.out.name), folder / IMAGES)
+            home = os.path.join(os.path.realpath(folder.parent), request.out.name)
+            os.symlink(os.path.relpath(os.path.realpath(request.image_root), home), folder / IMAGES)
         if writer.rows:
             writer.finish(report)
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
