@@ -17,14 +17,9 @@ train() { # train RUN_DIR SCRIPT CONFIG: unless the run is finished
   bash "scripts/$2.sh" "configs/tiny/$3.yaml" --train.output_dir "$1" --train.resume auto
 }
 
-questions=() train_files=()
-for domain in general document biomedicine; do
-  questions+=("$domain=$data/$domain/test_questions.jsonl") train_files+=("$domain=$data/$domain/train.json")
-done
 evaluate() { # evaluate RUN_DIR: answers and scores on the test split, unless they are there
-  if [ -f "$1/eval/answers.score.json" ]; then echo "using $1/eval"; return; fi
-  llava-mole eval "$1" --questions "${questions[@]}" --train-file "${train_files[@]}" --image-folder "$data" \
-    --answers-file "$1/eval/answers.jsonl" --conv-mode vicuna_v1 --max-new-tokens 16 --batch-size 128 --overwrite
+  if [ -f "$1/eval/tiny.score.json" ]; then echo "using $1/eval"; return; fi
+  llava-mole eval "$1" --benchmarks tiny --conv-mode vicuna_v1 --batch-size 128 --overwrite
 }
 
 step "the tiny world's data: three domains with train and test split, captions for stage 1"
@@ -40,8 +35,9 @@ for run in "$stage1" "$mix" "$mole"; do
   evaluate "$run"
 done
 step "result"
-llava-mole report --out runs/tiny/quickstart/report \
-  --runs "stage1=$stage1/eval" "LLaVA-Mix=$mix/eval" "LLaVA-MoLE=$mole/eval"
+scores=eval/tiny.score.json
+llava-mole report --out runs/tiny/quickstart/report --overwrite \
+  --runs "stage1=$stage1/$scores" "LLaVA-Mix=$mix/$scores" "LLaVA-MoLE=$mole/$scores"
 echo
 echo "done in $((SECONDS - started)) s. Chat with it:"
 echo "  python -m llava_mole.serve.cli --model-path $mole --image-file $data/photos/chelsea.png"

@@ -138,8 +138,8 @@ def is_share(number: Number) -> bool:
     """Whether it is a share of questions that are right or wrong, each by itself."""
     if number.value is None or number.scale != 1 or number.of:
         return False
-    metric = METRICS[number.value.partition(".")[0]]
-    return metric.binary and metric.unit_key is None
+    name, _, field = number.value.partition(".")
+    return field in METRICS[name].binary and METRICS[name].unit_key is None
 
 
 def compute_numbers(

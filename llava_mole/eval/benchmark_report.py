@@ -38,10 +38,12 @@ def build_benchmarks(
         published: Which published rows: `main`, `all` or `none`.
 
     Returns:
-        Benchmark -> {`title`, `primary`, `columns`, `runs`: name -> {`numbers`, `prompt`, `total`, `complete`,
-        `empty_answers`, `score_file`}, `published`: rows, `comparisons`: rows, `warnings`, `notes`}.
+        Benchmark -> {`title`, `primary`, `columns`, `compared` (the columns that were published), `summed` (those that
+        are sums), `runs`: name -> {`numbers`, `prompt`, `total`, `complete`, `empty_answers`, `score_file`},
+        `published`: rows, `comparisons`: rows, `warnings`, `notes`}.
     """
-    names = dict.fromkeys(name for run in runs.values() for name in run.benchmarks)
+    found = {name: run.benchmarks[name] for run in runs.values() for name in run.benchmarks}
+    names = sorted(found, key=lambda name: (found[name]["definition"].get("position", 0), name))
     return {name: _one(name, runs, published, resamples, seed) for name in names}
 
 
@@ -52,11 +54,13 @@ def _one(name: str, runs: Mapping[str, Run], published: str, resamples: int, see
     columns = benchmark.columns or [benchmark.primary or next(iter(first["numbers"]))]
     keys = ("prompt", "total", "complete", "empty_answers", "dropped", "score_file", "question_set")
     comparisons, warnings = _compare(benchmark, scored, columns, resamples, seed)
+    known = {column for row in benchmark.published for column in row.values}
     rows = [row for row in benchmark.published if published == "all" or (published == "main" and row.main)]
     return {
         "title": benchmark.title,
         "primary": benchmark.primary,
         "columns": columns,
+        "compared": [c for c in columns if not known or c in known or c == benchmark.primary],
         "summed": [column for column in columns if first["definition"]["numbers"].get(column, {}).get("sum")],
         "runs": {
             run: {"numbers": {column: scores["numbers"].get(column) for column in columns}}

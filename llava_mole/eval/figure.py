@@ -49,7 +49,7 @@ def draw_accuracies(report: Mapping[str, Any], path: Path) -> bool:
 
 
 def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
-    """Grouped bars like the paper's Figure 1: a panel a benchmark, a group a number, a bar a run with its 95% interval.
+    """Grouped bars like the paper's Figure 1: a panel a benchmark, a group a number, a bar a run with its interval.
 
     Numbers that are sums (of 500, say) get a panel of their own, with an axis that starts near the values.
 
@@ -66,7 +66,7 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
     for entry in benchmarks.values():
         for columns, summed in (
             (entry["summed"], True),
-            ([column for column in entry["columns"] if column not in entry["summed"]], False),
+            ([column for column in entry["compared"] if column not in entry["summed"]], False),
         ):
             if columns:
                 panels.append((entry["title"], columns, entry["runs"], summed))
@@ -93,7 +93,7 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
         axis.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 9 else 0)
         for label in axis.get_xticklabels():
             label.set_horizontalalignment("right" if max(map(len, columns)) > 9 else "center")
-        axis.set_title(title, fontsize="medium")
+        axis.set_title(f"{title} (axis cut)" if summed else title, fontsize="medium")
         axis.spines[["top", "right"]].set_visible(False)
         if summed and lows:
             margin = max(1.0, 0.5 * (max(highs) - min(lows)))

@@ -97,6 +97,8 @@ class Benchmark:
     """The number that is compared. None where only a server can score."""
     columns: list[str] = field(default_factory=list)
     """The numbers shown in a report, in order; default the primary one."""
+    position: int = 100
+    """Place in a report, small ones first; equal ones by name."""
     submission: str | None = None
     """Format of the file that the benchmark's server takes."""
     notes: list[str] = field(default_factory=list)

@@ -124,11 +124,15 @@ def expert_shares(routing: Mapping[str, Any]) -> dict[str, Any]:
     return {"mean": mean, "largest_spread": {"layer": layer, "expert": expert, "shares": values((layer, expert))}}
 
 
+def _answer_files(run: Mapping[str, Any]) -> list[str]:
+    """One file, or one for each chunk."""
+    return run["answers"] if isinstance(run["answers"], list) else [run["answers"]]
+
+
 def chat_examples(run: Mapping[str, Any]) -> dict[str, dict[str, str | bool | None]]:
     """The first question with an image of each domain, with the run's answer and the reference."""
     questions = read_questions(run["questions"])
-    files = run["answers"] if isinstance(run["answers"], list) else [run["answers"]]
-    answers = read_answers([Path(name) for name in files])
+    answers = read_answers([Path(name) for name in _answer_files(run)])
     examples: dict[str, dict[str, str | bool | None]] = {}
     for question in questions:
         if question.domain in examples or question.image is None:
@@ -207,7 +211,7 @@ def _format_chat(report: Mapping[str, Any]) -> str:
 def _format_files(report: Mapping[str, Any]) -> str:
     rows = [("run", "model", "answers", "scores")]
     for name, files in report["files"].items():
-        rows.append((name, files["model_path"], files["answers"], files["score_file"]))
+        rows.append((name, files["model_path"], " ".join(_answer_files(files)), files["score_file"]))
     return "On disk\n" + format_table(rows)
 
 

@@ -26,8 +26,9 @@ class Table:
 
 
 def overview(benchmarks: Mapping[str, Any]) -> Table:
-    """The paper's Table 2: a row a model, published ones first, a column a number."""
-    columns = [(name, column) for name, entry in benchmarks.items() for column in entry["columns"]]
+    """The paper's Table 2: a row a model, published ones first, a column a number that has been published (of a
+    benchmark without published numbers: every column)."""
+    columns = [(name, column) for name, entry in benchmarks.items() for column in entry["compared"]]
     published: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for name, entry in benchmarks.items():
         for row in entry["published"]:
@@ -41,7 +42,7 @@ def overview(benchmarks: Mapping[str, Any]) -> Table:
     for run in ours:
         values = [(benchmarks[name]["runs"].get(run) or {"numbers": {}})["numbers"].get(c) for name, c in columns]
         rows.append([run, "measured", *(_value(entry) for entry in values)])
-    groups = [("", 2), *((entry["title"], len(entry["columns"])) for entry in benchmarks.values())]
+    groups = [("", 2), *((entry["title"], len(entry["compared"])) for entry in benchmarks.values())]
     header = ["model", "source", *(column for _, column in columns)]
     return Table(
         "Benchmarks, in percent; published rows are the publications' own numbers", groups, header, rows, rules

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if benchmark.primary:
         scores = score_benchmark(loaded, answers)
         scores |= {"answers": args.answers, "answers_sha256": file_digest(files)}
-        scores |= {"model_path": None, "routing": None}
+        scores |= {"model_path": ", ".join(scores["model_id"]), "routing": None}
         write_text_atomically(output, dump_scores(scores))
         print(format_benchmark(scores))
         print(f"scores: {output}")

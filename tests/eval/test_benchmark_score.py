@@ -10,7 +10,7 @@ import pytest
 
 from llava_mole import cli
 from llava_mole.errors import DataError
-from llava_mole.eval.aggregate import Units, compare_units, compute_numbers
+from llava_mole.eval.aggregate import Units, compare_units
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmark_score import dump_scores, format_benchmark, score_benchmark, score_units
 from llava_mole.eval.registry import get_benchmark
@@ -204,12 +204,6 @@ def test_damaged_scores_per_question() -> None:
             Units.from_dict(value, "s.json")
     with pytest.raises(DataError, match="differ in number"):
         Units.from_dict({"ids": ["a"], "groups": ["g"], "fields": {"x": [1, 2]}}, "s.json")
-
-
-def test_numbers_of_no_question() -> None:
-    units = Units(("a",), ("VR",), {})
-    with pytest.raises(ValueError, match="at least one array"):
-        compute_numbers(get_benchmark("tiny_ehub"), units)
 
 
 # --- the command ---

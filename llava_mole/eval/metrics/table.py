@@ -54,8 +54,8 @@ class Metric:
 
     fields: tuple[str, ...]
     score: Callable[[str, QuestionLine], Fields | None]
-    binary: bool = False
-    """Whether each field is 0 or 1 for each question, so that a share has Wilson's interval."""
+    binary: tuple[str, ...] = ()
+    """The fields that are 0 or 1 for each question, so that their share has Wilson's interval."""
     unit_key: str | None = None
     """Question key whose equal values form one unit (MME: the image). None: each question is its own."""
     combine: Callable[[Sequence[Fields]], Fields] | None = None
@@ -69,12 +69,12 @@ def _one(function: Callable[[str, str], bool | None]) -> Metric:
         hit = function(prediction, gold(line))
         return None if hit is None else {"hit": float(hit)}
 
-    return Metric(("hit",), score, binary=True)
+    return Metric(("hit",), score, binary=("hit",))
 
 
 def _any(function: Callable[[str, Sequence[str]], bool]) -> Metric:
     """A 0/1 rule on the list of gold answers."""
-    return Metric(("hit",), lambda prediction, line: {"hit": float(function(prediction, golds(line)))}, binary=True)
+    return Metric(("hit",), lambda prediction, line: {"hit": float(function(prediction, golds(line)))}, binary=("hit",))
 
 
 def _graded(function: Callable[[str, Sequence[str]], float]) -> Metric:
@@ -166,14 +166,18 @@ METRICS: Mapping[str, Metric] = {
     "anls_due": _graded(anls.anls_due),
     "anls_lmms_eval": _graded(anls.anls_lmms_eval),
     "anls_st_vqa": _graded(anls.anls_st_vqa),
-    "path_vqa_open": Metric(("exact", "containment", "exact_match_score", "precision", "recall", "f1"), _path_vqa_open),
-    "path_vqa_closed": Metric(("llava_med", "strict"), _path_vqa_closed, binary=True),
+    "path_vqa_open": Metric(
+        ("exact", "containment", "exact_match_score", "precision", "recall", "f1"),
+        _path_vqa_open,
+        binary=("exact", "containment"),
+    ),
+    "path_vqa_closed": Metric(("llava_med", "strict"), _path_vqa_closed, binary=("llava_med", "strict")),
     "text_vqa": _graded(text_vqa.soft_score),
     "vqa_exact": _any(text_vqa.normalised_exact),
-    "pope_llava": Metric(_POPE_FIELDS, _pope_llava, binary=True),
-    "pope_lmms_eval": Metric(_POPE_FIELDS, _pope_lmms_eval, binary=True),
+    "pope_llava": Metric(_POPE_FIELDS, _pope_llava, binary=_POPE_FIELDS),
+    "pope_lmms_eval": Metric(_POPE_FIELDS, _pope_lmms_eval, binary=_POPE_FIELDS),
     "mme": Metric(("hit", "both", "images"), _mme, unit_key="image", combine=_mme_image),
-    "science_qa": Metric(("hit", "unparsed"), _science_qa, binary=True),
+    "science_qa": Metric(("hit", "unparsed"), _science_qa, binary=("hit", "unparsed")),
     "exact_letter": _one(choice.exact_letter),
     "leading_letter": _one(choice.leading_letter),
     "gqa_exact": _one(exact.gqa_exact),
