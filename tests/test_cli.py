@@ -13,7 +13,7 @@ from llava_mole import __version__, cli, prepare
 def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    for name in ("train", "chat", "eval", "report", "plan", "plot", "inspect", "check-data", "prepare"):
+    for name in ("train", "chat", "eval", "report", "plan", "plot", "convert", "inspect", "check-data", "prepare"):
         assert f"\n  {name} " in printed
 
 
@@ -38,7 +38,7 @@ def test_every_command_has_its_module() -> None:
         assert importlib.util.find_spec(module) is not None, module
 
 
-@pytest.mark.parametrize("name", ["chat", "eval", "report", "plan", "plot", "inspect", "check-data"])
+@pytest.mark.parametrize("name", ["chat", "eval", "report", "plan", "plot", "convert", "inspect", "check-data"])
 def test_arguments_are_forwarded(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
