@@ -119,7 +119,14 @@ def test_a_list_of_many_is_shortened(world: Path, capsys: pytest.CaptureFixture[
     state = {f"model.extra.{n}": torch.ones(1) for n in range(12)}
     change(world / "llava" / "model.safetensors", **state)
     options = ("--vision-tower", world / "clip", "--out", world / "out")
-    refused(capsys, "12 unexpected: model.extra.0, model.extra.1, model.extra.10, model.extra.11, model.extra.2 and 7 more", world / "llava", "--to", "checkpoint", *options)
+    refused(
+        capsys,
+        "12 unexpected: model.extra.0, model.extra.1, model.extra.10, model.extra.11, model.extra.2 and 7 more",
+        world / "llava",
+        "--to",
+        "checkpoint",
+        *options,
+    )
 
 
 @pytest.mark.parametrize(

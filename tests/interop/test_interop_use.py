@@ -26,17 +26,11 @@ def test_training_starts_from_an_imported_lora_and_projector(tmp_path: Path) -> 
     common = [str(config), "--train.max_steps", "1", "--train.warmup_steps", "0"]
     lora = ["--adapter.method", "lora", "--adapter.rank", "4", "--adapter.alpha", "8"]
     frozen = ["--train.learning_rate", "0", "--train.min_learning_rate", "0"]
-    run = train(
-        parse_run_config(
-            [*common, *lora, *frozen, "--init_from", str(tmp_path / "imported"), "--train.output_dir", str(tmp_path / "a")]
-        )
-    )
+    options = [*common, *lora, *frozen, "--init_from", str(tmp_path / "imported")]
+    run = train(parse_run_config([*options, "--train.output_dir", str(tmp_path / "a")]))
     close(our_logits(load(run))[0], our_logits(load(tmp_path / "imported"))[0])
-    run = train(
-        parse_run_config(
-            [*common, *frozen, "--projector_weights", str(tmp_path / "imported"), "--train.output_dir", str(tmp_path / "b")]
-        )
-    )
+    options = [*common, *frozen, "--projector_weights", str(tmp_path / "imported")]
+    run = train(parse_run_config([*options, "--train.output_dir", str(tmp_path / "b")]))
     state = load(run).model.projector.state_dict()
     assert all(torch.equal(state[name], value) for name, value in projector_state().items())
 
