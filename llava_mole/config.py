@@ -44,7 +44,7 @@ class ModelConfig:
     """Directory of a Hugging Face causal LM with its tokenizer."""
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
-    """`linear` or `mlp<N>x_gelu`; `mlp2x_gelu` is LLaVA-1.5's."""
+    """`linear` or `mlp<N>x_gelu`; `mlp2x_gelu` is LLaVA-1.5's. `+ends` adds learned vectors around an image."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel of the language model; packed rows need another than `eager`."""
     quantization: Quantization = "none"

@@ -30,7 +30,19 @@ def test_mlp2x_is_linear_exact_gelu_linear() -> None:
     torch.testing.assert_close(projector(x), gelu @ projector[2].weight.T + projector[2].bias)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "mlp0x_gelu", "MLP2x_gelu", "mlp2x_relu", ""])
+def test_learned_vectors_stand_around_an_image() -> None:
+    projector = build_projector("mlp2x_gelu+ends", 5, 7)
+    assert sorted(projector.state_dict())[-2:] == ["3.end", "3.start"]
+    out = projector(torch.randn(2, 3, 5))
+    assert out.shape == (2, 5, 7)
+    for row in out:
+        assert torch.equal(row[0], projector[3].start)
+        assert torch.equal(row[-1], projector[3].end)
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in projector.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "+ends", "mlp2x_gelu+end", "mlp0x_gelu", "MLP2x_gelu", "mlp2x_relu", ""])
 def test_unknown_kinds_are_errors(kind: str) -> None:
     with pytest.raises(ConfigError, match="mlp2x_gelu"):
         build_projector(kind, 5, 7)

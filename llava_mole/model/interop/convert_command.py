@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import ConfigError, command
+from llava_mole.errors import ConfigError, WeightsError, command
 from llava_mole.log import setup_logging
 from llava_mole.model.interop import exporting
 from llava_mole.model.interop.exporting import ExportOptions
@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--to {arguments.to!r}: there are {', '.join(FORMATS)}")
     if arguments.template not in (None, TOKENIZER_TEMPLATE):
         get_template(arguments.template)
-    notes = _convert(arguments)
+    try:
+        notes = _convert(arguments)
+    except OSError as error:
+        raise WeightsError(f"{arguments.out} could not be written: {error}; nothing is left there") from None
     print(f"wrote {arguments.out}")
     for note in notes:
         print(f"  {note}")

@@ -90,15 +90,33 @@ def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> None
         patch_size=vision["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template if name == TOKENIZER_TEMPLATE else chat_template(get_template(name)),
+        chat_template=tokenizer.chat_template
+        if name == TOKENIZER_TEMPLATE
+        else chat_template(get_template(name), after_image(tokenizer)),
     )
     processor.save_pretrained(str(directory))
 
 
-def chat_template(template: Template) -> str | None:
+def after_image(tokenizer: Any) -> str:
+    """What to write between `<image>` and the text, so that transformers' ids are ours: a line break, maybe a blank.
+
+    LLaVA tokenizes the text after an image as one that begins anew, with the blank piece that a beginning gets from
+    Llama's tokenizers; transformers goes on, where some put none.
+    """
+    probe = "\nIs it"
+    ours = tokenizer(probe, add_special_tokens=False).input_ids
+    for separator in ("\n", " \n"):
+        text = DEFAULT_IMAGE_TOKEN + separator + probe.removeprefix("\n")
+        if tokenizer(text, add_special_tokens=False).input_ids[1:] == ours:
+            return separator
+    return "\n"
+
+
+def chat_template(template: Template, separator: str = "\n") -> str | None:
     """A template in Jinja, for messages whose content is text or a list of text and image parts.
 
-    None for caption templates, which have no conversation.
+    `separator` stands between an image and the text of its message. None for caption templates: they hold no
+    conversation.
     """
     if template.caption:
         return None
@@ -115,7 +133,7 @@ def chat_template(template: Template) -> str | None:
         "{%- set parts = namespace(image='', text='') -%}"
         "{%- if message['content'] is string -%}{%- set parts.text = message['content'] -%}{%- else -%}"
         "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{%- set parts.image = image + '\\n' -%}"
+        "{%- if part['type'] == 'image' -%}{%- set parts.image = image + " + quoted(separator) + " -%}"
         "{%- else -%}{%- set parts.text = parts.text + part['text'] -%}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}" + trim + "{%- if loop.first -%}{{ SYSTEM }}{%- endif -%}"
         "{%- if message['role'] == 'user' -%}"

@@ -16,7 +16,7 @@ from llava_mole.errors import WeightsError
 
 LABEL_FILE = "llava_mole.json"
 FORMAT = "llava_mole.converted/1"
-SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = 1_000_000_000
 """A shard is kept in memory until it is full, so this bounds the memory of a conversion."""
 
 
