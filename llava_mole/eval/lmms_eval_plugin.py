@@ -5,9 +5,11 @@ does. The prompt of a task becomes the user's turn in the checkpoint's own templ
 or in front of it.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lmms_eval.api.model import lmms
 
 from llava_mole.config import Quantization
@@ -72,6 +74,8 @@ class LlavaMoleModel(lmms):
             raise ConfigError(
                 f"batch_size {batch_size!r} must be a number from 1 on; lmms-eval's 'auto' is not offered"
             )
+        if torch.cuda.is_available():  # under `accelerate launch` every rank takes its own
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         kind = "auto" if device is None else "cuda" if str(device).startswith("cuda") else str(device)
         self._predictor = Predictor.from_pretrained(
             pretrained, model_base=model_base, template=template, device=kind, dtype=dtype, quantization=quantization
