@@ -24,7 +24,7 @@ from llava_mole.eval.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.report_formats import to_text
 from llava_mole.eval.report_runs import Run, read_json_object
 from llava_mole.eval.score import SCORE_SUFFIX
-from llava_mole.eval.submission import SUFFIXES, WRITERS, write_bytes_atomically
+from llava_mole.eval.submission import SUFFIXES, WRITERS, check_submission, write_bytes_atomically
 
 if TYPE_CHECKING:
     from llava_mole.inference import Predictor
@@ -84,6 +84,7 @@ def plan_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
         images = Path(args.image_folder) if args.image_folder else None
         loaded = load_questions(benchmark, data_root=Path(args.data_root), image_folder=images)
         check_images(loaded.questions, loaded.image_folder)
+        check_submission(loaded)
         limit = args.max_new_tokens or benchmark.prompt.max_new_tokens
         decoding = Decoding(limit, args.temperature, args.top_p, args.num_beams)
         job = Job(loaded, args.prompt_variant, decoding, folder / f"{benchmark.name}.jsonl")
