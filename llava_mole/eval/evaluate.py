@@ -20,6 +20,7 @@ from llava_mole.eval.benchmark_questions import DATA_ROOT, DEFAULT_VARIANT
 from llava_mole.eval.evaluate_benchmarks import run_benchmarks
 from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, load_predictor, refuse_existing
 from llava_mole.eval.questions import check_images, read_questions
+from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.score import SCORE_SUFFIX, check_references, format_scores, score_answers, write_scores
 from llava_mole.log import setup_logging
 
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     check_forms(args)
     if args.benchmarks:
-        run_benchmarks(args)
+        with joined_ranks():
+            run_benchmarks(args)
         return 0
     decoding = Decoding(args.max_new_tokens or MAX_NEW_TOKENS, args.temperature, args.top_p, args.num_beams)
     image_folder, answers_file = Path(args.image_folder), Path(args.answers_file)

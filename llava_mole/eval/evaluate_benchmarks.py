@@ -6,11 +6,13 @@ finished already, with the same model, questions, prompt and decoding, is not as
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_mole.decoding import Decoding
+from llava_mole.distributed import is_main_process, on_main
 from llava_mole.errors import ConfigError
 from llava_mole.eval.answers import read_answers, write_text_atomically
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions, prompt_suffix
@@ -22,7 +24,7 @@ from llava_mole.eval.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.report_formats import to_text
 from llava_mole.eval.report_runs import Run, read_json_object
 from llava_mole.eval.score import SCORE_SUFFIX
-from llava_mole.eval.submission import SUFFIXES, WRITERS, write_bytes_atomically
+from llava_mole.eval.submission import SUFFIXES, WRITERS, check_submission, write_bytes_atomically
 
 if TYPE_CHECKING:
     from llava_mole.inference import Predictor
@@ -82,6 +84,7 @@ def plan_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
         images = Path(args.image_folder) if args.image_folder else None
         loaded = load_questions(benchmark, data_root=Path(args.data_root), image_folder=images)
         check_images(loaded.questions, loaded.image_folder)
+        check_submission(loaded)
         limit = args.max_new_tokens or benchmark.prompt.max_new_tokens
         decoding = Decoding(limit, args.temperature, args.top_p, args.num_beams)
         job = Job(loaded, args.prompt_variant, decoding, folder / f"{benchmark.name}.jsonl")
@@ -92,16 +95,16 @@ def plan_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
 
 
 def run_benchmarks(args: argparse.Namespace) -> None:
-    """Answer, score and report; see the module."""
+    """Answer, score and report; see the module. Ranks share the questions, rank 0 does everything else."""
     folder = Path(args.out) if args.out else output_folder(args.model_path)
-    jobs = plan_jobs(args, folder)
+    jobs = on_main(lambda: plan_jobs(args, folder))
     predictor = load_predictor(args.model_path, args)
     run = Run(Path(args.model_path).name)
     for job in jobs:
         scores = _run_job(predictor, job, args)
         if scores is not None:
             run.benchmarks[job.loaded.benchmark.name] = scores
-    if run.benchmarks:
+    if run.benchmarks and is_main_process():
         report = build_benchmarks({run.name: run})
         print(to_text(report))
         print(f"\nresults: {folder}   compare runs: llava-mole report RUN1 RUN2 --out DIR")
@@ -109,23 +112,12 @@ def run_benchmarks(args: argparse.Namespace) -> None:
 
 def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     """One benchmark's scores, from a finished run or a new one; None where a server scores it."""
-    benchmark = job.loaded.benchmark
     asked = job.loaded.asked(job.variant)
     run = describe_run(predictor, asked, job.decoding)
-    answered = job.answers.exists() and not args.overwrite
-    if answered and read_json_object(job.record) != json.loads(json.dumps(run)):
-        raise ConfigError(
-            f"{job.answers} exists and comes from another model, prompt, question file or decoding; give "
-            "--overwrite to replace it, or another --out"
-        )
-    if answered and job.finished.exists():
-        print(f"{benchmark.name}: done already, see {job.finished}")
-        return read_json_object(job.scores) | {"score_file": str(job.scores)} if benchmark.primary else None
     has_experts = predictor.loaded.config.adapter.method == "mole"
     routing = job.answers.with_suffix(".routing.json") if has_experts else None
+    answered = on_main(lambda: _is_answered(job, run, overwrite=args.overwrite))
     if not answered:
-        print(f"{benchmark.name}: {len(asked)} questions")
-        write_text_atomically(job.record, json.dumps(run, indent=2) + "\n")
         answer_questions(
             predictor,
             asked,
@@ -136,6 +128,36 @@ def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict
             overwrite=args.overwrite,
             routing_stats=routing,
         )
+    return on_main(lambda: _finish(predictor, job, run, routing, answered=answered))
+
+
+def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Whether the answers are there already, from the same run; else its description is written for later.
+
+    Raises:
+        ConfigError: there are answers of another run, and they may not be replaced.
+    """
+    run = json.loads(json.dumps(run))
+    if job.answers.exists() and not overwrite:
+        if read_json_object(job.record) != run:
+            raise ConfigError(
+                f"{job.answers} exists and comes from another model, prompt, question file or decoding; give "
+                "--overwrite to replace it, or another --out"
+            )
+        return True
+    print(f"{job.loaded.benchmark.name}: {len(job.loaded.questions)} questions")
+    write_text_atomically(job.record, json.dumps(run, indent=2) + "\n")
+    return False
+
+
+def _finish(
+    predictor: "Predictor", job: Job, run: Mapping[str, Any], routing: Path | None, *, answered: bool
+) -> dict[str, Any] | None:
+    """Score the answers and write what the benchmark asks for, unless that is there already."""
+    benchmark = job.loaded.benchmark
+    if answered and job.finished.exists():
+        print(f"{benchmark.name}: done already, see {job.finished}")
+        return read_json_object(job.scores) | {"score_file": str(job.scores)} if benchmark.primary else None
     answers = read_answers([job.answers])
     if job.submission is not None:
         write_bytes_atomically(job.submission, WRITERS[benchmark.submission or ""](job.loaded, answers))

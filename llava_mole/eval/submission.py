@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from llava_mole.errors import DataError
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions
 from llava_mole.eval.metrics.normalise import m4c_normalise
 from llava_mole.eval.questions import read_json_lines
@@ -17,6 +18,13 @@ Answers = Mapping[str, Mapping[str, Any]]
 MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 MMBENCH_COLUMN = 6
 """Where LLaVA inserts the column `prediction`."""
+
+
+def check_submission(loaded: BenchmarkQuestions) -> None:
+    """Raise DataError where a file is missing that the submission needs, so that it is known before the work."""
+    name = loaded.benchmark.data.options.get("all_questions")
+    if name and not (loaded.root / name).is_file():
+        raise DataError(f"{loaded.root / name}: no such file; the server wants an answer to each of its questions")
 
 
 def _texts(loaded: BenchmarkQuestions, answers: Answers) -> list[tuple[Any, Mapping[str, Any], str]]:
@@ -33,12 +41,11 @@ def _json(value: Any) -> bytes:
 
 def vqa_v2(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
     """`[{"question_id", "answer"}]` over the complete test set (option `all_questions`), normalised; questions that
-    were not asked have the answer `""`."""
+    were not asked have the answer `""`. Raises DataError as `check_submission` does."""
     given = {str(name): text for name, _, text in _texts(loaded, answers)}
-    everything = loaded.root / loaded.benchmark.data.options.get("all_questions", "")
-    names = [name for name, _, _ in _texts(loaded, answers)]
-    if everything.is_file():
-        names = [line["question_id"] for _, line in read_json_lines(everything)]
+    check_submission(loaded)
+    everything = loaded.root / loaded.benchmark.data.options["all_questions"]
+    names = [line["question_id"] for _, line in read_json_lines(everything)]
     return _json([{"question_id": name, "answer": m4c_normalise(given.get(str(name), ""))} for name in names])
 
 

@@ -314,6 +314,11 @@ def submission(
 
 
 def test_vqa_v2_submission_covers_the_whole_test_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 2, "text": "Q?"}\n')
+    (tmp_path / "a.jsonl").write_text('{"question_id": 2, "text": "x"}\n')
+    root = ["--data-root", str(tmp_path)]
+    assert cli.main(command(tmp_path, "--submission", str(tmp_path / "s"), *root, benchmark="vqav2")) == 2
+    assert "llava_vqav2_mscoco_test2015.jsonl: no such file; the server wants" in capsys.readouterr().err
     (tmp_path / "eval" / "vqav2").mkdir(parents=True)
     everything = tmp_path / "eval" / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl"
     everything.write_text("".join(f'{{"question_id": {n}}}\n' for n in (1, 2)))

@@ -1,5 +1,7 @@
 """Each published scoring rule, branch by branch; the expected values are worked out from the published text."""
 
+import sys
+
 import pytest
 
 from llava_mole.errors import ConfigError, DataError
@@ -182,6 +184,12 @@ def test_anls_dialects() -> None:
         assert dialect("", [""]) == 1.0
         assert dialect("x", [""]) == 0.0
         assert dialect("x", []) == 0.0
+
+
+def test_anls_without_rapidfuzz_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(ConfigError, match=r"pip install 'llava_mole\[eval\]'"):
+        anls.anls_due("a", ["b"])
 
 
 def test_path_vqa_open() -> None:

@@ -171,3 +171,11 @@ def test_commands_list_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> Non
             cli.main([name, "--help"])
         assert "tiny_ehub" in capsys.readouterr().out
     assert (REPOSITORY / "configs" / "benchmarks").is_dir()
+
+
+def test_the_documentation_has_a_command_for_every_benchmark() -> None:
+    text = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name in EXPECTED:
+        assert f"`--benchmarks {name}`" in text, name
+        variants = get_benchmark(name).prompt.variants
+        assert all(f"`{variant}`" in text for variant in variants), name

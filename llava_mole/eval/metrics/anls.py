@@ -7,13 +7,17 @@ gold answers, and 0 below the threshold. UReader scores DocVQA and InfographicsV
 
 from collections.abc import Sequence
 
+from llava_mole.errors import ConfigError
+
 THRESHOLD = 0.5
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance; insertions, deletions and replacements cost 1."""
-    from rapidfuzz.distance import Levenshtein
-
+    """Levenshtein distance; insertions, deletions and replacements cost 1. Raises ConfigError without rapidfuzz."""
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ImportError:
+        raise ConfigError("ANLS needs rapidfuzz, which is not installed: pip install 'llava_mole[eval]'") from None
     return int(Levenshtein.distance(first, second))
 
 
