@@ -42,6 +42,8 @@ SHARD_BYTES = 64 << 20
 """Text of a shard in memory before it is written, which bounds the writer's memory."""
 _LARGEST_ROW = 1 << 30
 """Offsets in a shard are 32 bits wide."""
+_WORD_MARKS = bytes(b" x"[not chr(value).isspace()] for value in range(256))
+"""ASCII white space becomes a space, every other byte an x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class StoreWriter:
         shard.where_file.append(self._files.index(file))
         shard.where_line.append(int(line))
         shard.text_bytes.append(size)
-        shard.words.append(sum(len(turn.text.split()) for turn in row.turns))
+        shard.words.append(sum(map(_count_words, row.turns, encoded)))
         self.rows += 1
         if len(shard.text_bytes) >= self._shard_rows or shard.bytes >= SHARD_BYTES:
             self._flush()
@@ -216,6 +218,14 @@ def _check_row(row: PreparedRow) -> None:
         raise DataError(f"{row.where}: {markers} times {DEFAULT_IMAGE_TOKEN} for {len(row.images)} images")
     if row.image_sizes and len(row.image_sizes) != len(row.images):
         raise DataError(f"{row.where}: {len(row.image_sizes)} image sizes for {len(row.images)} images")
+
+
+def _count_words(turn: Turn, encoded: bytes) -> int:
+    """`len(text.split())`; without the list, which took a third of the time of `add`."""
+    if not turn.text.isascii():
+        return len(turn.text.split())
+    marks = encoded.translate(_WORD_MARKS)
+    return marks.count(b" x") + marks.startswith(b"x")
 
 
 class _Names:

@@ -288,3 +288,13 @@ def test_changed_bytes_raise_nothing_but_our_own_errors(changes: list[tuple[int,
         assert len(records.column("words")) == 5
         for number in range(5):
             records.row(number)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "one", " one  two\n", "a\tb\vc\fd\re\x1cf\x1dg\x1eh\x1fi", "\x85a", "a\u00a0b \u3000c", "x x", "\0 \x7f"],
+)
+def test_words_are_those_of_split(text: str) -> None:
+    from llava_mole.data.store import _count_words
+
+    assert _count_words(Turn("user", text), text.encode()) == len(text.split())
