@@ -16,6 +16,7 @@ COMMANDS = {
     "batching": ["--steps", "2"],
     "train_step": ["--repeats", "1"],
     "eval_speed": ["--new-tokens", "4"],
+    "data_scale": ["--records", "20000", "--repeats", "1"],
 }
 
 pytestmark = pytest.mark.slow
