@@ -156,6 +156,16 @@ def test_lines_that_are_no_records(tmp_path: Path) -> None:
     assert done.defects == {"bad-json dropped": 5, "bad-record dropped": 5, "bad-text dropped": 1}
 
 
+@pytest.mark.parametrize("check", ["exist", "none", "decode"])
+def test_names_that_are_no_text(tmp_path: Path, check: str) -> None:
+    raw_sets.write_image(tmp_path / "raw/ä.jpg", 1)
+    good = record("ä.jpg")
+    rows = [{**good, "id": "\ud800"}, record("\ud800.jpg"), record("\ud800/a.jpg"), good, {**good, "extra\ud800": 1}]
+    raw_sets.write_lines(tmp_path / "raw/a.jsonl", rows)
+    done = raw_sets.prepare("llava-json", tmp_path / "raw", tmp_path / "out", "--check-images", check)
+    assert [row.where for row in done.rows] == ["a.jsonl:4", "a.jsonl:5"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -51,11 +51,22 @@ class ImageFacts(NamedTuple):
 
 def path_problem(path: str) -> Note | None:
     """What is wrong with an image path as text; nothing is opened."""
+    if not path.isascii() and not is_text(path):
+        return Note("bad-text", f"{path[:200]!a} holds half of a surrogate pair, which is no character")
     if "://" in path or path.startswith("data:"):
         return Note("remote-image", path[:200])
     if not path or path[0] == "/" or "\0" in path or (".." in path and ".." in path.replace("\\", "/").split("/")):
         return Note("outside-image", repr(path[:200]))
     return None
+
+
+def is_text(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class ImageRoot:

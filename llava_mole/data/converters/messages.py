@@ -10,6 +10,7 @@ from llava_mole.conversation import Turn
 from llava_mole.data.converters.base import Converter, Draft, Dropped, Embedded, Options, Split
 from llava_mole.data.converters.defects import Action, Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.converters.image_files import is_text
 from llava_mole.data.converters.llava import TEXT_ONLY
 from llava_mole.data.converters.turns import (
     CHAT_ROLES,
@@ -89,7 +90,7 @@ def to_draft(value: Any, where: str, options: Options, defects: Defects, stem: s
     identifier = value.get("id")
     line = where.rpartition(":")[2]
     source = value.get("source")
-    if not isinstance(source, str) or not source:
+    if not isinstance(source, str) or not source or not is_text(source):
         source = "images" if images else TEXT_ONLY
     return Draft(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(images), checked, where)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llava_mole.data.converters.base import Converter, Options
 from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.image_files import CheckImages
+from llava_mole.data.converters.image_files import CheckImages, Note, is_text
 from llava_mole.data.converters.image_stage import ImagePolicy, Journal, Looked, look_at_images
 from llava_mole.data.converters.published import published_counts
 from llava_mole.data.converters.questions import QuestionFiles
@@ -158,6 +158,8 @@ def _usable(looked: Looked, request: Request, defects: Defects) -> bool:
         for note in fact.notes:
             repaired = note.kind == "base64-spaces"
             defects.add(note.kind, where, note.detail, "repaired" if repaired else "kept")
+    if problem is None and not looked.draft.id.isascii() and not is_text(looked.draft.id):
+        problem = Note("bad-text", "the id holds half of a surrogate pair, which is no character")
     if problem is None:
         return True
     if request.missing_images == "error" and problem.kind == "missing-image":

@@ -37,7 +37,7 @@ def report_text(report: Mapping[str, Any]) -> str:
     if report["ignored_keys"]:
         keys = ", ".join(f"{key} ({_number(count)})" for key, count in report["ignored_keys"].items())
         lines += ["", f"ignored keys: {keys}"]
-    return "\n".join(lines)
+    return "\n".join(lines).encode(errors="replace").decode()  # names in raw data may be no text
 
 
 def _row(split: str, name: str, records: list[dict[str, Any]], known: Any) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, place_image_first
 from llava_mole.data.converters.base import Dropped, Options
 from llava_mole.data.converters.defects import Action, Defects
+from llava_mole.data.converters.image_files import is_text
 
 Role = Literal["user", "assistant"]
 
@@ -67,8 +68,8 @@ def check_turns(turns: Sequence[Turn], images: int, where: str, defects: Defects
     for turn in turns:
         if turn.role != expected:
             raise Dropped("turn-order", f"two turns of the {turn.role} in a row")
-        if not turn.text.isascii():
-            _check_text(turn.text)
+        if not turn.text.isascii() and not is_text(turn.text):
+            raise Dropped("bad-text", "half of a surrogate pair, which is no character")
         if expected == "user":
             markers += turn.text.count(DEFAULT_IMAGE_TOKEN)
             expected = "assistant"
@@ -100,13 +101,6 @@ def _is_in_front(text: str) -> bool:
         and not text[len(_IN_FRONT)].isspace()
         and not text[-1].isspace()
     )
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Dropped("bad-text", "half of a surrogate pair, which is no character") from None
 
 
 def question_and_answer(question: str, answer: str, images: int) -> list[Turn]:
