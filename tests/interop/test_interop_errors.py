@@ -270,3 +270,11 @@ def test_an_incomplete_llava_hf_is_refused(tmp_path: Path, capsys: pytest.Captur
     removed = next(iter(load_file(file)))
     change(file, **{removed: None})
     refused(capsys, f"1 missing: {removed}", tmp_path / "hf", *to)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key, value, message in (
+        ("text_config", {"model_type": "no-such"}, "is no configuration of LLaVA"),
+        ("vision_feature_select_strategy", "full", "needed are one layer and 'default'"),
+        ("projector_hidden_act", "relu", "needed is 'gelu' with bias"),
+    ):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
+        refused(capsys, message, tmp_path / "hf", *to)
