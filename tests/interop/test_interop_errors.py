@@ -39,15 +39,21 @@ def refused(capsys: pytest.CaptureFixture[str], message: str, *arguments: object
     assert message in line
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Path:
-    """A tower, a language model and LLaVA's three layouts."""
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("original")
     tower = make_clip(tmp_path / "clip")
     make_language_model(tmp_path / "vicuna")
     make_llava(tmp_path / "llava", tower=tower)
     make_llava_lora(tmp_path / "lora", tmp_path / "vicuna")
     torch.save({f"model.mm_projector.{k}": v for k, v in projector_state().items()}, tmp_path / "p.bin")
     return tmp_path
+
+
+@pytest.fixture
+def world(original: Path, tmp_path: Path) -> Path:
+    """A copy of a tower, a language model and LLaVA's three layouts."""
+    return shutil.copytree(original, tmp_path / "world")
 
 
 @pytest.mark.parametrize("name", ["p.bin", "released.pt", "lora/non_lora_trainables.bin", "legacy.bin"])
@@ -264,3 +270,11 @@ def test_an_incomplete_llava_hf_is_refused(tmp_path: Path, capsys: pytest.Captur
     removed = next(iter(load_file(file)))
     change(file, **{removed: None})
     refused(capsys, f"1 missing: {removed}", tmp_path / "hf", *to)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key, value, message in (
+        ("text_config", {"model_type": "no-such"}, "is no configuration of LLaVA"),
+        ("vision_feature_select_strategy", "full", "needed are one layer and 'default'"),
+        ("projector_hidden_act", "relu", "needed is 'gelu' with bias"),
+    ):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
+        refused(capsys, message, tmp_path / "hf", *to)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from eval_models import make_checkpoint
 from foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
+from golden_cases import read_bytes
 from interop_tools import close, convert, hf_logits, load, our_logits
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template, render
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import encode
-from llava_mole.model.interop.hf_processor import chat_template
+from llava_mole.model.interop.hf_processor import after_image, chat_template
 from llava_mole.model.interop.tensors import open_weights
 
 
@@ -103,6 +104,21 @@ def test_chat_templates_give_the_text_of_ours(name: str) -> None:
         text = jinja2.Template(source).render(messages=messages[:count], add_generation_prompt=prompt)
         assert text == render(template, turns[:count], add_generation_prompt=prompt).text
     assert chat_template(get_template("plain")) is None
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_real_llama_tokenizer_gets_what_makes_its_tokens_ours(legacy: bool, tmp_path: Path) -> None:
+    from transformers import AddedToken, AutoTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(read_bytes("tokenizer.model"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "bos_token": "<s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    alone = tokenizer("\nWhat is it?", add_special_tokens=False).input_ids
+    behind = tokenizer(f"<image>{after_image(tokenizer)}What is it?", add_special_tokens=False).input_ids
+    assert behind == [len(tokenizer) - 1, *alone]
 
 
 @pytest.mark.parametrize("names", ["old", "new"])

@@ -98,7 +98,7 @@ def export_peft(path: Path, out: Path, options: ExportOptions) -> list[str]:
         _write_projector(own, temporary, bin_if_possible=True)
         return None
 
-    return _export(path, out, options, "a PEFT adapter", write, mole_stays=True)
+    return _export(path, out, options, "a PEFT adapter", write, mole_stays=True, unmerged=True)
 
 
 def export_llava_lora(path: Path, out: Path, options: ExportOptions) -> list[str]:
@@ -116,7 +116,7 @@ def export_llava_lora(path: Path, out: Path, options: ExportOptions) -> list[str
         _write_llava_config(own, temporary, out, options)
         return None
 
-    return _export(path, out, options, "LLaVA-1.5's LoRA layout", write)
+    return _export(path, out, options, "LLaVA-1.5's LoRA layout", write, unmerged=True)
 
 
 def export_llava(path: Path, out: Path, options: ExportOptions) -> list[str]:
@@ -167,6 +167,7 @@ def _export(
     write: Callable[[OwnCheckpoint, Path, Lora | None, Path], float | None],
     *,
     mole_stays: bool = False,
+    unmerged: bool = False,
 ) -> list[str]:
     """Open the checkpoint, settle which adapter is written, write, label and publish."""
     check_target(out, overwrite=options.overwrite)
@@ -181,7 +182,7 @@ def _export(
             f"{own.path} is a mixture of experts, which cannot be merged or written as one LoRA; --expert k, uniform "
             "or usage writes an approximation, --to peft the mixture itself"
         )
-    notes = _quantization_note(own)
+    notes = [] if unmerged else _quantization_note(own)
     with publish(out, overwrite=options.overwrite) as temporary, tempfile.TemporaryDirectory() as scratch:
         temporary.mkdir(parents=True)
         adapter = own.adapter_dir
@@ -216,7 +217,7 @@ def _quantization_note(own: OwnCheckpoint) -> list[str]:
     if quantization == "none" or own.method == "none":
         return []
     return [
-        f"APPROXIMATION: the adapter was trained on a language model in {quantization}, and is used on the original."
+        f"APPROXIMATION: the adapter was trained on a language model in {quantization} and is merged into the original."
     ]
 
 

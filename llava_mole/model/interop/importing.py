@@ -188,6 +188,7 @@ def _run_config(
         tower_name, tower_weights = str(folder / TOWER_CONFIG), folder / TOWER_WEIGHTS
     assert tower_name is not None
     ratio = options.aspect_ratio or source.aspect_ratio or "pad"
+    stated = source.select_layer if options.select_layer is None else options.select_layer
     return RunConfig(
         stage=cast(Any, source.stage),
         train=TrainConfig(output_dir=str(out)),
@@ -197,7 +198,7 @@ def _run_config(
                 name=tower_name,
                 weights=str(tower_weights),
                 activation=cast(Any, tower.activation),
-                select_layer=options.select_layer or source.select_layer or -2,
+                select_layer=-2 if stated is None else stated,
             ),
             projector=source.projector_kind,
         ),

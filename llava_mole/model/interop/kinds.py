@@ -70,14 +70,15 @@ def find_kind(path: Path) -> Found:
         return _of_file(path)
     if not path.is_dir():
         raise WeightsError(f"{path} does not exist")
+    manifest_note = ""
     if (path / MANIFEST).is_file():
         manifest = read_json(path / MANIFEST)
         form = str(manifest.get("format"))
         if form.startswith(PREPARED_FORMAT):
             return Found("prepared", path, manifest)
-        if form == CHECKPOINT_FORMAT or "files" in manifest:
+        if form.startswith(CHECKPOINT_FORMAT.partition("/")[0]):
             return Found("checkpoint", path, manifest)
-        raise WeightsError(f"{path / MANIFEST} has format {form!r}; this version reads {CHECKPOINT_FORMAT!r}")
+        manifest_note = f"; its {MANIFEST} has format {form!r}, not {CHECKPOINT_FORMAT!r}"
     if list_checkpoints(path):
         return Found("run", path, {})
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -103,7 +104,7 @@ def find_kind(path: Path) -> Found:
         return Found("llava-projector", path, {})
     raise WeightsError(
         f"{path} is nothing known here: no {MANIFEST}, checkpoint-<step>, {ADAPTER_CONFIG}, {PROJECTOR_FILE} or "
-        "config.json with weights beside it"
+        f"config.json with weights beside it{manifest_note}"
     )
 
 

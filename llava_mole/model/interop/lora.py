@@ -58,6 +58,9 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
     config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise WeightsError(f"{file}: peft_type {config.get('peft_type')!r}, needed is 'LORA'")
+    absent = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
+    if absent:
+        raise WeightsError(f"{file} lacks {', '.join(absent)}; download it again")
     odd = [f"{key} {config[key]!r}" for key, plain in UNSUPPORTED.items() if config.get(key, plain) not in (plain, [])]
     if odd:
         raise WeightsError(f"{file}: {', '.join(odd)}; only plain LoRA pairs can be carried over")

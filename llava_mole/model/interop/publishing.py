@@ -30,19 +30,21 @@ def publish(out: Path, *, overwrite: bool) -> Iterator[Path]:
     check_target(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
+    old = out.parent / f".old-{out.name}-{os.getpid()}"
     _remove(temporary)
     try:
         yield temporary
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             fsync(path)
-        old = out.parent / f".old-{out.name}-{os.getpid()}"
-        if out.exists() and out.is_dir():
+        if out.is_dir():
             os.replace(out, old)
         os.replace(temporary, out)
         fsync(out.parent)
         _remove(old)
     except BaseException:
         _remove(temporary)
+        if old.exists() and not out.exists():
+            os.replace(old, out)
         raise
 
 

@@ -113,7 +113,10 @@ def read_llava_hf(found: Found) -> Source:
     from transformers import LlavaConfig
 
     where = found.path / "config.json"
-    config: Any = LlavaConfig.from_pretrained(str(found.path), local_files_only=True)
+    try:
+        config: Any = LlavaConfig.from_pretrained(str(found.path), local_files_only=True)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise WeightsError(f"{where} is no configuration of LLaVA: {' '.join(str(error).split())[:200]}") from None
     if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
         raise WeightsError(
             f"{where}: vision_feature_layer {config.vision_feature_layer!r} with strategy "

@@ -106,7 +106,11 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """open_clip's configuration of the Hugging Face CLIP in directory `path`."""
     from transformers import CLIPVisionConfig
 
-    return open_clip_config(CLIPVisionConfig.from_pretrained(str(path), local_files_only=True), path)
+    try:
+        config = CLIPVisionConfig.from_pretrained(str(path), local_files_only=True)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise WeightsError(f"{path} has no configuration of CLIP: {' '.join(str(error).split())[:200]}") from None
+    return open_clip_config(config, path)
 
 
 def tower_from_parts(state: Mapping[str, torch.Tensor], config: dict[str, Any], where: object) -> Tower:
