@@ -71,7 +71,7 @@ def prepare(raw: Path, directory: Path) -> dict[str, Any]:
         if main(["llava-json", *options]):
             raise SystemExit("llava-mole prepare failed")
     seconds = time.perf_counter() - start
-    return {"seconds_s": seconds, "peak_bytes": peak_memory()}
+    return {"seconds_s": seconds, "cpu_s": time.process_time(), "peak_bytes": peak_memory()}
 
 
 def open_prepared(raw: Path, directory: Path) -> dict[str, Any]:
@@ -210,6 +210,7 @@ def record_rows(records: int, directory: Path, repeats: int) -> list[dict[str, A
     common = {"records": records, "raw_bytes": raw.stat().st_size}
     done = child("prepare", raw, prepared)
     done["records_per_s"] = records / done["seconds_s"]
+    done["records_per_cpu_s"] = records / done["cpu_s"]
     size = sum(path.stat().st_size for path in prepared.iterdir())
     rows = [{"part": "prepare", "variant": "llava-json", **common, **done, "prepared_bytes": size}]
     measured: dict[str, list[dict[str, Any]]] = {"open_prepared": [], "open_json": []}
