@@ -1,7 +1,7 @@
 """Records of a prepared data set, read through memory maps: nothing is decoded before it is asked for.
 
-The buffers of the Arrow columns are taken once a shard, and a record is cut out of them by its offsets: a quarter of the
-time of pyarrow's `to_pylist` on a row.
+The buffers of the Arrow columns are taken once a shard, and a record is cut out of them by its offsets: a quarter of
+the time of pyarrow's `to_pylist` on a row.
 """
 
 import os
