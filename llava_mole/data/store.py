@@ -5,6 +5,7 @@ in milliseconds, its pages are shared through the page cache, and a record is de
 is described in `store_format`.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -161,8 +162,6 @@ class StoreWriter:
             },
         }
         manifest[SELF_HASH] = manifest_hash(manifest)
-        import json
-
         try:
             write_synced(self._temporary / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
             sync_directory(self._temporary)

@@ -5,7 +5,7 @@ llava-json` (one process, no look at images); seconds and memory to open the pre
 same file; records/s in random order; images/s of a loader with two workers at 336 px, beside the
 CLIP processors of transformers in LLaVA's way (pad with the mean colour, then `preprocess`): `hf_pil` is the Pillow
 one, which LLaVA used, `hf_torchvision` is today's `CLIPImageProcessor`. Memory is that of a fresh process: `rss` counts
-the mapped pages it has touched, which all processes share; `private` does not.
+the mapped pages it has touched, which all processes share; `own` does not.
 """
 
 import argparse
@@ -46,11 +46,10 @@ def write_raw(path: Path, records: int) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Resident and private bytes of this process."""
+    """Resident bytes of this process, and those of them that are its own: no page of a file, which others share."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     kilobytes = {key: int(value.split()[0]) for key, value in fields.items()}
-    private = kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]
-    return {"rss": 1024 * kilobytes["Rss"], "private": 1024 * private}
+    return {"rss": 1024 * kilobytes["Rss"], "own": 1024 * kilobytes["Anonymous"]}
 
 
 def peak_memory() -> int:
@@ -71,7 +70,7 @@ def prepare(raw: Path, directory: Path) -> dict[str, Any]:
         if main(["llava-json", *options]):
             raise SystemExit("llava-mole prepare failed")
     seconds = time.perf_counter() - start
-    return {"seconds_s": seconds, "peak_bytes": peak_memory()}
+    return {"seconds_s": seconds, "cpu_s": time.process_time(), "peak_bytes": peak_memory()}
 
 
 def open_prepared(raw: Path, directory: Path) -> dict[str, Any]:
@@ -91,9 +90,9 @@ def open_prepared(raw: Path, directory: Path) -> dict[str, Any]:
         "open_s": opened - imported,
         "import_s": imported - start,
         "rss_bytes": after["rss"] - before["rss"],
-        "private_bytes": after["private"] - before["private"],
+        "own_bytes": after["own"] - before["own"],
         "after_reading_rss_bytes": touched["rss"] - before["rss"],
-        "after_reading_private_bytes": touched["private"] - before["private"],
+        "after_reading_own_bytes": touched["own"] - before["own"],
         "random_records_per_s": len(order) / (read - reading),
     }
 
@@ -107,7 +106,7 @@ def open_json(raw: Path, directory: Path) -> dict[str, Any]:
     return {
         "open_s": seconds,
         "rss_bytes": after["rss"] - before["rss"],
-        "private_bytes": after["private"] - before["private"],
+        "own_bytes": after["own"] - before["own"],
     }
 
 
@@ -210,6 +209,7 @@ def record_rows(records: int, directory: Path, repeats: int) -> list[dict[str, A
     common = {"records": records, "raw_bytes": raw.stat().st_size}
     done = child("prepare", raw, prepared)
     done["records_per_s"] = records / done["seconds_s"]
+    done["records_per_cpu_s"] = records / done["cpu_s"]
     size = sum(path.stat().st_size for path in prepared.iterdir())
     rows = [{"part": "prepare", "variant": "llava-json", **common, **done, "prepared_bytes": size}]
     measured: dict[str, list[dict[str, Any]]] = {"open_prepared": [], "open_json": []}
