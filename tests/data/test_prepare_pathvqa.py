@@ -129,3 +129,16 @@ def test_nothing_of_pathvqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "raw").mkdir()
     assert main(["prepare", "pathvqa", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
     assert "no PathVQA below it" in capsys.readouterr().err
+
+
+def test_questions_go_on_into_the_evaluation(tmp_path: Path) -> None:
+    from llava_mole.eval.questions import check_images, read_questions
+
+    raw_sets.write_pathvqa(tmp_path / "raw")
+    done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
+    questions = read_questions([str(done.out / "questions" / "test.jsonl")])
+    check_images(questions, done.out / "images")
+    assert [question.domain for question in questions] == ["OPEN", "CLOSED", "CLOSED"]
+    benchmark = tmp_path / "benchmark"
+    assert main(["prepare-benchmark", "pathvqa", "--raw", str(done.out), "--out", str(benchmark)]) == 0
+    assert len((benchmark / "questions.jsonl").read_text(encoding="utf-8").splitlines()) == 3

@@ -52,7 +52,8 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
                     yield Draft(identifier, draft.source, draft.images, draft.turns, where, split)
             else:
                 yield draft
-    unknown = sorted(options.upsample.keys() - seen)
+    # A set of the official ones may have been left out; another name is a mistake in writing.
+    unknown = sorted(options.upsample.keys() - seen - PRESETS["official"].keys())
     if unknown and seen:
         raise ConfigError(f"--upsample: no rows of {', '.join(unknown)}; the sub-sources are {', '.join(sorted(seen))}")
 
