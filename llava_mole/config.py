@@ -66,7 +66,7 @@ class AdapterConfig:
     """Dropout on the adapters' input. None takes the preset's (0 for `lora` and `paper`)."""
     num_experts: int = 3
     """K, experts in each FFN (paper: 3 for three domains, 2 for two)."""
-    preset: Literal["paper", "released", "best"] = "paper"
+    preset: Literal["paper", "released", "coupled", "best"] = "paper"
     """Named set of MoLE options, see docs/mole.md."""
     options: dict[str, Any] = field(default_factory=dict)
     """MoLE options that differ from the preset, e.g. `{expert_scale: straight_through, balance_coef: 0.001}`."""

@@ -130,7 +130,7 @@ def make_world(directory: Path, samples: int = 24, text_only_every: int = 0) -> 
                 "weights": str(directory / "vision_tower" / "model.safetensors"),
             },
         },
-        "adapter": {"method": "mole", "rank": 2, "num_experts": 2, "preset": "best"},
+        "adapter": {"method": "mole", "rank": 2, "num_experts": 2, "preset": "coupled"},
         "data": {"sources": sources, "mixture": {"red": 1, "blue": 1}, "max_length": 256},
         "train": {
             "output_dir": str(directory / "run"),

@@ -31,10 +31,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
         "balance_layers": "pooled",
     },
-    "best": {
+    "coupled": {
         "expert_scale": "straight_through",
         "balance_scale": "switch",
         "balance_group": "global_batch",
+    },
+    "best": {
+        "shared_r": 8,
     },
 }
 """Differences from the field defaults, which are the paper's text. `released` is what the authors' code does."""
@@ -139,7 +142,7 @@ class MoleConfig(PeftConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MoleConfig":
-        """The preset `name` (`paper`, `released` or `best`) with `overrides` on top.
+        """The preset `name` (see `PRESETS`) with `overrides` on top.
 
         Raises:
             ConfigError: unknown preset, unknown option, or a refused combination.

@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "balance_group": "global_batch",
     },
     "global_batch": {"balance_group": "global_batch"},
-    "shared expert of rank 8": {"shared_r": 8},
+    "shared expert of rank 8 (best)": {"shared_r": 8},
     "balance_coef 0.1": {"balance_coef": 0.1},
     "oracle (expert = source)": {"router": "oracle", "balance_coef": 0.0},
     "random": {"router": "random", "balance_coef": 0.0},

@@ -51,14 +51,15 @@ def test_what_cannot_work_is_refused_with_the_reason(options: dict[str, Any], me
 
 
 def test_presets_and_their_names() -> None:
-    assert set(PRESETS) == {"paper", "released", "best"}
+    assert set(PRESETS) == {"paper", "released", "coupled", "best"}
     assert MoleConfig() == MoleConfig.from_preset("paper")
     paper = MoleConfig.from_preset("paper", r=8)
     assert (paper.alpha, paper.scaling, paper.expert_scale, paper.router_bias) == (16, 2, "none", False)
     released = MoleConfig.from_preset("released")
     assert (released.router_bias, released.dropout, released.balance_layers) == (True, 0.05, "pooled")
-    assert MoleConfig.from_preset("best").router_trains
-    with pytest.raises(ConfigError, match="unknown MoLE preset 'nature'; there are paper, released, best"):
+    assert MoleConfig.from_preset("coupled").counts_load
+    assert MoleConfig.from_preset("best") == MoleConfig(shared_r=8)
+    with pytest.raises(ConfigError, match="unknown MoLE preset 'nature'; there are paper, released, coupled, best"):
         MoleConfig.from_preset("nature")
     with pytest.raises(ConfigError, match="unknown MoLE option 'rang'"):
         MoleConfig.from_preset("paper", rang=3)

@@ -139,7 +139,7 @@ def test_a_fresh_adapter_is_the_identity_and_disabling_gives_the_base(
 
 
 @pytest.mark.parametrize("backend", ["masked", "grouped", "gather", "loop"])
-@pytest.mark.parametrize("preset", ["paper", "released", "best"])
+@pytest.mark.parametrize("preset", ["paper", "released", "coupled", "best"])
 def test_every_expert_and_router_moves(preset: str, backend: str, tiny_llama: Make) -> None:
     from llava_mole.mole import mole_after_step
 

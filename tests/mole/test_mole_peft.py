@@ -238,7 +238,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["masked", "grouped"])
-@pytest.mark.parametrize("preset", ["paper", "best", "released"])
+@pytest.mark.parametrize("preset", ["paper", "coupled", "best", "released"])
 def test_checkpointing_changes_nothing(tiny_llama: Make, randomized: Randomize, preset: str, backend: str) -> None:
     config = MoleConfig.from_preset(preset, r=4, backend=backend)
     model = randomized(get_peft_model(tiny_llama(), config)).train()

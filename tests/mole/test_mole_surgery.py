@@ -94,7 +94,7 @@ def test_what_is_no_lora_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
         to_lora(tiny_llama(), tmp_path, expert=0)
 
 
-@pytest.mark.parametrize("preset", ["paper", "best"])
+@pytest.mark.parametrize("preset", ["paper", "coupled", "best"])
 def test_growing_without_noise_changes_nothing(
     tiny_llama: Make, randomized: Randomize, tmp_path: Path, preset: str
 ) -> None:

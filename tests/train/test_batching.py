@@ -55,6 +55,7 @@ VARIANTS: dict[str, list[str]] = {
     "lora": ["--adapter.method", "lora"],
     "paper": ["--adapter.preset", "paper"],
     "best": ["--adapter.preset", "best"],
+    "coupled": ["--adapter.preset", "coupled"],
     "token mean": ["--train.loss_reduction", "token_mean"],
     "stratified": ["--adapter.options", "{balance_tokens: stratified, balance_group: sample, z_loss_coef: 0.01}"],
     "sequence": ["--adapter.options", "{granularity: sequence, balance_group: global_batch}"],
