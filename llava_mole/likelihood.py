@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, Turn, render
 from llava_mole.data.tokenization import encode
 from llava_mole.errors import DataError
 from llava_mole.model.builder import LoadedModel
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.prompts import Batch, check_room
+from llava_mole.prompts import Batch, check_room, check_shown
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def encode_continuation(
     front of it. Without `with_end` the ids end where the answer's text does.
 
     Raises:
-        DataError: the continuation is empty, or fills the context.
+        DataError: the continuation is empty, or fills the context; a template that does not show all images.
     """
     if not continuation.strip():
         raise DataError(f"prompt {position}: its continuation is empty; give the text whose probability is asked for")
@@ -44,6 +45,8 @@ def encode_continuation(
         end -= len(template.answer_end)
     only_this = Rendered(rendered.text[:end], ((start, end),))
     encoded = encode(only_this, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
+    given = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    check_shown(template, encoded.num_images, given, position)
     check_room(loaded, len(encoded.input_ids) - 1, position)
     return encoded.input_ids, encoded.num_supervised
 

@@ -90,13 +90,18 @@ def encode_prompt(loaded: LoadedModel, template: Template, prompt: Prompt, num_i
     turns = place_images(prompt, num_images, position)
     rendered = render(template, turns, add_generation_prompt=True)
     encoded = encode(rendered, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
-    if encoded.num_images != num_images:
-        raise DataError(
-            f"prompt {position}: template {template.name!r} shows {encoded.num_images} of {num_images} images; give "
-            "one image, or take another template"
-        )
+    check_shown(template, encoded.num_images, num_images, position)
     check_room(loaded, len(encoded.input_ids), position)
     return encoded.input_ids
+
+
+def check_shown(template: Template, shown: int, given: int, position: int) -> None:
+    """Raise DataError where the template leaves out some of the images."""
+    if shown != given:
+        raise DataError(
+            f"prompt {position}: template {template.name!r} shows {shown} of {given} images; give one image, or take "
+            "another template"
+        )
 
 
 def check_room(loaded: LoadedModel, tokens: int, position: int) -> None:

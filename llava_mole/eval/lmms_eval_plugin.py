@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-WINDOW = 8
+WINDOW = 2
 """Batches whose images are in memory, and which are sorted by length, together."""
 _DEFAULT_NEW_TOKENS = 128
 

@@ -10,18 +10,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from llava_mole.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 NO_DOMAIN = "all"
 """Domain of a question with neither a domain nor a category."""
 
 WINDOW = 8
-"""Batches that are loaded, and sorted by length, together."""
+"""Batches that are sorted by length together."""
 
 T = TypeVar("T")
 
@@ -161,16 +158,18 @@ def check_images(questions: Sequence[Question], folder: Path) -> None:
 
 def windows(
     questions: Sequence[Question], folder: Path, batch_size: int
-) -> "Iterator[tuple[Sequence[Question], list[Image | None]]]":
-    """The questions in pieces of some batches, each with its images; an image several questions share is one object.
+) -> Iterator[tuple[Sequence[Question], list[Path | None]]]:
+    """The questions in pieces of some batches, each with the files of its images.
+
+    Files, because whoever decodes them needs one batch at a time: pages of documents take 15 MB each when decoded.
 
     Raises:
-        DataError: an image that cannot be read.
+        DataError: an image is no file inside `folder`.
     """
-    from llava_mole.data.images import load_image
+    from llava_mole.data.images import resolve_image
 
     for start in range(0, len(questions), WINDOW * batch_size):
         window = questions[start : start + WINDOW * batch_size]
         names = dict.fromkeys(question.image for question in window if question.image is not None)
-        images = {name: load_image(name, folder) for name in names}
-        yield window, [None if question.image is None else images[question.image] for question in window]
+        files = {name: resolve_image(name, folder) for name in names}
+        yield window, [None if question.image is None else files[question.image] for question in window]

@@ -39,9 +39,10 @@ def joined_ranks() -> Iterator[None]:
 
 
 def share_of_rank(questions: Sequence[Question], rank: int, world_size: int) -> list[Question]:
-    """The questions that `rank` answers: equally many, off by one at most, and those about one image together.
+    """The questions that `rank` answers: equally many, off by one at most.
 
-    Questions keep the order in which their images first occur, so that an image is decoded and encoded on one rank.
+    Those about one image follow each other, in the order in which images first occur, so that an image is decoded and
+    encoded on one rank; only one that lies at a boundary between two ranks is on both.
     """
     first: dict[str | None, int] = {}
     for position, question in enumerate(questions):

@@ -1,16 +1,26 @@
 """Answers to samples that training never sees, compared with their references: what the loss does not tell."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.dataset import SupervisedDataset
+from llava_mole.data.records import Record
 from llava_mole.distributed import all_reduce_sum, get_rank, get_world_size
+from llava_mole.errors import DataError
 from llava_mole.eval.metrics.exact import plain
 from llava_mole.eval.metrics.overlap import token_f1
 from llava_mole.inference import Predictor
+from llava_mole.log import get_logger
 from llava_mole.mole import set_routing_inputs
+from llava_mole.prompts import encode_prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = get_logger(__name__)
 
 NEW_TOKENS = 64
 """Longest answer; training data of short answers and of captions both show within it whether a model learns."""
@@ -31,7 +41,9 @@ class AnswerCheck:
         self._dataset = dataset
         self._predictor = predictor
         self._routes = routes
-        self._positions = first_of_each_source(dataset, count)
+        self._positions = [
+            position for position in first_of_each_source(dataset, count) if self._fits(*dataset.sample(position))
+        ]
 
     def scores(self) -> dict[str, dict[str, float]]:
         """`exact` and `f1`, each a mean in 0..1 by source; a collective.
@@ -60,6 +72,16 @@ class AnswerCheck:
             "exact": {name: total / n for name, total, n in zip(names, exact, counts, strict=True) if n},
             "f1": {name: total / n for name, total, n in zip(names, f1, counts, strict=True) if n},
         }
+
+    def _fits(self, source: str, record: Record, pictures: "Sequence[Image]") -> bool:
+        """Whether the first question leaves room for an answer: where long histories are shortened it may not."""
+        first = record.turns[0].text.count(DEFAULT_IMAGE_TOKEN)
+        try:
+            encode_prompt(self._predictor.loaded, self._predictor.template, record.turns[:1], first, 0)
+        except DataError as error:
+            logger.warning("validation: %s (%s) is not answered: %s", record.where, source, error)
+            return False
+        return True
 
     def _score(self, positions: Sequence[int]) -> list[tuple[str, tuple[float, float]]]:
         samples = [self._dataset.sample(position) for position in positions]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.conversation import Turn, place_image_first, render
@@ -12,6 +13,7 @@ from llava_mole.data.tokenization import encode
 from llava_mole.errors import ConfigError, DataError
 from llava_mole.inference import Predictor
 
+RED = Image.new("RGB", (20, 16), (250, 10, 10))
 ANSWERS = ["red", "a dark blue circle", "yes", "It is green, I think."]
 
 
@@ -90,8 +92,10 @@ def test_conversations_and_two_images(predictor: Predictor, asked: Path) -> None
         (([None], ["a"], [" "]), DataError, "prompt 0: its continuation is empty"),
         (([None], ["<image>\na"], ["b"]), DataError, "prompt 0: 1 <image> in the text, but no image given"),
         (([None, None], ["a", "a"], ["b", "b " * 4000]), DataError, "prompt 1: .* leave no room"),
+        (([[RED, RED], RED], ["a", "a"], ["b", "b"], "plain"), DataError, "prompt 0: template 'plain' shows 1 of 2"),
     ],
 )
 def test_errors(predictor: Predictor, arguments, error: type[Exception], message: str) -> None:
+    template = arguments[3] if len(arguments) > 3 else None
     with pytest.raises(error, match=message):
-        predictor.score(*arguments)
+        Predictor(predictor.loaded, template=template).score(*arguments[:3])

@@ -1,5 +1,6 @@
 """What a run reports beside its loss: validation, gradient norms by part, arithmetic, progress and the last table."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from llava_mole.eval.metrics.overlap import token_f1
 from llava_mole.inference import Predictor
 from llava_mole.model.builder import build_image_processor, load_pretrained_model
 from llava_mole.model.flops import model_shape, training_flops
-from llava_mole.train.answering import first_of_each_source
+from llava_mole.train.answering import AnswerCheck, first_of_each_source
 from llava_mole.train.metrics import read_metrics
 from llava_mole.train.monitor import batch_sums, peak_flops
 from llava_mole.train.progress import ProgressDisplay, format_seconds
@@ -112,6 +113,18 @@ def test_validation_answers_are_those_of_the_saved_model(world: Path) -> None:
     unanswered = read_metrics(run(world, "unanswered", *OPTIONS) / "metrics.jsonl")[-1]
     assert unanswered["loss"] == entry["loss"]  # answering changes nothing in training
     assert "validation_exact" not in unanswered
+
+
+def test_a_question_without_room_for_an_answer_is_left_out(world: Path, validated: Path) -> None:
+    predictor = Predictor.from_pretrained(validated, device="cpu")
+    config, loaded = predictor.loaded.config, predictor.loaded
+    processor = build_image_processor(loaded.model, config.data.image_aspect_ratio)
+    arguments = (config.data, loaded.tokenizer, processor, loaded.model.num_image_tokens)
+    held_out = build_dataset(*arguments, seed=config.train.seed, epochs=1).validation
+    assert held_out is not None
+    tight = Predictor(dataclasses.replace(loaded, context_length=4))
+    assert AnswerCheck(held_out, tight, count=2, routes=True).scores() == {"exact": {}, "f1": {}}
+    assert set(AnswerCheck(held_out, predictor, count=2, routes=True).scores()["f1"]) == {"red", "blue"}
 
 
 @pytest.mark.parametrize(
