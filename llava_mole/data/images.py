@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM")
-"""All that Pillow may take an image for, whatever its name says: for PostScript it would run Ghostscript. MPO comes with
-its reader of JPEG."""
+"""All that Pillow may take an image for, whatever its name says: for PostScript it would run Ghostscript. MPO comes
+with its reader of JPEG."""
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError,
     struct.error, zlib.error,
@@ -190,8 +190,8 @@ def reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{shown} does not exist") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{shown} is too large to decode: {error}; scale it down") from None
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise DataError(f"{shown} is too large to decode: {str(error) or 'out of memory'}; scale it down") from None
     except DECODER_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{shown} cannot be decoded: {reason}; replace the file or remove the record") from None
