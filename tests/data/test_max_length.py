@@ -210,3 +210,33 @@ def test_a_user_turn_that_only_looks_like_an_answer_is_no_answer(tokenizer: Any)
     assert encoded is not None
     assert spoken(encoded, tokenizer).startswith("yes")
     assert np.count_nonzero(np.array(encoded.labels) != IGNORE_INDEX) < 5
+
+
+SILENT = [conversation("short"), conversation(" \n"), conversation("tiny", images=1), conversation("图", "\u3000")]
+"""With a template that strips, the second record has no answer; the last one has."""
+
+
+def build_silent(tmp_path: Path, tokenizer: Any, kind: str, policy: Any, batching: Any) -> SupervisedDataset:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "RAW", SILENT)
+        return build(tmp_path, tokenizer, kind, policy, batching, template="gemma")
+
+
+@pytest.mark.parametrize("kind", ["raw", "prepared"])
+@pytest.mark.parametrize("batching", ["packed", "padded", "grouped"])
+@pytest.mark.parametrize("policy", ["truncate", "error", "truncate_history", "drop"])
+def test_an_answer_that_renders_to_nothing_is_found_before_training(
+    kind: str, batching: Any, policy: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_mole.data.fitting.SAMPLE", 1)
+    if policy == "drop":
+        dataset = build_silent(tmp_path, tokenizer, kind, policy, batching)
+        assert (len(dataset), dataset.report["s"]["dropped"]) == (3, 1)
+        assert all(any(label >= 0 for label in dataset[position].labels) for position in range(3))
+        return
+    with pytest.raises(DataError) as caught:
+        build_silent(tmp_path, tokenizer, kind, policy, batching)
+    assert str(caught.value) == (
+        f"{tmp_path}/{kind}/raw.json:3: no answer of it has any text with template 'gemma'; give it one, or remove the "
+        "record"
+    )
