@@ -16,6 +16,7 @@ from llava_mole.conversation import Turn, get_template
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.encoding import encode_record, encode_shortened
 from llava_mole.data.images import ImageProcessor
+from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRow, StoreWriter
 from llava_mole.errors import DataError
@@ -186,6 +187,25 @@ def test_the_digest_knows_which_records_are_left(tmp_path: Path, tokenizer: Any)
     path = tmp_path / "raw" / "raw.json"
     path.write_text("[\n" + ",\n".join(map(json.dumps, [RAW[1], RAW[0], *RAW[2:]])) + "\n]")
     assert build(tmp_path, tokenizer, "raw", "drop", "padded").plan.digest != dropped
+
+
+def test_the_digest_knows_the_content_of_prepared_sets(tmp_path: Path, tokenizer: Any) -> None:
+    def digest(folder: str, raw: list[dict[str, Any]], when: str) -> str:
+        (tmp_path / folder).mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "RAW", raw)
+            patch.setattr("llava_mole.__version__", when)  # of the manifest, as its time
+            return build(tmp_path / folder, tokenizer, "prepared", "truncate", "padded").plan.digest
+
+    other = [*RAW[:-1], conversation("tidy", images=1)]
+    first = digest("a", RAW, "1")
+    assert digest("b", RAW, "2") == first
+    assert digest("c", other, "1") != first
+
+
+def test_the_digest_of_json_sources_is_that_of_the_plan_alone(tmp_path: Path, tokenizer: Any) -> None:
+    wanted = TrainingPlan({"s": len(RAW)}, {}, 0, 1).digest
+    assert build(tmp_path, tokenizer, "raw", "truncate", "padded").plan.digest == wanted
 
 
 def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
