@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from llava_mole.conversation import Template, Turn, get_template, render
-from llava_mole.data.tokenization import TextTokenizer
+from llava_mole.data.tokenization import HFTextTokenizer, TextTokenizer
 from llava_mole.errors import ConfigError
 from llava_mole.templates import TOKENIZER_TEMPLATE
 
@@ -39,7 +39,8 @@ def resolve_template(name: str, tokenizer: TextTokenizer | None) -> Template:
 def read_chat_template(hf_tokenizer: Any) -> Template:
     """The fixed strings of the tokenizer's own chat template.
 
-    The beginning-of-text token is left out, since `tokenization.encode` puts it in front. An answer is supervised up to
+    The beginning-of-text token is left out where the tokenizer adds it to every text, since `tokenization.encode` then
+    puts it in front; else it is part of the text. An answer is supervised up to
     the last special token of what follows it (`<|im_end|>`), the line break behind that is not.
 
     Raises:
@@ -48,6 +49,8 @@ def read_chat_template(hf_tokenizer: Any) -> Template:
     """
     if hf_tokenizer is None or not getattr(hf_tokenizer, "chat_template", None):
         raise ConfigError(f"template 'tokenizer': the language model's tokenizer has no chat template; {_ALTERNATIVE}")
+    if "strftime_now" in str(hf_tokenizer.chat_template):
+        raise _unfit("depends on the date")
     published = _renderer(hf_tokenizer)
     template = _take_apart(published, set(hf_tokenizer.all_special_tokens) | set(hf_tokenizer.get_added_vocab()))
     blanks = [Turn("user", " padded "), Turn("assistant", " padded\n")]
@@ -58,7 +61,8 @@ def read_chat_template(hf_tokenizer: Any) -> Template:
 
 
 def _renderer(hf_tokenizer: Any) -> Render:
-    bos = hf_tokenizer.bos_token or ""
+    # `tokenization.encode` puts a BOS in front where the tokenizer adds one; elsewhere the template's own stays.
+    bos = "" if HFTextTokenizer(hf_tokenizer).bos_token_id is None else hf_tokenizer.bos_token
 
     def published(turns: Sequence[Turn], add_generation_prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]

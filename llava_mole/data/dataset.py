@@ -204,7 +204,7 @@ def build_dataset(
     lambdas = {name: value for name, value in data_config.mixture.items() if name in records}
     sizes = {name: len(records[name]) for name in names}
     plan: TrainingPlan | GroupedPlan
-    plan = base = TrainingPlan(sizes, lambdas, seed, epochs, detail=_digest_of_kept(fitted))
+    plan = base = TrainingPlan(sizes, lambdas, seed, epochs, detail=_plan_detail(all_records, fitted))
     report = {}
     for name in names:
         counts = {"cut": fitted[name].cut, "shortened": fitted[name].shortened, "dropped": fitted[name].dropped}
@@ -246,14 +246,19 @@ def _lengths_of(records: Sequence[Record], fitted: Fitted) -> npt.NDArray[np.int
     return fitted.lengths
 
 
-def _digest_of_kept(fitted: Mapping[str, Fitted]) -> str:
-    """What the plan's digest has to cover besides sizes: which records were left out. Empty if none was."""
+def _plan_detail(records: Mapping[str, Sequence[Record]], fitted: Mapping[str, Fitted]) -> str:
+    """What the plan's digest has to cover besides sizes: which records were left out, and what prepared sets hold (not
+    when they were made). Empty if there is neither."""
     digest = hashlib.sha256()
     kept = {name: outcome.kept for name, outcome in fitted.items() if outcome.kept is not None}
     for name, indices in kept.items():
         digest.update(name.encode())
         digest.update(indices.astype("<i8").tobytes())
-    return digest.hexdigest() if kept else ""
+    prepared = {name: source for name, source in records.items() if isinstance(source, PreparedRecords)}
+    for name, source in prepared.items():
+        shards = " ".join(shard["sha256"] for shard in source.manifest["shards"])
+        digest.update(f"\n{name}: {shards}".encode())
+    return digest.hexdigest() if kept or prepared else ""
 
 
 def _active_sources(data_config: DataConfig) -> list[str]:

@@ -40,6 +40,11 @@ def encode_record(
         encoded = encode(rendered, tokenizer, num_image_tokens=num_image_tokens, max_length=max_length)
     except DataError as error:
         raise DataError(f"{record.where}: {error}") from None
+    if not encoded.num_supervised and not encoded.truncated:
+        raise DataError(
+            f"{record.where}: no answer of it has any text with template {template.name!r}; give it one, or remove the "
+            "record"
+        )
     if not encoded.num_supervised:
         raise DataError(
             f"{record.where}: no token of an answer is left after the cut at data.max_length {max_length} "

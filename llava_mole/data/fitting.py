@@ -14,6 +14,7 @@ from llava_mole.conversation import Template
 from llava_mole.data.columns import image_counts
 from llava_mole.data.encoding import LengthPolicy, encode_record, encode_shortened, render_record
 from llava_mole.data.lengths import (
+    NEVER,
     Counts,
     count_tokens,
     lengths_path,
@@ -56,7 +57,7 @@ class Fitted:
     shortened: int = 0
     """Records without some of their oldest rounds (`truncate_history`)."""
     dropped: int = 0
-    """Records left out (`drop`, `truncate_history`)."""
+    """Records left out (`drop`, `truncate_history`); with `drop` also those without any answer in this template."""
 
     def select(self, records: Sequence[Record]) -> Sequence[Record]:
         """The records that are left of those that were fitted."""
@@ -79,13 +80,19 @@ def fit_source(records: Sequence[Record], limits: Limits, name: str, *, all_leng
 
     Raises:
         DataError: a record that the template cannot hold; with policy `error` one that is too long; with `truncate` one
-            that the cut leaves without an answer or without its image; nothing is left. The message starts with
-            `file:line` where there is one record to blame.
+            that the cut leaves without an answer or without its image; with all but `drop` one whose answers the
+            template renders to nothing; nothing is left. The message starts with `file:line` where there is one record
+            to blame.
     """
     which, counts = _counted(records, limits, all_lengths)
     images = image_counts(records if which is None else RecordSubset(records, which)).astype(np.int64)
     totals = counts.astype(np.int64) + images[:, None] * limits.num_image_tokens
-    too_long = np.flatnonzero(totals[:, 0] > limits.max_length)
+    silent = counts[:, 1] >= NEVER
+    if limits.policy != "drop" or (len(silent) == len(records) and silent.all()):
+        for n in np.flatnonzero(silent)[:1]:
+            record = records[int(n if which is None else which[n])]
+            encode_record(record, limits.template, limits.tokenizer, limits.num_image_tokens, None)
+    too_long = np.flatnonzero((totals[:, 0] > limits.max_length) | silent)
     rows = too_long if which is None else which[too_long]
     lengths = totals[:, 0].copy() if all_lengths else None
     if limits.policy == "error" and len(rows):
@@ -121,7 +128,7 @@ def fit_source(records: Sequence[Record], limits: Limits, name: str, *, all_leng
 def _counted(
     records: Sequence[Record], limits: Limits, all_lengths: bool
 ) -> tuple[npt.NDArray[np.int64] | None, Counts]:
-    """Counts of all records (first part None), or of those alone that may be longer than the limit."""
+    """Counts of all records (first part None), or of those alone that may be too long or lack an answer."""
     template, tokenizer = limits.template, limits.tokenizer
     if isinstance(records, PreparedRecords):
         known = read_lengths(lengths_path(records, template, tokenizer), len(records))
@@ -130,11 +137,13 @@ def _counted(
         _check_sample(records, template)
         if all_lengths:
             return None, stored_counts(records, template, tokenizer)
-        which = np.flatnonzero(most_tokens(records, template, limits.num_image_tokens) > limits.max_length)
+        long = np.flatnonzero(most_tokens(records, template, limits.num_image_tokens) > limits.max_length)
+        quiet = [row for row in records.quiet_rows() if not render_record(records[int(row)], template).answer_spans]
+        which = np.union1d(long, np.array(quiet, dtype=np.int64))
     elif all_lengths:
         return None, count_tokens(records, template, tokenizer)
     else:
-        which = np.array([n for n, record in enumerate(records) if _may_be_too_long(record, limits)], dtype=np.int64)
+        which = np.array([n for n, record in enumerate(records) if _may_not_fit(record, limits)], dtype=np.int64)
     return which, count_tokens(RecordSubset(records, which), template, tokenizer)
 
 
@@ -148,11 +157,13 @@ def _check_sample(records: PreparedRecords, template: Template) -> None:
         render_record(records[int(index)], template)
 
 
-def _may_be_too_long(record: Record, limits: Limits) -> bool:
-    """Whether a bound of the tokens, by bytes, is above the limit; see `lengths.most_tokens`."""
-    size = len(render_record(record, limits.template).text.encode())
+def _may_not_fit(record: Record, limits: Limits) -> bool:
+    """Whether a bound of the tokens, by bytes, is above the limit (see `lengths.most_tokens`), or no answer is seen."""
+    rendered = render_record(record, limits.template)
+    size = len(rendered.text.encode())
     images = len(record.images)
-    return 1 + size + (images + 1) + images * limits.num_image_tokens > limits.max_length
+    most = 1 + size + (images + 1) + images * limits.num_image_tokens
+    return most > limits.max_length or not rendered.answer_spans
 
 
 def _shortened_length(record: Record, limits: Limits) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from llava_mole.data.images import decode_rgb, reading
+from llava_mole.data.images import FORMATS, decode_rgb, reading
 from llava_mole.errors import DataError
 
 LARGEST_IMAGE = 64 << 20
@@ -109,7 +109,7 @@ def inspect_image(source: bytes | str | os.PathLike[str], *, most_pixels: int = 
         kind = sniff(first)
     except DataError as error:
         raise DataError(f"image {name!r}: {error}" if name else str(error)) from None
-    with reading(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else name) as image:
+    with reading(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else name, formats=FORMATS) as image:
         width, height = image.size
         if width * height > most_pixels:
             raise DataError(f"image {name!r} has {width} x {height} pixels; allowed are {most_pixels:,} in all")
@@ -123,7 +123,7 @@ def inspect_image(source: bytes | str | os.PathLike[str], *, most_pixels: int = 
 def decode_bytes(data: bytes) -> Image.Image:
     """The RGB image in `data`, its first frame. Raises DataError as `inspect_image` does."""
     sniff(data)
-    with reading(""), Image.open(io.BytesIO(data)) as image:
+    with reading(""), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return decode_rgb(image)
 
 

@@ -21,8 +21,12 @@ from llava_mole.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
-_DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM")
+"""All that Pillow may take an image for, whatever its name says: for PostScript it would run Ghostscript. MPO comes
+with its reader of JPEG."""
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError,
+    struct.error, zlib.error,
 )  # fmt: skip
 """What Pillow's readers let through for damaged files, depending on the format and on where the damage is."""
 ASPECT_RATIOS = ("pad", "square")
@@ -154,7 +158,7 @@ def open_image(path: str | os.PathLike[str], *, draft_size: int | None = None) -
     """Decode one image file completely and convert it to RGB.
 
     Args:
-        path: File of any format that Pillow reads; of several frames the first is taken.
+        path: File of one of `FORMATS`, whatever its name; of several frames the first is taken.
         draft_size: Let the JPEG decoder leave out detail, down to an eighth of the size as long as both sides keep
             this many pixels and nothing is rounded. The pixels are not those of the full decoder: of photos and pages
             they differed, after resizing to half of `draft_size`, by up to 3 of 255 on average and up to 32.
@@ -163,7 +167,7 @@ def open_image(path: str | os.PathLike[str], *, draft_size: int | None = None) -
         DataError: the file is missing, is no image, is cut short, or has more pixels than Pillow decodes (a
             decompression bomb).
     """
-    with reading(os.fspath(path)), Image.open(path) as image:
+    with reading(os.fspath(path)), Image.open(path, formats=FORMATS) as image:
         if draft_size is not None:
             factor = _draft_factor(image.width, image.height, draft_size)
             image.draft(None, (image.width // factor, image.height // factor))
@@ -186,9 +190,9 @@ def reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{shown} does not exist") from None
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{shown} is too large to decode: {error}; scale it down") from None
-    except _DECODER_ERRORS as error:
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise DataError(f"{shown} is too large to decode: {str(error) or 'out of memory'}; scale it down") from None
+    except DECODER_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{shown} cannot be decoded: {reason}; replace the file or remove the record") from None
 

@@ -112,6 +112,15 @@ class PreparedRecords(Sequence[Record]):
         except ValueError as error:
             raise DataError(f"{self.directory}: damaged, column {name} is cut short ({error})") from None
 
+    def quiet_rows(self) -> npt.NDArray[np.int64]:
+        """Rows, ascending, none of whose answers begins with a visible ASCII character: all without an answer are
+        among them. Raises DataError where the shards' bytes are no records."""
+        try:
+            parts = [start + shard.quiet_rows() for start, shard in zip(self._starts, self._shards, strict=False)]
+        except (ValueError, IndexError) as error:
+            raise DataError(f"{self.directory}: damaged, turns cannot be found ({error}); prepare it again") from None
+        return np.concatenate(parts)
+
     def _locate(self, index: int) -> tuple["_Shard", int]:
         size = self._starts[-1]
         position = index + size if index < 0 else index
@@ -185,6 +194,17 @@ class _Shard:
     def turn_tuple(self, row: int) -> tuple[Turn, ...]:
         get, first = self.turns.strings.get, self.turns.offsets[row]
         return tuple([Turn(_ROLES[(n - first) & 1], get(n)) for n in range(first, self.turns.offsets[row + 1])])  # type: ignore[arg-type]
+
+    def quiet_rows(self) -> npt.NDArray[np.int64]:
+        rounds = np.frombuffer(self.turns.offsets, np.int32, self.rows + 1).astype(np.int64)
+        texts = np.frombuffer(self.turns.strings.offsets, np.int32, int(rounds[-1]) + 1)
+        data = np.frombuffer(self.turns.strings.data, np.uint8)
+        row_of = np.repeat(np.arange(self.rows), np.diff(rounds))
+        answers = np.flatnonzero((np.arange(len(row_of)) - rounds[row_of]) % 2 & (np.diff(texts) > 0))
+        first = data[texts[answers]]
+        heard = np.zeros(self.rows, dtype=bool)
+        heard[row_of[answers[(first > 32) & (first < 127)]]] = True
+        return np.flatnonzero(~heard)
 
     def numbers(self, name: str) -> npt.NDArray[Any]:
         if name in ("num_images", "num_turns"):

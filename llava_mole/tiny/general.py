@@ -11,6 +11,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from llava_mole.data.images import FORMATS
 from llava_mole.errors import DataError
 from llava_mole.tiny.samples import Question, Sample
 
@@ -53,7 +54,7 @@ def load(split: str, count: int) -> tuple[list[Sample], dict[str, Path]]:
     paths = sorted(read_paths().items())
     Random(f"easy-vqa-{split}").shuffle(paths)
     for image_id, path in paths[:count]:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             image = opened.convert("RGB")
         shape, colour, place = measure(image)
         rng = Random(f"general-{split}-{image_id}")

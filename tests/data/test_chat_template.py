@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llava_mole.constants import IGNORE_INDEX
@@ -65,7 +65,9 @@ ROUNDS = [
 ]
 
 
-def tokenizer_with(chat_template: str | None, special: list[str], **tokens: Any) -> PreTrainedTokenizerFast:
+def tokenizer_with(
+    chat_template: str | None, special: list[str], *, adds_bos: bool = False, **tokens: Any
+) -> PreTrainedTokenizerFast:
     """Bytes as tokens, plus the special ones: ids and offsets are exact, whatever the text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
@@ -74,6 +76,10 @@ def tokenizer_with(chat_template: str | None, special: list[str], **tokens: Any)
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | tokens
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=special, **tokens)
     hf.chat_template = chat_template
+    if adds_bos:
+        hf.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{hf.bos_token} $A", special_tokens=[(hf.bos_token, hf.bos_token_id)]
+        )
     return hf
 
 
@@ -90,15 +96,18 @@ def test_registered_template_is_the_published_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", REGISTERED)
 @pytest.mark.parametrize("own", [True, False], ids=["tokenizer", "registered"])
-def test_supervised_tokens_are_those_transformers_marks(name: str, own: bool) -> None:
+@pytest.mark.parametrize("adds_bos", [True, False], ids=["adds", "adds-none"])
+def test_supervised_tokens_are_those_transformers_marks(name: str, own: bool, adds_bos: bool) -> None:
     """The chat templates of this test mark what the assistant generates; transformers turns that into a mask."""
-    hf = tokenizer_with(REGISTERED[name], SPECIAL.get(name, []))
+    adds_bos = adds_bos and name != "qwen"  # no tokenizer adds what its chat template does not write
+    hf = tokenizer_with(REGISTERED[name], SPECIAL.get(name, []), adds_bos=adds_bos)
     messages = [{"role": turn.role, "content": turn.text} for turn in ROUNDS]
     wanted = hf.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     template = resolve_template("tokenizer" if own else name, HFTextTokenizer(hf))
     encoded = encode(render(template, ROUNDS), HFTextTokenizer(hf), num_image_tokens=1, max_length=None)
     ids, mask = wanted["input_ids"], wanted["assistant_masks"]
-    if ids[0] == hf.bos_token_id:  # this tokenizer adds none by itself, the chat template wrote it
+    assert (ids[0] == hf.bos_token_id) == (name != "qwen")
+    if ids[0] == hf.bos_token_id and not own and not adds_bos:  # registered templates leave it to the tokenizer
         ids, mask = ids[1:], mask[1:]
     tail = len(ids) - len(encoded.input_ids)
     assert tail in (0, 1)
@@ -110,7 +119,7 @@ def test_supervised_tokens_are_those_transformers_marks(name: str, own: bool) ->
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_own_template_renders_as_the_registered_one(name: str) -> None:
-    own = read_chat_template(tokenizer_with(REGISTERED[name], SPECIAL.get(name, [])))
+    own = read_chat_template(tokenizer_with(REGISTERED[name], SPECIAL.get(name, []), adds_bos=True))
     registered = get_template(name)
     for turns in (ROUNDS, ROUNDS[:2], [Turn("user", " a "), Turn("assistant", "b ")]):
         assert render(own, turns) == render(registered, turns)
@@ -119,7 +128,7 @@ def test_own_template_renders_as_the_registered_one(name: str) -> None:
 
 
 def test_system_text_inside_the_first_question() -> None:
-    own = read_chat_template(tokenizer_with(LLAMA_2_SYSTEM, []))
+    own = read_chat_template(tokenizer_with(LLAMA_2_SYSTEM, [], adds_bos=True))
     assert own.first_text_prefix == "<<SYS>>\nBe kind.\n<</SYS>>\n\n"
     text = render(own, ROUNDS).text
     assert text.startswith("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWhat is  this? [/INST] A chart.")
@@ -146,6 +155,7 @@ def test_markers_made_of_ordinary_text() -> None:
         (None, "the language model's tokenizer has no chat template; name a template of"),
         ("{{ raise_exception('no such thing') }}", "fails on a plain conversation: no such thing"),
         ("{{ messages[0]['content'] }}{{ nothing.at.all }}", "fails on a plain conversation"),
+        ("{{ strftime_now('%d %b %Y') }}\n" + QWEN, "chat template depends on the date; name a template of"),
         ("{{ messages[-1]['content'] }}</s>", "leaves a turn out"),
         ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}", "writes nothing behind an answer"),
         (

@@ -1,5 +1,6 @@
 """Pixels equal LLaVA's; files outside the folder, missing, broken or huge are refused in one line."""
 
+import ast
 import io
 import os
 import struct
@@ -11,8 +12,10 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import EpsImagePlugin, Image, ImageDraw
 
+import llava_mole
+from llava_mole.data.converters.image_files import look
 from llava_mole.data.images import ImageProcessor, load_image, open_image
 from llava_mole.errors import ConfigError, DataError
 
@@ -217,6 +220,42 @@ def test_text_file_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("<html>not found</html>")
     with pytest.raises(DataError, match="cannot be decoded: cannot identify"):
         load_image("a.png", tmp_path)
+
+
+def test_a_postscript_file_never_runs_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    program, ran = tmp_path / "bin" / "gs", tmp_path / "ran"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.jpg", format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for once a process
+    with pytest.raises(DataError, match=r"a\.jpg' cannot be decoded"):
+        open_image(tmp_path / "a.jpg")
+    problem = look(str(tmp_path / "a.jpg"), "a.jpg", decode=True)[0].problem
+    assert problem is not None
+    assert problem.kind == "corrupt-image"
+    assert not ran.exists()
+
+
+def test_the_package_opens_no_image_without_the_list_of_formats() -> None:
+    calls = [
+        (path.name, [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "formats"])
+        for path in Path(llava_mole.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
+    ]
+    assert calls
+    assert {name for name, formats in calls if formats != ["FORMATS"]} == set()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM"])
+def test_formats_that_are_read(kind: str, tmp_path: Path) -> None:
+    more = {"save_all": True, "append_images": [Image.new("RGB", (8, 6))]} if kind == "MPO" else {}
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a", format=kind, **more)
+    assert open_image(tmp_path / "a").size == (8, 6)
+    facts = look(str(tmp_path / "a"), "a", decode=True)[0]
+    assert (facts.size, facts.problem) == ((8, 6), None)
 
 
 def test_decompression_bomb_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from llava_mole.conversation import Turn, get_template
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.encoding import encode_record, encode_shortened
 from llava_mole.data.images import ImageProcessor
+from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRow, StoreWriter
 from llava_mole.errors import DataError
@@ -188,6 +189,25 @@ def test_the_digest_knows_which_records_are_left(tmp_path: Path, tokenizer: Any)
     assert build(tmp_path, tokenizer, "raw", "drop", "padded").plan.digest != dropped
 
 
+def test_the_digest_knows_the_content_of_prepared_sets(tmp_path: Path, tokenizer: Any) -> None:
+    def digest(folder: str, raw: list[dict[str, Any]], when: str) -> str:
+        (tmp_path / folder).mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "RAW", raw)
+            patch.setattr("llava_mole.__version__", when)  # of the manifest, as its time
+            return build(tmp_path / folder, tokenizer, "prepared", "truncate", "padded").plan.digest
+
+    other = [*RAW[:-1], conversation("tidy", images=1)]
+    first = digest("a", RAW, "1")
+    assert digest("b", RAW, "2") == first
+    assert digest("c", other, "1") != first
+
+
+def test_the_digest_of_json_sources_is_that_of_the_plan_alone(tmp_path: Path, tokenizer: Any) -> None:
+    wanted = TrainingPlan({"s": len(RAW)}, {}, 0, 1).digest
+    assert build(tmp_path, tokenizer, "raw", "truncate", "padded").plan.digest == wanted
+
+
 def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "raw.json").write_text(json.dumps([RAW[2]]))
@@ -210,3 +230,33 @@ def test_a_user_turn_that_only_looks_like_an_answer_is_no_answer(tokenizer: Any)
     assert encoded is not None
     assert spoken(encoded, tokenizer).startswith("yes")
     assert np.count_nonzero(np.array(encoded.labels) != IGNORE_INDEX) < 5
+
+
+SILENT = [conversation("short"), conversation(" \n"), conversation("tiny", images=1), conversation("图", "\u3000")]
+"""With a template that strips, the second record has no answer; the last one has."""
+
+
+def build_silent(tmp_path: Path, tokenizer: Any, kind: str, policy: Any, batching: Any) -> SupervisedDataset:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "RAW", SILENT)
+        return build(tmp_path, tokenizer, kind, policy, batching, template="gemma")
+
+
+@pytest.mark.parametrize("kind", ["raw", "prepared"])
+@pytest.mark.parametrize("batching", ["packed", "padded", "grouped"])
+@pytest.mark.parametrize("policy", ["truncate", "error", "truncate_history", "drop"])
+def test_an_answer_that_renders_to_nothing_is_found_before_training(
+    kind: str, batching: Any, policy: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_mole.data.fitting.SAMPLE", 1)
+    if policy == "drop":
+        dataset = build_silent(tmp_path, tokenizer, kind, policy, batching)
+        assert (len(dataset), dataset.report["s"]["dropped"]) == (3, 1)
+        assert all(any(label >= 0 for label in dataset[position].labels) for position in range(3))
+        return
+    with pytest.raises(DataError) as caught:
+        build_silent(tmp_path, tokenizer, kind, policy, batching)
+    assert str(caught.value) == (
+        f"{tmp_path}/{kind}/raw.json:3: no answer of it has any text with template 'gemma'; give it one, or remove the "
+        "record"
+    )

@@ -1,6 +1,8 @@
 """Whatever JSON a raw record is, a converter yields a row that the store takes, or drops it with a reason."""
 
 import contextlib
+import io
+import random
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageFile
 
 from llava_mole.data.converters import llava, m3it, messages, pathvqa, pickles, ureader
 from llava_mole.data.converters.base import Draft, Dropped, Embedded, Options
 from llava_mole.data.converters.defects import KINDS, Defects
 from llava_mole.data.converters.image_files import look, path_problem, safe_name
+from llava_mole.data.images import open_image
 from llava_mole.data.store import PreparedRow, StoreWriter
 from llava_mole.errors import DataError
 
@@ -101,11 +105,64 @@ def test_any_record(
 @settings(max_examples=100, deadline=None)
 @given(
     data=st.binary(max_size=200),
-    start=st.sampled_from((b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM")),
-)
+    start=st.sampled_from(
+        (b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBP", b"II*\0\x08\0\0\0",
+         b"MM\0*\0\0\0\x08", b"P6 ", b"Pf ", b"\x28\0\0\0", b"DDS ", b"BLP2", b"8BPS", b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    ),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*EXIF data")
 def test_any_bytes_as_an_image(data: bytes, start: bytes) -> None:
     facts, _ = look(start + data, "a.jpg", decode=True)
     assert facts.problem is None or facts.problem.kind in KINDS
+
+
+def image_of(kind: str, mode: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((24, 18), 80).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [("PNG", "RGB", {}), ("PNG", "P", {}), ("GIF", "P", {}), ("WEBP", "RGB", {}), ("BMP", "RGB", {}), ("BMP", "P", {}),
+     ("TIFF", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("JPEG", "RGB", {})],
+)  # fmt: skip
+def test_damaged_images_are_told_and_nothing_else(
+    kind: str, mode: str, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # damaged sizes are refused instead of allocated
+    whole = image_of(kind, mode, **options)
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(generator.randint(1, 6)):  # most of them in the header, where the damage is worst
+            data[generator.randrange(min(len(data), generator.choice((200, len(data)))))] = generator.randrange(256)
+        damaged = bytes(data[: generator.choice((len(data), len(data), generator.randrange(len(data))))])
+        problem = look(damaged, "a.jpg", decode=True)[0].problem
+        assert problem is None or problem.kind in ("corrupt-image", "too-large-image")
+        (tmp_path / "a.jpg").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            assert open_image(tmp_path / "a.jpg").mode == "RGB"
+            continue
+        refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, OverflowError, ZeroDivisionError, MemoryError])
+def test_whatever_a_decoder_raises_is_damage(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Any) -> None:
+        raise error("bad")
+
+    (tmp_path / "a.bmp").write_bytes(image_of("BMP", "RGB"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fails)
+    with pytest.raises(DataError, match=r"a\.bmp' .* decode.*: bad; "):
+        open_image(tmp_path / "a.bmp")
+    problem = look(str(tmp_path / "a.bmp"), "a.bmp", decode=True)[0].problem
+    assert problem == ("too-large-image" if error is MemoryError else "corrupt-image", "a.bmp: bad")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

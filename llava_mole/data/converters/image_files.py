@@ -4,12 +4,12 @@ import hashlib
 import io
 import os
 import stat
-import struct
-import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from PIL import Image
+
+from llava_mole.data.images import DECODER_ERRORS, FORMATS
 
 CheckImages = Literal["none", "exist", "decode"]
 
@@ -25,8 +25,6 @@ EXTENSIONS = {
 }
 """Pillow's name of a format -> extensions, the one that unpacked files get first."""
 
-# Pillow's readers let these through for damaged files, depending on the format and on where the damage is.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
 _MOST_FOLDERS = 50_000
 
 
@@ -126,7 +124,7 @@ def look(source: str | bytes, path: str, *, decode: bool) -> tuple[ImageFacts, s
     notes: list[Note] = []
     size: tuple[int, int] | None = None
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             size = image.size
             extensions = EXTENSIONS.get(image.format or "", ((image.format or "bin").lower(),))
             given = path.rpartition(".")[2].lower()
@@ -141,7 +139,7 @@ def look(source: str | bytes, path: str, *, decode: bool) -> tuple[ImageFacts, s
                 image.load()
     except (Image.DecompressionBombError, MemoryError) as error:
         return ImageFacts(path, size, Note("too-large-image", f"{path}: {error}")), ""
-    except DAMAGE as error:
+    except DECODER_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return ImageFacts(path, size, Note("corrupt-image", f"{path}: {reason}")), ""
     return ImageFacts(path, size, None, tuple(notes)), extensions[0]
