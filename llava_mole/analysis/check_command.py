@@ -54,19 +54,25 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
     from llava_mole.analysis.check_data import (
         FindingsFile,
         SourceFindings,
-        TextLimits,
         check_images,
         check_records,
         read_all,
     )
     from llava_mole.analysis.check_overlap import find_overlap
     from llava_mole.analysis.check_report import draw_lengths, judge, report_text, report_values
+    from llava_mole.analysis.check_tokens import TextLimits
     from llava_mole.data.converters.image_stage import open_pool
 
     data = config.data
     limits = None
     if not given.no_tokens:
-        limits = TextLimits(config.model.language_model, data.template, image_tokens(config), data.max_length)
+        limits = TextLimits(
+            config.model.language_model,
+            data.template,
+            image_tokens(config),
+            data.max_length,
+            data.max_length_policy,
+        )
     out: Path = given.out or Path(config.train.output_dir, "check_data")
     out.mkdir(parents=True, exist_ok=True)
     sources = []

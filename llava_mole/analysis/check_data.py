@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -15,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_mole.conversation import Turn
+from llava_mole.analysis.check_tokens import TOO_LONG, TextLimits, TokenCount, count_chunk
 from llava_mole.data.converters.base import Dropped
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.image_files import ImageFacts, ImageRoot, look
@@ -27,7 +25,7 @@ from llava_mole.data.store import PreparedRecords, is_prepared
 from llava_mole.errors import DataError
 
 BAD_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",
-              "bad-text", "image-cut", "masked")  # fmt: skip
+              "bad-text", "image-cut", "masked", "too-long")  # fmt: skip
 """Kinds of findings that training refuses."""
 MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
 BAD_IMAGE = ("corrupt-image", "too-large-image")
@@ -47,6 +45,7 @@ class SourceFindings:
     """Different image files."""
     duplicates: int = 0
     truncated: int = 0
+    """Longer than `data.max_length`, and cut, shortened or dropped as `data.max_length_policy` says."""
     kinds: Counter[str] = field(default_factory=Counter)
     """Findings by kind."""
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
@@ -68,26 +67,6 @@ class FindingsFile:
         source.kinds[kind] += 1
         line = {"source": source.name, "kind": kind, "where": where, "detail": detail[:300]}
         self._file.write(json.dumps(line) + "\n")
-
-
-@dataclass(frozen=True)
-class TextLimits:
-    """How records become tokens, in plain values that travel to other processes."""
-
-    language_model: str
-    template: str
-    image_tokens: int
-    max_length: int
-
-
-class TokenCount(NamedTuple):
-    """One record as tokens."""
-
-    tokens: int
-    """Before any cut."""
-    kind: str | None
-    """Why training refuses it, if it does."""
-    detail: str
 
 
 def read_all(path: str, source: SourceFindings, findings: FindingsFile) -> Iterator[Record]:
@@ -156,19 +135,16 @@ def check_records(
 
     def take(chunk: list[Record], counts: list[TokenCount]) -> None:
         for record, count in zip(chunk, counts, strict=True):
-            if count.kind is not None:
-                findings.add(source, count.kind, record.where, count.detail)
-            if limits is not None and count.tokens:
+            for kind, detail in count.found:
+                findings.add(source, kind, record.where, detail)
+                source.truncated += kind in TOO_LONG
+            if count.tokens:
                 lengths.append(count.tokens)
-                if count.tokens > limits.max_length:
-                    source.truncated += 1
-                    findings.add(source, "truncated", record.where, f"{count.tokens} tokens")
 
     def hand_over(chunk: list[Record]) -> None:
         if limits is None or not chunk:
             return
-        texts = [(record.turns, len(record.images)) for record in chunk]
-        done = pool.submit(count_chunk, texts, limits) if pool is not None else count_chunk(texts, limits)
+        done = pool.submit(count_chunk, chunk, limits) if pool is not None else count_chunk(chunk, limits)
         waiting.append((chunk, done))
         while len(waiting) > 8:
             settle()
@@ -199,46 +175,6 @@ def check_records(
     source.tokens = np.array(lengths, dtype=np.int32)
     source.images = len(images)
     return images
-
-
-@lru_cache(maxsize=1)
-def _tools(language_model: str, template: str) -> tuple[Any, Any]:
-    from llava_mole.data.chat_template import resolve_template
-    from llava_mole.data.tokenization import HFTextTokenizer
-    from llava_mole.model.language_model import load_tokenizer
-
-    tokenizer = HFTextTokenizer(load_tokenizer(language_model))
-    return tokenizer, resolve_template(template, tokenizer)
-
-
-def count_chunk(texts: list[tuple[tuple[Turn, ...], int]], limits: TextLimits) -> list[TokenCount]:
-    """Tokens of some records, each given as its turns and number of images. Runs in a worker process.
-
-    Raises:
-        WeightsError, ConfigError: no tokenizer, or no such template.
-    """
-    from llava_mole.conversation import render
-    from llava_mole.data.tokenization import encode
-
-    tokenizer, template = _tools(limits.language_model, limits.template)
-    counts = []
-    for turns, images in texts:
-        try:
-            rendered = render(template, turns)
-            encoded = encode(rendered, tokenizer, num_image_tokens=limits.image_tokens, max_length=None)
-        except DataError as error:
-            counts.append(TokenCount(0, "bad-record", str(error)))
-            continue
-        ids, labels = encoded.input_ids, encoded.labels
-        kind, detail = None, ""
-        if encoded.num_images != images:
-            kind, detail = "marker", f"the template shows {encoded.num_images} of {images} images"
-        elif IMAGE_TOKEN_INDEX in ids[limits.max_length :]:
-            kind, detail = "image-cut", f"an image is behind data.max_length {limits.max_length}"
-        elif all(label == IGNORE_INDEX for label in labels[: limits.max_length]):
-            kind, detail = "masked", f"no token of an answer before data.max_length {limits.max_length}"
-        counts.append(TokenCount(len(ids), kind, detail))
-    return counts
 
 
 class SeenImage(NamedTuple):

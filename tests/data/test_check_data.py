@@ -146,6 +146,35 @@ def test_limits_decide(world: Path, tmp_path: Path) -> None:
         assert [entry["limit"] for entry in report["limits"] if not entry["passed"]] == [limit]
 
 
+LONG_HISTORY = {**turns("Before?", "red " * 400, "Now?", SAY)}
+LONG_ANSWER = {**turns("Long?", "red " * 400)}
+LONG_QUESTION = {**turns("Long? " * 400, SAY)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "kinds", "truncated"),
+    [
+        ("truncate", {"truncated": 3, "masked": 1}, 3),
+        ("drop", {"dropped": 3}, 3),
+        ("truncate_history", {"shortened": 1, "dropped": 2}, 3),
+        ("error", {"too-long": 3}, 0),
+    ],
+)
+def test_long_records_are_judged_by_the_policy(
+    world: Path, tmp_path: Path, policy: str, kinds: dict[str, int], truncated: int
+) -> None:
+    path = tmp_path / "long.jsonl"
+    raw_sets.write_lines(path, [LONG_HISTORY, LONG_ANSWER, LONG_QUESTION, turns("?", SAY)])
+    given = only(world, "red", path, tmp_path)
+    given += ["--data.max_length_policy", policy, "--check.max_truncated", "0.75"]
+    code, report, _ = check(world, tmp_path / "out", *given)
+    (red,) = report["sources"]
+    assert (red["findings"], red["truncated"]) == (kinds, truncated)
+    refused = {"truncate": ["max_bad_records"], "error": ["max_bad_records"]}.get(policy, [])
+    assert [limit["limit"] for limit in report["limits"] if not limit["passed"]] == refused
+    assert code == (1 if refused else 0)
+
+
 def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
     raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     done = raw_sets.prepare("sharegpt4v-instruct", tmp_path / "raw", tmp_path / "prepared")
