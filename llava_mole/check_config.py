@@ -13,13 +13,14 @@ class CheckConfig:
     evaluation_images: list[str] = field(default_factory=list)
     """Folders of images and question files (`.jsonl`) whose images must not be trained on."""
     max_bad_records: float = 0.0
-    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise."""
+    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise, too
+    long where data.max_length_policy is `error`."""
     max_missing_images: float = 0.0
     """Images that are not there or lead out of the image folder; training does not start with one."""
     max_bad_images: float = 0.001
     """Images that do not decode; training replaces such samples, see data.max_bad_image_share."""
     max_truncated: float = 0.2
-    """Records that are longer than data.max_length."""
+    """Records that are longer than data.max_length and cut, shortened or dropped, see data.max_length_policy."""
     max_duplicates: float = 0.5
     """Records that are there again, word for word; up-sampling makes them."""
     max_overlap: float = 0.0

@@ -51,26 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(config: RunConfig, given: argparse.Namespace) -> int:
     """Check the active sources of a configuration."""
-    from llava_mole.analysis.check_data import (
-        FindingsFile,
-        SourceFindings,
-        TextLimits,
-        check_images,
-        check_records,
-        read_all,
-    )
-    from llava_mole.analysis.check_overlap import find_overlap
-    from llava_mole.analysis.check_report import draw_lengths, judge, report_text, report_values
+    from llava_mole.analysis.check_data import check_records, read_all
+    from llava_mole.analysis.check_findings import FindingsFile, SourceFindings
+    from llava_mole.analysis.check_images import OpenedImages, SourceImages
+    from llava_mole.analysis.check_overlap import evaluation_files, find_overlap
+    from llava_mole.analysis.check_report import draw_lengths, judge, left_out, report_text, report_values
+    from llava_mole.analysis.check_tokens import TextLimits
     from llava_mole.data.converters.image_stage import open_pool
 
     data = config.data
     limits = None
     if not given.no_tokens:
-        limits = TextLimits(config.model.language_model, data.template, image_tokens(config), data.max_length)
+        limits = TextLimits(
+            config.model.language_model,
+            data.template,
+            image_tokens(config),
+            data.max_length,
+            data.max_length_policy,
+        )
+    # Listed first: a mistake in a place is said before minutes of decoding.
+    evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
     out: Path = given.out or Path(config.train.output_dir, "check_data")
     out.mkdir(parents=True, exist_ok=True)
     sources = []
-    opened: dict[str, bytes] = {}
+    opened = OpenedImages(config.check.huge_pixels)
     with ExitStack() as stack:
         findings = FindingsFile(stack.enter_context((out / FINDINGS).open("w", encoding="utf-8")))
         pool = stack.enter_context(open_pool(given.workers)) if given.workers > 1 else None
@@ -79,22 +83,17 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
                 continue
             source = SourceFindings(name)
             sources.append(source)
-            size = _size(described.annotations)
-            images = check_records(
-                read_all(described.annotations, source, findings),
-                source,
-                findings,
-                limits,
-                pool if size > ALONE else None,
-            )
+            images = None
             if not given.no_images:
-                folder = described.image_folder
-                check_images(images, folder, source, findings, opened, pool, config.check.huge_pixels)
-    places = config.check.evaluation_images if not given.no_images else []
-    evaluated, shared = find_overlap(places, set(opened.values()) - {b""}) if places else (0, [])
-    verdicts = judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check)
-    print(report_text(sources, evaluated, shared, verdicts))
-    values = report_values(sources, evaluated, shared, verdicts)
+                images = SourceImages(described.image_folder, source, findings, opened, pool)
+            records = read_all(described.annotations, source, findings)
+            counting = pool if _size(described.annotations) > ALONE else None
+            check_records(records, source, findings, limits, images, counting)
+    evaluated, shared = find_overlap(evaluation, opened.contents)
+    not_checked = left_out(tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation))
+    verdicts = judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check, not_checked)
+    print(report_text(sources, evaluated, shared, verdicts, not_checked))
+    values = report_values(sources, evaluated, shared, verdicts, not_checked)
     (out / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     print(f"report: {out / REPORT}\nlist: {out / FINDINGS}")
     if limits is not None and any(source.tokens.size for source in sources):

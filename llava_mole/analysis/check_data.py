@@ -1,93 +1,30 @@
 """What `llava-mole check-data` finds in every record and image of a source, without stopping at a mistake."""
 
-import hashlib
-import json
-import os
-from collections import Counter, deque
+from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_mole.conversation import Turn
+from llava_mole.analysis.check_findings import BAD_RECORD, FindingsFile, SourceFindings
+from llava_mole.analysis.check_images import SourceImages
+from llava_mole.analysis.check_keys import Keys, key_of_text
+from llava_mole.analysis.check_tokens import TOO_LONG, TextLimits, TokenCount, count_chunk
 from llava_mole.data.converters.base import Dropped
 from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.image_files import ImageFacts, ImageRoot, look
 from llava_mole.data.converters.llava import first_folder, to_draft
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRecords, is_prepared
 from llava_mole.errors import DataError
 
-BAD_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",
-              "bad-text", "image-cut", "masked")  # fmt: skip
-"""Kinds of findings that training refuses."""
-MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
-BAD_IMAGE = ("corrupt-image", "too-large-image")
-NOTED_IMAGE = ("huge-image", "cmyk-image", "animated-image", "wrong-extension")
 _CHUNK = 256
-
-
-@dataclass
-class SourceFindings:
-    """What was found in one source."""
-
-    name: str
-    records: int = 0
-    """Including those that cannot be used."""
-    text_only: int = 0
-    images: int = 0
-    """Different image files."""
-    duplicates: int = 0
-    truncated: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    """Findings by kind."""
-    tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    """Tokens of every usable record before any cut; empty where they were not counted."""
-
-    def share(self, kinds: Iterable[str], of: int) -> float:
-        """Findings of some kinds as a share."""
-        return sum(self.kinds[kind] for kind in kinds) / of if of else 0.0
-
-
-class FindingsFile:
-    """Lists every finding, one JSON object a line."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def add(self, source: SourceFindings, kind: str, where: str, detail: str) -> None:
-        """Count a finding and list it."""
-        source.kinds[kind] += 1
-        line = {"source": source.name, "kind": kind, "where": where, "detail": detail[:300]}
-        self._file.write(json.dumps(line) + "\n")
-
-
-@dataclass(frozen=True)
-class TextLimits:
-    """How records become tokens, in plain values that travel to other processes."""
-
-    language_model: str
-    template: str
-    image_tokens: int
-    max_length: int
-
-
-class TokenCount(NamedTuple):
-    """One record as tokens."""
-
-    tokens: int
-    """Before any cut."""
-    kind: str | None
-    """Why training refuses it, if it does."""
-    detail: str
+_AHEAD = 8
+"""Chunks that are handed over before the oldest one's result is taken."""
 
 
 def read_all(path: str, source: SourceFindings, findings: FindingsFile) -> Iterator[Record]:
@@ -138,57 +75,52 @@ def check_records(
     source: SourceFindings,
     findings: FindingsFile,
     limits: TextLimits | None,
+    images: SourceImages | None,
     pool: Executor | None,
-) -> dict[str, str]:
-    """Look at every record of a source; returns its image paths with the place where each is first named.
+) -> None:
+    """Look at every record of a source and, the first time it is named, at each of its images.
+
+    Memory grows by some 30 bytes a record: 8 bytes of hash in half-full tables for its text and its image, and its
+    length.
 
     Args:
         records: See `read_all`.
         source: Takes the numbers.
         findings: Takes the list.
         limits: Tokens are counted with these; None counts none.
+        images: Looks at images; None opens none.
         pool: Counts tokens; None counts them in this process.
     """
-    images: dict[str, str] = {}
-    seen: set[bytes] = set()
-    lengths: list[int] = []
+    texts, names = Keys(), Keys()
+    lengths = array("i")
     waiting: deque[tuple[list[Record], Future[list[TokenCount]] | list[TokenCount]]] = deque()
-
-    def take(chunk: list[Record], counts: list[TokenCount]) -> None:
-        for record, count in zip(chunk, counts, strict=True):
-            if count.kind is not None:
-                findings.add(source, count.kind, record.where, count.detail)
-            if limits is not None and count.tokens:
-                lengths.append(count.tokens)
-                if count.tokens > limits.max_length:
-                    source.truncated += 1
-                    findings.add(source, "truncated", record.where, f"{count.tokens} tokens")
-
-    def hand_over(chunk: list[Record]) -> None:
-        if limits is None or not chunk:
-            return
-        texts = [(record.turns, len(record.images)) for record in chunk]
-        done = pool.submit(count_chunk, texts, limits) if pool is not None else count_chunk(texts, limits)
-        waiting.append((chunk, done))
-        while len(waiting) > 8:
-            settle()
 
     def settle() -> None:
         part, counts = waiting.popleft()
-        take(part, counts.result() if isinstance(counts, Future) else counts)
+        done = counts.result() if isinstance(counts, Future) else counts
+        for record, count in zip(part, done, strict=True):
+            for kind, detail in count.found:
+                findings.add(source, kind, record.where, detail)
+                source.truncated += kind in TOO_LONG
+            if count.tokens:
+                lengths.append(count.tokens)
+
+    def hand_over(chunk: list[Record]) -> None:
+        if limits is not None and chunk:
+            done = pool.submit(count_chunk, chunk, limits) if pool is not None else count_chunk(chunk, limits)
+            waiting.append((chunk, done))
+        while len(waiting) > _AHEAD:
+            settle()
 
     chunk: list[Record] = []
     for record in tqdm(records, desc=f"records of {source.name}", unit="record", delay=3.0, disable=None):
-        digest = hashlib.blake2b(
-            repr((record.images, record.turns)).encode("utf-8", "replace"), digest_size=12
-        ).digest()
-        if digest in seen:
+        if not texts.add(key_of_text(repr((record.images, record.turns)))):
             source.duplicates += 1
             findings.add(source, "duplicate", record.where, f"id {record.id}")
-        seen.add(digest)
         source.text_only += not record.images
         for path in record.images:
-            images.setdefault(path, record.where)
+            if names.add(key_of_text(path)) and images is not None:
+                images.add(path, record.where)
         chunk.append(record)
         if len(chunk) == _CHUNK:
             hand_over(chunk)
@@ -196,133 +128,7 @@ def check_records(
     hand_over(chunk)
     while waiting:
         settle()
+    if images is not None:
+        images.finish()
     source.tokens = np.array(lengths, dtype=np.int32)
-    source.images = len(images)
-    return images
-
-
-@lru_cache(maxsize=1)
-def _tools(language_model: str, template: str) -> tuple[Any, Any]:
-    from llava_mole.data.chat_template import resolve_template
-    from llava_mole.data.tokenization import HFTextTokenizer
-    from llava_mole.model.language_model import load_tokenizer
-
-    tokenizer = HFTextTokenizer(load_tokenizer(language_model))
-    return tokenizer, resolve_template(template, tokenizer)
-
-
-def count_chunk(texts: list[tuple[tuple[Turn, ...], int]], limits: TextLimits) -> list[TokenCount]:
-    """Tokens of some records, each given as its turns and number of images. Runs in a worker process.
-
-    Raises:
-        WeightsError, ConfigError: no tokenizer, or no such template.
-    """
-    from llava_mole.conversation import render
-    from llava_mole.data.tokenization import encode
-
-    tokenizer, template = _tools(limits.language_model, limits.template)
-    counts = []
-    for turns, images in texts:
-        try:
-            rendered = render(template, turns)
-            encoded = encode(rendered, tokenizer, num_image_tokens=limits.image_tokens, max_length=None)
-        except DataError as error:
-            counts.append(TokenCount(0, "bad-record", str(error)))
-            continue
-        ids, labels = encoded.input_ids, encoded.labels
-        kind, detail = None, ""
-        if encoded.num_images != images:
-            kind, detail = "marker", f"the template shows {encoded.num_images} of {images} images"
-        elif IMAGE_TOKEN_INDEX in ids[limits.max_length :]:
-            kind, detail = "image-cut", f"an image is behind data.max_length {limits.max_length}"
-        elif all(label == IGNORE_INDEX for label in labels[: limits.max_length]):
-            kind, detail = "masked", f"no token of an answer before data.max_length {limits.max_length}"
-        counts.append(TokenCount(len(ids), kind, detail))
-    return counts
-
-
-class SeenImage(NamedTuple):
-    """An image file that was opened."""
-
-    facts: ImageFacts
-    digest: bytes
-    """Of the file's content; empty where it could not be read."""
-
-
-def look_and_hash(files: list[tuple[str, str]]) -> list[SeenImage]:
-    """Decode files, given as (absolute name, name in messages), and hash their content. Runs in a worker process."""
-    seen = []
-    for file, name in files:
-        try:
-            data = Path(file).read_bytes()
-        except OSError:
-            data = b""
-        seen.append(SeenImage(look(data, name, decode=True)[0], hash_of(data) if data else b""))
-    return seen
-
-
-def hash_of(data: bytes) -> bytes:
-    """What says that two image files have the same content."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def check_images(
-    images: dict[str, str],
-    folder: str,
-    source: SourceFindings,
-    findings: FindingsFile,
-    done: dict[str, bytes],
-    pool: Executor | None,
-    huge_pixels: int,
-) -> None:
-    """Decode every image of a source once; images that another source has shown already are not opened again.
-
-    Args:
-        images: Path -> where it is first named.
-        folder: The source's image folder.
-        source: Takes the numbers.
-        findings: Takes the list.
-        done: Absolute name -> hash of the content, of all files opened so far; grows.
-        pool: Decodes; None decodes in this process.
-        huge_pixels: Larger images are listed.
-    """
-    root = ImageRoot(Path(folder))
-    bar = tqdm(total=len(images), desc=f"images of {source.name}", unit="image", delay=3.0, disable=None)
-    waiting: deque[tuple[list[tuple[str, str]], Future[list[SeenImage]] | list[SeenImage]]] = deque()
-
-    def settle() -> None:
-        files, results = waiting.popleft()
-        for (file, name), seen in zip(files, results.result() if isinstance(results, Future) else results, strict=True):
-            done[file] = seen.digest
-            bar.update()
-            where, facts = images[name], seen.facts
-            if facts.problem is not None:
-                findings.add(source, facts.problem.kind, where, facts.problem.detail)
-            for note in facts.notes:
-                findings.add(source, note.kind, where, note.detail)
-            if facts.size is not None and facts.size[0] * facts.size[1] > huge_pixels and facts.problem is None:
-                findings.add(source, "huge-image", where, f"{name}: {facts.size[0]} x {facts.size[1]}")
-
-    def hand_over(files: list[tuple[str, str]]) -> None:
-        if files:
-            waiting.append((files, pool.submit(look_and_hash, files) if pool is not None else look_and_hash(files)))
-        while len(waiting) > 8:
-            settle()
-
-    files: list[tuple[str, str]] = []
-    for path, where in images.items():
-        problem = root.problem(path)
-        file = os.path.join(root.folder, path)
-        if problem is not None:
-            findings.add(source, problem.kind, where, problem.detail)
-        if problem is not None or file in done:
-            bar.update()
-            continue
-        files.append((file, path))
-        if len(files) == 64:
-            hand_over(files)
-            files = []
-    hand_over(files)
-    while waiting:
-        settle()
-    bar.close()
+    source.images = len(names)

@@ -1,12 +1,12 @@
 """How the findings of `llava-mole check-data` are judged and shown: limits, table, JSON, picture."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_mole.analysis.check_data import BAD_IMAGE, BAD_RECORD, MISSING_IMAGE, SourceFindings
+from llava_mole.analysis.check_findings import BAD_IMAGE, BAD_RECORD, MISSING_IMAGE, SourceFindings
 from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
 from llava_mole.check_config import CheckConfig
 
@@ -20,8 +20,11 @@ MEANINGS = {
     "empty-answer": "no answer with text",
     "bad-text": "characters that are no text",
     "image-cut": "an image behind data.max_length",
-    "masked": "no supervised token before data.max_length",
-    "truncated": "longer than data.max_length",
+    "masked": "no supervised token, or none before data.max_length",
+    "too-long": "longer than data.max_length; with data.max_length_policy error training does not start",
+    "truncated": "longer than data.max_length, cut at the end",
+    "shortened": "longer than data.max_length, trained on without its oldest rounds",
+    "dropped": "longer than data.max_length, left out",
     "duplicate": "a record that is there again, word for word",
     "missing-image": "the image file is not there",
     "outside-image": "an image path that leads out of the image folder",
@@ -50,8 +53,27 @@ class Verdict(NamedTuple):
         return self.share <= self.allowed
 
 
-def judge(sources: Sequence[SourceFindings], overlap: float, check: CheckConfig) -> list[Verdict]:
-    """Every limit for every source, and that of the overlap."""
+IMAGE_LIMITS = ("max_missing_images", "max_bad_images", "max_overlap")
+
+
+def left_out(*, tokens: bool, images: bool, evaluation: bool) -> dict[str, str]:
+    """The limits that were not checked, each with the reason.
+
+    Args:
+        tokens: Whether tokens were counted.
+        images: Whether images were opened.
+        evaluation: Whether there are evaluation images to compare with.
+    """
+    limits = {} if tokens else {"max_truncated": "--no-tokens"}
+    if not images:
+        return {**limits, **dict.fromkeys(IMAGE_LIMITS, "--no-images")}
+    return limits if evaluation else {**limits, "max_overlap": "check.evaluation_images is empty"}
+
+
+def judge(
+    sources: Sequence[SourceFindings], overlap: float, check: CheckConfig, not_checked: Collection[str] = ()
+) -> list[Verdict]:
+    """Every limit that was checked for every source, and that of the overlap."""
     verdicts = []
     for source in sources:
         records = source.records
@@ -62,16 +84,24 @@ def judge(sources: Sequence[SourceFindings], overlap: float, check: CheckConfig)
             "max_truncated": source.truncated / records if records else 0.0,
             "max_duplicates": source.duplicates / records if records else 0.0,
         }
-        verdicts += [Verdict(source.name, limit, share, getattr(check, limit)) for limit, share in shares.items()]
-    if check.evaluation_images:
+        verdicts += [
+            Verdict(source.name, limit, share, getattr(check, limit))
+            for limit, share in shares.items()
+            if limit not in not_checked
+        ]
+    if "max_overlap" not in not_checked:
         verdicts.append(Verdict("evaluation images", "max_overlap", overlap, check.max_overlap))
     return verdicts
 
 
 def report_text(
-    sources: Sequence[SourceFindings], evaluated: int, shared: Sequence[str], verdicts: Sequence[Verdict]
+    sources: Sequence[SourceFindings],
+    evaluated: int,
+    shared: Sequence[str],
+    verdicts: Sequence[Verdict],
+    not_checked: Mapping[str, str],
 ) -> str:
-    """What is printed: a line a source, the findings by kind, and which limits are passed."""
+    """What is printed: a line a source, the findings by kind, and which limits are passed and which not checked."""
     rows: list[tuple[str, ...]] = [
         ("source", "records", "text only", "images", "mean tokens", "longest", "truncated", "duplicates")
     ]
@@ -99,13 +129,19 @@ def report_text(
             lines.append(f"FAILED  {verdict.source}: {share} (check.{verdict.limit})")
     failed = sum(not verdict.passed for verdict in verdicts)
     lines.append(f"{len(verdicts) - failed} of {len(verdicts)} limits passed")
+    if not_checked:
+        lines.append("not checked: " + ", ".join(f"{limit} ({reason})" for limit, reason in not_checked.items()))
     return "\n".join(lines)
 
 
 def report_values(
-    sources: Sequence[SourceFindings], evaluated: int, shared: Sequence[str], verdicts: Sequence[Verdict]
+    sources: Sequence[SourceFindings],
+    evaluated: int,
+    shared: Sequence[str],
+    verdicts: Sequence[Verdict],
+    not_checked: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The same as plain values."""
+    """The same as plain values; `passed` speaks of the limits that were checked."""
     return {
         "passed": all(verdict.passed for verdict in verdicts),
         "sources": [
@@ -123,6 +159,7 @@ def report_values(
         ],
         "evaluation_images": {"files": evaluated, "trained_on": list(shared)},
         "limits": [{**verdict._asdict(), "passed": verdict.passed} for verdict in verdicts],
+        "not_checked": dict(not_checked),
     }
 
 

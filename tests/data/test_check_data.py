@@ -1,6 +1,8 @@
 """`llava-mole check-data` finds what was put in, in files and prepared sets, and its limits decide the exit code."""
 
+import io
 import json
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,14 @@ import tiny_models
 import yaml
 from PIL import Image
 
+from llava_mole.analysis.check_data import check_records
+from llava_mole.analysis.check_findings import FindingsFile, SourceFindings
+from llava_mole.analysis.check_keys import Keys, key_of
+from llava_mole.analysis.check_overlap import evaluation_files
 from llava_mole.analysis.check_report import MEANINGS
 from llava_mole.cli import main
+from llava_mole.conversation import Turn
+from llava_mole.data.records import Record
 
 ASK, SAY = "<image>\nWhat color is this?", "It is red."
 
@@ -93,6 +101,9 @@ RECORDS: list[tuple[Any, str | None]] = [
 ]
 
 
+DAMAGED = ("cut.jpg", "cmyk.jpg", "moving.gif", "named.jpg", "big.png")
+
+
 def write_defects(folder: Path) -> Path:
     """One record for every finding; line n of the file is RECORDS[n - 1]."""
     whole = raw_sets.image_bytes(3)
@@ -144,6 +155,35 @@ def test_limits_decide(world: Path, tmp_path: Path) -> None:
         code, report, _ = check(world, tmp_path / limit, *base, *images, f"--check.{limit}", "0.001")
         assert code == 1
         assert [entry["limit"] for entry in report["limits"] if not entry["passed"]] == [limit]
+
+
+LONG_HISTORY = {**turns("Before?", "red " * 400, "Now?", SAY)}
+LONG_ANSWER = {**turns("Long?", "red " * 400)}
+LONG_QUESTION = {**turns("Long? " * 400, SAY)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "kinds", "truncated"),
+    [
+        ("truncate", {"truncated": 3, "masked": 1}, 3),
+        ("drop", {"dropped": 3}, 3),
+        ("truncate_history", {"shortened": 1, "dropped": 2}, 3),
+        ("error", {"too-long": 3}, 0),
+    ],
+)
+def test_long_records_are_judged_by_the_policy(
+    world: Path, tmp_path: Path, policy: str, kinds: dict[str, int], truncated: int
+) -> None:
+    path = tmp_path / "long.jsonl"
+    raw_sets.write_lines(path, [LONG_HISTORY, LONG_ANSWER, LONG_QUESTION, turns("?", SAY)])
+    given = only(world, "red", path, tmp_path)
+    given += ["--data.max_length_policy", policy, "--check.max_truncated", "0.75"]
+    code, report, _ = check(world, tmp_path / "out", *given)
+    (red,) = report["sources"]
+    assert (red["findings"], red["truncated"]) == (kinds, truncated)
+    refused = {"truncate": ["max_bad_records"], "error": ["max_bad_records"]}.get(policy, [])
+    assert [limit["limit"] for limit in report["limits"] if not limit["passed"]] == refused
+    assert code == (1 if refused else 0)
 
 
 def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
@@ -212,6 +252,81 @@ def test_parts_can_be_left_out(world: Path, tmp_path: Path) -> None:
     assert "truncated" not in found
     assert found["unknown-role"] == 1
     assert not (tmp_path / "out" / "token_lengths.png").exists()
+
+
+def test_what_was_not_checked_has_not_passed(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, report, _ = check(world, tmp_path / "a", "--no-images", "--check.evaluation_images", f"[{world}]")
+    images = {"max_missing_images", "max_bad_images", "max_overlap"}
+    assert report["not_checked"] == dict.fromkeys(images, "--no-images")
+    assert not images & {limit["limit"] for limit in report["limits"]}
+    printed = capsys.readouterr().out
+    assert "6 of 6 limits passed" in printed
+    assert "not checked: max_missing_images (--no-images)" in printed
+    _, report, _ = check(world, tmp_path / "b", "--no-tokens")
+    assert report["not_checked"] == {
+        "max_truncated": "--no-tokens", "max_overlap": "check.evaluation_images is empty"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["folder", "questions"])
+def test_an_evaluation_place_without_images_is_a_mistake(
+    world: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "eval"
+    place.mkdir()
+    if form == "questions":
+        place = place / "test.jsonl"
+        raw_sets.write_lines(place, [{"question_id": 1, "text": "?"}])
+    given = ["check-data", str(world / "config.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*given, "--check.evaluation_images", f"[{place}]"]) == 2
+    assert f"{place} has no image" in capsys.readouterr().err
+
+
+def test_every_image_of_a_question_is_compared(tmp_path: Path) -> None:
+    for n, name in enumerate("abcd"):
+        raw_sets.write_image(tmp_path / f"{name}.png", n, kind="PNG")
+    lines = [{"image": "a.png"}, {"images": ["b.png", "c.png"]}, {"image": ["d.png"]}, {"images": ["a.png"]}]
+    raw_sets.write_lines(tmp_path / "q.jsonl", lines)
+    assert [path.name for path in evaluation_files([str(tmp_path / "q.jsonl")])] == [f"{name}.png" for name in "abcd"]
+
+
+def test_an_image_counts_for_every_source_that_names_it(world: Path, tmp_path: Path) -> None:
+    path = write_defects(tmp_path / "data")
+    wanted = {"corrupt-image": 1, "cmyk-image": 1, "animated-image": 1, "wrong-extension": 1, "huge-image": 1}
+    given = ["--check.huge_pixels", "4000", "--no-tokens", *only(world, "red", path, path.parent)[:4]]
+    given += ["--data.sources.blue.annotations", str(path), "--data.sources.blue.image_folder", str(tmp_path)]
+    raw_sets.write_lines(path, [{"image": file, **turns(ASK, SAY)} for file in DAMAGED])
+    below = tmp_path / "below.jsonl"
+    raw_sets.write_lines(below, [{"image": f"data/{file}", **turns(ASK, SAY)} for file in DAMAGED])
+    _, report, findings = check(world, tmp_path / "out", *given, "--data.sources.blue.annotations", str(below))
+    assert {source["name"]: source["findings"] for source in report["sources"]} == {"red": wanted, "blue": wanted}
+    assert {f["detail"].split(":")[0].split()[0] for f in findings if f["source"] == "blue"} == {
+        f"data/{file}" for file in DAMAGED
+    }
+
+
+def test_memory_holds_hashes_only() -> None:
+    number = 40_000
+    talk = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "It is red."))
+    made = (Record(f"{n}", (f"folder/{n:012}.jpg",), talk, "s", f"s.json:{n}") for n in range(number))
+    source = SourceFindings("s")
+    tracemalloc.start()
+    check_records(made, source, FindingsFile(io.StringIO()), None, None, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (source.images, source.duplicates) == (number, 0)
+    assert peak < 20e6 * number / 200_000
+
+
+def test_keys_are_a_set() -> None:
+    keys, plain = Keys(), set()
+    for n in range(5000):
+        key = key_of(str(n % 3000).encode())
+        assert keys.add(key) == (key not in plain)
+        plain.add(key)
+    assert len(keys) == len(plain) == 3000
+    assert all(key in keys for key in plain)
+    assert not any(key_of(str(n).encode()) in keys for n in range(3000, 6000))
 
 
 @pytest.mark.parametrize(
