@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from foreign_models import make_clip, make_llava, make_llava_lora
+import torch
+from foreign_models import make_clip, make_llava, make_llava_lora, projector_state
 from interop_tools import convert, refused
+from safetensors.torch import save_file
 
 
 def snapshot(directory: Path) -> dict[Path, bytes]:
@@ -44,3 +46,27 @@ def test_what_an_export_reads_is_never_replaced(run: Path, tmp_path: Path, capsy
         command = (tmp_path / "moved", "--to", layout, "--out", run, "--overwrite")
         refused(capsys, f"--out {run} holds {held}", *command)
     assert snapshot(run) == before
+
+
+@pytest.fixture
+def projector(tmp_path: Path) -> Path:
+    torch.save({f"model.mm_projector.{k}": v for k, v in projector_state().items()}, tmp_path / "p.bin")
+    return tmp_path / "p.bin"
+
+
+def test_only_a_projector_file_is_replaced(projector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign, damaged, ours = (tmp_path / f"{name}.safetensors" for name in ("foreign", "damaged", "ours"))
+    save_file({"conv1.weight": torch.ones(2, 2)}, foreign)
+    damaged.write_text("notes")
+    make_clip(tmp_path / "clip")
+    before = snapshot(tmp_path)
+    to = (projector, "--to", "projector", "--overwrite", "--out")
+    for file in (foreign, damaged):
+        refused(capsys, f"{file} is no projector's file, so no conversion has written it", *to, file)
+    refused(capsys, f"--out {projector} holds {projector}, which is read", *to, projector)
+    refused(capsys, "holds", *to[:-1], "--out", tmp_path / "clip" / ".." / "p.bin")
+    assert convert(*to[:3], "--out", ours) == 0
+    stays = ours.read_bytes()
+    refused(capsys, "is a file", tmp_path / "clip", "--to", "open-clip", "--overwrite", "--out", ours)
+    assert snapshot(tmp_path) == {**before, ours: stays}
+    assert convert(*to, ours) == 0

@@ -51,9 +51,9 @@ class ExportOptions:
 
 def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]:
     """Write a projector: `.safetensors` with our names, or `.bin` with LLaVA's. `path` is any checkpoint with one."""
-    check_target(out, overwrite=options.overwrite, inputs=[path])
     if out.suffix not in (".bin", ".safetensors"):
         raise ConfigError(f"--out {out}: a projector's file ends in .bin (LLaVA's names) or .safetensors (ours)")
+    check_target(out, overwrite=options.overwrite, inputs=[path], is_file=True)
     found = find_kind(path)
     if found.kind in ("run", "checkpoint"):
         from llava_mole.model.checkpoint import resolve_checkpoint
@@ -63,7 +63,7 @@ def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]
     else:
         source = read_source(path)
         state, kind = source.projector, str(source.projector_kind)
-    with publish(out, overwrite=options.overwrite, inputs=[path]) as temporary:
+    with publish(out, overwrite=options.overwrite, inputs=[path], is_file=True) as temporary:
         if out.suffix == ".bin":
             torch.save(_llava_projector_state(state, kind, LLAVA_PROJECTOR), temporary)
         else:
