@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from foreign_models import VOCABULARY
 from tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS
@@ -15,6 +16,14 @@ from llava_mole.model.builder import LoadedModel, load_pretrained_model
 def convert(*arguments: object) -> int:
     """Exit code of `llava-mole convert`."""
     return cli.main(["convert", *map(str, arguments)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], message: str, *arguments: object) -> None:
+    """The command ends with exit code 2 and one line that holds `message`."""
+    capsys.readouterr()
+    assert convert(*arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert message in line
 
 
 def load(path: Path) -> LoadedModel:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
-from interop_tools import close, convert, load, our_logits
+from interop_tools import close, convert, load, our_logits, refused
 from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model
 
@@ -29,14 +29,6 @@ class Malicious:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.marker,))
-
-
-def refused(capsys: pytest.CaptureFixture[str], message: str, *arguments: object) -> None:
-    """The command ends with exit code 2 and one line that holds `message`."""
-    capsys.readouterr()
-    assert convert(*arguments) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert message in line
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,9 @@ from llava_mole.model.interop.llava_keys import LLAVA_PROJECTOR, LORA_WRAPPER, l
 from llava_mole.model.interop.lora import Lora, write_lora
 from llava_mole.model.interop.merging import Extra, Naming, check_merge, write_model
 from llava_mole.model.interop.own import OwnCheckpoint, llava_projector, open_own, read_projector
-from llava_mole.model.interop.publishing import check_target, publish, write_label
+from llava_mole.model.interop.publishing import write_label
 from llava_mole.model.interop.sources import read_source
+from llava_mole.model.interop.target import check_target, publish
 from llava_mole.model.interop.tensors import read_json
 from llava_mole.model.interop.towers import Tower, hugging_face_state, open_tower, write_hugging_face, write_open_clip
 
@@ -50,9 +51,9 @@ class ExportOptions:
 
 def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]:
     """Write a projector: `.safetensors` with our names, or `.bin` with LLaVA's. `path` is any checkpoint with one."""
-    check_target(out, overwrite=options.overwrite)
     if out.suffix not in (".bin", ".safetensors"):
         raise ConfigError(f"--out {out}: a projector's file ends in .bin (LLaVA's names) or .safetensors (ours)")
+    check_target(out, overwrite=options.overwrite, inputs=[path], is_file=True)
     found = find_kind(path)
     if found.kind in ("run", "checkpoint"):
         from llava_mole.model.checkpoint import resolve_checkpoint
@@ -62,7 +63,7 @@ def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]
     else:
         source = read_source(path)
         state, kind = source.projector, str(source.projector_kind)
-    with publish(out, overwrite=options.overwrite) as temporary:
+    with publish(out, overwrite=options.overwrite, inputs=[path], is_file=True) as temporary:
         if out.suffix == ".bin":
             torch.save(_llava_projector_state(state, kind, LLAVA_PROJECTOR), temporary)
         else:
@@ -74,9 +75,10 @@ def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]
 
 def export_tower(path: Path, out: Path, options: ExportOptions, *, open_clip: bool, name: str | None) -> list[str]:
     """Write a vision tower in the other layout. `path` is a tower, or a checkpoint with one."""
-    check_target(out, overwrite=options.overwrite)
+    inputs = [path, options.model_base]
+    check_target(out, overwrite=options.overwrite, inputs=inputs)
     tower, ratio = _any_tower(path, name, options)
-    with publish(out, overwrite=options.overwrite) as temporary:
+    with publish(out, overwrite=options.overwrite, inputs=[*inputs, tower.weights]) as temporary:
         if open_clip:
             write_open_clip(tower, temporary)
         else:
@@ -170,8 +172,11 @@ def _export(
     unmerged: bool = False,
 ) -> list[str]:
     """Open the checkpoint, settle which adapter is written, write, label and publish."""
-    check_target(out, overwrite=options.overwrite)
+    inputs = [path, options.model_base, options.usage]
+    check_target(out, overwrite=options.overwrite, inputs=inputs)
     own = open_own(path, options.model_base)
+    inputs += [own.path, own.language_model, own.tower.weights]
+    check_target(out, overwrite=options.overwrite, inputs=inputs)
     expert = None if options.expert is None else parse_expert(options.expert)
     if expert is not None and own.method != "mole":
         raise ConfigError(f"--expert is for mixtures of experts; {own.path} has adapter.method {own.method!r}")
@@ -183,7 +188,10 @@ def _export(
             "or usage writes an approximation, --to peft the mixture itself"
         )
     notes = [] if unmerged else _quantization_note(own)
-    with publish(out, overwrite=options.overwrite) as temporary, tempfile.TemporaryDirectory() as scratch:
+    with (
+        publish(out, overwrite=options.overwrite, inputs=inputs) as temporary,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         temporary.mkdir(parents=True)
         adapter = own.adapter_dir
         if expert is not None:

@@ -29,9 +29,10 @@ from llava_mole.model.checkpoint import write_checkpoint
 from llava_mole.model.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model
 from llava_mole.model.interop.kinds import find_kind
 from llava_mole.model.interop.lora import write_lora
-from llava_mole.model.interop.publishing import check_target, publish, write_label
+from llava_mole.model.interop.publishing import write_label
 from llava_mole.model.interop.released import check_base_weights, check_experts, read_released, write_experts
 from llava_mole.model.interop.sources import LanguageModelPart, Source, read_adapter, read_source
+from llava_mole.model.interop.target import check_target, publish
 from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json
 from llava_mole.model.interop.towers import CONFIG_FILE as TOWER_CONFIG
 from llava_mole.model.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
@@ -76,12 +77,12 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
         What was assumed because the checkpoint does not say it, in words.
 
     Raises:
-        WeightsError: it is none of the readable kinds, a part is missing, or tensors do not fit.
+        WeightsError: it is none of the readable kinds, a part is missing, or tensors do not fit; or `out` exists
+            and may not be replaced, as it holds something that is read.
     """
-    check_target(out, overwrite=options.overwrite)
+    inputs = [path, options.model_base, options.vision_tower]
+    check_target(out, overwrite=options.overwrite, inputs=inputs)
     found = find_kind(path)
-    if out.resolve() == path.resolve():
-        raise WeightsError(f"--out {out} is the source itself; give another one")
     released = read_released(found) if found.kind == "released-mole" else None
     source = read_source(path) if released is None else released.source
     inside, base_dir = _language_model(source, options)
@@ -98,7 +99,7 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
         lora = read_adapter(found, skeleton.linears())
         plain = AdapterConfig(method="lora", rank=lora.config["r"], alpha=float(lora.config["lora_alpha"]))
         adapter = _Adapter(plain, lambda directory, base: write_lora(lora, directory, base))
-    with publish(out, overwrite=options.overwrite) as temporary:
+    with publish(out, overwrite=options.overwrite, inputs=[*inputs, base_dir, tower.weights]) as temporary:
         temporary.mkdir(parents=True)
         if inside is not None:
             written = temporary / LANGUAGE_MODEL_DIR

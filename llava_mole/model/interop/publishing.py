@@ -1,10 +1,7 @@
-"""Writes a result whole or not at all: beside its final name first, then renamed; and says what it is."""
+"""Writes the files of a result: tensors as shards, and the label that says what it is."""
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +17,6 @@ SHARD_BYTES = 1_000_000_000
 """A shard is kept in memory until it is full, so this bounds the memory of a conversion."""
 
 
-@contextmanager
-def publish(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary path that becomes `out` when the block ends without an error, and is removed when it does not.
-
-    Raises:
-        WeightsError: `out` exists and `overwrite` is not given, or is a directory that no conversion has written.
-    """
-    check_target(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
-    old = out.parent / f".old-{out.name}-{os.getpid()}"
-    _remove(temporary)
-    try:
-        yield temporary
-        for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            fsync(path)
-        if out.is_dir():
-            os.replace(out, old)
-        os.replace(temporary, out)
-        fsync(out.parent)
-        _remove(old)
-    except BaseException:
-        _remove(temporary)
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
-
-
-def check_target(out: Path, *, overwrite: bool) -> None:
-    """Raise WeightsError where `out` must not be written to; called before hours of work, too."""
-    if not out.exists():
-        return
-    if not overwrite:
-        raise WeightsError(f"{out} exists; give another --out, or --overwrite to replace it")
-    if out.is_dir() and any(out.iterdir()) and not (out / LABEL_FILE).is_file():
-        raise WeightsError(
-            f"{out} is a directory that no conversion has written (no {LABEL_FILE}); it stays: remove it"
-        )
-
-
 def write_label(directory: Path, fields: dict[str, Any]) -> None:
     """Write `llava_mole.json`: where the files of a directory come from and whether they are exact."""
     text = json.dumps({"format": FORMAT, "version": __version__, **fields}, indent=1) + "\n"
@@ -72,13 +29,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class ShardWriter:
