@@ -196,3 +196,22 @@ def test_animated_and_cmyk_images_load_in_training(tmp_path: Path) -> None:
         image = load_image(name, tmp_path / "raw")
         assert isinstance(image, Image.Image)
         assert (image.mode, image.size) == ("RGB", raw_sets.SIZE)
+
+
+def test_images_are_read_as_image_is(tmp_path: Path) -> None:
+    for n in range(2):
+        raw_sets.write_image(tmp_path / f"raw/{n}.jpg", n)
+    one, two = raw_sets.talk("<image>\nRed?", "yes"), raw_sets.talk("<image> or <image>?", "yes")
+    rows = [
+        {"images": "0.jpg", "conversations": one},
+        {"images": ["0.jpg", "1.jpg"], "conversations": two},
+        {"image": "0.jpg", "images": ["0.jpg"], "conversations": one},
+        {"image": "0.jpg", "images": ["1.jpg"], "conversations": one},
+        {"images": {"path": "0.jpg"}, "conversations": one},
+        {"images": ["0.jpg"], "conversations": raw_sets.talk("Two?", "2")},
+    ]
+    raw_sets.write_lines(tmp_path / "raw/a.jsonl", rows)
+    done = raw_sets.prepare("llava-json", tmp_path / "raw", tmp_path / "out")
+    assert [row.images for row in done.rows[:3]] == [("0.jpg",), ("0.jpg", "1.jpg"), ("0.jpg",)]
+    assert done.defects["bad-record dropped"] == 2
+    assert sum(done.defects.values()) == len(rows) - len(done.rows)

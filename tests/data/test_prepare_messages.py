@@ -119,3 +119,26 @@ def test_records_of_no_known_form_say_what_is_known(tmp_path: Path, capsys: pyte
     raw_sets.write_lines(tmp_path / "raw/rows.jsonl", [{"caption": "A card."}, [1], 3])
     assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
     assert "no record is left to be written (3 x bad-record)" in capsys.readouterr().err
+
+
+def test_image_parts_take_the_images_of_the_record(tmp_path: Path) -> None:
+    for n in range(2):
+        raw_sets.write_image(tmp_path / f"raw/{n}.jpg", n)
+    say = {"role": "assistant", "content": "No."}
+
+    def ask(*parts: object) -> list[object]:
+        return [{"role": "user", "content": [*parts]}, say]
+
+    part, text = {"type": "image"}, {"type": "text", "text": "Same?"}
+    rows = [
+        {"messages": ask(part, text, part), "images": ["0.jpg", "1.jpg"]},
+        {"messages": ask(part, text, {"type": "image", "path": "0.jpg"}), "images": ["1.jpg"]},
+        {"messages": ask(part, text), "images": ["0.jpg", "1.jpg"]},
+        {"messages": ask(part, text)},
+        {"messages": ask({"type": "image", "url": "0.jpg"}, text), "images": ["0.jpg"]},
+    ]
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [row.images for row in done.rows] == [("0.jpg", "1.jpg"), ("1.jpg", "0.jpg")]
+    assert done.rows[0].turns[0].text == "<image>\nSame?\n<image>"
+    assert done.defects == {"several-images kept": 2, "marker dropped": 3}

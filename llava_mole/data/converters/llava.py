@@ -27,12 +27,12 @@ def to_draft(value: Any, where: str, source_of: Callable[[str | None], str], def
     """One LLaVA record. Raises Dropped where it cannot be used."""
     if type(value) is not dict:
         raise Dropped("bad-record", f"not an object but {type(value).__name__}")
-    image: Any = value.get("image", ())
-    images: tuple[Any, ...] = (
-        (image,) if type(image) is str else tuple(image) if type(image) in (list, tuple) else (None,)
-    )
-    if not all(type(path) is str and path for path in images):
-        raise Dropped("bad-record", f"'image' is {image!r:.60}; it must be a path or a list of paths")
+    images = _images(value, "image")
+    if "images" in value:
+        more = _images(value, "images")
+        if "image" in value and images != more:
+            raise Dropped("bad-record", f"'image' is {images!r:.60} and 'images' is {more!r:.60}; one is enough")
+        images = more
     if len(value) > 2 + ("image" in value):
         _count_keys(value, where, defects)
     turns = check_turns(read_turns(value.get("conversations"), LLAVA_ROLES), len(images), where, defects)
@@ -40,6 +40,16 @@ def to_draft(value: Any, where: str, source_of: Callable[[str | None], str], def
     if identifier is None:
         identifier = where.rpartition(":")[2]
     return Draft(str(identifier), source_of(images[0] if images else None), images, turns, where)
+
+
+def _images(value: dict[str, Any], key: str) -> tuple[str, ...]:
+    image: Any = value.get(key, ())
+    images: tuple[Any, ...] = (
+        (image,) if type(image) is str else tuple(image) if type(image) in (list, tuple) else (None,)
+    )
+    if not all(type(path) is str and path for path in images):
+        raise Dropped("bad-record", f"{key!r} is {image!r:.60}; it must be a path or a list of paths")
+    return images
 
 
 def _count_keys(value: dict[str, Any], where: str, defects: Defects) -> None:
@@ -135,7 +145,7 @@ CONVERTERS = (
         "llava-json",
         "your own data in LLaVA's format, *.json (a list) and *.jsonl",
         "RAW is one file, or a folder whose *.json and *.jsonl files are all read.\n"
-        'Records: {"id", "image" (a path, a list of paths, or absent), "conversations": [{"from": "human"|"gpt",\n'
+        'Records: {"id", "image" or "images" (a path, a list of paths, or absent), "conversations": [{"from": "human"|"gpt",\n'
         '"value"}]}; one <image> marker for each image. Image paths are relative to --image-root (default: RAW, or\n'
         "the folder of the file). A file whose name says test (`test.json`, `my_test.jsonl`) becomes a question file;\n"
         "one that says val is left out unless --train-splits or --test-splits names it.",

@@ -71,28 +71,36 @@ def to_draft(value: Any, where: str, options: Options, defects: Defects, stem: s
     if extra:
         defects.ignored_keys.update(extra)
         defects.add("ignored-keys", where, ", ".join(extra), "kept")
-    images: list[str | Embedded] = []
+    images: list[str | Embedded | None] = []
     messages = value.get("messages", value.get("conversations"))
     turns = _question(value) if messages is None else _messages(messages, images, where, options, defects)
-    in_text = len(images)
     outside = _outside_images(value)
-    if in_text and outside:
-        raise Dropped("marker", "images both inside the messages and beside them")
-    images = images or outside
+    found = _together(images, outside) if images else outside
     if outside and not any(DEFAULT_IMAGE_TOKEN in turn.text for turn in turns):
         turns = _with_markers(turns, len(outside))
-    if len(images) > 1:
-        kept = choose_images(images, where, options, defects)
-        if len(kept) < len(images):
+    if len(found) > 1:
+        kept = choose_images(found, where, options, defects)
+        if len(kept) < len(found):
             turns = keep_first_marker(turns)
-        images = kept
-    checked = check_turns(turns, len(images), where, defects)
+        found = kept
+    checked = check_turns(turns, len(found), where, defects)
     identifier = value.get("id")
     line = where.rpartition(":")[2]
     source = value.get("source")
     if not isinstance(source, str) or not source or not is_text(source):
-        source = "images" if images else TEXT_ONLY
-    return Draft(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(images), checked, where)
+        source = "images" if found else TEXT_ONLY
+    return Draft(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(found), checked, where)
+
+
+def _together(inside: list[str | Embedded | None], outside: list[str | Embedded]) -> list[str | Embedded]:
+    """The images of the parts in order; a part that names none (as TRL writes them) takes the next one beside."""
+    unnamed = inside.count(None)
+    if unnamed != len(outside):
+        raise Dropped(
+            "marker", f"{unnamed} image parts that name no image, and {len(outside)} images beside the messages"
+        )
+    beside = iter(outside)
+    return [next(beside) if image is None else image for image in inside]
 
 
 def _question(value: Mapping[str, Any]) -> list[Turn]:
@@ -109,7 +117,7 @@ def _question(value: Mapping[str, Any]) -> list[Turn]:
 
 
 def _messages(
-    messages: Any, images: list[str | Embedded], where: str, options: Options, defects: Defects
+    messages: Any, images: list[str | Embedded | None], where: str, options: Options, defects: Defects
 ) -> list[Turn]:
     if not isinstance(messages, list) or not messages:
         raise Dropped("bad-record", "no list of messages")
@@ -135,8 +143,8 @@ def _messages(
     return turns
 
 
-def _content(content: Any, images: list[str | Embedded]) -> str:
-    """Text of a message; image parts go to `images` and leave a marker."""
+def _content(content: Any, images: list[str | Embedded | None]) -> str:
+    """Text of a message; image parts go to `images`, None where they name none, and leave a marker."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -150,7 +158,8 @@ def _content(content: Any, images: list[str | Embedded]) -> str:
         if kind == "text" and isinstance(part.get("text"), str):
             pieces.append(without_marker(part["text"]))
         elif kind in ("image_url", "image", "input_image"):
-            images.append(_image(next((part[k] for k in ("image_url", "image", "url", "path") if part.get(k)), None)))
+            named = next((part[k] for k in ("image_url", "image", "url", "path") if part.get(k)), None)
+            images.append(None if named is None else _image(named))
             pieces.append(DEFAULT_IMAGE_TOKEN)
         else:
             raise Dropped("bad-record", f"a part of type {kind!r:.40}; known are text, image and image_url")

@@ -66,6 +66,8 @@ def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects:
                 raise Dropped("bad-record", f"'image' is {image!r:.60}")
             question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
             if isinstance(answer, dict):  # candidates with their weights
+                if not all(isinstance(weight, (int, float)) for weight in answer.values()):
+                    raise Dropped("bad-record", f"'label' is {answer!r:.60}; its values must be numbers")
                 answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
             yield _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
         except Dropped as dropped:

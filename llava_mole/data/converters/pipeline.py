@@ -65,17 +65,24 @@ def prepare(converter: Converter, request: Request) -> dict[str, Any]:
         DataError: the raw data are not there or cannot be used, or nothing of them is left.
     """
     out, partial = request.out, request.out.parent / f".{request.out.name}.partial"
+    _check_out(request)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial / "lock", out):
+        _put_back(out)
+        _check_out(request)
+        _clear_partial(partial, request)
+        report = _write(converter, request, partial)
+        _publish(partial, out)
+    return report
+
+
+def _check_out(request: Request) -> None:
+    out = request.out
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not request.overwrite:
             raise ConfigError(f"{out} is there already; --overwrite replaces it, or give another --out")
         if not (out / REPORT).is_file():
             raise ConfigError(f"{out} holds no {REPORT}, so `prepare` did not write it; remove it yourself")
-    partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial / "lock", out):
-        _clear_partial(partial, request)
-        report = _write(converter, request, partial)
-        _publish(partial, out)
-    return report
 
 
 def _write(converter: Converter, request: Request, folder: Path) -> dict[str, Any]:
@@ -135,6 +142,8 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
         report = make_report(name, request, kept, dropped, defects, questions.counts)
         if True not in homes:  # so that <out>/images is the image folder wherever the images are
             home = os.path.join(os.path.realpath(folder.parent), request.out.name)
+            if (folder / IMAGES).is_dir():  # unpacked for rows that were left out after all
+                shutil.rmtree(folder / IMAGES)
             os.symlink(os.path.relpath(os.path.realpath(request.image_root), home), folder / IMAGES)
         if writer.rows:
             writer.finish(report)
@@ -234,14 +243,34 @@ def _clear_partial(partial: Path, request: Request) -> None:
     path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
 
 
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
+
+
+def _put_back(out: Path) -> None:
+    """Undo half a publication: an older output that was moved aside takes its name again."""
+    old = _old(out)
+    if old.exists() and not out.exists():
+        os.replace(old, out)
+
+
 def _publish(partial: Path, out: Path) -> None:
-    """Give the complete folder its name; an older one is moved aside first and removed after."""
-    for name in ("checked.jsonl", "request.json"):
-        (partial / name).unlink(missing_ok=True)
+    """Give the complete folder its name; an older one is moved aside first and removed after.
+
+    What an interrupted attempt needs to go on is removed last, so that it can at every moment before.
+    """
+    if not (partial / IMAGES).is_symlink():
+        for folder, _, names in os.walk(partial / IMAGES):
+            for name in names:
+                if name.startswith("."):  # left by a process that was killed while it wrote
+                    os.unlink(os.path.join(folder, name))
     os.sync()  # one call for a million images
-    old = out.parent / f".{out.name}.old-{os.getpid()}"
-    (partial / "lock").unlink()
+    old = _old(out)
     if out.exists():
+        if old.exists():  # of a call that was killed while it removed it
+            shutil.rmtree(old)
         os.replace(out, old)
     os.replace(partial, out)
+    for name in ("checked.jsonl", "request.json", "lock"):
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
