@@ -215,3 +215,15 @@ def test_images_are_read_as_image_is(tmp_path: Path) -> None:
     assert [row.images for row in done.rows[:3]] == [("0.jpg",), ("0.jpg", "1.jpg"), ("0.jpg",)]
     assert done.defects["bad-record dropped"] == 2
     assert sum(done.defects.values()) == len(rows) - len(done.rows)
+
+
+def test_a_named_file_is_a_train_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llava_mole.cli import main
+
+    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    out = tmp_path / "raw" / "out"  # only the file itself is read, so this may lie below --raw
+    given = ["prepare", "sharegpt4v-instruct", "--raw", str(tmp_path / "raw"), "--out", str(out), "--workers", "1"]
+    assert main([*given, "--train-splits", "val"]) == 2
+    assert "--train-splits val: the file holds the train split" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(given) == 0

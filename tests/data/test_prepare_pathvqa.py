@@ -153,3 +153,11 @@ def test_labels_without_weights_are_counted(tmp_path: Path, weights: dict[str, o
     raw_sets.write_image(tmp_path / "raw/images/train/train_0001.jpg", 1)
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
     assert done.defects == {"bad-record dropped": 1}
+
+
+def test_the_suffix_of_closed_questions_in_json(tmp_path: Path) -> None:
+    raw_sets.write_llava_med(tmp_path / "raw")
+    done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--closed-suffix")
+    suffix = "Please choose from the following two options: [yes, no]"
+    assert [q["text"] for q in done.questions()] == ["what is it?", f"skin? {suffix}"]
+    assert done.rows[0].turns[0].text == "<image>\nwhat is it?"

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from llava_mole.data.converters.base import Converter, Options
-from llava_mole.data.converters.defects import Defects
+from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Options
+from llava_mole.data.converters.defects import Action, Defects
 from llava_mole.data.converters.image_files import CheckImages, Note, is_text
 from llava_mole.data.converters.image_stage import ImagePolicy, Journal, Looked, look_at_images
 from llava_mole.data.converters.published import published_counts
@@ -31,6 +31,8 @@ from llava_mole.errors import ConfigError, DataError
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"
 """What lies in a prepared folder, beside `report.json` and `defects.jsonl`."""
 REPORT, DEFECTS = "report.json", "defects.jsonl"
+MOST_SOURCES = 512
+"""Sub-sources that are told apart: more are no grouping, and a shard's index of them is small."""
 _KEPT_FROM_PARTIAL = {IMAGES, "checked.jsonl", "request.json", "lock"}
 
 
@@ -61,23 +63,30 @@ def prepare(converter: Converter, request: Request) -> dict[str, Any]:
     """Convert a source. Returns the report, which is also in `<out>/report.json`.
 
     Raises:
-        ConfigError: `out` holds something already, or another process is preparing it.
+        ConfigError: `out` holds something already or lies inside what is searched, or another process is preparing it.
         DataError: the raw data are not there or cannot be used, or nothing of them is left.
     """
     out, partial = request.out, request.out.parent / f".{request.out.name}.partial"
-    _check_out(request)
+    _check_out(converter, request)
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial / "lock", out):
         _put_back(out)
-        _check_out(request)
+        _check_out(converter, request)
         _clear_partial(partial, request)
         report = _write(converter, request, partial)
         _publish(partial, out)
     return report
 
 
-def _check_out(request: Request) -> None:
+def _check_out(converter: Converter, request: Request) -> None:
     out = request.out
+    if request.raw.is_dir():
+        inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(request.raw))
+        if inside == outside or (converter.searches and inside.is_relative_to(outside)):
+            raise ConfigError(
+                f"--out {out} lies inside --raw {request.raw}, so that the next call would read what this one wrote; "
+                "give another --out"
+            )
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not request.overwrite:
             raise ConfigError(f"{out} is there already; --overwrite replaces it, or give another --out")
@@ -94,7 +103,8 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
     kept: Counter[tuple[str, str]] = Counter()
     dropped: Counter[tuple[str, str]] = Counter()
     ids: set[int] = set()
-    stage = look_at_images(converter.iterate(request.raw, request.options, defects), policy, journal)
+    drafts = _few_sources(converter.iterate(request.raw, request.options, defects), defects)
+    stage = look_at_images(drafts, policy, journal)
     bar = tqdm(stage, desc=f"preparing {converter.name}", unit=" records", mininterval=1.0, disable=None)
     from_parquet = False
     homes: set[bool] = set()
@@ -107,8 +117,15 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
             if not _usable(looked, request, defects):
                 dropped[key] += 1
                 continue
-            kept[key] += 1
             images, sizes = _images(looked)
+            asked = draft.split in request.options.test_splits and not draft.again
+            if asked and len(images) > 1:
+                action: Action = "kept" if trains else "dropped"
+                defects.add("several-images-question", draft.where, f"{len(images)} images", action)
+                asked = False
+            if not trains and not asked:
+                continue
+            kept[key] += 1
             if images:
                 homes.add(looked.unpacked)
             if trains:
@@ -127,8 +144,8 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
                         where=draft.where,
                     )
                 )
-            if draft.split in request.options.test_splits:
-                questions.add(draft, images)
+            if asked:
+                questions.add(draft, images[0] if images else None)
         if not kept:
             worst = ", ".join(
                 f"{row['count']} x {row['kind']}" for row in defects.rows()[:3] if row["action"] == "dropped"
@@ -156,6 +173,19 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
         defects.close()
         journal.close()
     return report
+
+
+def _few_sources(drafts: Iterable[Draft], defects: Defects) -> Iterator[Draft]:
+    """The drafts, those of the sub-sources after the first `MOST_SOURCES` under a common name."""
+    seen: set[str] = {TEXT_ONLY, WITH_IMAGES}
+    for draft in drafts:
+        if draft.source not in seen:
+            if len(seen) < MOST_SOURCES + 2:
+                seen.add(draft.source)
+            else:
+                defects.add("many-sources", draft.where, draft.source, "repaired")
+                draft.source = WITH_IMAGES if draft.images else TEXT_ONLY
+        yield draft
 
 
 def _usable(looked: Looked, request: Request, defects: Defects) -> bool:
