@@ -1,10 +1,12 @@
 """Unpacking zip and tar files that came from elsewhere: nothing is written outside the folder, nothing but files."""
 
+import lzma
 import os
 import shutil
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -16,6 +18,15 @@ from llava_mole.errors import DataError
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LARGEST_RATIO = 200
 """Bytes that an archive may hold for one of its own: more is a decompression bomb."""
+_DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 _SMALL = 64 << 20
 _BLOCK = 1 << 20
 
@@ -54,7 +65,7 @@ def unpack_archive(archive: Path, folder: Path) -> int:
                 if member.kind == "file":
                     _write(opened, member, folder)
                     count += 1
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{archive}: cannot be unpacked: {' '.join(str(error).split())}; download it again") from None
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
@@ -83,6 +94,11 @@ def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: Path) -> Iterat
             if total > most:  # now, since reading a compressed tar's names means decompressing it
                 raise _bomb(archive, total)
             yield _Member(entry.name, kind, entry, entry.size)
+        # Compressed files are checked at their very end, which lies behind the last member.
+        while opened.fileobj is not None and (rest := opened.fileobj.read(_BLOCK)):
+            total += len(rest)
+            if total > most:
+                raise _bomb(archive, total)
 
 
 def _is_link(entry: tarfile.TarInfo) -> bool:
@@ -121,9 +137,10 @@ def _bomb(archive: Path, total: int) -> DataError:
 def _write(opened: zipfile.ZipFile | tarfile.TarFile, member: _Member, folder: Path) -> None:
     """Write one file beside its name, and no more bytes than the archive said."""
     target = folder / member.name.replace("\\", "/")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.path.realpath(target.parent).startswith(os.path.realpath(folder)):
+    home = os.path.realpath(folder)
+    if os.path.commonpath([os.path.realpath(target.parent), home]) != home:
         raise DataError(f"{target}: a link leads out of {folder}; unpack into a folder without links")
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     source: IO[bytes] | None
     if isinstance(opened, zipfile.ZipFile):

@@ -89,7 +89,8 @@ def read_questions(arguments: Sequence[str]) -> list[Question]:
         arguments: `FILE` or `DOMAIN=FILE` each.
 
     Raises:
-        DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, no question.
+        DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, several images,
+            no question.
     """
     questions: dict[str, Question] = {}
     for argument in arguments:
@@ -116,6 +117,12 @@ def _parse(line: dict[str, Any], where: str, domain: str | None) -> Question:
         if not isinstance(value, str) and (required or value is not None):
             found = f"{value!r}" if key in line else "nothing"
             raise DataError(f"{where}: {key!r} must be a text; found {found}")
+    images = line.get("images")
+    if isinstance(images, list) and len(images) > 1:
+        raise DataError(
+            f"{where}: 'images' names {len(images)} images; a question is about one image, named by 'image', or none; "
+            "leave the line out"
+        )
     return Question(
         question_id=question_id,
         text=line["text"],

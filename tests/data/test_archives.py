@@ -106,3 +106,40 @@ def test_prepare_reads_what_it_unpacked(tmp_path: Path) -> None:
     folder = tmp_path / "unpacked"
     done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", "--unpack-archives", str(folder))
     assert len(done.rows) == 6
+
+
+@pytest.mark.parametrize("suffix", ["gz", "xz", "bz2"])
+def test_damage_anywhere_in_a_compressed_tar_is_an_error(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"whole.tar.{suffix}"
+    data = b"".join(n.to_bytes(4, "big") for n in range(5000))
+    with tarfile.open(whole, f"w:{suffix}") as archive:
+        for name in ("a", "b"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    packed = whole.read_bytes()
+    for position in (20, len(packed) // 2, len(packed) - 6):
+        damaged = tmp_path / f"{position}.tar.{suffix}"
+        damaged.write_bytes(packed[:position] + bytes([packed[position] ^ 0x55]) + packed[position + 1 :])
+        with pytest.raises(DataError, match="cannot be unpacked"):
+            unpack_archive(damaged, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    assert unpack_archive(whole, tmp_path / "out") == 2
+
+
+def test_a_damaged_zip_member_is_an_error(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"a": bytes(range(256)) * 50})
+    packed = archive.read_bytes()
+    archive.write_bytes(packed[:33] + b"\xff" * 20 + packed[53:])
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        unpack_archive(archive, tmp_path / "out")
+
+
+def test_a_link_to_a_folder_with_a_longer_name_is_left_alone(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"x/y/1.jpg": b"one"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out-other").mkdir()
+    (tmp_path / "out/x").symlink_to(tmp_path / "out-other")
+    with pytest.raises(DataError, match="a link leads out of"):
+        unpack_archive(archive, tmp_path / "out")
+    assert not list((tmp_path / "out-other").iterdir())

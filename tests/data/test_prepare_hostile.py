@@ -11,6 +11,7 @@ import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.data.converters.image_files import ImageRoot, look, path_problem, safe_name, unpack
+from llava_mole.errors import DataError
 
 
 def record(image: str) -> dict[str, object]:
@@ -197,3 +198,33 @@ def test_a_damaged_table_is_an_error(tmp_path: Path, name: str, capsys: pytest.C
         (tmp_path / "raw" / name).write_bytes(data)
         assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
         assert f"{name}" in capsys.readouterr().err
+
+
+def test_a_text_column_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = pa.array([b"fine", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table({"question": broken, "answer": ["a", "b"]}), tmp_path / "raw/a.parquet")
+    assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
+    assert "a.parquet:1: cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "ä" * 200, "x" * 101])
+def test_long_names_are_cut_and_stay_different(tmp_path: Path, name: str) -> None:
+    facts = unpack(raw_sets.image_bytes(1), tmp_path, name, "n", decode=True)
+    assert facts.problem is None
+    assert (tmp_path / facts.path).is_file()
+    assert safe_name(name) != safe_name(name + "y")
+    assert len(safe_name(name).encode()) <= 120
+    assert safe_name("x" * 100) == "x" * 100
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match="cannot be written: No space left on device"):
+        unpack(raw_sets.image_bytes(1), tmp_path, "a", "n", decode=True)

@@ -196,3 +196,34 @@ def test_animated_and_cmyk_images_load_in_training(tmp_path: Path) -> None:
         image = load_image(name, tmp_path / "raw")
         assert isinstance(image, Image.Image)
         assert (image.mode, image.size) == ("RGB", raw_sets.SIZE)
+
+
+def test_images_are_read_as_image_is(tmp_path: Path) -> None:
+    for n in range(2):
+        raw_sets.write_image(tmp_path / f"raw/{n}.jpg", n)
+    one, two = raw_sets.talk("<image>\nRed?", "yes"), raw_sets.talk("<image> or <image>?", "yes")
+    rows = [
+        {"images": "0.jpg", "conversations": one},
+        {"images": ["0.jpg", "1.jpg"], "conversations": two},
+        {"image": "0.jpg", "images": ["0.jpg"], "conversations": one},
+        {"image": "0.jpg", "images": ["1.jpg"], "conversations": one},
+        {"images": {"path": "0.jpg"}, "conversations": one},
+        {"images": ["0.jpg"], "conversations": raw_sets.talk("Two?", "2")},
+    ]
+    raw_sets.write_lines(tmp_path / "raw/a.jsonl", rows)
+    done = raw_sets.prepare("llava-json", tmp_path / "raw", tmp_path / "out")
+    assert [row.images for row in done.rows[:3]] == [("0.jpg",), ("0.jpg", "1.jpg"), ("0.jpg",)]
+    assert done.defects["bad-record dropped"] == 2
+    assert sum(done.defects.values()) == len(rows) - len(done.rows)
+
+
+def test_a_named_file_is_a_train_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llava_mole.cli import main
+
+    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    out = tmp_path / "raw" / "out"  # only the file itself is read, so this may lie below --raw
+    given = ["prepare", "sharegpt4v-instruct", "--raw", str(tmp_path / "raw"), "--out", str(out), "--workers", "1"]
+    assert main([*given, "--train-splits", "val"]) == 2
+    assert "--train-splits val: the file holds the train split" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(given) == 0

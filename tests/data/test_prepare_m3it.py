@@ -120,3 +120,20 @@ def test_images_in_records_cannot_stay_in_place(tmp_path: Path, capsys: pytest.C
         main(["prepare", "m3it", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "o"), "--images", "keep"]) == 2
     )
     assert "must be unpacked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("policy", "defects"),
+    [
+        ("skip", {"several-images dropped": 2, "no-image dropped": 3}),
+        ("first", {"several-images repaired": 1, "no-image dropped": 4}),
+        ("keep", {"several-images kept": 1, "no-image dropped": 4}),
+    ],
+)
+def test_an_empty_image_among_several(tmp_path: Path, policy: str, defects: dict[str, int]) -> None:
+    one, two = raw_sets.base64_image(1), raw_sets.base64_image(2)
+    lists = [[one], [one, two], ["", two], ["", ""], [], [None]]
+    rows = [{"instruction": "D.", "inputs": "", "image": images, "outputs": "x"} for images in lists]
+    raw_sets.write_lines(tmp_path / "raw/data/vqa/new/train.jsonl", rows)
+    done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / "out", "--multi-image", policy)
+    assert done.defects == defects

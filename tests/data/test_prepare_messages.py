@@ -119,3 +119,83 @@ def test_records_of_no_known_form_say_what_is_known(tmp_path: Path, capsys: pyte
     raw_sets.write_lines(tmp_path / "raw/rows.jsonl", [{"caption": "A card."}, [1], 3])
     assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
     assert "no record is left to be written (3 x bad-record)" in capsys.readouterr().err
+
+
+def test_image_parts_take_the_images_of_the_record(tmp_path: Path) -> None:
+    for n in range(2):
+        raw_sets.write_image(tmp_path / f"raw/{n}.jpg", n)
+    say = {"role": "assistant", "content": "No."}
+
+    def ask(*parts: object) -> list[object]:
+        return [{"role": "user", "content": [*parts]}, say]
+
+    part, text = {"type": "image"}, {"type": "text", "text": "Same?"}
+    rows = [
+        {"messages": ask(part, text, part), "images": ["0.jpg", "1.jpg"]},
+        {"messages": ask(part, text, {"type": "image", "path": "0.jpg"}), "images": ["1.jpg"]},
+        {"messages": ask(part, text), "images": ["0.jpg", "1.jpg"]},
+        {"messages": ask(part, text)},
+        {"messages": ask({"type": "image", "url": "0.jpg"}, text), "images": ["0.jpg"]},
+    ]
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [row.images for row in done.rows] == [("0.jpg", "1.jpg"), ("1.jpg", "0.jpg")]
+    assert done.rows[0].turns[0].text == "<image>\nSame?\n<image>"
+    assert done.defects == {"several-images kept": 2, "marker dropped": 3}
+
+
+@pytest.mark.parametrize(("system", "action", "text"), [("drop", "kept", ""), ("prepend", "repaired", "Be brief.\n")])
+def test_a_system_key_is_a_system_turn(tmp_path: Path, system: str, action: str, text: str) -> None:
+    chat = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
+    rows = [
+        {"system": "Be brief.", "messages": chat},
+        {"system": "Be brief.", "question": "Two?", "answer": "2"},
+        {"system": "", "messages": chat},
+        {"system": ["x"], "messages": chat},
+    ]
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out", "--system", system)
+    assert [row.turns[0].text for row in done.rows] == [f"{text}Two?", f"{text}Two?", "Two?"]
+    assert done.defects == {f"system-turn {action}": 2, "bad-record dropped": 1}
+
+
+def test_merged_turns_are_counted(tmp_path: Path) -> None:
+    chat = [("user", "Look."), ("user", "Two?"), ("assistant", "2")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat[start:]]} for start in (0, 1)]
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [row.turns[0].text for row in done.rows] == ["Look.\nTwo?", "Two?"]
+    assert done.defects == {"merged-turns repaired": 1}
+
+
+def test_thousands_of_sources_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_mole.data.converters import pipeline
+
+    monkeypatch.setattr(pipeline, "MOST_SOURCES", 3)
+    raw_sets.write_image(tmp_path / "raw/a.jpg", 1)
+    rows = [{"source": f"s{n % 5}", "question": "Two?", "answer": "2"} for n in range(10)]
+    rows.append({"source": "s9", "image": "a.jpg", "question": "Red?", "answer": "no"})
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [row.source for row in done.rows] == ["s0", "s1", "s2", "text", "text"] * 2 + ["images"]
+    assert done.defects == {"many-sources repaired": 5}
+
+
+def test_questions_about_several_images_are_counted_and_not_written(tmp_path: Path) -> None:
+    for n in range(2):
+        raw_sets.write_image(tmp_path / f"raw/{n}.jpg", n)
+    rows = [{"images": names, "question": "Red?", "answer": "no"} for names in (["0.jpg"], ["0.jpg", "1.jpg"])]
+    raw_sets.write_lines(tmp_path / "raw/test.jsonl", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [question["image"] for question in done.questions()] == ["0.jpg"]
+    assert done.counts == {"test/images": 1}
+    assert done.defects == {"several-images kept": 1, "several-images-question dropped": 1}
+
+
+def test_an_output_inside_what_is_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", [{"question": "Two?", "answer": "2"}])
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    for out in ("raw", "raw/out", "link/deep/out"):
+        assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / out)]) == 2
+        assert "lies inside --raw" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["rows.jsonl"]

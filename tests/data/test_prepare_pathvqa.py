@@ -142,3 +142,22 @@ def test_questions_go_on_into_the_evaluation(tmp_path: Path) -> None:
     benchmark = tmp_path / "benchmark"
     assert main(["prepare-benchmark", "pathvqa", "--raw", str(done.out), "--out", str(benchmark)]) == 0
     assert len((benchmark / "questions.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": None}, {"a": "1", "b": 2}, {"a": [1], "b": {}}])
+def test_labels_without_weights_are_counted(tmp_path: Path, weights: dict[str, object]) -> None:
+    good = {"img_id": "train_0001", "sent": "what?", "label": {"bone": 1}}
+    path = tmp_path / "raw/train_vqa.pkl"
+    path.parent.mkdir()
+    path.write_bytes(pickle.dumps([good, {**good, "label": weights}]))
+    raw_sets.write_image(tmp_path / "raw/images/train/train_0001.jpg", 1)
+    done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
+    assert done.defects == {"bad-record dropped": 1}
+
+
+def test_the_suffix_of_closed_questions_in_json(tmp_path: Path) -> None:
+    raw_sets.write_llava_med(tmp_path / "raw")
+    done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--closed-suffix")
+    suffix = "Please choose from the following two options: [yes, no]"
+    assert [q["text"] for q in done.questions()] == ["what is it?", f"skin? {suffix}"]
+    assert done.rows[0].turns[0].text == "<image>\nwhat is it?"

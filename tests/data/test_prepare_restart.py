@@ -197,3 +197,66 @@ def _state(process: int) -> str:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+def test_what_was_unpacked_outlives_an_interrupted_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sync", interrupt)
+        assert main(arguments(tmp_path, "out")) == 130
+    images = tmp_path / ".out.partial" / "images"
+    written = {path.relative_to(images): path.stat().st_mtime_ns for path in images.rglob("*.png")}
+    assert len(written) == 3
+    (images / "set0" / ".0123.77").write_bytes(b"half an im")
+    assert main(arguments(tmp_path, "out")) == 0
+    images = tmp_path / "out" / "images"
+    assert {
+        path.relative_to(images): path.stat().st_mtime_ns for path in images.rglob("*") if path.is_file()
+    } == written
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "defects.jsonl", "images", "report.json", "train"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [(), ("--overwrite",)])
+def test_an_output_moved_aside_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: tuple[str, ...]
+) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+    assert main(arguments(tmp_path, "out")) == 0
+    before = tree(tmp_path / "out")
+    write_many(tmp_path / "raw", 1, 4)
+    replace = os.replace
+
+    def stop_at_the_second(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "out":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_second)
+        assert main(arguments(tmp_path, "out", "--overwrite")) == 130
+    assert not (tmp_path / "out").exists()
+    assert main(arguments(tmp_path, "out", *again)) == (0 if again else 2)
+    if again:
+        assert len(raw_sets.Prepared(tmp_path / "out").rows) == 4
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+    else:
+        assert tree(tmp_path / "out") == before
+
+
+def test_unpacked_images_of_dropped_rows_only(tmp_path: Path) -> None:
+    raw_sets.write_image(tmp_path / "raw/a.jpg", 1)
+    picture = f"data:image/jpeg;base64,{raw_sets.base64_image(2)}"
+    rows = [
+        {"images": [picture, "data:image/jpeg;base64,@@@@"], "question": "Same?", "answer": "no"},
+        {"image": "a.jpg", "question": "Red?", "answer": "no"},
+    ]
+    raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
+    done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
+    assert [row.images for row in done.rows] == [("a.jpg",)]
+    assert (done.out / "images").is_symlink()

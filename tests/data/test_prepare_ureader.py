@@ -109,3 +109,52 @@ def test_nothing_of_ureader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     raw_sets.write_lines(tmp_path / "raw" / "other.jsonl", [{}])
     assert main(["prepare", "ureader", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
     assert "no train.jsonl, val.jsonl or test_<set>.jsonl below it" in capsys.readouterr().err
+
+
+def test_an_explicit_factor_must_match_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw_sets.write_ureader(tmp_path / "raw")
+    arguments = ["prepare", "ureader", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--upsample", "InfographicsVQA=3"]) == 2
+    assert "--upsample: no rows of InfographicsVQA" in capsys.readouterr().err
+    assert main([*arguments, "--upsample", "official"]) == 0
+
+
+def test_copies_are_not_asked(tmp_path: Path) -> None:
+    raw_sets.write_ureader(tmp_path / "raw")
+    given = ("--upsample", "TextVQA=3", "--train-splits", "train,val", "--test-splits", "val")
+    done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", *given)
+    assert done.report["questions"] == {"val_TextVQA": 1}
+    assert done.counts["train/TextVQA"] == 6
+
+
+def write_pages(raw: Path) -> None:
+    from PIL import Image
+
+    pages = [Image.new("RGB", raw_sets.SIZE, color) for color in ("red", "green", "blue")]
+    (raw / "ureader_images/DUE_Benchmark/DeepForm").mkdir(parents=True)
+    pages[0].save(raw / "ureader_images/DUE_Benchmark/DeepForm/a.tiff", save_all=True, append_images=pages[1:])
+    names = ["a.tiff.0", "a.tiff.1", "a.tiff.7", "b.tiff.0", "a.tiff"]
+    rows = [raw_sets.document(f"DUE_Benchmark/DeepForm/{name}", "Which color?", "red") for name in names]
+    raw_sets.write_lines(raw / "ureader_json/train.jsonl", rows)
+
+
+@pytest.mark.parametrize("check", ["exist", "decode"])
+def test_pages_of_tiff_files_in_place(tmp_path: Path, check: str) -> None:
+    write_pages(tmp_path / "raw")
+    done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", "--check-images", check)
+    assert [row.id for row in done.rows] == ["train-1", "train-5"]
+    assert {row.images for row in done.rows} == {("DUE_Benchmark/DeepForm/a.tiff",)}
+    assert done.defects["tiff-page dropped"] == 2
+    assert done.defects["missing-image dropped"] == 1
+
+
+def test_pages_of_tiff_files_are_unpacked(tmp_path: Path) -> None:
+    from llava_mole.data.images import load_image
+
+    write_pages(tmp_path / "raw")
+    done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", "--images", "unpack")
+    assert [row.id for row in done.rows] == ["train-1", "train-2", "train-5"]
+    colors = [load_image(row.images[0], done.out / "images").getpixel((0, 0)) for row in done.rows]
+    assert colors == [(255, 0, 0), (0, 128, 0), (255, 0, 0)]
+    assert done.defects["corrupt-image dropped"] == 1
+    assert done.defects["missing-image dropped"] == 1

@@ -40,6 +40,10 @@ def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
         ([{"question_id": True, "text": "a"}], r"q\.jsonl:1: question_id .* found True"),
         ([{"question_id": 1}], r"q\.jsonl:1: 'text' must be a text; found nothing"),
         ([{"question_id": 1, "text": 5}], r"q\.jsonl:1: 'text' must be a text; found 5"),
+        (
+            [{"question_id": 1, "text": "a", "images": ["x", "y"]}],
+            r"q\.jsonl:1: .images. names 2 images; a question",
+        ),
         ([{"question_id": 1, "text": "a", "image": ["x"]}], r"q\.jsonl:1: 'image' must be a text; found \['x'\]"),
         (
             [{"question_id": 1, "text": "a"}, {"question_id": "1", "text": "b"}],

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+TEXT_ONLY, WITH_IMAGES = "text", "images"
+"""Sub-sources of records that name none: those without an image, and the others."""
 MultiImage = Literal["skip", "first", "keep"]
 
 
@@ -40,6 +42,8 @@ class Draft:
     answer_type: str | None = None
     category: str | None = None
     """What a test question's accuracy is grouped by; None takes `source`."""
+    again: bool = False
+    """Whether it repeats an earlier row, to be trained on more often; it is never a question."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Converter:
     embedded: bool = False
     """Whether images come inside the records, so that they must be unpacked and are decoded by default."""
     default_train_splits: tuple[Split, ...] = ("train",)
+    searches: bool = True
+    """Whether it reads every file of a kind below `--raw`, so that the output must lie elsewhere."""
 
 
 class Dropped(Exception):

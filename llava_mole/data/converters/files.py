@@ -100,7 +100,7 @@ def read_rows(path: Path, raw: Path, columns: Sequence[str] | None = None) -> It
             for value in batch.to_pylist():
                 row += 1
                 yield value, f"{name}:{row}"
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}:{row + 1}: cannot be read: {reason}; download the file again") from None
 

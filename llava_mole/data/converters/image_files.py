@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from PIL import Image
 
 from llava_mole.data.images import DECODER_ERRORS, FORMATS
+from llava_mole.errors import DataError
 
 CheckImages = Literal["none", "exist", "decode"]
 
@@ -26,6 +27,7 @@ EXTENSIONS = {
 """Pillow's name of a format -> extensions, the one that unpacked files get first."""
 
 _MOST_FOLDERS = 50_000
+_LONGEST_NAME = 100
 
 
 class Note(NamedTuple):
@@ -157,6 +159,9 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
         group: Folder below it; characters that do not belong into a name are replaced.
         name: What messages call the image.
         decode: See `look`; an image that is there already was decoded when it was written.
+
+    Raises:
+        DataError: the file cannot be written, such as to a full disk.
     """
     digest = hashlib.sha1(data, usedforsecurity=False).hexdigest()
     group = safe_name(group)
@@ -168,14 +173,23 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
     path = f"{group}/{digest}.{extension}"
     target = folder / path
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{digest}.{os.getpid()}")
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise DataError(
+                f"{target}: cannot be written: {error.strerror or error}; make room or give another --out, then call "
+                "again: images that are there stay"
+            ) from None
     return facts._replace(path=path)
 
 
 def safe_name(text: str) -> str:
-    """A file name made of `text`: letters, digits, `-`, `_` and `.`, never a hidden or empty one."""
+    """A file name made of `text`: letters, digits, `-`, `_` and `.`, never a hidden, empty or very long one."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).lstrip(".")
+    if len(name.encode()) > _LONGEST_NAME:  # a file system takes 255 bytes
+        digest = hashlib.sha1(text.encode(errors="replace"), usedforsecurity=False).hexdigest()[:12]
+        return f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{digest}"
     return name or "images"

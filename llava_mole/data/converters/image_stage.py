@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from llava_mole.data.converters.base import Draft, Embedded
 from llava_mole.data.converters.image_files import CheckImages, ImageFacts, ImageRoot, Note, look, path_problem, unpack
+from llava_mole.data.converters.tiff_pages import tiff_page, unpack_page
 from llava_mole.data.image_bytes import decode_base64
 from llava_mole.errors import DataError
 
@@ -45,7 +46,7 @@ class Task(NamedTuple):
     data: str | bytes
     """Absolute file name, bytes, or base64 text."""
     kind: str
-    """`file`, `copy`, `bytes`."""
+    """`file`, `copy`, `page` (of a TIFF file, to be copied), `bytes`."""
     name: str
     """Path relative to the root, or what messages call an image without one."""
     group: str
@@ -64,6 +65,8 @@ def run_task(task: Task, unpacked: Path, decode: bool) -> ImageFacts:
     """Do one task. Damage of any kind is a fact, not an exception."""
     if task.kind == "file":
         return look(str(task.data), task.name, decode=decode)[0]
+    if task.kind == "page":
+        return unpack_page(str(task.data), unpacked, task.group, task.name)
     notes: tuple[Note, ...] = ()
     try:
         if task.kind == "copy":
@@ -201,13 +204,27 @@ def look_at_images(
             name = f"{draft.where} image {number + 1}"
             return chunk.add_task(Task(image.data, "bytes", name, draft.source), once=False)
         problem = find(image)
+        kind = "copy" if policy.copy else "file"
+        if problem is not None and problem.kind == "missing-image":
+            image, kind, problem = page_instead(image, kind, problem)
         if problem is not None or not open_files:
             return ImageFacts(image, None, problem)
         known = None if journal is None or policy.copy else journal.get(image)
         if known is not None:
             return known
-        task = Task(os.path.join(root.folder, image), "copy" if policy.copy else "file", image, draft.source)
+        task = Task(os.path.join(root.folder, image), kind, image, draft.source)
         return chunk.add_task(task, once=True)
+
+    def page_instead(image: str, kind: str, problem: Note) -> tuple[str, str, Note | None]:
+        """What a missing image is if it is a page of a TIFF file that is there."""
+        page = tiff_page(image)
+        if page is None or root.problem(page[0]) is not None:
+            return image, kind, problem
+        if policy.copy:
+            return image, "page", None
+        if page[1] == 0:  # what readers of the file see
+            return page[0], kind, None
+        return image, kind, Note("tiff-page", image)
 
     def submit() -> None:
         nonlocal pool, chunk

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_mole.data.converters.base import Converter, Draft, Dropped, Options
+from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Dropped, Options
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, find_one, read_values, split_of
 from llava_mole.data.converters.turns import LLAVA_ROLES, check_turns, read_turns
+from llava_mole.errors import ConfigError
 
-TEXT_ONLY = "text"
-"""Sub-source of records without an image."""
 _READ = {"id", "image", "images", "conversations"}
 
 
@@ -20,19 +19,19 @@ def first_folder(image: str | None) -> str:
     if image is None:
         return TEXT_ONLY
     folder, slash, _ = image.partition("/")
-    return folder if slash else "images"
+    return folder if slash else WITH_IMAGES
 
 
 def to_draft(value: Any, where: str, source_of: Callable[[str | None], str], defects: Defects) -> Draft:
     """One LLaVA record. Raises Dropped where it cannot be used."""
     if type(value) is not dict:
         raise Dropped("bad-record", f"not an object but {type(value).__name__}")
-    image: Any = value.get("image", ())
-    images: tuple[Any, ...] = (
-        (image,) if type(image) is str else tuple(image) if type(image) in (list, tuple) else (None,)
-    )
-    if not all(type(path) is str and path for path in images):
-        raise Dropped("bad-record", f"'image' is {image!r:.60}; it must be a path or a list of paths")
+    images = _images(value, "image")
+    if "images" in value:
+        more = _images(value, "images")
+        if "image" in value and images != more:
+            raise Dropped("bad-record", f"'image' is {images!r:.60} and 'images' is {more!r:.60}; one is enough")
+        images = more
     if len(value) > 2 + ("image" in value):
         _count_keys(value, where, defects)
     turns = check_turns(read_turns(value.get("conversations"), LLAVA_ROLES), len(images), where, defects)
@@ -40,6 +39,16 @@ def to_draft(value: Any, where: str, source_of: Callable[[str | None], str], def
     if identifier is None:
         identifier = where.rpartition(":")[2]
     return Draft(str(identifier), source_of(images[0] if images else None), images, turns, where)
+
+
+def _images(value: dict[str, Any], key: str) -> tuple[str, ...]:
+    image: Any = value.get(key, ())
+    images: tuple[Any, ...] = (
+        (image,) if type(image) is str else tuple(image) if type(image) in (list, tuple) else (None,)
+    )
+    if not all(type(path) is str and path for path in images):
+        raise Dropped("bad-record", f"{key!r} is {image!r:.60}; it must be a path or a list of paths")
+    return images
 
 
 def _count_keys(value: dict[str, Any], where: str, defects: Defects) -> None:
@@ -70,6 +79,11 @@ def _iterate_named(
     options: Options,
     defects: Defects,
 ) -> Iterator[Draft]:
+    if not options.wants("train"):
+        raise ConfigError(
+            f"--train-splits {','.join(options.train_splits) or repr('')}: the file holds the train split only; "
+            "leave the option out"
+        )
     yield from iterate_file(find_one(raw, names, "the annotation file"), raw, source_of, defects)
 
 
@@ -81,7 +95,7 @@ def _iterate_own(raw: Path, options: Options, defects: Defects) -> Iterator[Draf
 
 
 def _named(name: str, summary: str, expects: str, *names: str, source_of: Any = first_folder) -> Converter:
-    return Converter(name, summary, expects, functools.partial(_iterate_named, names, source_of))
+    return Converter(name, summary, expects, functools.partial(_iterate_named, names, source_of), searches=False)
 
 
 _SHAREGPT4V = "Hub data set Lin-Chen/ShareGPT4V, CC-BY-NC-4.0."
@@ -135,8 +149,9 @@ CONVERTERS = (
         "llava-json",
         "your own data in LLaVA's format, *.json (a list) and *.jsonl",
         "RAW is one file, or a folder whose *.json and *.jsonl files are all read.\n"
-        'Records: {"id", "image" (a path, a list of paths, or absent), "conversations": [{"from": "human"|"gpt",\n'
-        '"value"}]}; one <image> marker for each image. Image paths are relative to --image-root (default: RAW, or\n'
+        'Records: {"id", "image" or "images" (a path, a list of paths, or absent), "conversations":\n'
+        '[{"from": "human"|"gpt", "value"}]}; one <image> marker for each image.\n'
+        "Image paths are relative to --image-root (default: RAW, or\n"
         "the folder of the file). A file whose name says test (`test.json`, `my_test.jsonl`) becomes a question file;\n"
         "one that says val is left out unless --train-splits or --test-splits names it.",
         _iterate_own,

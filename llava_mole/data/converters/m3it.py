@@ -129,7 +129,7 @@ def embedded_images(value: Any, where: str, options: Options, defects: Defects) 
         Dropped: no image, several of them with `skip`, or something else.
     """
     items = value if isinstance(value, list) else [value]
-    images = []
+    images: list[Embedded] = []
     for item in items:
         content = item.get("bytes") if isinstance(item, dict) else item
         if content is None or content in ("", b""):
@@ -139,6 +139,10 @@ def embedded_images(value: Any, where: str, options: Options, defects: Defects) 
         images.append(Embedded(content))
     if not images:
         raise Dropped("no-image", "no image in the record")
+    if len(images) < len(items):
+        if options.multi_image == "skip":
+            raise Dropped("several-images", f"{len(items)} images")
+        raise Dropped("no-image", f"{len(items) - len(images)} of {len(items)} images are empty")
     return tuple(choose_images(images, where, options, defects))
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
-from llava_mole.data.converters.base import Converter, Draft, Dropped, Embedded, Options, Split
+from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Dropped, Embedded, Options, Split
 from llava_mole.data.converters.defects import Action, Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
 from llava_mole.data.converters.image_files import is_text
-from llava_mole.data.converters.llava import TEXT_ONLY
 from llava_mole.data.converters.turns import (
     CHAT_ROLES,
     check_turns,
@@ -71,28 +70,43 @@ def to_draft(value: Any, where: str, options: Options, defects: Defects, stem: s
     if extra:
         defects.ignored_keys.update(extra)
         defects.add("ignored-keys", where, ", ".join(extra), "kept")
-    images: list[str | Embedded] = []
+    images: list[str | Embedded | None] = []
     messages = value.get("messages", value.get("conversations"))
-    turns = _question(value) if messages is None else _messages(messages, images, where, options, defects)
-    in_text = len(images)
+    systems = [_system(value)] if "system" in value else []
+    turns = _question(value) if messages is None else _messages(messages, images, systems, where, defects)
+    system = "\n".join(text for text in systems if text)
+    if system:
+        action: Action = "repaired" if options.system == "prepend" else "kept"
+        defects.add("system-turn", where, system[:60], action)
+        if options.system == "prepend" and turns[0].role == "user":
+            turns[0] = Turn("user", f"{system}\n{turns[0].text}")
     outside = _outside_images(value)
-    if in_text and outside:
-        raise Dropped("marker", "images both inside the messages and beside them")
-    images = images or outside
+    found = _together(images, outside) if images else outside
     if outside and not any(DEFAULT_IMAGE_TOKEN in turn.text for turn in turns):
         turns = _with_markers(turns, len(outside))
-    if len(images) > 1:
-        kept = choose_images(images, where, options, defects)
-        if len(kept) < len(images):
+    if len(found) > 1:
+        kept = choose_images(found, where, options, defects)
+        if len(kept) < len(found):
             turns = keep_first_marker(turns)
-        images = kept
-    checked = check_turns(turns, len(images), where, defects)
+        found = kept
+    checked = check_turns(turns, len(found), where, defects)
     identifier = value.get("id")
     line = where.rpartition(":")[2]
     source = value.get("source")
     if not isinstance(source, str) or not source or not is_text(source):
-        source = "images" if images else TEXT_ONLY
-    return Draft(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(images), checked, where)
+        source = WITH_IMAGES if found else TEXT_ONLY
+    return Draft(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(found), checked, where)
+
+
+def _together(inside: list[str | Embedded | None], outside: list[str | Embedded]) -> list[str | Embedded]:
+    """The images of the parts in order; a part that names none (as TRL writes them) takes the next one beside."""
+    unnamed = inside.count(None)
+    if unnamed != len(outside):
+        raise Dropped(
+            "marker", f"{unnamed} image parts that name no image, and {len(outside)} images beside the messages"
+        )
+    beside = iter(outside)
+    return [next(beside) if image is None else image for image in inside]
 
 
 def _question(value: Mapping[str, Any]) -> list[Turn]:
@@ -108,13 +122,20 @@ def _question(value: Mapping[str, Any]) -> list[Turn]:
     return [Turn("user", "\n".join(text for text in (question, more) if text)), Turn("assistant", answer)]
 
 
+def _system(value: Mapping[str, Any]) -> str:
+    system = value["system"]
+    if not isinstance(system, str):
+        raise Dropped("bad-record", f"'system' is {system!r:.60}; it must be text")
+    return system
+
+
 def _messages(
-    messages: Any, images: list[str | Embedded], where: str, options: Options, defects: Defects
+    messages: Any, images: list[str | Embedded | None], systems: list[str], where: str, defects: Defects
 ) -> list[Turn]:
+    """The turns, without those of the system, whose texts go to `systems`; images go to `images`."""
     if not isinstance(messages, list) or not messages:
         raise Dropped("bad-record", "no list of messages")
     turns: list[Turn] = []
-    system = ""
     for message in messages:
         if not isinstance(message, dict):
             raise Dropped("bad-record", "a message is no object")
@@ -122,21 +143,21 @@ def _messages(
         content = message.get("content", message.get("value"))
         text = _content(content, images)
         if role == "system":
-            system = text
-            action: Action = "repaired" if options.system == "prepend" else "kept"
-            defects.add("system-turn", where, text[:60], action)
+            systems.append(text)
         elif isinstance(role, str) and role in CHAT_ROLES:
             turns.append(Turn(CHAT_ROLES[role], text))
         else:
             raise Dropped("unknown-role", f"from {role!r:.60}; known are system, {', '.join(CHAT_ROLES)}")
-    turns = merge_turns(turns)
-    if system and options.system == "prepend" and turns and turns[0].role == "user":
-        turns[0] = Turn("user", f"{system}\n{turns[0].text}")
-    return turns
+    if not turns:
+        raise Dropped("bad-record", "no message but the system's")
+    merged = merge_turns(turns)
+    if len(merged) < len(turns):
+        defects.add("merged-turns", where, f"{len(turns)} turns became {len(merged)}", "repaired")
+    return merged
 
 
-def _content(content: Any, images: list[str | Embedded]) -> str:
-    """Text of a message; image parts go to `images` and leave a marker."""
+def _content(content: Any, images: list[str | Embedded | None]) -> str:
+    """Text of a message; image parts go to `images`, None where they name none, and leave a marker."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -150,7 +171,8 @@ def _content(content: Any, images: list[str | Embedded]) -> str:
         if kind == "text" and isinstance(part.get("text"), str):
             pieces.append(without_marker(part["text"]))
         elif kind in ("image_url", "image", "input_image"):
-            images.append(_image(next((part[k] for k in ("image_url", "image", "url", "path") if part.get(k)), None)))
+            named = next((part[k] for k in ("image_url", "image", "url", "path") if part.get(k)), None)
+            images.append(None if named is None else _image(named))
             pieces.append(DEFAULT_IMAGE_TOKEN)
         else:
             raise Dropped("bad-record", f"a part of type {kind!r:.40}; known are text, image and image_url")
@@ -200,7 +222,8 @@ CONVERTER = Converter(
     "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
     "(answer, output, response).\n"
     "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW), bytes, base64 or a\n"
-    "data: address. Web addresses are counted and left out. Several images: --multi-image. A system prompt is left\n"
+    "data: address. Web addresses are counted and left out. Several images: --multi-image. A part of type image\n"
+    "without an address takes the next of `images`. A system prompt (a turn, or the key `system`) is left\n"
     "out, since the template brings one (--system prepend: put in front of the first question).",
     iterate,
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_mole.conversation import Turn
 from llava_mole.data.converters.base import SPLITS, Converter, Draft, Dropped, Embedded, Options, Split
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
@@ -66,6 +67,8 @@ def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects:
                 raise Dropped("bad-record", f"'image' is {image!r:.60}")
             question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
             if isinstance(answer, dict):  # candidates with their weights
+                if not all(isinstance(weight, (int, float)) for weight in answer.values()):
+                    raise Dropped("bad-record", f"'label' is {answer!r:.60}; its values must be numbers")
                 answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
             yield _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
         except Dropped as dropped:
@@ -104,6 +107,16 @@ def _draft(
     return Draft(identifier, SOURCE, (image,), turns, where, split, kind, kind)
 
 
+def _with_suffix(turns: tuple[Turn, ...], first: str) -> tuple[Turn, ...]:
+    """The suffix behind every closed question that has it not; `first` is the kind of the first one."""
+    result = list(turns)
+    for i in range(0, len(turns) - 1, 2):
+        closed = (answer_type(turns[i + 1].text) if i else first) == "CLOSED"
+        if closed and not turns[i].text.endswith(CLOSED_SUFFIX.strip()):
+            result[i] = Turn(turns[i].role, turns[i].text + CLOSED_SUFFIX)
+    return tuple(result)
+
+
 def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
     """LLaVA-Med's records; its test file misspells `conversations`."""
     for value, where in read_values(path, raw, defects):
@@ -121,6 +134,8 @@ def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: D
             given = value.get("answer_type")
             kind = _TYPES.get(given.lower()) if isinstance(given, str) else None
             kind = kind or answer_type(turns[1].text)
+            if options.closed_suffix:
+                turns = _with_suffix(turns, kind)
             identifier = str(value.get("id", value.get("question_id", f"{SOURCE}-{where.rpartition(':')[2]}")))
             yield Draft(identifier, SOURCE, (image,), turns, where, split, kind, kind)
         except Dropped as dropped:

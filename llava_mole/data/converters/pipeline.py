@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from llava_mole.data.converters.base import Converter, Options
-from llava_mole.data.converters.defects import Defects
+from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Options
+from llava_mole.data.converters.defects import Action, Defects
 from llava_mole.data.converters.image_files import CheckImages, Note, is_text
 from llava_mole.data.converters.image_stage import ImagePolicy, Journal, Looked, look_at_images
 from llava_mole.data.converters.published import published_counts
@@ -31,6 +31,8 @@ from llava_mole.errors import ConfigError, DataError
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"
 """What lies in a prepared folder, beside `report.json` and `defects.jsonl`."""
 REPORT, DEFECTS = "report.json", "defects.jsonl"
+MOST_SOURCES = 512
+"""Sub-sources that are told apart: more are no grouping, and a shard's index of them is small."""
 _KEPT_FROM_PARTIAL = {IMAGES, "checked.jsonl", "request.json", "lock"}
 
 
@@ -61,21 +63,35 @@ def prepare(converter: Converter, request: Request) -> dict[str, Any]:
     """Convert a source. Returns the report, which is also in `<out>/report.json`.
 
     Raises:
-        ConfigError: `out` holds something already, or another process is preparing it.
+        ConfigError: `out` holds something already or lies inside what is searched, or another process is preparing it.
         DataError: the raw data are not there or cannot be used, or nothing of them is left.
     """
     out, partial = request.out, request.out.parent / f".{request.out.name}.partial"
+    _check_out(converter, request)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial / "lock", out):
+        _put_back(out)
+        _check_out(converter, request)
+        _clear_partial(partial, request)
+        report = _write(converter, request, partial)
+        _publish(partial, out)
+    return report
+
+
+def _check_out(converter: Converter, request: Request) -> None:
+    out = request.out
+    if request.raw.is_dir():
+        inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(request.raw))
+        if inside == outside or (converter.searches and inside.is_relative_to(outside)):
+            raise ConfigError(
+                f"--out {out} lies inside --raw {request.raw}, so that the next call would read what this one wrote; "
+                "give another --out"
+            )
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not request.overwrite:
             raise ConfigError(f"{out} is there already; --overwrite replaces it, or give another --out")
         if not (out / REPORT).is_file():
             raise ConfigError(f"{out} holds no {REPORT}, so `prepare` did not write it; remove it yourself")
-    partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial / "lock", out):
-        _clear_partial(partial, request)
-        report = _write(converter, request, partial)
-        _publish(partial, out)
-    return report
 
 
 def _write(converter: Converter, request: Request, folder: Path) -> dict[str, Any]:
@@ -87,7 +103,8 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
     kept: Counter[tuple[str, str]] = Counter()
     dropped: Counter[tuple[str, str]] = Counter()
     ids: set[int] = set()
-    stage = look_at_images(converter.iterate(request.raw, request.options, defects), policy, journal)
+    drafts = _few_sources(converter.iterate(request.raw, request.options, defects), defects)
+    stage = look_at_images(drafts, policy, journal)
     bar = tqdm(stage, desc=f"preparing {converter.name}", unit=" records", mininterval=1.0, disable=None)
     from_parquet = False
     homes: set[bool] = set()
@@ -100,8 +117,15 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
             if not _usable(looked, request, defects):
                 dropped[key] += 1
                 continue
-            kept[key] += 1
             images, sizes = _images(looked)
+            asked = draft.split in request.options.test_splits and not draft.again
+            if asked and len(images) > 1:
+                action: Action = "kept" if trains else "dropped"
+                defects.add("several-images-question", draft.where, f"{len(images)} images", action)
+                asked = False
+            if not trains and not asked:
+                continue
+            kept[key] += 1
             if images:
                 homes.add(looked.unpacked)
             if trains:
@@ -120,8 +144,8 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
                         where=draft.where,
                     )
                 )
-            if draft.split in request.options.test_splits:
-                questions.add(draft, images)
+            if asked:
+                questions.add(draft, images[0] if images else None)
         if not kept:
             worst = ", ".join(
                 f"{row['count']} x {row['kind']}" for row in defects.rows()[:3] if row["action"] == "dropped"
@@ -135,6 +159,8 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
         report = make_report(name, request, kept, dropped, defects, questions.counts)
         if True not in homes:  # so that <out>/images is the image folder wherever the images are
             home = os.path.join(os.path.realpath(folder.parent), request.out.name)
+            if (folder / IMAGES).is_dir():  # unpacked for rows that were left out after all
+                shutil.rmtree(folder / IMAGES)
             os.symlink(os.path.relpath(os.path.realpath(request.image_root), home), folder / IMAGES)
         if writer.rows:
             writer.finish(report)
@@ -147,6 +173,19 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
         defects.close()
         journal.close()
     return report
+
+
+def _few_sources(drafts: Iterable[Draft], defects: Defects) -> Iterator[Draft]:
+    """The drafts, those of the sub-sources after the first `MOST_SOURCES` under a common name."""
+    seen: set[str] = {TEXT_ONLY, WITH_IMAGES}
+    for draft in drafts:
+        if draft.source not in seen:
+            if len(seen) < MOST_SOURCES + 2:
+                seen.add(draft.source)
+            else:
+                defects.add("many-sources", draft.where, draft.source, "repaired")
+                draft.source = WITH_IMAGES if draft.images else TEXT_ONLY
+        yield draft
 
 
 def _usable(looked: Looked, request: Request, defects: Defects) -> bool:
@@ -234,14 +273,34 @@ def _clear_partial(partial: Path, request: Request) -> None:
     path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
 
 
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
+
+
+def _put_back(out: Path) -> None:
+    """Undo half a publication: an older output that was moved aside takes its name again."""
+    old = _old(out)
+    if old.exists() and not out.exists():
+        os.replace(old, out)
+
+
 def _publish(partial: Path, out: Path) -> None:
-    """Give the complete folder its name; an older one is moved aside first and removed after."""
-    for name in ("checked.jsonl", "request.json"):
-        (partial / name).unlink(missing_ok=True)
+    """Give the complete folder its name; an older one is moved aside first and removed after.
+
+    What an interrupted attempt needs to go on is removed last, so that it can at every moment before.
+    """
+    if not (partial / IMAGES).is_symlink():
+        for folder, _, names in os.walk(partial / IMAGES):
+            for name in names:
+                if name.startswith("."):  # left by a process that was killed while it wrote
+                    os.unlink(os.path.join(folder, name))
     os.sync()  # one call for a million images
-    old = out.parent / f".{out.name}.old-{os.getpid()}"
-    (partial / "lock").unlink()
+    old = _old(out)
     if out.exists():
+        if old.exists():  # of a call that was killed while it removed it
+            shutil.rmtree(old)
         os.replace(out, old)
     os.replace(partial, out)
+    for name in ("checked.jsonl", "request.json", "lock"):
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)

@@ -12,8 +12,8 @@ from llava_mole.data.converters.image_files import safe_name
 class QuestionFiles:
     """Writes `<folder>/<split>.jsonl`, or `<split>_<category>.jsonl` for each set of a source with several test files.
 
-    Every round of a conversation is a question: `question_id`, `image` (`images` where there are several), `text`
-    without the marker, `category`, `answer`, `answers` and `answer_type`. Ids that come again get a suffix.
+    Every round of a conversation is a question: `question_id`, `image` (absent where there is none), `text` without the
+    marker, `category`, `answer`, `answers` and `answer_type`. Ids that come again get a suffix.
     """
 
     def __init__(self, folder: Path, by_source: bool) -> None:
@@ -24,8 +24,8 @@ class QuestionFiles:
         self.counts: dict[str, int] = {}
         """Questions of each file."""
 
-    def add(self, draft: Draft, images: tuple[str, ...]) -> None:
-        """Append the questions of a draft."""
+    def add(self, draft: Draft, image: str | None) -> None:
+        """Append the questions of a draft with one image or none."""
         category = draft.category or draft.source
         rounds = [
             (question.text, answer.text)
@@ -36,10 +36,8 @@ class QuestionFiles:
         for number, (question, answer) in enumerate(rounds, 1):
             identifier = draft.id if len(rounds) == 1 else f"{draft.id}-{number}"
             line: dict[str, object] = {"question_id": self._unused(identifier)}
-            if images:
-                line["image"] = images[0]
-            if len(images) > 1:
-                line["images"] = list(images)
+            if image is not None:
+                line["image"] = image
             line["text"] = question.replace(DEFAULT_IMAGE_TOKEN, "").strip()
             line |= {"category": category, "answer": answer, "answers": [answer]}
             if draft.answer_type is not None:

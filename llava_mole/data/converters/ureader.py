@@ -49,11 +49,12 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
                 yield draft
                 for copy in range(2, options.upsample.get(draft.source, 1) + 1):
                     identifier = f"{draft.id}#{copy}"
-                    yield Draft(identifier, draft.source, draft.images, draft.turns, where, split)
+                    yield Draft(identifier, draft.source, draft.images, draft.turns, where, split, again=True)
             else:
                 yield draft
-    # A set of the official ones may have been left out; another name is a mistake in writing.
-    unknown = sorted(options.upsample.keys() - seen - PRESETS["official"].keys())
+    # A set of the official ones may have been left out; in factors of one's own a name is a mistake in writing.
+    official = options.upsample == PRESETS["official"]
+    unknown = [] if official else sorted(options.upsample.keys() - seen)
     if unknown and seen:
         raise ConfigError(f"--upsample: no rows of {', '.join(unknown)}; the sub-sources are {', '.join(sorted(seen))}")
 
@@ -122,7 +123,9 @@ CONVERTER = Converter(
     "--upsample DocVQA=3,... repeats sub-sources; `official` is the UReader paper's: DocVQA, InfographicsVQA and\n"
     "WikiTableQuestions three times, DeepForm and KleisterCharity twice; default none.\n"
     "Known: many answers of DeepForm and KleisterCharity are the word None, on purpose: kept and counted; some\n"
-    "TabFact images are missing. DocDownstream-1.0 has the same form (its imgs/ is understood).",
+    "TabFact images are missing; images called x.tiff.<page>, from 0, of which only x.tiff is there: its first\n"
+    "page is used in place, the others need --images unpack, else they are counted as tiff-page.\n"
+    "DocDownstream-1.0 has the same form (its imgs/ is understood).",
     iterate,
     default_train_splits=("train", "val"),
 )
