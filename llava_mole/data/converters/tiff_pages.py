@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava_mole.data.converters.image_files import ImageFacts, Note, unpack
-from llava_mole.data.images import DECODER_ERRORS
+from llava_mole.data.images import DECODER_ERRORS, FORMATS
 
 _PAGE = re.compile(r"(.+\.tiff?)\.([0-9]{1,6})", re.IGNORECASE | re.DOTALL)
 _PLAIN_MODES = ("1", "L", "RGB")
@@ -39,7 +39,7 @@ def unpack_page(path: str, folder: Path, group: str, name: str) -> ImageFacts:
         return ImageFacts(name, None, Note("missing-image", name))
     buffer = io.BytesIO()
     try:
-        with Image.open(found[0], formats=("TIFF",)) as image:
+        with Image.open(found[0], formats=FORMATS) as image:
             image.seek(found[1])
             page = image if image.mode in _PLAIN_MODES else image.convert("RGB")
             page.save(buffer, "PNG")
