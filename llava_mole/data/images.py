@@ -184,8 +184,8 @@ def _draft_factor(width: int, height: int, smallest: int) -> int:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Errors of reading and decoding the image called `name` (empty: it has none) become DataErrors."""
-    shown = f"image {name!r}" if name else "the image"
+    """Errors of reading and decoding the image called `name` become DataErrors."""
+    shown = f"image {name!r}"
     try:
         yield
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Hostile raw data: nothing outside the image root is read, nothing is run or fetched; a clear error or a count."""
 
+import base64
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.data.converters.image_files import ImageRoot, look, path_problem, safe_name, unpack
+from llava_mole.data.converters.image_stage import Task, run_task
 from llava_mole.errors import DataError
 
 
@@ -115,6 +117,18 @@ def test_rubbish_instead_of_base64(tmp_path: Path, text: str) -> None:
     assert len(done.rows) == 1
     assert set(done.defects) <= {"base64 dropped", "corrupt-image dropped", "no-image dropped"}
     assert sum(done.defects.values()) == 1
+
+
+@pytest.mark.parametrize("embedded", ["bytes", "base64"])
+def test_images_of_too_many_bytes_are_refused(embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = raw_sets.image_bytes(1), raw_sets.image_bytes(2) + b"\0" * 5000  # it decodes all the same
+    assert look(large, "a.jpg", decode=True)[0].problem is None
+    monkeypatch.setattr("llava_mole.data.converters.image_files.LARGEST_IMAGE", len(small) + 4000)
+    for number, data in enumerate((small, large)):
+        given = data if embedded == "bytes" else base64.b64encode(data).decode()
+        facts = run_task(Task(given, "bytes", f"{number}", "s"), tmp_path, True)
+        assert (facts.problem and facts.problem.kind) == (None, "too-large-image")[number]
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
 def test_group_names_cannot_climb(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from llava_mole.data.image_bytes import LARGEST_IMAGE
 from llava_mole.data.images import DECODER_ERRORS, FORMATS
 from llava_mole.errors import DataError
 
@@ -154,7 +155,7 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
     """Write an image once as `folder/<group>/<sha1>.<ext>`, the extension that of its content.
 
     Args:
-        data: The file's bytes.
+        data: The file's bytes; more than `LARGEST_IMAGE` are refused.
         folder: The prepared set's image folder.
         group: Folder below it; characters that do not belong into a name are replaced.
         name: What messages call the image.
@@ -163,6 +164,9 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
     Raises:
         DataError: the file cannot be written, such as to a full disk.
     """
+    if len(data) > LARGEST_IMAGE:
+        detail = f"{name}: {len(data):,} bytes; an image may have {LARGEST_IMAGE:,}"
+        return ImageFacts(name, None, Note("too-large-image", detail))
     digest = hashlib.sha1(data, usedforsecurity=False).hexdigest()
     group = safe_name(group)
     facts, extension = look(data, name, decode=False)
