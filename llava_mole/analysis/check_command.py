@@ -3,14 +3,14 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from llava_mole.config import RunConfig, parse_run_config
 from llava_mole.data.chat_template import check_template_name
 from llava_mole.data.mixture import check_lambdas
-from llava_mole.errors import ConfigError, command
+from llava_mole.errors import ConfigError, DataError, command
 from llava_mole.log import setup_logging
 
 EXIT_FAILED = 1
@@ -46,7 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_template_name(config.data.template)
     check_lambdas(config.data.sources, config.data.mixture)
     setup_logging()
-    return check(config, given)
+    try:
+        return check(config, given)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise DataError(f"{reason}; check-data must be able to read its data and to write below --out") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` that takes its place when the block ends without an error, and is removed when not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check(config: RunConfig, given: argparse.Namespace) -> int:
@@ -72,11 +89,16 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
     # Listed first: a mistake in a place is said before minutes of decoding.
     evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
     out: Path = given.out or Path(config.train.output_dir, "check_data")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; name another folder") from None
     sources = []
     opened = OpenedImages(config.check.huge_pixels)
     with ExitStack() as stack:
-        findings = FindingsFile(stack.enter_context((out / FINDINGS).open("w", encoding="utf-8")))
+        listed = stack.enter_context(replacing(out / FINDINGS))
+        lines = stack.enter_context(listed.open("w", encoding="utf-8"))
+        findings = FindingsFile(lines)
         pool = stack.enter_context(open_pool(given.workers)) if given.workers > 1 else None
         for name, described in data.sources.items():
             if data.mixture.get(name, 1.0) <= 0:
@@ -89,15 +111,19 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
             records = read_all(described.annotations, source, findings)
             counting = pool if _size(described.annotations) > ALONE else None
             check_records(records, source, findings, limits, images, counting)
-    evaluated, shared = find_overlap(evaluation, opened.contents)
-    not_checked = left_out(tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation))
-    verdicts = judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check, not_checked)
+        evaluated, shared = find_overlap(evaluation, opened.contents)
+        not_checked = left_out(tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation))
+        verdicts = judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check, not_checked)
+        values = report_values(sources, evaluated, shared, verdicts, not_checked)
+        report = stack.enter_context(replacing(out / REPORT))
+        report.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        drawn = limits is not None and any(source.tokens.size for source in sources)
+        if drawn:
+            draw_lengths(sources, data.max_length, stack.enter_context(replacing(out / FIGURE)))
+    if not drawn:  # a picture of an earlier check would not belong to this report
+        (out / FIGURE).unlink(missing_ok=True)
     print(report_text(sources, evaluated, shared, verdicts, not_checked))
-    values = report_values(sources, evaluated, shared, verdicts, not_checked)
-    (out / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    print(f"report: {out / REPORT}\nlist: {out / FINDINGS}")
-    if limits is not None and any(source.tokens.size for source in sources):
-        print(f"picture: {draw_lengths(sources, data.max_length, out / FIGURE)}")
+    print(f"report: {out / REPORT}\nlist: {out / FINDINGS}" + (f"\npicture: {out / FIGURE}" if drawn else ""))
     return 0 if values["passed"] else EXIT_FAILED
 
 

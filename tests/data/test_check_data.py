@@ -13,6 +13,7 @@ import tiny_models
 import yaml
 from PIL import Image
 
+from llava_mole.analysis import check_data, check_overlap
 from llava_mole.analysis.check_data import check_records
 from llava_mole.analysis.check_findings import FindingsFile, SourceFindings
 from llava_mole.analysis.check_keys import Keys, key_of
@@ -303,6 +304,38 @@ def test_an_image_counts_for_every_source_that_names_it(world: Path, tmp_path: P
     assert {f["detail"].split(":")[0].split()[0] for f in findings if f["source"] == "blue"} == {
         f"data/{file}" for file in DAMAGED
     }
+
+
+def test_a_check_that_fails_leaves_the_last_report(world: Path, tmp_path: Path) -> None:
+    assert check(world, tmp_path, "--check.huge_pixels", "1")[2]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    given = ["check-data", str(world / "config.yaml"), "--out", str(tmp_path), "--workers", "1", "--no-tokens"]
+    assert main([*given, "--data.sources.blue.annotations", "none.json"]) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["out", "annotations", "evaluation"])
+def test_what_cannot_be_opened_is_one_line(
+    world: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def deny(path: Any, *args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "file").write_text("")
+    out, more, message = tmp_path / "out", [], "Permission denied"
+    if place == "out":
+        out, message = tmp_path / "file" / "out", f"--out {tmp_path / 'file' / 'out'} cannot be made: Not a directory"
+    elif place == "annotations":
+        monkeypatch.setattr(check_data, "iterate_json", deny)
+    else:
+        monkeypatch.setattr(check_overlap, "key_of", deny)
+        more = ["--check.evaluation_images", f"[{world / 'red'}]"]
+    given = ["check-data", str(world / "config.yaml"), "--out", str(out), "--workers", "1", "--no-tokens"]
+    assert main([*given, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("llava-mole: error") == 1
+    assert "Traceback" not in error
 
 
 def test_memory_holds_hashes_only() -> None:
