@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llava_mole.errors import WeightsError
-from llava_mole.model.interop.tensors import shorten
+from llava_mole.model.interop.tensors import shorten, two_spellings
 
 LLAVA_PROJECTOR = "model.mm_projector."
 LLAVA_TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -26,9 +26,19 @@ class Parts:
     tower: dict[str, str] = field(default_factory=dict)
     """Hugging Face's CLIP names, without prefix."""
     unknown: list[str] = field(default_factory=list)
+    doubled: list[tuple[str, str]] = field(default_factory=list)
+    """Pairs of names in the file that mean the same tensor."""
+
+    def put(self, part: dict[str, str], inner: str, name: str) -> None:
+        """Enter the name in the file of a part's tensor."""
+        if inner in part:
+            self.doubled.append((part[inner], name))
+        part[inner] = name
 
     def check(self, where: object) -> None:
-        """Raise WeightsError that lists names which belong to no part."""
+        """Raise WeightsError that lists names which belong to no part, or names two that mean one tensor."""
+        if self.doubled:
+            raise WeightsError(f"{where}: {two_spellings(*self.doubled[0])}")
         if self.unknown:
             raise WeightsError(f"{where}: {len(self.unknown)} unexpected tensors: {shorten(self.unknown)}")
 
@@ -45,7 +55,7 @@ def split_llava(names: Iterable[str]) -> Parts:
     for name in names:
         short = unwrap(name)
         if "mm_projector." in short and short.partition("mm_projector.")[0] in ("", "model."):
-            parts.projector[short.partition("mm_projector.")[2]] = name
+            parts.put(parts.projector, short.partition("mm_projector.")[2], name)
         elif short.startswith("model.vision_tower."):
             inner = short.removeprefix("model.vision_tower.").removeprefix("vision_tower.")
             _put_tower(parts, inner, name)
@@ -66,7 +76,7 @@ def split_llava_hf(names: Iterable[str]) -> Parts:
         elif short.startswith("multi_modal_projector."):
             linear, _, kind = short.removeprefix("multi_modal_projector.").partition(".")
             if linear in HF_LINEARS:
-                parts.projector[f"{HF_LINEARS[linear]}.{kind}"] = name
+                parts.put(parts.projector, f"{HF_LINEARS[linear]}.{kind}", name)
             else:
                 parts.unknown.append(name)
         elif name.startswith("model.language_model."):
@@ -97,9 +107,9 @@ def llava_hf_name(part: str, name: str) -> str:
 def _put_tower(parts: Parts, inner: str, name: str) -> None:
     inner = inner.removeprefix("vision_model.")
     if not inner.endswith("position_ids"):  # a constant that older versions of transformers stored
-        parts.tower[inner] = name
+        parts.put(parts.tower, inner, name)
 
 
 def _put_language_model(parts: Parts, inner: str, name: str) -> None:
     if not inner.endswith("rotary_emb.inv_freq"):  # likewise
-        parts.language_model[inner] = name
+        parts.put(parts.language_model, inner, name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_mole.errors import WeightsError
-from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json, shorten
+from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json, shorten, two_spellings
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -69,6 +69,7 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
         raise WeightsError(f"{directory} has no {' or '.join(ADAPTER_FILES)}")
     weights = open_weights(weights_file)
     halves: dict[str, torch.Tensor] = {}
+    spelled: dict[str, str] = {}
     unknown = []
     for name in weights:
         match = _NAME.fullmatch(name)
@@ -76,8 +77,11 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
         path = path.removeprefix("model.") if path.startswith("model.model.") else path
         if match is None or path not in linears:
             unknown.append(name)
-        else:
-            halves[f"{path}.{match['half']}"] = weights[name]
+            continue
+        half = f"{path}.{match['half']}"
+        if half in spelled:
+            raise WeightsError(f"{weights_file}: {two_spellings(spelled[half], name)}")
+        spelled[half], halves[half] = name, weights[name]
     if unknown:
         raise WeightsError(
             f"{weights_file}: {len(unknown)} tensors adapt no linear of the language model: {shorten(unknown)}"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from llava_mole.config import AdapterConfig
 from llava_mole.errors import WeightsError
 from llava_mole.model.interop.kinds import Found
 from llava_mole.model.interop.sources import Source, projector_kind
-from llava_mole.model.interop.tensors import Weights, check_shapes, open_weights, shorten
+from llava_mole.model.interop.tensors import Weights, check_shapes, open_weights, shorten, two_spellings
 from llava_mole.model.multimodal_projector import ENDS
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp)\.moe_(gate|up|down)\.(\d+)\.lora_([AB])")
@@ -61,27 +62,33 @@ def read_released(found: Found) -> ReleasedMole:
     tower: dict[str, str] = {}
     adaptor: dict[str, str] = {}
     unknown = []
+
+    def put(part: dict[Any, str], key: int | str, name: str) -> None:
+        if key in part:
+            raise WeightsError(f"{found.path}: {two_spellings(part[key], name)}")
+        part[key] = name
+
     for name in weights:
         short = name.removeprefix("module.")
         if short.startswith(_ADAPTOR):
-            adaptor[short.removeprefix(_ADAPTOR)] = name
+            put(adaptor, short.removeprefix(_ADAPTOR), name)
         elif short.startswith(_TOWER):
             inner = short.removeprefix(_TOWER).removeprefix("vision_model.")
             if not inner.endswith("position_ids"):
-                tower[inner] = name
+                put(tower, inner, name)
         elif not short.startswith(_LLM):
             unknown.append(name)
         else:
             inner = short.removeprefix(_LLM).removeprefix(PREFIX)
             if match := _EXPERT.fullmatch(inner):
                 mlp, projection, k, half = match.groups()
-                stacks.setdefault(f"{mlp}.mole_experts.{projection}_proj_{half}", {})[int(k)] = name
+                put(stacks.setdefault(f"{mlp}.mole_experts.{projection}_proj_{half}", {}), int(k), name)
             elif match := _ROUTER.fullmatch(inner):
-                direct[f"{match[1]}.mole_router.{match[2]}"] = name
+                put(direct, f"{match[1]}.mole_router.{match[2]}", name)
             elif match := _ATTENTION.fullmatch(inner):
-                direct[f"{match[1]}.mole_lora.{match[3]}"] = name
+                put(direct, f"{match[1]}.mole_lora.{match[3]}", name)
             elif not inner.endswith("rotary_emb.inv_freq"):
-                base[inner.replace(".original_module.", ".").replace(".base_layer.", ".")] = name
+                put(base, inner.replace(".original_module.", ".").replace(".base_layer.", "."), name)
     if "text_embed.weight" in adaptor:
         base["model.embed_tokens.weight"] = adaptor.pop("text_embed.weight")
     if unknown:

@@ -162,6 +162,11 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
+def two_spellings(one: str, other: str) -> str:
+    """What is wrong with a file that names one tensor twice: which of them counts, nobody can say."""
+    return f"{one} and {other} are one tensor in two spellings; remove one of them"
+
+
 def check_names(where: object, found: Mapping[str, Any], needed: Mapping[str, Any], who: str = "needed are") -> None:
     """Raise WeightsError that lists names that are missing or unexpected."""
     missing, unexpected = [n for n in needed if n not in found], [n for n in found if n not in needed]
