@@ -172,6 +172,18 @@ def test_mcnemar_of_a_share(tmp_path: Path) -> None:
     assert result["low"] < 40 < result["high"]
 
 
+def test_a_share_with_other_questions_left_out_is_permuted(tmp_path: Path) -> None:
+    line = {"category": "human", "answer": "a"}
+    first = units_of(tmp_path, "chartqa", *[(line, said) for said in ("a", "b", "b", "Error>")])
+    second = units_of(tmp_path, "chartqa", *[(line, said) for said in ("a", "Error>", "Error>", "b")])
+    result = compare_units(get_benchmark("chartqa"), "human", first, second, resamples=200)
+    # 1/3 and 1/2, though nothing became right that was wrong: McNemar would see no difference.
+    assert result["difference"] == pytest.approx(50 - 100 / 3)
+    assert (result["test"], result["changed"]) == ("permutation", 3)
+    same = compare_units(get_benchmark("chartqa"), "human", first, first, resamples=10)
+    assert (same["test"], same["p_value"]) == ("mcnemar", 1)
+
+
 def test_permutation_of_a_composite(tmp_path: Path) -> None:
     groups = ("VR", "VP", "VKA", "VC", "OH")
     lines = [{"category": group, "answer": "yes"} for group in groups for _ in range(8)]

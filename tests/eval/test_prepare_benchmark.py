@@ -282,6 +282,21 @@ def test_what_the_user_should_know_is_printed(tmp_path: Path, capsys: pytest.Cap
     assert "note: 1 fields of the references are asked by no question" in capsys.readouterr().out
 
 
+def test_golds_follow_the_question_not_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"Number {n}?" for n in range(20)]
+    asked = [names[1], names[0], *names[2:19], "Reworded?"]
+    put(tmp_path / "test_DocVQA.jsonl", [ureader("d/1.png", question, "x") for question in asked])
+    values = [(name, [{"value": name, "value_variants": [name]}]) for name in names]
+    put(tmp_path / "DUE/DocVQA/test/document.jsonl", [due("1", *values[:5]), due("2", *values[5:])])
+    command = ["prepare-benchmark", "docvqa", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    pytest.importorskip("rapidfuzz")
+    assert cli.main(command) == 0
+    assert "note: 1 of 20 questions differ from the references'" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == asked
+    assert [line["answers"] for line in lines] == [[name] for name in (*asked[:19], names[19])]
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert cli.main(["prepare-benchmark", *arguments]) == 2
     return capsys.readouterr().err
@@ -329,6 +344,10 @@ def test_references_of_another_set_are_refused(tmp_path: Path, capsys: pytest.Ca
     lines = path.read_text().splitlines()
     path.write_text("\n".join(reversed(lines)))
     assert "only 0 of 2 questions are those of" in refused(capsys, *command)
+    put(path, [due("1", ("What date?", [])), json.loads(lines[1])])
+    assert "test_DocVQA.jsonl:1: the reference 'What date?' needs a list of 'values', at least one" in refused(
+        capsys, *command
+    )
     path.write_text(lines[0])
     assert "has 2 questions," in refused(capsys, *command)
     deepform(tmp_path)
