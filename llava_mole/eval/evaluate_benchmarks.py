@@ -156,8 +156,8 @@ def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
     if job.answers.exists() and not overwrite:
         if read_json_object(job.record) != run:
             raise ConfigError(
-                f"{job.answers} exists and comes from another model, prompt, question file, image folder or decoding; give "
-                "--overwrite to replace it, or another --out"
+                f"{job.answers} exists and comes from another model, prompt, question file, image folder or decoding; "
+                "give --overwrite to replace it, or another --out"
             )
         return True
     print(f"{job.loaded.benchmark.name}: {len(job.loaded.questions)} questions")

@@ -12,6 +12,7 @@ from llava_mole.eval.benchmark_score import score_benchmark
 from llava_mole.eval.registry import get_benchmark
 
 SHORT = "\nAnswer the question using a single word or phrase."
+CLOSED = " Please choose from the following two options: [yes, no]"
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
@@ -95,7 +96,13 @@ def deepform(raw: Path) -> None:
 def pathvqa(raw: Path) -> None:
     lines = [
         {"question_id": 1, "image": "a.jpg", "text": "Where?", "answer": "liver", "answer_type": "OPEN"},
-        {"question_id": 2, "image": "a.jpg", "text": "<image>\nIs it?", "answer": "Yes", "answer_type": "CLOSED"},
+        {
+            "question_id": 2,
+            "image": "a.jpg",
+            "text": f"<image>\nIs it?{CLOSED}",
+            "answer": "Yes",
+            "answer_type": "CLOSED",
+        },
     ]
     put(raw / "questions/test.jsonl", lines)
 
@@ -356,3 +363,38 @@ def test_references_of_another_set_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert "document 'doc1' is not in" in refused(
         capsys, "deepform", "--raw", str(tmp_path), "--out", str(tmp_path / "o")
     )
+
+
+def test_a_failed_overwrite_keeps_the_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gqa(tmp_path)
+    command = ["gqa", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert cli.main(["prepare-benchmark", *command]) == 0
+    good = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    item = {"question": "Which side?", "imageId": "n1", "answer": "left"}
+    for wrong, message in (({"question": 5}, "'text'"), ({"answer": 5}, "out/questions.jsonl:1: 'answer' must be")):
+        put(tmp_path / "testdev_balanced_questions.json", {"20": item | wrong})
+        assert message in refused(capsys, *command, "--overwrite")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == good
+    pope(tmp_path)
+    path = tmp_path / "coco/coco_pope_random.json"
+    path.write_text(path.read_text().replace('"yes"', '"maybe"'))
+    command = ["pope", "--raw", str(tmp_path), "--out", str(tmp_path / "pope")]
+    assert "pope/questions.jsonl:1: the gold answer is 'maybe'; it must be yes or no" in refused(capsys, *command)
+    assert not (tmp_path / "pope").exists()
+
+
+def test_mmbench_writes_below_its_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mmbench(tmp_path / "raw")
+    path = tmp_path / "raw" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("241", "../../stolen"))
+    command = ["mmbench", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    assert "row 1: index '../../stolen' must be of letters, digits" in refused(capsys, *command)
+    assert [found.name for found in tmp_path.rglob("*.jpg*")] == []
+
+
+def test_science_qa_answer_beyond_the_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scienceqa(tmp_path)
+    command = ["scienceqa", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    for answer in (2, -1, "B"):
+        put(tmp_path / "problems.json", {key: {"answer": answer, "choices": ["x", "y"]} for key in ("4", "5")})
+        assert f"item 0: answer {answer!r} of " in refused(capsys, *command)
