@@ -185,7 +185,8 @@ def compare_units(
 
     Returns:
         `difference` (second - first, percentage points) with its interval `low`..`high`, `test` (`mcnemar` or
-        `permutation`), `p_value`, and the discordant units: `better` and `worse` (0/1 shares) or `changed`.
+        `permutation`), `p_value`, and the discordant units: `better` and `worse` (0/1 shares whose denominator has the
+        same questions in both runs) or `changed`.
 
     Raises:
         DataError: the runs answered different questions.
@@ -211,7 +212,9 @@ def compare_units(
         "high": _finite(high),
     }
     involved = _groups_involved(name, numbers, list(one))
-    if is_share(number):
+    counted = [fields.index(field) for field in denominator(number)] if number.value else []
+    # An answer that leaves the denominator of one run alone is not merely right or wrong.
+    if is_share(number) and all((one[group][:, counted] == two[group][:, counted]).all() for group in involved):
         index = fields.index(number.value or "")
         change = np.concatenate([two[group][:, index] - one[group][:, index] for group in involved])
         better, worse = int((change > 0).sum()), int((change < 0).sum())

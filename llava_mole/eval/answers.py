@@ -81,6 +81,8 @@ class AnswerFile:
         with self.partial.open("a", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Write the complete file under its final name and remove the partial ones.

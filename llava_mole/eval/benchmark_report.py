@@ -14,8 +14,8 @@ SIGNIFICANT = 0.05
 
 def stored_benchmark(scores: Mapping[str, Any]) -> Benchmark:
     """The definition that a score file was made with. Raises DataError where it is damaged."""
-    value = dict(scores["definition"])
     try:
+        value = dict(scores["definition"])
         return Benchmark(
             **value
             | {
@@ -25,7 +25,7 @@ def stored_benchmark(scores: Mapping[str, Any]) -> Benchmark:
                 "published": [Published(**row) for row in value["published"]],
             }
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{scores['score_file']}: its definition is damaged ({error!r}); score again") from None
 
 
@@ -42,8 +42,8 @@ def build_benchmarks(
         are sums), `runs`: name -> {`numbers`, `prompt`, `total`, `complete`, `empty_answers`, `score_file`},
         `published`: rows, `comparisons`: rows, `warnings`, `notes`}.
     """
-    found = {name: run.benchmarks[name] for run in runs.values() for name in run.benchmarks}
-    names = sorted(found, key=lambda name: (found[name]["definition"].get("position", 0), name))
+    found = {name: stored_benchmark(scores) for run in runs.values() for name, scores in run.benchmarks.items()}
+    names = sorted(found, key=lambda name: (found[name].position, name))
     return {name: _one(name, runs, published, resamples, seed) for name in names}
 
 

@@ -12,7 +12,7 @@ from llava_mole.eval.baseline import read_train_files
 from llava_mole.eval.benchmark_questions import UNKNOWN_VARIANT, BenchmarkQuestions, prompt_suffixes
 from llava_mole.eval.intervals import RESAMPLES, SEED
 from llava_mole.eval.metrics.table import METRICS, Fields
-from llava_mole.eval.score import format_table, score_answers
+from llava_mole.eval.score import format_table, resolve_argument, score_answers
 
 FORMAT = 1
 Answers = Mapping[str, Mapping[str, Any]]
@@ -83,6 +83,21 @@ def score_units(loaded: BenchmarkQuestions, answers: Answers) -> tuple[Units, di
     return build_units(loaded.benchmark, scored), dropped
 
 
+def check_scorable(loaded: BenchmarkQuestions) -> None:
+    """Score an empty answer to every question, so that a missing gold answer or package is found before the work.
+
+    Raises:
+        DataError: a question that lacks what a metric needs, or a damaged training split.
+        ConfigError: a package that a metric needs is not installed.
+    """
+    if loaded.benchmark.primary is None:
+        return
+    empty = {question.key: {"text": ""} for question in loaded.questions}
+    score_units(loaded, empty)
+    if loaded.benchmark.data.train_files:
+        _with_majority(loaded, empty)
+
+
 def score_benchmark(
     loaded: BenchmarkQuestions, answers: Answers, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, Any]:
@@ -107,8 +122,8 @@ def score_benchmark(
         "interval": {"level": 0.95, "resamples": resamples, "seed": seed},
         "definition": benchmark.to_dict(),
         "question_set": loaded.fingerprint(),
-        "questions": loaded.files,
-        "image_folder": str(loaded.image_folder),
+        "questions": [resolve_argument(argument) for argument in loaded.files],
+        "image_folder": str(loaded.image_folder.resolve()),
         "per_question": units.to_dict(),
     }
     if benchmark.data.train_files:

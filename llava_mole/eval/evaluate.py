@@ -13,15 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_mole.decoding import Decoding
+from llava_mole.distributed import on_main
 from llava_mole.errors import ConfigError, command
 from llava_mole.eval.answers import read_answers
 from llava_mole.eval.baseline import read_train_files
 from llava_mole.eval.benchmark_questions import DATA_ROOT, DEFAULT_VARIANT
 from llava_mole.eval.evaluate_benchmarks import run_benchmarks
 from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, load_predictor, refuse_existing
-from llava_mole.eval.questions import check_images, read_questions
+from llava_mole.eval.questions import Question, check_images, read_questions
 from llava_mole.eval.ranks import joined_ranks
-from llava_mole.eval.score import SCORE_SUFFIX, check_references, format_scores, score_answers, write_scores
+from llava_mole.eval.score import (
+    SCORE_SUFFIX,
+    check_references,
+    format_scores,
+    resolve_argument,
+    score_answers,
+    write_scores,
+)
 from llava_mole.log import setup_logging
 
 MAX_NEW_TOKENS = 128
@@ -65,19 +73,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     setup_logging()
     check_forms(args)
-    if args.benchmarks:
-        with joined_ranks():
+    with joined_ranks():
+        if args.benchmarks:
             run_benchmarks(args)
-        return 0
+        else:
+            _run_own(args)
+    return 0
+
+
+def _run_own(args: argparse.Namespace) -> None:
+    """Answer and score question files of one's own. Ranks share the questions, rank 0 does everything else."""
     decoding = Decoding(args.max_new_tokens or MAX_NEW_TOKENS, args.temperature, args.top_p, args.num_beams)
     image_folder, answers_file = Path(args.image_folder), Path(args.answers_file)
     score_file = answers_file.with_suffix(SCORE_SUFFIX)
-    for path in (answers_file, score_file):
-        refuse_existing(path, overwrite=args.overwrite)
-    questions = read_questions(args.questions)
-    check_references(questions)
-    check_images(questions, image_folder)
-    train_pairs = read_train_files(args.train_file) if args.train_file else None
+
+    def check() -> tuple[list[Question], dict[str, list[tuple[str, str]]] | None]:
+        for path in (answers_file, score_file):
+            refuse_existing(path, overwrite=args.overwrite)
+        questions = read_questions(args.questions)
+        check_references(questions)
+        check_images(questions, image_folder)
+        return questions, read_train_files(args.train_file) if args.train_file else None
+
+    questions, train_pairs = on_main(check)
     predictor = load_predictor(args.model_path, args)
     has_experts = predictor.loaded.config.adapter.method == "mole"
     routing_file = answers_file.with_suffix(".routing.json") if has_experts else None
@@ -91,20 +109,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         overwrite=args.overwrite,
         routing_stats=routing_file,
     )
-    scores = score_answers(questions, read_answers([answers_file]), train_pairs)
-    write_scores(
-        score_file,
-        scores,
-        model_path=str(predictor.loaded.path),
-        template=predictor.template.name,
-        questions=args.questions,
-        image_folder=args.image_folder,
-        answers=str(answers_file),
-        routing=str(routing_file) if routing_file else None,
-    )
-    print(format_scores(scores))
-    print(f"answers: {answers_file}   scores: {score_file}")
-    return 0
+
+    def score() -> None:
+        scores = score_answers(questions, read_answers([answers_file]), train_pairs)
+        write_scores(
+            score_file,
+            scores,
+            model_path=str(predictor.loaded.path.resolve()),
+            template=predictor.template.name,
+            questions=[resolve_argument(argument) for argument in args.questions],
+            image_folder=str(image_folder.resolve()),
+            answers=str(answers_file.resolve()),
+            routing=str(routing_file.resolve()) if routing_file else None,
+        )
+        print(format_scores(scores))
+        print(f"answers: {answers_file}   scores: {score_file}")
+
+    on_main(score)
 
 
 if __name__ == "__main__":

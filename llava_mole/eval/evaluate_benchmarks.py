@@ -1,7 +1,8 @@
 """Answers, scores and reports benchmarks with one model: `llava-mole eval MODEL --benchmarks a,b,c`.
 
 Everything that a user can have got wrong is checked for all benchmarks before the model is loaded. A benchmark that is
-finished already, with the same model, questions, prompt and decoding, is not asked again.
+finished already, with the same model, questions, images, prompt and decoding, is not asked again; it is scored again
+where gold answers, the benchmark's definition or the answers have changed since.
 """
 
 import argparse
@@ -17,7 +18,14 @@ from llava_mole.errors import ConfigError
 from llava_mole.eval.answers import read_answers, write_text_atomically
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions, prompt_suffix
 from llava_mole.eval.benchmark_report import build_benchmarks
-from llava_mole.eval.benchmark_score import dump_scores, file_digest, format_benchmark, score_benchmark
+from llava_mole.eval.benchmark_score import (
+    check_answers,
+    check_scorable,
+    dump_scores,
+    file_digest,
+    format_benchmark,
+    score_benchmark,
+)
 from llava_mole.eval.model_vqa import answer_questions, describe_run, load_predictor, refuse_existing
 from llava_mole.eval.questions import check_images
 from llava_mole.eval.registry import get_benchmark, list_benchmarks
@@ -56,9 +64,15 @@ class Job:
         return self.answers.with_suffix(".run.json")
 
     @property
-    def finished(self) -> Path:
-        """The file whose presence says that all is done."""
-        return self.scores if self.loaded.benchmark.primary else self.submission or self.scores
+    def routing(self) -> Path:
+        """The routing statistics of a model with experts."""
+        return self.answers.with_suffix(".routing.json")
+
+    def remove_results(self) -> None:
+        """Remove what an earlier run has written, answers first: none of it belongs to the run that starts."""
+        for path in (self.answers, self.scores, self.submission, self.routing):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
 
 def output_folder(model_path: str) -> Path:
@@ -85,6 +99,7 @@ def plan_jobs(args: argparse.Namespace, folder: Path) -> list[Job]:
         loaded = load_questions(benchmark, data_root=Path(args.data_root), image_folder=images)
         check_images(loaded.questions, loaded.image_folder)
         check_submission(loaded)
+        check_scorable(loaded)
         limit = args.max_new_tokens or benchmark.prompt.max_new_tokens
         decoding = Decoding(limit, args.temperature, args.top_p, args.num_beams)
         job = Job(loaded, args.prompt_variant, decoding, folder / f"{benchmark.name}.jsonl")
@@ -113,9 +128,8 @@ def run_benchmarks(args: argparse.Namespace) -> None:
 def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     """One benchmark's scores, from a finished run or a new one; None where a server scores it."""
     asked = job.loaded.asked(job.variant)
-    run = describe_run(predictor, asked, job.decoding)
+    run = describe_run(predictor, asked, job.loaded.image_folder, job.decoding)
     has_experts = predictor.loaded.config.adapter.method == "mole"
-    routing = job.answers.with_suffix(".routing.json") if has_experts else None
     answered = on_main(lambda: _is_answered(job, run, overwrite=args.overwrite))
     if not answered:
         answer_questions(
@@ -126,13 +140,14 @@ def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict
             job.decoding,
             batch_size=args.batch_size,
             overwrite=args.overwrite,
-            routing_stats=routing,
+            routing_stats=job.routing if has_experts else None,
         )
-    return on_main(lambda: _finish(predictor, job, run, routing, answered=answered))
+    return on_main(lambda: _finish(predictor, job, run))
 
 
 def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Whether the answers are there already, from the same run; else its description is written for later.
+    """Whether the answers are there already, from the same run; else its description is written for later, after
+    everything that another run has left under the same names is gone.
 
     Raises:
         ConfigError: there are answers of another run, and they may not be replaced.
@@ -141,38 +156,53 @@ def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
     if job.answers.exists() and not overwrite:
         if read_json_object(job.record) != run:
             raise ConfigError(
-                f"{job.answers} exists and comes from another model, prompt, question file or decoding; give "
-                "--overwrite to replace it, or another --out"
+                f"{job.answers} exists and comes from another model, prompt, question file, image folder or decoding; "
+                "give --overwrite to replace it, or another --out"
             )
         return True
     print(f"{job.loaded.benchmark.name}: {len(job.loaded.questions)} questions")
+    job.remove_results()
     write_text_atomically(job.record, json.dumps(run, indent=2) + "\n")
     return False
 
 
-def _finish(
-    predictor: "Predictor", job: Job, run: Mapping[str, Any], routing: Path | None, *, answered: bool
-) -> dict[str, Any] | None:
-    """Score the answers and write what the benchmark asks for, unless that is there already."""
+def _finish(predictor: "Predictor", job: Job, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Write what the benchmark asks for: its server's file, and scores unless they are there and up to date."""
     benchmark = job.loaded.benchmark
-    if answered and job.finished.exists():
-        print(f"{benchmark.name}: done already, see {job.finished}")
-        return read_json_object(job.scores) | {"score_file": str(job.scores)} if benchmark.primary else None
     answers = read_answers([job.answers])
     if job.submission is not None:
+        check_answers(job.loaded, answers)
         write_bytes_atomically(job.submission, WRITERS[benchmark.submission or ""](job.loaded, answers))
         print(f"{benchmark.name}: submission file {job.submission}")
     if benchmark.primary is None:
         return None
+    digest = file_digest([job.answers])
+    stored = _current_scores(job, digest)
+    if stored is not None:
+        print(f"{benchmark.name}: done already, see {job.scores}")
+        return stored | {"score_file": str(job.scores)}
     scores = score_benchmark(job.loaded, answers)
     scores |= {
-        "model_path": str(predictor.loaded.path),
+        "model_path": str(predictor.loaded.path.resolve()),
         "template": predictor.template.name,
-        "answers": str(job.answers),
-        "answers_sha256": file_digest([job.answers]),
-        "routing": str(routing) if routing else None,
+        "answers": str(job.answers.resolve()),
+        "answers_sha256": digest,
+        "routing": str(job.routing.resolve()) if job.routing.exists() else None,
         "run": run,
     }
     write_text_atomically(job.scores, dump_scores(scores))
     print(format_benchmark(scores) + "\n")
     return scores | {"score_file": str(job.scores)}
+
+
+def _current_scores(job: Job, answers_sha256: str) -> dict[str, Any] | None:
+    """The scores on disk, if they are of these answers, gold answers and this definition of the benchmark."""
+    if not job.scores.exists():
+        return None
+    stored = read_json_object(job.scores)
+    expected = {
+        "question_set": job.loaded.fingerprint(),
+        "definition": json.loads(json.dumps(job.loaded.benchmark.to_dict())),
+        "answers_sha256": answers_sha256,
+    }
+    return stored if all(stored.get(key) == value for key, value in expected.items()) else None

@@ -48,7 +48,9 @@ def model_id(path: Path) -> str:
     return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
-def describe_run(predictor: "Predictor", questions: Sequence[Question], decoding: Decoding) -> dict[str, Any]:
+def describe_run(
+    predictor: "Predictor", questions: Sequence[Question], image_folder: Path, decoding: Decoding
+) -> dict[str, Any]:
     """Everything the answers depend on, to recognise a partial file of the same run."""
     from llava_mole.model.checkpoint import MANIFEST
 
@@ -62,6 +64,7 @@ def describe_run(predictor: "Predictor", questions: Sequence[Question], decoding
         "template": predictor.template.name,
         "decoding": dataclasses.asdict(decoding),
         "questions": hashlib.sha256(repr(asked).encode()).hexdigest(),
+        "image_folder": str(image_folder.resolve()),
     }
 
 
@@ -87,9 +90,12 @@ def answer_questions(
     from llava_mole.eval.routing_stats import RoutingStats, collect_routing_stats
 
     if routing_stats:
-        on_main(lambda: refuse_existing(routing_stats, overwrite=overwrite))
         RoutingStats(predictor)  # refuses an unfit model before the work, not after it
-    output = AnswerFile(answers_file, questions, describe_run(predictor, questions, decoding), overwrite=overwrite)
+    run = describe_run(predictor, questions, image_folder, decoding)
+    output = AnswerFile(answers_file, questions, run, overwrite=overwrite)
+    if routing_stats and len(output.pending) == len(questions):
+        # Where answers are resumed, the statistics are of the same run, cut off before the answers were complete.
+        on_main(lambda: refuse_existing(routing_stats, overwrite=overwrite))
     mine = share_of_rank(output.pending, get_rank(), get_world_size())
     name = model_id(predictor.loaded.path)
     title = f"rank 0 of {get_world_size()}" if get_world_size() > 1 else None

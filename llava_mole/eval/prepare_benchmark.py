@@ -9,14 +9,35 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from llava_mole.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import write_text_atomically
-from llava_mole.eval.benchmark_questions import DATA_ROOT, PREPARED, load_questions
+from llava_mole.eval.benchmark_questions import DATA_ROOT, PREPARED, BenchmarkQuestions, load_questions
+from llava_mole.eval.benchmark_score import check_scorable
 from llava_mole.eval.converters import CONVERTERS
-from llava_mole.eval.registry import get_benchmark, list_benchmarks
+from llava_mole.eval.registry import Benchmark, get_benchmark, list_benchmarks
 
 SOURCES_LISTED = 50
+
+
+def _checked(benchmark: Benchmark, text: str, path: Path, images: Path) -> BenchmarkQuestions:
+    """The questions as they will be read back from `path`, which stays as it is until all is well.
+
+    Raises:
+        DataError: they cannot be read, or not be scored.
+    """
+    with TemporaryDirectory() as folder:
+        staged = Path(folder) / path.name
+        write_text_atomically(staged, text)
+        try:
+            loaded = load_questions(benchmark, files=[str(staged)], image_folder=images)
+            check_scorable(loaded)
+        except DataError as error:
+            raise DataError(f"{str(error).replace(str(staged), str(path))}; it was not written") from None
+        except ConfigError as error:  # a package is missing that scoring needs, preparing does not
+            print(f"note: not tried to score: {error}")
+    return loaded
 
 
 @command
@@ -45,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     converted = CONVERTERS[benchmark.data.converter](raw, benchmark.data.options)
     if not converted.lines:
         raise DataError(f"{', '.join(map(str, converted.sources)) or raw}: no questions in it")
-    write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in converted.lines))
-    loaded = load_questions(benchmark, files=[str(path)], image_folder=converted.images)
+    text = "".join(json.dumps(line) + "\n" for line in converted.lines)
+    loaded = _checked(benchmark, text, path, converted.images)
+    write_text_atomically(path, text)
     groups = Counter(question.domain for question in loaded.questions)
     report = {
         "benchmark": benchmark.name,

@@ -176,6 +176,10 @@ def check_benchmark(benchmark: Benchmark, path: Path) -> None:
             fail(f"metrics.{group}: no such group; groups are {', '.join(benchmark.groups) or 'not given'}")
         for name in names:
             get_metric(name)
+    used = dict.fromkeys(name for names in benchmark.metrics.values() for name in names)
+    if len({METRICS[name].unit_key for name in used}) > 1:
+        units = ", ".join(f"{name}: {METRICS[name].unit_key or 'question'}" for name in used)
+        fail(f"metrics: they count different units ({units}); one benchmark has one unit, make it two files")
     expanded = benchmark.expand_numbers(benchmark.groups)
     for name, number in expanded.items():
         _check_number(benchmark, name, number, expanded, path)

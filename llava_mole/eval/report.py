@@ -18,10 +18,13 @@ from llava_mole.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import read_answers, write_text_atomically
 from llava_mole.eval.benchmark_report import build_benchmarks
 from llava_mole.eval.model_vqa import refuse_existing
-from llava_mole.eval.questions import read_questions
+from llava_mole.eval.questions import parse_named_file, read_questions
 from llava_mole.eval.report_formats import to_latex, to_markdown, to_text
 from llava_mole.eval.report_runs import read_json_object, read_runs
 from llava_mole.eval.score import format_accuracy, format_table, normalise
+from llava_mole.log import get_logger
+
+logger = get_logger(__name__)
 
 MAJORITY = "commonest answer"
 
@@ -56,18 +59,30 @@ def build_report(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             )
     domains = {domain: _compare_domain(domain, runs) for domain in first["domains"]}
     last_name, last = list(runs.items())[-1]
+    files = [parse_named_file(argument)[1] for argument in last["questions"]] + [*map(Path, _answer_files(last))]
+    shown = _all_there(last_name, "the example questions", files)
     return {
         "domains": domains,
         "majority_from": first.get("majority_from"),
         "routing": {
-            name: expert_shares(read_json_object(Path(run["routing"]))) for name, run in runs.items() if run["routing"]
+            name: expert_shares(read_json_object(Path(run["routing"])))
+            for name, run in runs.items()
+            if run["routing"] and _all_there(name, "the routing", [Path(run["routing"])])
         },
-        "chat": {"run": last_name, "examples": chat_examples(last)},
+        "chat": {"run": last_name, "examples": chat_examples(last) if shown else {}},
         "files": {
             name: {key: run[key] for key in ("model_path", "answers", "score_file", "routing")}
             for name, run in runs.items()
         },
     }
+
+
+def _all_there(name: str, what: str, files: Sequence[Path]) -> bool:
+    """Whether files that a score file names still exist; a report without them is worth having, so else only warn."""
+    gone = [str(path) for path in files if not path.is_file()]
+    if gone:
+        logger.warning("%s: %s not shown, no such file: %s", name, what, ", ".join(gone))
+    return not gone
 
 
 def same_questions(runs: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -154,7 +169,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     """The report as text."""
     sections = [_format_accuracies(report), _format_comparisons(report)]
     sections += [_format_routing(name, shares) for name, shares in report["routing"].items()]
-    return "\n\n".join([*sections, _format_chat(report), _format_files(report)])
+    chat = [_format_chat(report)] if report["chat"]["examples"] else []
+    return "\n\n".join([*sections, *chat, _format_files(report)])
 
 
 def _format_accuracies(report: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from llava_mole.errors import DataError, command
 from llava_mole.eval.answers import read_answers, write_text_atomically
 from llava_mole.eval.baseline import MajorityBaseline, answered_pairs, read_train_files
-from llava_mole.eval.questions import NO_DOMAIN, Question, read_questions
+from llava_mole.eval.questions import NO_DOMAIN, Question, parse_named_file, read_questions
 
 NORMALISATION = "surrounding blanks and one trailing period removed, lower case"
 SCORE_SUFFIX = ".score.json"
@@ -167,6 +167,12 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def resolve_argument(argument: str) -> str:
+    """`[DOMAIN=]FILE` with the file's full path, so that a report finds it from any directory."""
+    domain, path = parse_named_file(argument)
+    return str(path.resolve()) if domain is None else f"{domain}={path.resolve()}"
 
 
 def write_scores(path: Path, scores: Mapping[str, Any], **provenance: Any) -> None:

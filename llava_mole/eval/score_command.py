@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"submission: {submission} ({len(answers)} answers; {'; '.join(benchmark.notes) or 'no score yet'})")
     if benchmark.primary:
         scores = score_benchmark(loaded, answers)
-        scores |= {"answers": args.answers, "answers_sha256": file_digest(files)}
+        scores |= {"answers": [str(file.resolve()) for file in files], "answers_sha256": file_digest(files)}
         scores |= {"model_path": ", ".join(scores["model_id"]), "routing": None}
         write_text_atomically(output, dump_scores(scores))
         print(format_benchmark(scores))

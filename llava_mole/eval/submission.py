@@ -3,13 +3,14 @@
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from llava_mole.errors import DataError
+from llava_mole.errors import ConfigError, DataError
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions
 from llava_mole.eval.metrics.normalise import m4c_normalise
 from llava_mole.eval.questions import read_json_lines
@@ -20,9 +21,28 @@ MMBENCH_COLUMN = 6
 """Where LLaVA inserts the column `prediction`."""
 
 
+NEEDED: Mapping[str, tuple[str, type]] = {"mmbench": ("row", dict), "viz_wiz": ("image", str)}
+"""Format -> the field of a question line that it cannot do without, and its type."""
+
+
 def check_submission(loaded: BenchmarkQuestions) -> None:
-    """Raise DataError where a file is missing that the submission needs, so that it is known before the work."""
+    """Check, before the work, that everything is there that the submission needs.
+
+    Raises:
+        ConfigError: the benchmark's file lacks an option that its format needs.
+        DataError: a file or a question's field is missing.
+    """
+    kind = loaded.benchmark.submission
     name = loaded.benchmark.data.options.get("all_questions")
+    if kind == "vqa_v2" and not name:
+        raise ConfigError(
+            f"benchmark {loaded.benchmark.name}: submission vqa_v2 needs data.options.all_questions, the question file "
+            "of the complete test set"
+        )
+    field, wanted = NEEDED.get(kind or "", ("", object))
+    for question, line in zip(loaded.questions, loaded.lines, strict=True):
+        if field and not isinstance(line.get(field), wanted):
+            raise DataError(f"{question.where}: no {field!r} ({wanted.__name__}), which the submission file shows")
     if name and not (loaded.root / name).is_file():
         raise DataError(f"{loaded.root / name}: no such file; the server wants an answer to each of its questions")
 
@@ -50,7 +70,8 @@ def vqa_v2(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
 
 
 def viz_wiz(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
-    """`[{"image", "answer"}]`, normalised."""
+    """`[{"image", "answer"}]`, normalised. Raises DataError as `check_submission` does."""
+    check_submission(loaded)
     return _json([{"image": line["image"], "answer": m4c_normalise(text)} for _, line, text in _texts(loaded, answers)])
 
 
@@ -74,6 +95,7 @@ def mm_vet(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
 def mmbench(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
     """An .xlsx sheet of the TSV's rows without `hint`, `category`, `source`, `image`, `comment` and `l2-category`, with
     the column `prediction` as the seventh."""
+    check_submission(loaded)
     rows = _texts(loaded, answers)
     columns = [name for name in rows[0][1]["row"] if name not in MMBENCH_DROPPED]
     table = [[*columns[:MMBENCH_COLUMN], "prediction", *columns[MMBENCH_COLUMN:]]]
@@ -84,13 +106,14 @@ def mmbench(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
 
 
 def write_xlsx(table: list[list[str]]) -> bytes:
-    """A workbook with one sheet of texts (Office Open XML, ECMA-376), whole numbers as numbers. The same bytes for the
-    same table."""
+    """A workbook with one sheet of texts (Office Open XML, ECMA-376), the first row its header; whole numbers in the
+    column `index` as numbers. Characters that XML 1.0 does not allow are left out. The same bytes for the same table.
+    """
 
-    def cell(value: str) -> str:
-        if value.isascii() and value.isdigit() and len(value) < 16:
+    def cell(name: str, value: str) -> str:
+        if name == "index" and value.isascii() and value.isdigit() and len(value) < 16:
             return f"<c><v>{int(value)}</v></c>"
-        legal = "".join(c for c in value if c in "\t\n\r" or ord(c) >= 32)
+        legal = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", value)
         return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(legal)}</t></is></c>'
 
     head = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
@@ -98,7 +121,7 @@ def write_xlsx(table: list[list[str]]) -> bytes:
     office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     package = "http://schemas.openxmlformats.org/package/2006"
     sheet_type = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-    rows = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in table)
+    rows = "".join(f"<row>{''.join(map(cell, table[0], row))}</row>" for row in table)
     files = {
         "[Content_Types].xml": f'<Types xmlns="{package}/content-types">'
         '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'

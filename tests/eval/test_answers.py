@@ -1,6 +1,7 @@
 """Answer files have LLaVA's fields, appear complete or not at all, and continue after an interruption."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,12 @@ def test_answers_of_chunks_are_read_together_and_checked(tmp_path: Path) -> None
     paths[0].write_text('{"question_id": 1}\n')
     with pytest.raises(DataError, match=r"0\.jsonl:1: an answer needs 'question_id' and 'text'"):
         read_answers(paths)
+
+
+def test_added_answers_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = make_questions(2)
+    output = AnswerFile(tmp_path / "a.jsonl", questions, RUN)
+    sizes = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    output.add(records(questions))
+    assert sizes == [(tmp_path / "a.jsonl.partial").stat().st_size]

@@ -240,3 +240,10 @@ def test_a_run_directory_holds_its_scores_in_eval(runs: Path) -> None:
     assert list(read_runs([], [str(runs / "run")])) == ["run"]
     assert list(read_runs([], [str(runs / "run" / "eval")])) == ["run"]
     assert set(read_runs([f"a={runs / 'run'}"], [])["a"].benchmarks) == {"chartqa", "pathvqa"}
+
+
+def test_null_definition_is_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = runs / "mole" / "chartqa.score.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"definition": None}))
+    assert cli.main(["report", str(runs / "mix"), str(runs / "mole")]) == 2
+    assert "chartqa.score.json: its definition is damaged" in capsys.readouterr().err

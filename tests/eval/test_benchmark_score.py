@@ -1,5 +1,7 @@
 """Scores of answers: every kind of number against hand-computed values, and bad input."""
 
+import dataclasses
+import io
 import json
 import re
 import zipfile
@@ -9,11 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from llava_mole import cli
-from llava_mole.errors import DataError
+from llava_mole.errors import ConfigError, DataError
 from llava_mole.eval.aggregate import Units, compare_units
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmark_score import dump_scores, format_benchmark, score_benchmark, score_units
 from llava_mole.eval.registry import get_benchmark
+from llava_mole.eval.submission import check_submission, write_xlsx
 
 
 def loaded(folder: Path, name: str, lines: list[dict]) -> BenchmarkQuestions:
@@ -170,6 +173,18 @@ def test_mcnemar_of_a_share(tmp_path: Path) -> None:
     assert result["p_value"] == pytest.approx(2 * (1 + 6) / 2**6)
     assert result["difference"] == pytest.approx(40)
     assert result["low"] < 40 < result["high"]
+
+
+def test_a_share_with_other_questions_left_out_is_permuted(tmp_path: Path) -> None:
+    line = {"category": "human", "answer": "a"}
+    first = units_of(tmp_path, "chartqa", *[(line, said) for said in ("a", "b", "b", "Error>")])
+    second = units_of(tmp_path, "chartqa", *[(line, said) for said in ("a", "Error>", "Error>", "b")])
+    result = compare_units(get_benchmark("chartqa"), "human", first, second, resamples=200)
+    # 1/3 and 1/2, though nothing became right that was wrong: McNemar would see no difference.
+    assert result["difference"] == pytest.approx(50 - 100 / 3)
+    assert (result["test"], result["changed"]) == ("permutation", 3)
+    same = compare_units(get_benchmark("chartqa"), "human", first, first, resamples=10)
+    assert (same["test"], same["p_value"]) == ("mcnemar", 1)
 
 
 def test_permutation_of_a_composite(tmp_path: Path) -> None:
@@ -361,6 +376,31 @@ def test_mmbench_submission_is_a_sheet(tmp_path: Path, capsys: pytest.CaptureFix
     assert table[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert table[1] == ["241", "Which <one>?", "x", "y", "", "", "A", "A", "dev"]
     assert "[Content_Types].xml" in parts
+
+
+def test_sheet_has_legal_texts_and_numbers_in_the_index_only() -> None:
+    content = write_xlsx([["index", "A"], ["241", "007"], ["x", "a\x00\x1b\ud800\uffff\U0001f600b"]])
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        sheet = archive.read("xl/worksheets/sheet1.xml").decode()
+    assert [cell.text for cell in ElementTree.fromstring(sheet.encode()).iter() if cell.tag.endswith("}v")] == ["241"]
+    assert ">007<" in sheet
+    assert ">a\U0001f600b<" in sheet
+
+
+@pytest.mark.parametrize(("name", "message"), [("mmbench", "no 'row' (dict)"), ("vizwiz", "no 'image' (str)")])
+def test_submission_needs_its_fields(name: str, message: str, chart: Path) -> None:
+    (chart / "q.jsonl").write_text('{"question_id": 1, "text": "Q1?"}\n')
+    write_answers(chart, "1")
+    with pytest.raises(DataError, match=re.escape(f"q.jsonl:1: {message}")):
+        check_submission(load_questions(get_benchmark(name), files=[str(chart / "q.jsonl")]))
+
+
+def test_vqa_v2_needs_its_option(chart: Path) -> None:
+    questions = load_questions(get_benchmark("vqav2"), files=[str(chart / "q.jsonl")])
+    data = dataclasses.replace(questions.benchmark.data, options={})
+    benchmark = dataclasses.replace(questions.benchmark, data=data)
+    with pytest.raises(ConfigError, match="submission vqa_v2 needs data.options.all_questions"):
+        check_submission(dataclasses.replace(questions, benchmark=benchmark))
 
 
 def test_benchmarks_with_and_without_a_server(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:

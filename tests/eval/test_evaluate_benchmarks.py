@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from eval_models import make_questions
 
 from llava_mole import cli
-from llava_mole.errors import ConfigError
-from llava_mole.eval import evaluate_benchmarks
+from llava_mole.errors import EXIT_INTERRUPTED, ConfigError
+from llava_mole.eval import evaluate_benchmarks, questions
+from llava_mole.eval.answers import AnswerFile
 from llava_mole.eval.evaluate_benchmarks import output_folder, split_names
 from llava_mole.inference import Predictor
 
@@ -80,7 +82,7 @@ def test_answers_scores_and_report(
 
     # Another prompt is another run.
     assert cli.main(command(mole_run, asked, benchmark, out, "--prompt-variant", "bare")) == 2
-    assert "comes from another model, prompt, question file or decoding" in capsys.readouterr().err
+    assert "comes from another model, prompt, question file, image folder or decoding" in capsys.readouterr().err
     assert cli.main(command(mole_run, asked, benchmark, out, "--prompt-variant", "bare", "--overwrite")) == 0
     assert json.loads((out / "colors.score.json").read_text())["prompt"]["variant"] == "bare"
 
@@ -90,11 +92,96 @@ def test_a_server_benchmark_gets_its_submission(
 ) -> None:
     value = yaml.safe_load(benchmark.read_text()) | {"primary": None, "columns": [], "numbers": {}, "metrics": {}}
     benchmark.write_text(yaml.safe_dump(value | {"submission": "mm_vet"}, sort_keys=False))
-    for _ in range(2):
-        assert cli.main(command(mole_run, asked, benchmark, tmp_path / "out")) == 0
-    assert "colors: done already" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "out" / "colors.submission.json").read_text())) == 11
+    assert cli.main(command(mole_run, asked, benchmark, tmp_path / "out")) == 0
+    submission = tmp_path / "out" / "colors.submission.json"
+    content = submission.read_bytes()
+    assert len(json.loads(content)) == 11
+    submission.write_text("of older answers")
+    capsys.readouterr()
+    assert cli.main(command(mole_run, asked, benchmark, tmp_path / "out")) == 0
+    assert "11 questions" not in capsys.readouterr().out  # nothing is asked again
+    assert submission.read_bytes() == content
     assert not (tmp_path / "out" / "colors.score.json").exists()
+
+
+def test_a_killed_overwrite_leaves_nothing_old(
+    mole_run: Path,
+    asked: Path,
+    benchmark: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(command(mole_run, asked, benchmark, out)) == 0
+    bare = command(mole_run, asked, benchmark, out, "--prompt-variant", "bare", "--batch-size", "1")
+    generate, calls = Predictor.generate, []
+
+    def interrupted(self: Predictor, *args, **options) -> list[str]:
+        calls.append(len(args[1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(questions, "WINDOW", 4)
+    monkeypatch.setattr(Predictor, "generate", interrupted)
+    assert cli.main([*bare, "--overwrite"]) == EXIT_INTERRUPTED
+    assert sorted(path.name for path in out.iterdir()) == ["colors.jsonl.partial", "colors.run.json"]
+    capsys.readouterr()
+    assert cli.main(bare) == 0
+    assert sum(calls[2:]) == 11 - calls[0]  # continued, not started over
+    assert "11 questions, prompt bare" in capsys.readouterr().out
+    answers = [json.loads(line) for line in (out / "colors.jsonl").read_text().splitlines()]
+    assert not any(answer["prompt"].endswith(" Say it.") for answer in answers)
+    assert json.loads((out / "colors.score.json").read_text())["prompt"]["variant"] == "bare"
+
+
+def test_statistics_written_before_a_kill_do_not_block_the_rest(
+    mole_run: Path, asked: Path, benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: AnswerFile) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(AnswerFile, "finish", killed)
+        assert cli.main(command(mole_run, asked, benchmark, out)) == EXIT_INTERRUPTED
+    assert (out / "colors.routing.json").exists()
+    assert cli.main(command(mole_run, asked, benchmark, out)) == 0
+    assert (out / "colors.score.json").exists()
+
+
+def test_finished_answers_are_scored_again_after_a_change(
+    mole_run: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, out = make_questions(tmp_path / "asked"), tmp_path / "out"
+    value = yaml.safe_load(benchmark.read_text())
+    value["data"] |= {"folder": "asked"}
+    benchmark.write_text(yaml.safe_dump(value, sort_keys=False))
+    run = command(mole_run, asked, benchmark, out)
+    answers, scores = out / "colors.jsonl", out / "colors.score.json"
+
+    def scored() -> dict:
+        assert cli.main(run) == 0
+        assert "done already" not in capsys.readouterr().out
+        return json.loads(scores.read_text())
+
+    assert scored()["numbers"]["all"]["k"] == 0
+    first = json.loads(answers.read_text().splitlines()[0])
+    # Another gold answer: that of the first question is now what the model said.
+    asked.write_text(asked.read_text().replace('"answer": "red"', f'"answer": {json.dumps(first["text"])}', 1))
+    assert scored()["numbers"]["all"]["k"] == 1
+    # Another definition.
+    benchmark.write_text(yaml.safe_dump(value | {"title": "Colours"}, sort_keys=False))
+    assert scored()["title"] == "Colours"
+    # Other answers.
+    changed = first | {"text": "something else"}
+    answers.write_text(answers.read_text().replace(json.dumps(first), json.dumps(changed)))
+    assert scored()["numbers"]["all"]["k"] == 0
+    # Other images: other answers are to be expected.
+    other = make_questions(tmp_path / "other").parent
+    assert cli.main([*run, "--image-folder", str(other)]) == 2
+    assert "image folder" in capsys.readouterr().err
 
 
 def test_everything_is_checked_before_the_model_is_loaded(
@@ -122,6 +209,19 @@ def test_everything_is_checked_before_the_model_is_loaded(
     assert "colors.jsonl exists; give --overwrite" in refused()
 
 
+def test_missing_golds_are_found_before_the_model_is_loaded(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_benchmarks, "load_predictor", lambda path, args: pytest.fail("the model was loaded"))
+    asked = make_questions(tmp_path / "asked")
+    asked.write_text(asked.read_text().replace(', "answer": "red"', "", 1))
+    benchmark.write_text(
+        benchmark.read_text().replace(yaml.safe_load(benchmark.read_text())["data"]["folder"], "asked")
+    )
+    assert cli.main(command(tmp_path / "run", asked, benchmark, tmp_path / "out")) == 2
+    assert "q.jsonl:1: no 'answer' (a text) or 'answers'" in capsys.readouterr().err
+
+
 def test_the_two_forms(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "run"]) == 2
     assert "give --benchmarks NAME,..., or --questions FILE... with --answers-file FILE" in capsys.readouterr().err
@@ -139,17 +239,18 @@ def test_names_and_folders() -> None:
 
 
 def test_script_passes_everything_on(tmp_path: Path) -> None:
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$PWD ${PYTHONPATH%%:*} $@"\n')
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": "x"}
     script = ["bash", str(ROOT / "scripts" / "eval" / "run.sh")]
     done = subprocess.run(
         [*script, "pope,mme", "runs/x", "--batch-size", "4"],
         env=environment,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout == "-m llava_mole.cli eval runs/x --benchmarks pope,mme --batch-size 4\n"
+    assert done.stdout == f"{tmp_path} {ROOT} -m llava_mole.cli eval runs/x --benchmarks pope,mme --batch-size 4\n"
     wrong = subprocess.run([*script, "pope"], env=environment, capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stderr[:6]) == (2, "usage:")

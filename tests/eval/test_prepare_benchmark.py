@@ -12,6 +12,7 @@ from llava_mole.eval.benchmark_score import score_benchmark
 from llava_mole.eval.registry import get_benchmark
 
 SHORT = "\nAnswer the question using a single word or phrase."
+CLOSED = " Please choose from the following two options: [yes, no]"
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
@@ -95,7 +96,13 @@ def deepform(raw: Path) -> None:
 def pathvqa(raw: Path) -> None:
     lines = [
         {"question_id": 1, "image": "a.jpg", "text": "Where?", "answer": "liver", "answer_type": "OPEN"},
-        {"question_id": 2, "image": "a.jpg", "text": "<image>\nIs it?", "answer": "Yes", "answer_type": "CLOSED"},
+        {
+            "question_id": 2,
+            "image": "a.jpg",
+            "text": f"<image>\nIs it?{CLOSED}",
+            "answer": "Yes",
+            "answer_type": "CLOSED",
+        },
     ]
     put(raw / "questions/test.jsonl", lines)
 
@@ -282,6 +289,21 @@ def test_what_the_user_should_know_is_printed(tmp_path: Path, capsys: pytest.Cap
     assert "note: 1 fields of the references are asked by no question" in capsys.readouterr().out
 
 
+def test_golds_follow_the_question_not_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"Number {n}?" for n in range(20)]
+    asked = [names[1], names[0], *names[2:19], "Reworded?"]
+    put(tmp_path / "test_DocVQA.jsonl", [ureader("d/1.png", question, "x") for question in asked])
+    values = [(name, [{"value": name, "value_variants": [name]}]) for name in names]
+    put(tmp_path / "DUE/DocVQA/test/document.jsonl", [due("1", *values[:5]), due("2", *values[5:])])
+    command = ["prepare-benchmark", "docvqa", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    pytest.importorskip("rapidfuzz")
+    assert cli.main(command) == 0
+    assert "note: 1 of 20 questions differ from the references'" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == asked
+    assert [line["answers"] for line in lines] == [[name] for name in (*asked[:19], names[19])]
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert cli.main(["prepare-benchmark", *arguments]) == 2
     return capsys.readouterr().err
@@ -329,6 +351,10 @@ def test_references_of_another_set_are_refused(tmp_path: Path, capsys: pytest.Ca
     lines = path.read_text().splitlines()
     path.write_text("\n".join(reversed(lines)))
     assert "only 0 of 2 questions are those of" in refused(capsys, *command)
+    put(path, [due("1", ("What date?", [])), json.loads(lines[1])])
+    assert "test_DocVQA.jsonl:1: the reference 'What date?' needs a list of 'values', at least one" in refused(
+        capsys, *command
+    )
     path.write_text(lines[0])
     assert "has 2 questions," in refused(capsys, *command)
     deepform(tmp_path)
@@ -337,3 +363,38 @@ def test_references_of_another_set_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert "document 'doc1' is not in" in refused(
         capsys, "deepform", "--raw", str(tmp_path), "--out", str(tmp_path / "o")
     )
+
+
+def test_a_failed_overwrite_keeps_the_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gqa(tmp_path)
+    command = ["gqa", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert cli.main(["prepare-benchmark", *command]) == 0
+    good = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    item = {"question": "Which side?", "imageId": "n1", "answer": "left"}
+    for wrong, message in (({"question": 5}, "'text'"), ({"answer": 5}, "out/questions.jsonl:1: 'answer' must be")):
+        put(tmp_path / "testdev_balanced_questions.json", {"20": item | wrong})
+        assert message in refused(capsys, *command, "--overwrite")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == good
+    pope(tmp_path)
+    path = tmp_path / "coco/coco_pope_random.json"
+    path.write_text(path.read_text().replace('"yes"', '"maybe"'))
+    command = ["pope", "--raw", str(tmp_path), "--out", str(tmp_path / "pope")]
+    assert "pope/questions.jsonl:1: the gold answer is 'maybe'; it must be yes or no" in refused(capsys, *command)
+    assert not (tmp_path / "pope").exists()
+
+
+def test_mmbench_writes_below_its_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mmbench(tmp_path / "raw")
+    path = tmp_path / "raw" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("241", "../../stolen"))
+    command = ["mmbench", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    assert "row 1: index '../../stolen' must be of letters, digits" in refused(capsys, *command)
+    assert [found.name for found in tmp_path.rglob("*.jpg*")] == []
+
+
+def test_science_qa_answer_beyond_the_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scienceqa(tmp_path)
+    command = ["scienceqa", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    for answer in (2, -1, "B"):
+        put(tmp_path / "problems.json", {key: {"answer": answer, "choices": ["x", "y"]} for key in ("4", "5")})
+        assert f"item 0: answer {answer!r} of " in refused(capsys, *command)

@@ -106,6 +106,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ({"name": "other"}, "name is 'other'; it must be the file's, 'mine'"),
         ({"metrics": {"c": ["plain_exact"]}}, "metrics.c: no such group; groups are a, b"),
         ({"metrics": {"*": ["bleu"]}}, "no metric 'bleu'; there are"),
+        ({"metrics": {"a": ["mme"], "b": ["plain_exact"]}}, "different units (mme: image, plain_exact: question)"),
         ({"primary": "total"}, "'total' is shown or primary and no number"),
         ({"primary": None}, "neither a primary number nor a submission format"),
         ({"columns": ["x"]}, "'x' is shown or primary and no number"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from eval_models import make_questions
 
+from llava_mole import cli
 from llava_mole.eval.model_vqa import main
 from llava_mole.eval.questions import Question, read_questions
 from llava_mole.eval.ranks import share_of_rank
@@ -22,8 +23,10 @@ def command(run_dir: Path, asked: Path, answers: Path, *more: str) -> list[str]:
     return [*given, "--answers-file", str(answers), "--max_new_tokens", "6", "--device", "cpu", *more]
 
 
-def on_ranks(ranks: int, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(WORKER)]
+def on_ranks(
+    ranks: int, arguments: list[str], program: tuple[str, ...] = (str(WORKER),), **environment: str
+) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *program]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *launch, *arguments], env=env, capture_output=True, text=True, timeout=300)
 
@@ -70,3 +73,19 @@ def test_killed_sharded_run_goes_on_with_another_number_of_ranks(mole_run: Path,
             for ours, theirs in zip(one[domain]["all"][name], three[domain]["all"][name], strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-12)
     assert len(read_questions([str(asked)])) == one["one"]["all"]["samples"] + one["two"]["all"]["samples"] == 40
+
+
+@pytest.mark.slow
+def test_ranks_share_question_files_of_ones_own(mole_run: Path, asked: Path, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        given = ["eval", str(mole_run), "--questions", str(asked), "--image-folder", str(asked.parent)]
+        return [*given, "--answers-file", str(tmp_path / name), "--max_new_tokens", "6", "--device", "cpu"]
+
+    assert cli.main(arguments("single.jsonl")) == 0
+    done = on_ranks(2, arguments("sharded.jsonl"), ("-m", "llava_mole.cli"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("scores: ") == 1
+    assert (tmp_path / "sharded.jsonl").read_bytes() == (tmp_path / "single.jsonl").read_bytes()
+    one, two = (json.loads((tmp_path / f"{name}.score.json").read_text()) for name in ("single", "sharded"))
+    assert one["domains"] == two["domains"]
+    assert not list(tmp_path.glob("*.partial*"))

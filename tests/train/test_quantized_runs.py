@@ -176,7 +176,7 @@ def test_commands_load_as_asked(
     answer = model_vqa.answer_questions
 
     def spy(predictor, *args, **kwargs):
-        seen.update(model_vqa.describe_run(predictor, *args[:1], args[3]))
+        seen.update(model_vqa.describe_run(predictor, *args[:2], args[3]))
         return answer(predictor, *args, **kwargs)
 
     monkeypatch.setattr(model_vqa, "answer_questions", spy)

@@ -1,7 +1,7 @@
 """UReader's test files: ChartQA and TabFact by their own answers, the DUE tasks with the DUE benchmark's references."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,53 @@ def _references(raw: Path, task: str) -> tuple[Path, list[Line]]:
 
 
 def _aligned(raw: Path, options: Mapping[str, str], read: Callable[[Mapping[str, Any], str], Line]) -> Converted:
-    """A question-answering task: row n of the test file and annotation n of the references, documents in order."""
+    """A question-answering task: the test file has the references' documents in their order, a row an annotation.
+
+    Within a document a row gets the annotation with its question as key, as the DUE scorer matches them; only what is
+    left over is taken in order.
+    """
     path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
     reference, documents = _references(raw, option(options, "due"))
-    annotations = [annotation for document in documents for annotation in need(document, "annotations", f"{reference}")]
+    blocks = [need(document, "annotations", f"{reference}") for document in documents]
     rows = list(_rows(path))
-    if len(rows) != len(annotations):
-        raise DataError(
-            f"{path} has {len(rows)} questions, {reference} {len(annotations)}; they are aligned by position"
-        )
+    count = sum(map(len, blocks))
+    if len(rows) != count:
+        raise DataError(f"{path} has {len(rows)} questions, {reference} {count}; documents are aligned by position")
     lines: list[Line] = []
     same = 0
-    for n, ((where, image, question, _), annotation) in enumerate(zip(rows, annotations, strict=True)):
-        same += _letters(question) == _letters(str(need(annotation, "key", f"{reference}")))
-        lines.append({"question_id": f"{path.stem}-{n}", "image": image, "text": question, **read(annotation, where)})
+    for block in blocks:
+        members = rows[len(lines) : len(lines) + len(block)]
+        keys = [str(need(annotation, "key", f"{reference}")) for annotation in block]
+        chosen, matched = _match([question for _, _, question, _ in members], keys)
+        same += matched
+        for (where, image, question, _), index in zip(members, chosen, strict=True):
+            found = read(block[index], where)
+            lines.append({"question_id": f"{path.stem}-{len(lines)}", "image": image, "text": question, **found})
     if same < SAME_QUESTION * len(rows):
-        raise DataError(f"{path}: only {same} of {len(rows)} questions are those of {reference} at the same position")
-    return Converted(lines, find(raw, *IMAGES), [path, reference])
+        raise DataError(f"{path}: only {same} of {len(rows)} questions are those of the same document in {reference}")
+    other = len(rows) - same
+    remarks = [f"{other} of {len(rows)} questions differ from the references' and got theirs by position"]
+    return Converted(lines, find(raw, *IMAGES), [path, reference], remarks if other else [])
+
+
+def _match(questions: Sequence[str], keys: Sequence[str]) -> tuple[list[int], int]:
+    """For each question of a document the index of its key, and how many have one with the same text.
+
+    Equal texts go first, then those that agree in what is compared; what is left over is matched in order.
+    """
+    chosen: dict[int, int] = {}
+    free = list(range(len(keys)))
+    for form in (str, _letters):
+        for n, question in enumerate(questions):
+            index = next((k for k in free if form(keys[k]) == form(question)), None)
+            if n not in chosen and index is not None:
+                chosen[n] = index
+                free.remove(index)
+    matched = len(chosen)
+    for n in range(len(questions)):
+        if n not in chosen:
+            chosen[n] = free.pop(0)
+    return [chosen[n] for n in range(len(questions))], matched
 
 
 def _letters(text: str) -> str:
@@ -112,11 +142,21 @@ def _letters(text: str) -> str:
     return re.sub(r"[\W_]+", "", text[:100]).lower()
 
 
+def _values(annotation: Mapping[str, Any], where: str) -> list[Line]:
+    """An annotation's values. Raises DataError where it has none."""
+    values = need(annotation, "values", where)
+    if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
+        raise DataError(
+            f"{where}: the reference {annotation.get('key')!r} needs a list of 'values', at least one; found {values!r}"
+        )
+    return values
+
+
 def due_anls(raw: Path, options: Mapping[str, str]) -> Converted:
     """DocVQA, InfographicsVQA: the golds are the first value's `value_variants`."""
 
     def read(annotation: Mapping[str, Any], where: str) -> Line:
-        return {"answers": need(need(annotation, "values", where)[0], "value_variants", where)}
+        return {"answers": need(_values(annotation, where)[0], "value_variants", where)}
 
     return _aligned(raw, options, read)
 
@@ -125,7 +165,7 @@ def due_wtq(raw: Path, options: Mapping[str, str]) -> Converted:
     """WikiTableQuestions: the golds are all values."""
 
     def read(annotation: Mapping[str, Any], where: str) -> Line:
-        return {"answers": [need(value, "value", where) for value in need(annotation, "values", where)]}
+        return {"answers": [need(value, "value", where) for value in _values(annotation, where)]}
 
     return _aligned(raw, options, read)
 

@@ -37,7 +37,7 @@ def path_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
                 {
                     "question_id": need(item, "question_id", where),
                     "image": need(item, "image", where),
-                    "text": without(str(need(item, "text", where)), ""),
+                    "text": without(str(need(item, "text", where)), "").removesuffix(PATH_VQA_CLOSED).rstrip(),
                     "category": "closed" if is_closed(answer) else "open",
                     "answer": answer,
                 }

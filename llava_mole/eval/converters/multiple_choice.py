@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from llava_mole.eval.converters.base import (
     without,
 )
 from llava_mole.eval.metrics.choice import LETTERS
+from llava_mole.eval.submission import write_bytes_atomically
 
 MMBENCH_OPTIONS = ("A", "B", "C", "D")
 MISSING = ("", "nan", "none")
@@ -42,6 +44,8 @@ def science_qa(raw: Path, options: Mapping[str, str]) -> Converted:
         problem = problems[identifier]
         answer, choices = need(problem, "answer", where), need(problem, "choices", where)
         text = str(need(need(item, "conversations", where)[0], "value", where))
+        if not isinstance(choices, list) or answer not in range(min(len(choices), len(LETTERS))):
+            raise DataError(f"{where}: answer {answer!r} of {problems_path} is not the number of one of its choices")
         line: Line = {
             "question_id": identifier,
             "text": without(text, LETTER),
@@ -86,11 +90,14 @@ def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
         for n, row in enumerate(csv.DictReader(file, delimiter="\t")):
             where = f"{path}: row {n + 1}"
             index = need(row, "index", where)
+            if not index or not re.fullmatch(r"[\w-]+", index):
+                raise DataError(f"{where}: index {index!r} must be of letters, digits, _ and -: it names the image")
             picture = folder / f"{index}.jpg"
             try:
-                picture.write_bytes(base64.b64decode(need(row, "image", where), validate=True))
+                content = base64.b64decode(need(row, "image", where), validate=True)
             except ValueError as error:
                 raise DataError(f"{where}: its image is not valid base64 ({error})") from None
+            write_bytes_atomically(picture, content)
             choices = [(letter, row.get(letter) or "") for letter in MMBENCH_OPTIONS]
             parts = [row.get("hint") or "", need(row, "question", where)]
             parts += [f"{letter}. {text}" for letter, text in choices if text.lower() not in MISSING]

@@ -1,8 +1,10 @@
-"""DeepForm and Kleister Charity: corpus micro F1 of (key, value) pairs.
+"""DeepForm and Kleister Charity: micro F1 of (key, value) pairs over the asked fields.
 
 Source: the DUE benchmark's `fscorer.py` as UReader calls it: case ignored, newlines deleted from predictions, a
-prediction that is exactly `None` is no pair. UReader asks one question per document and key, so a pair is settled
-within its question, and the corpus F1 is 2 * matched / (predicted + wanted).
+prediction that is exactly `None` is no pair. Here a pair is settled within its question, and the F1 is
+2 * matched / (predicted + wanted). That is the published corpus F1 where every reference field is asked exactly once.
+It differs where a field is asked by no question (the published recall still wants its values, this one does not) and
+where a field of a document is asked twice (the published scorer counts a value that was matched already as wrong).
 """
 
 from collections.abc import Sequence
