@@ -32,11 +32,12 @@ def _checked(benchmark: Benchmark, text: str, path: Path, images: Path) -> Bench
         write_text_atomically(staged, text)
         try:
             loaded = load_questions(benchmark, files=[str(staged)], image_folder=images)
-            check_scorable(loaded)
+            try:
+                check_scorable(loaded)
+            except ConfigError as error:  # a package is missing that scoring needs, preparing does not
+                print(f"note: not tried to score: {error}")
         except DataError as error:
             raise DataError(f"{str(error).replace(str(staged), str(path))}; it was not written") from None
-        except ConfigError as error:  # a package is missing that scoring needs, preparing does not
-            print(f"note: not tried to score: {error}")
     return loaded
 
 

@@ -13,6 +13,7 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.decoding import Decoding
 from llava_mole.errors import EXIT_INTERRUPTED
 from llava_mole.eval import model_vqa, questions
+from llava_mole.eval.answers import AnswerFile
 from llava_mole.eval.model_vqa import answer_questions, main, model_id
 from llava_mole.eval.questions import read_questions
 from llava_mole.eval.routing_stats import collect_routing_stats
@@ -229,3 +230,41 @@ def test_eval_needs_reference_answers(mole_run: Path, tmp_path: Path, capsys: py
     command = ["eval", str(mole_run), "--questions", str(tmp_path / "q.jsonl"), "--answers-file", str(tmp_path / "a")]
     assert cli.main(command) == 2
     assert "q.jsonl:1: no 'answer' to score against" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_statistics_of_a_run_that_was_cut_off_do_not_block_it(
+    mole_run: Path, asked: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: AnswerFile) -> None:
+        raise KeyboardInterrupt
+
+    path, stats = tmp_path / "a.jsonl", tmp_path / "r.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(AnswerFile, "finish", killed)
+        assert run(mole_run, asked, path, "--routing-stats", str(stats)) == EXIT_INTERRUPTED
+    assert stats.exists()
+    assert run(mole_run, asked, path, "--routing-stats", str(stats)) == 0
+    assert path.read_bytes() == reference.read_bytes()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_report_goes_on_without_files_that_are_gone(
+    mole_run: Path, asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", str(mole_run), "--questions", str(asked), "--image-folder", str(asked.parent), "--device", "cpu"]
+    assert cli.main([*command, "--answers-file", "a.jsonl", "--max_new_tokens", "6"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(["report", str(tmp_path / "a.score.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Share of prompt tokens per expert" in printed
+    assert "One question a domain" in printed
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.routing.json").unlink()
+    assert cli.main(["report", str(tmp_path / "a.score.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Accuracy on the test questions" in printed
+    assert "Share of prompt tokens per expert" not in printed
+    assert "One question a domain" not in printed
