@@ -14,6 +14,7 @@ from llava_mole.model.interop.kinds import find_kind
 from llava_mole.model.interop.llava_keys import split_llava, split_llava_hf
 from llava_mole.model.interop.lora import read_lora
 from llava_mole.model.interop.released import read_released
+from llava_mole.model.interop.sources import read_source
 
 LINEARS = {"model.layers.0.mlp.up_proj": (3, 2)}
 A, B = ("base_model.model.model.layers.0.mlp.up_proj.lora_" + half for half in "AB")
@@ -60,3 +61,85 @@ def test_two_spellings_elsewhere_are_named(tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "released.pt")
     with pytest.raises(WeightsError, match=f"{name} and module.{name} are one tensor"):
         read_released(find_kind(tmp_path / "released.pt"))
+
+
+def released_state(tmp_path: Path, *dropped: str) -> dict[str, torch.Tensor]:
+    """The authors' tensors, without those whose name holds one of `dropped`."""
+    make_released(tmp_path, CASES[2], golden(CASES[2]))
+    state = torch.load(tmp_path / "released.pt", weights_only=True)["state_dict"]
+    return {name: value for name, value in state.items() if not any(part in name for part in dropped)}
+
+
+def test_a_released_file_without_whole_experts_is_refused(tmp_path: Path) -> None:
+    file, layer = tmp_path / "cut.pt", "llm_model.base_model.model.model.layers.0.mlp"
+    without = released_state(tmp_path, ".moe_")
+    only_b = released_state(tmp_path, "lora_A", "moe_up", "moe_down")
+    flat = {**released_state(tmp_path), f"{layer}.moe_gate.0.lora_A": torch.ones(3)}
+    for state, message in (
+        ({**without, f"{layer}.moe_gate.x": torch.ones(1)}, "has no expert"),
+        (only_b | {n: v for n, v in released_state(tmp_path).items() if "self_attn" in n}, "has no expert"),
+        ({n: torch.ones(3) if ".moe_gate." in n else v for n, v in flat.items()}, "needed are matrices"),
+    ):
+        torch.save(state, file)
+        with pytest.raises(WeightsError, match=message):
+            read_released(find_kind(file))
+
+
+def test_a_released_projector_of_one_linear_gets_its_number(tmp_path: Path) -> None:
+    state = released_state(tmp_path, "in_adaptor.projector.")
+    state |= {"in_adaptor.projector.weight": torch.ones(32, 4), "in_adaptor.projector.bias": torch.ones(32)}
+    torch.save(state, tmp_path / "linear.pt")
+    source = read_released(find_kind(tmp_path / "linear.pt")).source
+    assert sorted(source.projector) == ["0.bias", "0.weight", "1.end", "1.start"]
+    assert source.projector_kind == "linear+ends"
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({0: torch.ones(1), 1: torch.ones(1)}, "is no state dict: 0, 1 "),
+        ({"mm_projector.0.weight": torch.ones(1), "epoch": 3}, "is no state dict: epoch "),
+        ({"state_dict": {7: "x"}}, "is no state dict: 7 "),
+        ([torch.ones(1)], "is no state dict: list "),
+    ],
+)
+def test_a_file_of_something_else_is_refused(state: Any, message: str, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=message):
+        find_kind(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["0x.weight", "0..weight", "\u00b2.weight", "0.other.weight", "weight", ""])
+def test_strange_names_in_a_projector_are_refused(name: str, tmp_path: Path) -> None:
+    tensors = {f"mm_projector.{n}": torch.ones(2, 2) for n in ("0.weight", "0.bias", name)}
+    save_file(tensors, tmp_path / "p.safetensors")
+    with pytest.raises(WeightsError, match=r"holds no linear or mlp<N>x_gelu projector"):
+        read_source(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", "8", "r '8'; needed is a whole number from 1 on"),
+        ("r", 8.0, "r 8.0; needed"),
+        ("r", True, "r True; needed"),
+        ("lora_alpha", "16", "lora_alpha '16'; needed is a number"),
+        ("lora_alpha", [16], r"lora_alpha \[16\]; needed"),
+        ("target_modules", "up_proj(", r"target_modules 'up_proj\(' is no regular expression"),
+        ("target_modules", {"up_proj": 1}, "target_modules .* needed are names or a regular expression"),
+        ("target_modules", ["up_proj", 3], "target_modules .* needed are names"),
+        ("rank_pattern", {"up_proj(": 4}, r"rank_pattern 'up_proj\(' is no regular expression"),
+        ("rank_pattern", {"up_proj": "4"}, "rank_pattern up_proj '4'; needed is a whole number"),
+        ("rank_pattern", [4], r"rank_pattern \[4\]; needed is an object"),
+        ("alpha_pattern", {"*": 4}, r"alpha_pattern '\*' is no regular expression"),
+        ("alpha_pattern", {"up_proj": None}, "alpha_pattern up_proj None; needed is a number"),
+    ],
+)
+def test_a_lora_configuration_that_makes_no_sense_is_refused(
+    key: str, value: object, message: str, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path, {**LORA, key: value}, PAIR)
+    with pytest.raises(WeightsError, match=f"adapter_config.json: {message}"):
+        read_lora(tmp_path, LINEARS)
+    write_adapter(tmp_path, LORA, PAIR)
+    assert read_lora(tmp_path, LINEARS).scaling("model.layers.0.mlp.up_proj") == 2

@@ -61,6 +61,7 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
     absent = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
     if absent:
         raise WeightsError(f"{file} lacks {', '.join(absent)}; download it again")
+    _check_config(file, config)
     odd = [f"{key} {config[key]!r}" for key, plain in UNSUPPORTED.items() if config.get(key, plain) not in (plain, [])]
     if odd:
         raise WeightsError(f"{file}: {', '.join(odd)}; only plain LoRA pairs can be carried over")
@@ -119,8 +120,43 @@ def write_lora(lora: Lora, directory: Path, base: str) -> None:
     save_file(tensors, directory / ADAPTER_FILES[0], metadata={"format": "pt"})
 
 
+def _check_config(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise WeightsError where a value is not what the arithmetic and the matching of names take."""
+
+    def number(key: str, value: object, *, whole: bool) -> None:
+        fits = isinstance(value, int) and value > 0 if whole else isinstance(value, int | float)
+        if not fits or isinstance(value, bool):
+            needed = "a whole number from 1 on" if whole else "a number"
+            raise WeightsError(f"{file}: {key} {value!r}; needed is {needed}")
+
+    def expression(key: str, text: str, used: str) -> None:
+        try:
+            re.compile(used)
+        except re.error as error:
+            raise WeightsError(f"{file}: {key} {text!r} is no regular expression: {error}") from None
+
+    modules = config["target_modules"]
+    if isinstance(modules, str):
+        expression("target_modules", modules, modules)
+    elif not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+        raise WeightsError(f"{file}: target_modules {modules!r}; needed are names or a regular expression")
+    for key, pattern, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
+        number(key, config[key], whole=whole)
+        patterns = config.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise WeightsError(f"{file}: {pattern} {patterns!r}; needed is an object of module names")
+        for name, value in patterns.items():
+            expression(pattern, name, _ending(name))
+            number(f"{pattern} {name}", value, whole=whole)
+
+
 def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
     for name, value in patterns.items():
-        if path == name or path.endswith(f".{name}") or re.fullmatch(rf"(.*\.)?({name})", path):
+        if path == name or path.endswith(f".{name}") or re.fullmatch(_ending(name), path):
             return value
     return default
+
+
+def _ending(name: str) -> str:
+    """PEFT's regular expression for a key of a pattern: it matches the end of a module's path."""
+    return rf"(.*\.)?({name})"

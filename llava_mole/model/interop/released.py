@@ -93,6 +93,8 @@ def read_released(found: Found) -> ReleasedMole:
         base["model.embed_tokens.weight"] = adaptor.pop("text_embed.weight")
     if unknown:
         raise WeightsError(f"{found.path}: {len(unknown)} unexpected tensors: {shorten(unknown)}")
+    if not any(name.endswith("_proj_A") for name in stacks):
+        raise WeightsError(f"{found.path} has no expert (mlp.moe_gate.<k>.lora_A) in a layer")
     num_experts = 1 + max(k for stack in stacks.values() for k in stack)
     lost = [f"{n}, expert {k}" for n, stack in stacks.items() for k in range(num_experts) if k not in stack]
     if lost:
@@ -173,6 +175,8 @@ def write_experts(released: ReleasedMole, config: AdapterConfig, directory: Path
 
 def _stack(weights: Weights, name: str, stack: Mapping[int, str]) -> torch.Tensor:
     values = [weights[stack[k]] for k in range(len(stack))]
+    if values[0].dim() != 2:
+        raise WeightsError(f"{stack[0]} is {tuple(values[0].shape)}; needed are matrices")
     if len({value.shape for value in values}) > 1:
         raise WeightsError(f"{name}: experts of different shapes {sorted({tuple(v.shape) for v in values})}")
     return torch.stack([value.T if name.endswith("_B") else value for value in values])
@@ -181,6 +185,8 @@ def _stack(weights: Weights, name: str, stack: Mapping[int, str]) -> torch.Tenso
 def _source(found: Found, weights: Weights, adaptor: dict[str, str], tower: dict[str, str]) -> Source:
     projector = {n.removeprefix("projector."): weights[t].clone() for n, t in adaptor.items() if "projector." in n}
     kind = projector_kind(projector, found.path)
+    if set(projector) == {"weight", "bias"}:
+        projector = {f"0.{name}": value for name, value in projector.items()}
     ends = {n: t for n, t in adaptor.items() if n in ("visual_start_token", "visual_end_token")}
     strange = [t for n, t in adaptor.items() if n not in ends and "projector." not in n]
     if strange or len(ends) == 1:

@@ -1,5 +1,6 @@
 """Foreign checkpoints as their parts: language model, tower, projector, adapter, and how they were trained."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,10 +161,11 @@ def read_source(path: Path) -> Source:
 
 def projector_kind(state: Mapping[str, torch.Tensor], where: object) -> str:
     """`linear` or `mlp<N>x_gelu`, from a projector's names. Raises WeightsError where they are neither's."""
-    layers = sorted(int(name.split(".")[0]) for name in state if name.endswith(".weight") and name[0].isdigit())
     if set(state) == {"weight", "bias"}:
         return "linear"
-    if layers != list(range(0, 2 * len(layers), 2)) or len(state) != 2 * len(layers) or not layers:
+    layers = [match[1] for name in state if (match := re.fullmatch(r"([0-9]+)\.weight", name))]
+    numbers = range(0, 2 * len(layers), 2)
+    if not layers or set(state) != {f"{n}.{kind}" for n in numbers for kind in ("weight", "bias")}:
         raise WeightsError(f"{where} holds no linear or mlp<N>x_gelu projector: {shorten(sorted(state))}")
     return "linear" if len(layers) == 1 else f"mlp{len(layers)}x_gelu"
 

@@ -85,9 +85,11 @@ def open_file(path: Path) -> Any:
     state = load_pickle(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)] if _is_dict(state) else []
-    if not _is_dict(state) or strange:
-        raise WeightsError(f"{path} is no state dict: {shorten(strange) or type(state).__name__} is no tensor")
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path} is no state dict: {type(state).__name__} is none")
+    strange = [str(n) for n, value in state.items() if not (isinstance(n, str) and isinstance(value, torch.Tensor))]
+    if strange:
+        raise WeightsError(f"{path} is no state dict: {shorten(strange)} is no tensor with a name")
     return state
 
 
@@ -188,7 +190,3 @@ def _shapes(handle: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(handle, dict):
         return {name: tuple(value.shape) for name, value in handle.items()}
     return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
