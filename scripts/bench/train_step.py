@@ -82,9 +82,9 @@ def make_row(length: int, samples: int, tower: VisionTower, vocabulary: int) -> 
         text = torch.randint(3, vocabulary, (size - tower.num_patches,), generator=generator).tolist()
         ids = [1, *[IMAGE_TOKEN_INDEX] * tower.num_patches, *text[1:]]
         answer = max(1, size // 10)
-        image = torch.randn(3, tower.image_size, tower.image_size, generator=generator)
+        images = torch.randn(1, 3, tower.image_size, tower.image_size, generator=generator)
         labels = [IGNORE_INDEX] * (size - answer) + ids[-answer:]
-        examples.append(Example(str(index), "s", 0, ids, labels, image))
+        examples.append(Example(str(index), "s", 0, ids, labels, images))
     return collate_packed(examples, pad_token_id=0)
 
 
