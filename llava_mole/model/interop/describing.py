@@ -31,6 +31,7 @@ NEXT = {
 def describe_found(found: Found) -> list[str]:
     """Lines about anything but our own runs and checkpoints. Raises WeightsError where its files cannot be read."""
     lines = [f"{found.path}: {KINDS[found.kind]}"]
+    written: dict = {}
     label = found.path / LABEL_FILE
     if found.path.is_dir() and label.is_file():
         written = read_json(label)
@@ -40,12 +41,12 @@ def describe_found(found: Found) -> list[str]:
         lines += [_line("template", written["template"])] if "template" in written else []
     if found.kind == "prepared":
         return lines + _describe_prepared(found)
-    lines += _facts(found)
+    lines += _facts(found, template_is_known="template" in written)
     lines += ["parts:", *_parts(found)]
     return [*lines, NEXT[found.kind]]
 
 
-def _facts(found: Found) -> list[str]:
+def _facts(found: Found, *, template_is_known: bool) -> list[str]:
     config = found.config
     keys = {
         "llava": ("model_type", "mm_vision_tower", "mm_projector_type", "mm_vision_select_layer", "image_aspect_ratio"),
@@ -62,7 +63,9 @@ def _facts(found: Found) -> list[str]:
             lines.append(_line("incomplete", f"no {NON_LORA_FILE}: the projector is not in it"))
     stage = {"llava-projector": "pretrain", "projector": "pretrain"}.get(found.kind, "finetune")
     if found.kind.startswith(("llava", "released", "projector")):
-        lines += [_line("stage", stage), _line("template", "not recorded in this layout; LLaVA-1.5's is vicuna_v1")]
+        lines.append(_line("stage", stage))
+        if not template_is_known:
+            lines.append(_line("template", "not recorded in this layout; LLaVA-1.5's is vicuna_v1"))
     if found.kind in ("llava", "llava-hf", "language-model"):
         lines.append(_line("base", "none: it holds the language model itself"))
     if found.kind == "released-mole":
@@ -140,4 +143,4 @@ def _describe_prepared(found: Found) -> list[str]:
 
 
 def _line(key: str, value: object) -> str:
-    return f"  {key:<28}{value}"
+    return f"  {key:<27} {value}"
