@@ -176,15 +176,21 @@ def draw_lengths(sources: Sequence[SourceFindings], max_length: int, path: Path)
     """A histogram of token lengths for each source, with the cut at `max_length`, as PNG."""
     counted = [source for source in sources if source.tokens.size]
     figure = new_figure(8, 1.2 + 1.6 * len(counted))
-    longest = max([max_length, *(int(source.tokens.max()) for source in counted)])
-    edges = np.linspace(0, longest, 81)
+    longest = max(int(source.tokens.max()) for source in counted)
+    # Where nothing comes near the cut, the picture is of the lengths, not of the empty room up to it.
+    end = max(longest, max_length) if max_length <= 2 * longest else longest
+    width = max(1, end // 80)
+    edges = np.arange(0, end + 1 + width, width)  # whole numbers, the longest record included
     for number, source in enumerate(counted):
         axes = figure.add_subplot(len(counted), 1, number + 1)
         axes.hist(source.tokens, bins=edges, color=COLORS[number % len(COLORS)])
-        axes.axvline(max_length, color="#444444", linestyle="--", linewidth=1)
-        cut = f", {source.truncated:,} beyond {max_length}" if source.truncated else ""
+        axes.set_xlim(0, end + 1)
+        if max_length <= end:
+            axes.axvline(max_length, color="#444444", linestyle="--", linewidth=1)
+        cut = f"{source.truncated:,} beyond" if source.truncated else "none beyond"
         last = number == len(counted) - 1
-        tidy(axes, f"{source.name}: {source.tokens.size:,} records{cut}", "tokens" if last else "", "records")
+        title = f"{source.name}: {source.tokens.size:,} records, {cut} max_length {max_length:,}"
+        tidy(axes, title, "tokens" if last else "", "records")
     return save_figure(figure, path)
 
 
