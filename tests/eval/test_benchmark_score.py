@@ -20,6 +20,7 @@ from llava_mole.eval.submission import check_submission, write_xlsx
 
 
 def loaded(folder: Path, name: str, lines: list[dict]) -> BenchmarkQuestions:
+    folder.mkdir(exist_ok=True)
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps({"question_id": n, "text": "Q?"} | line) + "\n" for n, line in enumerate(lines)))
     return load_questions(get_benchmark(name), files=[str(path)])
@@ -126,6 +127,21 @@ def test_micro_f1(tmp_path: Path) -> None:
     # matched 1, predicted 2, wanted 2
     assert values(scores, "precision", "recall", "f1") == [50, 50, 50]
     assert (scores["numbers"]["f1"]["k"], scores["numbers"]["f1"]["n"]) == (2, 4)
+
+
+def test_micro_f1_of_the_corpus(tmp_path: Path) -> None:
+    """A field asked twice is wanted and matched once; what no question asks for is wanted, too."""
+    asked_twice = {"field": "doc/advertiser", "values": [["Acme"]]}
+    pairs = [(asked_twice | {"unasked": 1}, "Acme"), (asked_twice | {"unasked": 1}, "ACME")]
+    scores = score(tmp_path / "one", "deepform", *pairs)
+    # matched 1, predicted 2, wanted 1 + 2
+    assert values(scores, "precision", "recall", "f1") == pytest.approx([50, 100 / 3, 40])
+    assert len(scores["per_question"]["ids"]) == 1  # the unit is the field of a document
+    two_values = {"field": "doc/advertiser", "values": [["Acme"], ["Best"]]}
+    other_document = {"field": "doc2/advertiser", "values": [["Acme"]]}
+    pairs = [(two_values, "best"), (two_values, "None"), (two_values, "acme"), (other_document, "ACME")]
+    scores = score(tmp_path / "two", "deepform", *pairs)
+    assert values(scores, "precision", "recall", "f1") == [100, 100, 100]
 
 
 def test_science_qa_image_accuracy(tmp_path: Path) -> None:

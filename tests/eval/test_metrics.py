@@ -344,20 +344,28 @@ def test_exact_rules() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "values", "counts"),
+    ("prediction", "values", "found"),
     [
-        ("ACME", [["Acme", "Acme Inc"]], (1, 1, 1)),
-        ("acme\n inc", [["Acme", "Acme Inc"]], (1, 1, 1)),
-        ("other", [["Acme"]], (0, 1, 1)),
-        ("None", [["Acme"]], (0, 0, 1)),  # no pair predicted
-        ("None", [], (0, 0, 0)),
-        ("none", [], (0, 1, 0)),  # only the exact word is dropped
-        ("", [["Acme"]], (0, 1, 1)),  # an empty prediction is a wrong pair
-        ("a", [["a"], ["b"]], (1, 1, 2)),
+        ("ACME", [["Acme", "Acme Inc"]], 0b1),
+        ("acme\n inc", [["Acme", "Acme Inc"]], 0b1),
+        ("other", [["Acme"]], 0),
+        ("None", [["Acme"]], None),  # no pair predicted
+        ("None", [], None),
+        ("none", [], 0),  # only the exact word is dropped
+        ("", [["Acme"]], 0),  # an empty prediction is a wrong pair
+        ("a", [["b"], ["a"], ["A", "b"]], 0b110),
     ],
 )
-def test_key_values(prediction: str, values: list[list[str]], counts: tuple[int, int, int]) -> None:
-    assert key_values.key_value_counts(prediction, values) == counts
+def test_key_value_matches(prediction: str, values: list[list[str]], found: int | None) -> None:
+    assert key_values.matches(prediction, values) == found
+
+
+@pytest.mark.parametrize(
+    ("found", "matched"),
+    [([], 0), ([0b1], 1), ([0b1, 0b1], 1), ([0b1, 0, 0b10], 2), ([0b11, 0b1], 1), ([0b11, 0b10], 2), ([1 << 51], 1)],
+)
+def test_a_key_value_is_matched_once(found: list[int], matched: int) -> None:
+    assert key_values.take(found) == matched  # [0b11, 0b1]: the first takes the value that the second needs
 
 
 @pytest.mark.parametrize(
@@ -463,6 +471,8 @@ def test_mme_pairs() -> None:
         ("science_qa", {"answer": "A"}, "'choices' must be the number"),
         ("key_values", {"values": [[]]}, "'values' must be a list"),
         ("key_values", {}, "'values' must be a list"),
+        ("key_values", {"values": [["a"]] * 53}, "'values' has 53 entries; at most 52 can be told apart"),
+        ("key_values", {"values": [], "unasked": "2"}, "'unasked' is '2'; it must be a number"),
     ],
 )
 def test_unfit_questions_are_errors(name: str, line: dict, message: str) -> None:

@@ -286,7 +286,7 @@ def test_what_the_user_should_know_is_printed(tmp_path: Path, capsys: pytest.Cap
     assert "note: 1 of 3 questions have no known split" in printed
     out = str(tmp_path / "f")
     assert cli.main(["prepare-benchmark", "deepform", "--raw", str(tmp_path / "form"), "--out", out]) == 0
-    assert "note: 1 fields of the references are asked by no question" in capsys.readouterr().out
+    assert "note: 1 values of the references are asked by no question; the recall wants them" in capsys.readouterr().out
 
 
 def test_golds_follow_the_question_not_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,6 +342,25 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     put(raw / "existence" / "1.txt", "Is it? Yes\n")
     assert "1.txt:1: no tab between question and answer" in given("mme")
     assert not (tmp_path / "out").exists()
+
+
+def test_key_values_of_the_whole_corpus(tmp_path: Path) -> None:
+    """Every value is wanted: of fields asked twice once, of fields and documents that no question names, too."""
+    asked = [("doc1", "advertiser"), ("doc1", "advertiser"), ("doc2", "flight_to")]
+    rows = [ureader(f"f/{name}.pdf.0.png", f"What is the value for the {key}?", "Acme") for name, key in asked]
+    put(tmp_path / "ureader_json/test_DeepForm.jsonl", rows)
+    acme, day = [{"value": "Acme"}], [{"value": "1/2"}, {"value": "3/4"}]
+    unasked = due("doc4", ("advertiser", acme), ("advertiser", acme))
+    named = [due("doc1", ("advertiser", acme), ("flight_from", day)), due("doc2", ("flight_to", day))]
+    put(tmp_path / "DUE/DeepForm/test/document.jsonl", [*named, due("doc3"), unasked])
+    out = tmp_path / "out"
+    assert cli.main(["prepare-benchmark", "deepform", "--raw", str(tmp_path), "--out", str(out)]) == 0
+    loaded = load_questions(get_benchmark("deepform"), files=[str(out / "questions.jsonl")])
+    assert [line["field"] for line in loaded.lines] == [f"{name}/{key}" for name, key in asked]
+    assert sum(line.get("unasked", 0) for line in loaded.lines) == 4
+    answers = {q.key: {"text": text} for q, text in zip(loaded.questions, ("Acme", "acme", "3/4"), strict=True)}
+    f1 = score_benchmark(loaded, answers, resamples=10)["numbers"]["f1"]
+    assert (f1["k"], f1["n"]) == (2 * 2, 3 + 7)  # two of three predictions match, seven values are wanted
 
 
 def test_references_of_another_set_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,7 +176,7 @@ def due_key_values(raw: Path, options: Mapping[str, str]) -> Converted:
     path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
     categories = option(options, "categories").split()
     reference, documents = _references(raw, option(options, "due"))
-    wanted = {str(need(d, "name", f"{reference}")): need(d, "annotations", f"{reference}") for d in documents}
+    fields = {str(need(d, "name", f"{reference}")): _spellings(d, f"{reference}") for d in documents}
     lines: list[Line] = []
     asked = set()
     for n, (where, image, question, _) in enumerate(_rows(path)):
@@ -184,21 +184,35 @@ def due_key_values(raw: Path, options: Mapping[str, str]) -> Converted:
         category = next((c for c in categories if c in question), None)
         if category is None:
             raise DataError(f"{where}: the question names none of {', '.join(categories)}: {question!r}")
-        if document not in wanted:
+        if document not in fields:
             raise DataError(f"{where}: document {document!r} is not in {reference}")
         asked.add((document, category))
-        values = [
-            [str(need(value, "value", where)), *value.get("value_variants", [])]
-            for annotation in wanted[document]
-            if annotation.get("key") == category
-            for value in annotation["values"]
-        ]
-        lines.append({"question_id": f"{path.stem}-{n}", "image": image, "text": question, "values": values})
-    missed = sum((d, str(a.get("key"))) not in asked for d, annotations in wanted.items() for a in annotations)
-    remarks = (
-        [f"{missed} fields of the references are asked by no question and left out of the recall"] if missed else []
-    )
+        lines.append(
+            {
+                "question_id": f"{path.stem}-{n}",
+                "image": image,
+                "text": question,
+                "field": f"{document}/{category}",
+                "values": fields[document].get(category, []),
+            }
+        )
+    unasked = sum(len(values) for d, keys in fields.items() for key, values in keys.items() if (d, key) not in asked)
+    # The published recall wants them, too. Spread evenly, so that any part of the questions wants its share.
+    for n, line in enumerate(lines):
+        if share := (n + 1) * unasked // len(lines) - n * unasked // len(lines):
+            line["unasked"] = share
+    remarks = [f"{unasked} values of the references are asked by no question; the recall wants them"] if unasked else []
     return Converted(lines, find(raw, *IMAGES), [path, reference], remarks)
+
+
+def _spellings(document: Mapping[str, Any], where: str) -> dict[str, list[list[str]]]:
+    """Key -> its values in a document, each with all its accepted spellings."""
+    found: dict[str, list[list[str]]] = {}
+    for annotation in need(document, "annotations", where):
+        for value in need(annotation, "values", where):
+            spellings = [str(need(value, "value", where)), *value.get("value_variants", [])]
+            found.setdefault(str(need(annotation, "key", where)), []).append(spellings)
+    return found
 
 
 def doc_vqa_val(raw: Path, options: Mapping[str, str]) -> Converted:

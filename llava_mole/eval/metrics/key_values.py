@@ -1,25 +1,37 @@
-"""DeepForm and Kleister Charity: micro F1 of (key, value) pairs over the asked fields.
+"""DeepForm and Kleister Charity: the corpus micro F1 of (key, value) pairs.
 
 Source: the DUE benchmark's `fscorer.py` as UReader calls it: case ignored, newlines deleted from predictions, a
-prediction that is exactly `None` is no pair. Here a pair is settled within its question, and the F1 is
-2 * matched / (predicted + wanted). That is the published corpus F1 where every reference field is asked exactly once.
-It differs where a field is asked by no question (the published recall still wants its values, this one does not) and
-where a field of a document is asked twice (the published scorer counts a value that was matched already as wrong).
+prediction that is exactly `None` is no pair. Within a document each prediction takes the first reference pair it equals
+that none before it has taken: one that finds none left is wrong. All values of all reference documents are wanted,
+those that no question asks for too. F1 is 2 * matched / (predicted + wanted).
 """
 
 from collections.abc import Sequence
 
 ABSENT = "None"
 """UReader's answer for a field that a document does not have."""
+MOST_VALUES = 52
+"""Values of a field; which of them a prediction equals is a sum of powers of two, exact in a float64."""
 
 
-def key_value_counts(prediction: str, golds: Sequence[Sequence[str]]) -> tuple[int, int, int]:
-    """(matched, predicted, wanted) pairs of one question.
+def matches(prediction: str, golds: Sequence[Sequence[str]]) -> int | None:
+    """Which of the field's values the prediction equals, value n as bit n; None where it is no pair.
 
     Args:
         golds: The field's values in the document, each with its accepted spellings; empty where it has none.
     """
     text = prediction.replace("\n", "")
-    predicted = int(text != ABSENT)
-    matched = int(bool(predicted) and any(text.upper() == spelling.upper() for gold in golds for spelling in gold))
-    return matched, predicted, len(golds)
+    if text == ABSENT:
+        return None
+    return sum(1 << n for n, gold in enumerate(golds) if any(text.upper() == spelling.upper() for spelling in gold))
+
+
+def take(found: Sequence[int]) -> int:
+    """How many predictions of one field of one document match: each takes the lowest of its bits that is free."""
+    taken = matched = 0
+    for bits in found:
+        free = bits & ~taken
+        if free:
+            taken |= free & -free
+            matched += 1
+    return matched

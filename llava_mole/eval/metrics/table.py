@@ -152,8 +152,28 @@ def _key_values(prediction: str, line: QuestionLine) -> Fields:
     values = line.get("values")
     if not isinstance(values, list) or not all(isinstance(spellings, list) and spellings for spellings in values):
         raise DataError("'values' must be a list with the accepted spellings, a list of texts, of each value")
-    matched, predicted, wanted = key_values.key_value_counts(prediction, values)
-    return {"matched": float(matched), "predicted": float(predicted), "wanted": float(wanted)}
+    unasked = line.get("unasked", 0)
+    if not isinstance(unasked, int) or unasked < 0:
+        raise DataError(f"'unasked' is {unasked!r}; it must be a number of values")
+    if len(values) > key_values.MOST_VALUES:
+        raise DataError(f"'values' has {len(values)} entries; at most {key_values.MOST_VALUES} can be told apart")
+    found = key_values.matches(prediction, values)
+    return {
+        "matched": float(bool(found)),
+        "predicted": float(found is not None),
+        "wanted": float(len(values) + unasked),
+        "which": float(found or 0),
+        "unasked": float(unasked),
+    }
+
+
+def _key_values_field(questions: Sequence[Fields]) -> Fields:
+    """One field of one document, however often it is asked for: its values are wanted once."""
+    values = questions[0]["wanted"] - questions[0]["unasked"]
+    return {
+        "matched": float(key_values.take([int(fields["which"]) for fields in questions])),
+        "wanted": values + sum(fields["unasked"] for fields in questions),
+    }
 
 
 _POPE_FIELDS = ("hit", "said_yes", "is_yes", "both_yes")
@@ -182,7 +202,12 @@ METRICS: Mapping[str, Metric] = {
     "leading_letter": _one(choice.leading_letter),
     "gqa_exact": _one(exact.gqa_exact),
     "exact_ureader": _one(exact.exact_ureader),
-    "key_values": Metric(("matched", "predicted", "wanted"), _key_values),
+    "key_values": Metric(
+        ("matched", "predicted", "wanted", "which", "unasked"),
+        _key_values,
+        unit_key="field",
+        combine=_key_values_field,
+    ),
     "wtq": _any(wtq.denotation_accuracy),
 }
 
