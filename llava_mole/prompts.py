@@ -129,7 +129,7 @@ def batches(
     for members, distinct in zip(batched, shown, strict=True):
         new = [key for key in distinct if key not in features]
         if new:
-            pixels = torch.stack([loaded.image_processor(_open(distinct[key])) for key in new])
+            pixels = torch.stack([loaded.image_processor.pixels(_open(distinct[key])) for key in new])
             with torch.inference_mode():
                 features.update(zip(new, loaded.model.encode_images(pixels.to(loaded.model.device)), strict=True))
         keys = [_key(image) for n in members for image in as_images(images[n])]

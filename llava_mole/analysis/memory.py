@@ -166,9 +166,9 @@ def memory_items(
         "optimizer": optimizer,
         "activations": activations,
         "logits": logits + 2.0 * e * width * row.supervised,
-        # Gradients passing through one layer, the optimizer's temporaries, pixels.
+        # Gradients passing through one layer, the optimizer's temporaries, pixels as bytes and normalised.
         "workspace": max(e * tokens * (5.0 * shape.ffn_size + 4.0 * width) + expanded, 8 * shard)
-        + 4.0 * 3 * 336**2 * row.images,
+        + 5.0 * 3 * 336**2 * row.images,
         "buckets": buckets,
     }
     items["reserve"] = RESERVE_BYTES + FRAGMENTATION * sum(items.values())

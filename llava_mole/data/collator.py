@@ -21,7 +21,7 @@ class Example:
     labels: list[int]
     """Not shifted; IGNORE_INDEX where nothing is supervised."""
     images: torch.Tensor | None
-    """float32 [n, 3, S, S] in the order of their positions; None for text only."""
+    """uint8 [n, 3, S, S], not normalised, in the order of their positions; None for text only."""
     replaced_image: str | None = None
     """Why another record of the source was to come here, whose image cannot be read; None in the usual case."""
 
@@ -36,7 +36,7 @@ def collate(
 
     Returns:
         `input_ids` int64 [N, L]; `labels` int64 [N, L]; `attention_mask` bool [N, L], true at tokens; `images`
-        float32 [M, 3, S, S], those of all examples in their order, or None; `has_image` bool [N];
+        uint8 [M, 3, S, S], those of all examples in their order, or None; `has_image` bool [N];
         `source_index` int64 [N]; `sample_index` int64 [N, L], the example of each position; `sample_lengths` None;
         `ids` and `sources`, N strings each; `replaced_images`, `(source, what was wrong)` of those that stand for
         another.

@@ -100,7 +100,7 @@ class SupervisedDataset:
             self._records[source], sample, self._image_folders[source], draft_size=self._draft_size
         )
         encoded = self._encode(record)
-        images = torch.stack([self.image_processor(picture) for picture in pictures]) if pictures else None
+        images = torch.stack([self.image_processor.pixels(picture) for picture in pictures]) if pictures else None
         index = self._source_index[source]
         return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced)
 

@@ -50,7 +50,7 @@ class LlavaMole(nn.Module):
         return cast(nn.Linear, self.projector[0])
 
     def encode_images(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Projected features [N, P, D] of images float [N, 3, S, S]."""
+        """Projected features [N, P, D] of images [N, 3, S, S], uint8 pixels or normalised floats."""
         return self.projector(self.vision_tower(images_NCHW).to(self._first_linear.weight.dtype))
 
     def embed(
@@ -109,7 +109,7 @@ class LlavaMole(nn.Module):
         Args:
             input_ids: int64 [B, L], IMAGE_TOKEN_INDEX at image positions.
             attention_mask: bool [B, L], False at padding.
-            images: float [N, 3, S, S] in the order of their placeholders, or None.
+            images: uint8 or normalised float [N, 3, S, S] in the order of their placeholders, or None.
             sample_lengths: for one row (B = 1) that holds several samples, their lengths, which add up to L. Each
                 sample sees itself only, at positions that start from 0. `packed_attention.enable_packing` comes first.
             loss_mask: bool [B, L], the positions whose next token is supervised. The head runs there only.

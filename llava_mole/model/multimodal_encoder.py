@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
+from llava_mole.data.images import normalise_pixels
 from llava_mole.errors import ConfigError, WeightsError
 from llava_mole.model.fingerprint import fingerprint
 
 
 class VisionTower(nn.Module):
-    """Images float [N, 3, S, S] -> patch features [N, P, W], never with gradients, always in eval mode."""
+    """Images [N, 3, S, S] -> patch features [N, P, W], never with gradients, always in eval mode."""
 
     visual: Any  # open_clip's VisionTransformer
 
@@ -51,7 +52,9 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Patch features [N, P, W] in the tower's dtype."""
+        """Patch features [N, P, W] in the tower's dtype, of uint8 pixels or of normalised floats."""
+        if images_NCHW.dtype == torch.uint8:
+            images_NCHW = normalise_pixels(images_NCHW, self.image_mean, self.image_std)
         images_NCHW = images_NCHW.to(self.visual.conv1.weight.dtype)
         out = self.visual.forward_intermediates(
             images_NCHW, indices=[self.block], stop_early=True, intermediates_only=True, output_fmt="NLC"

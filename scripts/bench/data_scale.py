@@ -166,7 +166,7 @@ class Images:
         if self.kind == "llava_mole":
             from llava_mole.data.images import load_image
 
-            return self.processor(load_image(path.name, path.parent))
+            return self.processor.pixels(load_image(path.name, path.parent))
         image = Image.open(path).convert("RGB")
         side = max(image.size)
         color = tuple(int(255 * value) for value in self.processor.image_mean)
@@ -174,17 +174,31 @@ class Images:
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return self.processor.preprocess(square, return_tensors="pt")["pixel_values"][0]
 
+    def finish(self, batch: Any) -> Any:
+        """A loader's batch as the tower's input, float32 [N, 3, S, S]: ours is normalised where the tower is."""
+        if self.kind != "llava_mole":
+            return batch
+        from llava_mole.data.images import normalise_pixels
+
+        return normalise_pixels(batch, self.processor.mean, self.processor.std)
+
 
 def measure_loaders(paths: list[Path], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Images/s of every loader, a number a round, interleaved; and how far its pixels are from ours at most, of 255."""
+    """Images/s of every loader, a number a round, interleaved; and how far its pixels are from ours at most, of 255.
+
+    Sets this process to one thread: it only finishes batches, and further ones would spin beside the two workers.
+    """
+    import torch
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     from llava_mole.constants import CLIP_STD
 
+    torch.set_num_threads(1)
     sets = {kind: Images(paths, kind) for kind in LOADERS}
-    ours = sets["llava_mole"][0]
-    distance = {kind: float((own[0] - ours).abs().max()) * 255 * max(CLIP_STD) for kind, own in sets.items()}
+    firsts = {kind: own.finish(own[0]) for kind, own in sets.items()}
+    ours = firsts["llava_mole"]
+    distance = {kind: float((own - ours).abs().max()) * 255 * max(CLIP_STD) for kind, own in firsts.items()}
     loaders = {
         kind: DataLoader(own, batch_size=8, num_workers=2, persistent_workers=True)  # type: ignore[arg-type]
         for kind, own in sets.items()
@@ -194,7 +208,7 @@ def measure_loaders(paths: list[Path], repeats: int) -> tuple[dict[str, list[flo
         for step in range(len(LOADERS)):
             kind = LOADERS[(round_ + step) % len(LOADERS)]
             start = time.perf_counter()
-            count = sum(len(batch) for batch in loaders[kind])
+            count = sum(len(sets[kind].finish(batch)) for batch in loaders[kind])
             if round_:  # the first one starts the workers
                 speeds[kind].append(count / (time.perf_counter() - start))
     return speeds, distance

@@ -93,7 +93,7 @@ def test_example_carries_its_own_answer_and_image(world: DataConfig) -> None:
         index = int(example.id[1:])
         spoken = tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
         assert spoken == f"Page {index}."
-        expected = ImageProcessor(8)(Image.new("RGB", (8, 6), (60 * index, 0, 0)))
+        expected = ImageProcessor(8).pixels(Image.new("RGB", (8, 6), (60 * index, 0, 0)))
         assert example.images is not None
         assert torch.equal(example.images, expected[None])
 

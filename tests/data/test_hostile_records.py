@@ -71,7 +71,7 @@ def test_no_path_leads_out_of_the_folder(path: str, folder: Path) -> None:
 @pytest.mark.parametrize("path", ["../secret.png", "link.png", "up/secret.png", "/etc/passwd"])
 def test_nor_does_one_that_is_read_without_the_check_at_the_start(path: str, folder: Path) -> None:
     dataset = build(folder, record(), record(path), resuming=True)
-    red = ImageProcessor(8)(Image.open(folder / "images" / "0.png"))
+    red = ImageProcessor(8).pixels(Image.open(folder / "images" / "0.png"))
     for position in range(2):
         example = dataset[position]
         assert (example.images[0] == red).all()  # never the secret: the good record stands for the bad one
@@ -115,7 +115,7 @@ def test_an_animation_named_jpg_shows_its_first_frame(folder: Path) -> None:
     frames = [Image.new("P", (8, 6), color) for color in (3, 200)]
     frames[0].save(folder / "images" / "a.jpg", format="GIF", save_all=True, append_images=frames[1:])
     dataset = build(folder, record("a.jpg"))
-    first = ImageProcessor(8)(frames[0].convert("RGB"))
+    first = ImageProcessor(8).pixels(frames[0].convert("RGB"))
     assert (dataset[0].images[0] == first).all()
 
 

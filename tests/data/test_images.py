@@ -16,7 +16,7 @@ from PIL import EpsImagePlugin, Image, ImageDraw
 
 import llava_mole
 from llava_mole.data.converters.image_files import look
-from llava_mole.data.images import ImageProcessor, load_image, open_image
+from llava_mole.data.images import ImageProcessor, load_image, normalise_pixels, open_image
 from llava_mole.errors import ConfigError, DataError
 
 FIELDS, CASES = golden_cases.load_cases("pad_cases")
@@ -92,7 +92,9 @@ def test_shortcuts_change_no_bit(size: int) -> None:
         image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
         result = golden_processor(size, "pad")(image)
         assert np.array_equal(result.numpy(), plain_pixels(image, size)), (width, height)
-        assert result.is_contiguous()
+        pixels = golden_processor(size, "pad").pixels(image)
+        assert (pixels.dtype, pixels.is_contiguous()) == (torch.uint8, True)
+        assert torch.equal(result, normalise_pixels(pixels[None], FIELDS["image_mean"], FIELDS["image_std"])[0])
 
 
 def photo(width: int, height: int) -> Image.Image:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_vision_tower
 
+from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.errors import ConfigError, WeightsError
 from llava_mole.model.multimodal_encoder import build_vision_tower
 
@@ -89,6 +90,13 @@ def test_features_equal_hugging_face_hidden_states(tower_dir: Path, select_layer
         theirs = hugging_face_twin(tower_dir)(images, output_hidden_states=True).hidden_states[select_layer][:, 1:]
     assert ours.shape == (2, NUM_IMAGE_TOKENS, 24)
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_bytes_are_normalised_by_the_tower(tower_dir: Path) -> None:
+    tower = build(tower_dir)
+    pixels = torch.randint(0, 256, (2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    assert torch.equal(tower(pixels), tower((pixels / 255 - mean) / std))
 
 
 def test_stays_frozen_and_in_eval_mode(tower_dir: Path) -> None:
