@@ -17,11 +17,12 @@ def check_language_model_dir(path: str) -> None:
         )
     try:
         stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        method = stored.get("quant_method", "unknown method") if stored else None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise WeightsError(f"{file} is no model configuration: {error}") from None
     if stored:
         raise WeightsError(
-            f"language model {path!r} is stored quantised ({stored.get('quant_method', 'unknown method')}), which "
+            f"language model {path!r} is stored quantised ({method}), which "
             "cannot be recognised as the base of an adapter; give the original, and quantise it at load with "
             "--model.quantization 4bit or 8bit"
         )
@@ -34,17 +35,31 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
         The model and the fingerprint of its weights.
 
     Raises:
-        WeightsError: not a model directory, or its files do not load.
+        WeightsError: not a model directory, its files do not load, or tensors are missing, unexpected or of another
+            shape: transformers would draw them at random and go on.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     check_language_model_dir(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True, trust_remote_code=False, attn_implementation=attn_implementation
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with their names
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise WeightsError(f"language model {path!r} does not load: {' '.join(str(error).split())}") from None
+    except Exception as error:  # transformers raises many kinds, down to KeyError for a value in config.json
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise WeightsError(f"language model {path!r} does not load: {reason}") from None
+    problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+    problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+    problems += [f"{n} is {tuple(found)}, needed is {tuple(to)}" for n, found, to in sorted(info["mismatched_keys"])]
+    if problems:
+        shown = "; ".join(problems[:5])
+        raise WeightsError(f"language model {path!r} does not fit its config.json: {len(problems)} problems: {shown}")
     # Vicuna ships sampling values in its generation config; they would leak into greedy decoding and newer
     # transformers refuse to save them.
     stored = model.generation_config

@@ -1,0 +1,42 @@
+"""A language model is loaded whole and as its configuration says, or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_language_model
+
+from llava_mole.errors import WeightsError
+from llava_mole.model.interop.causal_lm import fingerprint_language_model
+from llava_mole.model.language_model import load_language_model
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    make_language_model(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({NORM: None}, f"1 problems: missing {NORM}"),
+        ({"model.extra.weight": torch.zeros(2)}, "1 problems: unexpected model.extra.weight"),
+        ({NORM: torch.ones(7)}, rf"{NORM} is \(7,\), needed is \(32,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_never_replaced_by_random_ones(
+    changes: dict[str, Any], message: str, directory: Path
+) -> None:
+    state: dict[str, Any] = {**load_file(directory / "model.safetensors"), **changes}
+    kept = {name: value for name, value in state.items() if value is not None}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=message):
+        load_language_model(str(directory))
+    with pytest.raises(WeightsError, match=message):
+        fingerprint_language_model(directory)
