@@ -150,6 +150,15 @@ def test_full_llava_in_and_out_key_for_key(binary: bool, tmp_path: Path) -> None
     close(our_logits(load(tmp_path / "second"))[0], our_logits(load(tmp_path / "run"))[0])
 
 
+def test_the_dtype_written_is_the_one_that_is_loaded(lora_run: Path, tmp_path: Path) -> None:
+    assert convert(lora_run, "--to", "llava", "--dtype", "float16", "--out", tmp_path / "half") == 0
+    to_run = ("--to", "checkpoint", "--vision-tower", tmp_path / "half" / "vision_tower", "--out", tmp_path / "run")
+    assert convert(tmp_path / "half", *to_run) == 0
+    load(tmp_path / "run")  # whose language model is recognised
+    config = json.loads((tmp_path / "run" / "language_model" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
+
+
 def test_llava_lora_in_and_out_key_for_key(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip")
     make_language_model(tmp_path / "vicuna")

@@ -40,3 +40,14 @@ def test_weights_that_do_not_fit_are_never_replaced_by_random_ones(
         load_language_model(str(directory))
     with pytest.raises(WeightsError, match=message):
         fingerprint_language_model(directory)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_fingerprint_is_of_the_dtype_that_is_loaded(key: str, directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("dtype", None)
+    (directory / "config.json").write_text(json.dumps({**config, key: "float16"}))
+    assert load_file(directory / "model.safetensors")[NORM].dtype == torch.float32
+    model, fingerprint = load_language_model(str(directory))
+    assert model.dtype == torch.float16
+    assert fingerprint_language_model(directory) == fingerprint

@@ -50,7 +50,7 @@ class Skeleton:
             self.config = AutoConfig.for_model(config.get("model_type", ""), **values)
             with torch.device("meta"):
                 self.model: Any = AutoModelForCausalLM.from_config(self.config)
-        except (ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # transformers raises many kinds for a value that it cannot use
             raise WeightsError(f"{where}: no causal LM: {' '.join(str(error).split())[:200]}") from None
         self.model.tie_weights()
         first: dict[int, str] = {}
@@ -153,7 +153,8 @@ def fingerprint_language_model(path: Path) -> str:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in sorted(skeleton.shapes):
-            yield name, weights[skeleton.source(name, found)]
+            tensor = weights[skeleton.source(name, found)]
+            yield name, tensor.to(skeleton.config.dtype or tensor.dtype)  # as a model is loaded, whatever is stored
 
     return fingerprint_in_order(tensors())
 

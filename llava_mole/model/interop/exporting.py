@@ -273,6 +273,8 @@ def _write_llava_config(own: OwnCheckpoint, directory: Path, out: Path, options:
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": own.config.data.max_length,
     }
+    if options.dtype is not None:
+        parts["dtype"] = parts["torch_dtype"] = str(options.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps({**config, **parts}, indent=1) + "\n", encoding="utf-8")
 
 
