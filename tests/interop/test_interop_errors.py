@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -204,16 +205,26 @@ def test_nothing_is_overwritten_without_being_told(world: Path, capsys: pytest.C
     assert not (world / "tower" / "old").exists()
 
 
-def test_a_full_disk_leaves_nothing(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(publishing.ShardWriter, "_flush", full)
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("llava", "checkpoint"), ("p.bin", "out.bin"), ("p.bin", "out.safetensors"), ("clip", "open-clip"),
+        ("run", "llava-lora"), ("run", "llava-hf"),
+    ],
+)  # fmt: skip
+def test_a_full_disk_leaves_nothing(source: str, target: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if source == "run":
+        to_run = ("--to", "checkpoint", "--model-base", world / "vicuna", "--vision-tower", world / "clip")
+        assert convert(world / "lora", *to_run, "--out", world / "run") == 0
+    tower = ("--vision-tower", world / "clip") if target == "checkpoint" else ()
+    to = ("--to", "projector" if target.startswith("out") else target, "--out", world / target)
     before = sorted(world.iterdir())
-    options = ("--to", "checkpoint", "--vision-tower", world / "clip", "--out", world / "out")
-    refused(capsys, "No space left on device; nothing is left there", world / "llava", *options)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # what a full disk is to whoever writes more
+    try:
+        refused(capsys, "could not be written", world / source, *to, *tower)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(world.iterdir()) == before
 
 

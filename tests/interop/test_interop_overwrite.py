@@ -70,3 +70,14 @@ def test_only_a_projector_file_is_replaced(projector: Path, tmp_path: Path, caps
     refused(capsys, "is a file", tmp_path / "clip", "--to", "open-clip", "--overwrite", "--out", ours)
     assert snapshot(tmp_path) == {**before, ours: stays}
     assert convert(*to, ours) == 0
+
+
+def test_what_a_link_leads_to_is_written(tmp_path: Path) -> None:
+    make_clip(tmp_path / "clip")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "tower")
+    for again in ((), ("--overwrite",)):
+        assert convert(tmp_path / "clip", "--to", "open-clip", "--out", tmp_path / "link", *again) == 0
+        assert (tmp_path / "link").is_symlink()
+        assert [path.name for path in (tmp_path / "there").iterdir()] == ["tower"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "link", "there"]

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         notes = _convert(arguments)
     except OSError as error:
-        raise WeightsError(f"{arguments.out} could not be written: {error}; nothing is left there") from None
+        raise WeightsError(f"{arguments.out} could not be written: {error}; it is as it was") from None
     print(f"wrote {arguments.out}")
     for note in notes:
         print(f"  {note}")

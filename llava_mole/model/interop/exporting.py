@@ -24,7 +24,7 @@ from llava_mole.model.interop.llava_keys import LLAVA_PROJECTOR, LORA_WRAPPER, l
 from llava_mole.model.interop.lora import Lora, write_lora
 from llava_mole.model.interop.merging import Extra, Naming, check_merge, write_model
 from llava_mole.model.interop.own import OwnCheckpoint, llava_projector, open_own, read_projector
-from llava_mole.model.interop.publishing import write_label
+from llava_mole.model.interop.publishing import save_pickle, write_label
 from llava_mole.model.interop.sources import read_source
 from llava_mole.model.interop.target import check_target, publish
 from llava_mole.model.interop.tensors import read_json
@@ -65,7 +65,7 @@ def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]
         state, kind = source.projector, str(source.projector_kind)
     with publish(out, overwrite=options.overwrite, inputs=[path], is_file=True) as temporary:
         if out.suffix == ".bin":
-            torch.save(_llava_projector_state(state, kind, LLAVA_PROJECTOR), temporary)
+            save_pickle(_llava_projector_state(state, kind, LLAVA_PROJECTOR), temporary)
         else:
             from safetensors.torch import save_file
 
@@ -114,7 +114,7 @@ def export_llava_lora(path: Path, out: Path, options: ExportOptions) -> list[str
             file.rename(temporary / file.name)
         (temporary / "adapter").rmdir()
         state = _llava_projector_state(own.projector, own.config.model.projector, LORA_WRAPPER + LLAVA_PROJECTOR)
-        torch.save(state, temporary / NON_LORA_FILE)
+        save_pickle(state, temporary / NON_LORA_FILE)
         _write_llava_config(own, temporary, out, options)
         return None
 
@@ -240,7 +240,7 @@ def _write_projector(own: OwnCheckpoint, directory: Path, *, bin_if_possible: bo
     except ConfigError:
         shutil.copyfile(own.path / "mm_projector.safetensors", directory / "mm_projector.safetensors")
     else:
-        torch.save(state, directory / PROJECTOR_FILE)
+        save_pickle(state, directory / PROJECTOR_FILE)
 
 
 def _write_llava_config(own: OwnCheckpoint, directory: Path, out: Path, options: ExportOptions) -> None:

@@ -1,5 +1,6 @@
 """Writes the files of a result: tensors as shards, and the label that says what it is."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,13 @@ def write_label(directory: Path, fields: dict[str, Any]) -> None:
     """Write `llava_mole.json`: where the files of a directory come from and whether they are exact."""
     text = json.dumps({"format": FORMAT, "version": __version__, **fields}, indent=1) + "\n"
     (directory / LABEL_FILE).write_text(text, encoding="utf-8")
+
+
+def save_pickle(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a small `.bin` file. Raises OSError where torch would make something else of a full disk."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def fsync(path: Path) -> None:

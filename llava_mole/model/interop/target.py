@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_mole.errors import WeightsError
+from llava_mole.errors import UserError, WeightsError
 from llava_mole.model.interop.kinds import KINDS, find_kind
 from llava_mole.model.interop.publishing import LABEL_FILE, fsync
 
@@ -17,8 +17,10 @@ def publish(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], is_fil
 
     Raises:
         WeightsError: `out` must not be written to; see `check_target`, which takes the same arguments.
+        OSError: the disk is full, or cannot be written.
     """
     check_target(out, overwrite=overwrite, inputs=inputs, is_file=is_file)
+    out = out.resolve()  # a link stays, and what it leads to is written
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
     old = out.parent / f".old-{out.name}-{os.getpid()}"
@@ -32,10 +34,12 @@ def publish(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], is_fil
         os.replace(temporary, out)
         fsync(out.parent)
         _remove(old)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
         if old.exists() and not out.exists():
             os.replace(old, out)
+        if "(os error " in str(error) and not isinstance(error, UserError):
+            raise OSError(str(error)) from None  # it came through safetensors or tokenizers, which are Rust
         raise
 
 
