@@ -133,6 +133,16 @@ def test_strange_names_in_a_projector_are_refused(name: str, tmp_path: Path) -> 
         ("rank_pattern", [4], r"rank_pattern \[4\]; needed is an object"),
         ("alpha_pattern", {"*": 4}, r"alpha_pattern '\*' is no regular expression"),
         ("alpha_pattern", {"up_proj": None}, "alpha_pattern up_proj None; needed is a number"),
+        ("lora_alpha", float("nan"), "lora_alpha nan; needed is a number"),
+        ("lora_dropout", "x", "lora_dropout 'x'; needed is a number"),
+        ("exclude_modules", 3, "exclude_modules 3; needed are names"),
+        ("use_dora", True, "use_dora True; only plain LoRA pairs"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights 'pissa_niter_4'; only plain LoRA pairs"),
+        ("init_lora_weights", "olora", "init_lora_weights 'olora'; only plain"),
+        ("alora_invocation_tokens", [5], r"alora_invocation_tokens \[5\]; only plain"),
+        ("layer_replication", [[0, 1], [0, 1]], "layer_replication .* only plain"),
+        ("layers_to_transform", [1], r"layers_to_transform \[1\]; only plain"),
+        ("kasa_config", {}, "kasa_config {}; only plain"),
     ],
 )
 def test_a_lora_configuration_that_makes_no_sense_is_refused(
@@ -143,3 +153,13 @@ def test_a_lora_configuration_that_makes_no_sense_is_refused(
         read_lora(tmp_path, LINEARS)
     write_adapter(tmp_path, LORA, PAIR)
     assert read_lora(tmp_path, LINEARS).scaling("model.layers.0.mlp.up_proj") == 2
+
+
+def test_what_an_adapter_excludes_is_not_missing(tmp_path: Path) -> None:
+    linears = {**LINEARS, "model.layers.0.mlp.down_proj": (2, 3)}
+    config = {**LORA, "target_modules": "all-linear", "exclude_modules": ["down_proj"]}
+    write_adapter(tmp_path, config, PAIR)
+    assert list(read_lora(tmp_path, linears).pairs) == list(LINEARS)
+    write_adapter(tmp_path, {**config, "exclude_modules": None}, PAIR)
+    with pytest.raises(WeightsError, match="2 missing: model.layers.0.mlp.down_proj.lora_A"):
+        read_lora(tmp_path, linears)

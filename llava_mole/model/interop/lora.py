@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<half>lora_[AB])(?:\.\w+)?\.weight")
-KEPT = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
-UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False}
-"""What a plain adapter has; another value means weights that are not A and B."""
+KEPT = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+    "use_rslora",
+)  # fmt: skip
+UNSUPPORTED = {
+    "use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "lora_bias": False,
+    "layers_to_transform": None, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
+    "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "monteclora_config": None,
+    "use_qalora": False, "use_bdlora": None,
+}  # fmt: skip
+"""What a plain adapter has; another value means other weights than A and B, or another arithmetic."""
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""`init_lora_weights` that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take their first
+pairs out of it, and PEFT does so again whenever such an adapter is loaded."""
 
 
 @dataclass
@@ -63,6 +75,8 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
         raise WeightsError(f"{file} lacks {', '.join(absent)}; download it again")
     _check_config(file, config)
     odd = [f"{key} {config[key]!r}" for key, plain in UNSUPPORTED.items() if config.get(key, plain) not in (plain, [])]
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        odd.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if odd:
         raise WeightsError(f"{file}: {', '.join(odd)}; only plain LoRA pairs can be carried over")
     weights_file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
@@ -87,7 +101,8 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
         raise WeightsError(
             f"{weights_file}: {len(unknown)} tensors adapt no linear of the language model: {shorten(unknown)}"
         )
-    adapted = [path for path in linears if targets(config["target_modules"], path)]
+    excluded = config.get("exclude_modules") or []
+    adapted = [p for p in linears if targets(config["target_modules"], p) and not targets(excluded, p)]
     needed: dict[str, tuple[int, ...]] = {}
     for path in adapted:
         out, inner = linears[path]
@@ -124,7 +139,7 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     """Raise WeightsError where a value is not what the arithmetic and the matching of names take."""
 
     def number(key: str, value: object, *, whole: bool) -> None:
-        fits = isinstance(value, int) and value > 0 if whole else isinstance(value, int | float)
+        fits = isinstance(value, int) and value > 0 if whole else isinstance(value, int | float) and isfinite(value)
         if not fits or isinstance(value, bool):
             needed = "a whole number from 1 on" if whole else "a number"
             raise WeightsError(f"{file}: {key} {value!r}; needed is {needed}")
@@ -135,11 +150,13 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
         except re.error as error:
             raise WeightsError(f"{file}: {key} {text!r} is no regular expression: {error}") from None
 
-    modules = config["target_modules"]
-    if isinstance(modules, str):
-        expression("target_modules", modules, modules)
-    elif not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
-        raise WeightsError(f"{file}: target_modules {modules!r}; needed are names or a regular expression")
+    for key in ("target_modules", "exclude_modules"):
+        modules = config.get(key) or []
+        if isinstance(modules, str):
+            expression(key, modules, modules)
+        elif not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+            raise WeightsError(f"{file}: {key} {modules!r}; needed are names or a regular expression")
+    number("lora_dropout", config.get("lora_dropout") or 0.0, whole=False)
     for key, pattern, whole in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
         number(key, config[key], whole=whole)
         patterns = config.get(pattern) or {}
