@@ -28,7 +28,7 @@ TOKENIZER_DIR = "tokenizer"
 CONFIG_FILE = "config.yaml"
 SAME_ADAPTER = (
     "r", "lora_alpha", "alpha", "attention_r", "num_experts", "mode", "top_k", "granularity", "router", "router_bias",
-    "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale",
+    "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale", "use_rslora", "alpha_pattern",
 )  # fmt: skip
 """Fields of an adapter's configuration that say what its weights mean. How it is trained may change."""
 
@@ -168,7 +168,8 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
         )
     there = json.loads((checkpoint / ADAPTER_DIR / "adapter_config.json").read_text(encoding="utf-8"))
     here = model.language_model.peft_config["default"].to_dict()
-    different = [f"{k} {there[k]!r} there, {here[k]!r} here" for k in SAME_ADAPTER if there.get(k) != here.get(k)]
+    pairs = [(key, there.get(key) or None, here.get(key) or None) for key in SAME_ADAPTER]
+    different = [f"{key} {then!r} there, {now!r} here" for key, then, now in pairs if then != now]
     if different:
         raise CheckpointError(f"init_from {checkpoint} has another adapter: {'; '.join(different)}")
     load_projector(model.projector, checkpoint / PROJECTOR_FILE)

@@ -13,6 +13,7 @@ from tiny_models import make_language_model, make_vision_tower, make_world
 
 from llava_mole import cli
 from llava_mole.config import parse_run_config
+from llava_mole.errors import CheckpointError
 from llava_mole.model.checkpoint import read_manifest
 from llava_mole.train.train import train
 
@@ -29,6 +30,11 @@ def test_training_starts_from_an_imported_lora_and_projector(tmp_path: Path) -> 
     options = [*common, *lora, *frozen, "--init_from", str(tmp_path / "imported")]
     run = train(parse_run_config([*options, "--train.output_dir", str(tmp_path / "a")]))
     close(our_logits(load(run))[0], our_logits(load(tmp_path / "imported"))[0])
+    file = tmp_path / "lora" / "adapter_config.json"  # alpha / sqrt(r), which a run of ours does not have
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_rslora": True}))
+    assert convert(tmp_path / "lora", "--to", "checkpoint", "--out", tmp_path / "imported", "--overwrite", *base) == 0
+    with pytest.raises(CheckpointError, match="another adapter: use_rslora True there, None here"):
+        train(parse_run_config([*options, "--train.output_dir", str(tmp_path / "c")]))
     options = [*common, *frozen, "--projector_weights", str(tmp_path / "imported")]
     run = train(parse_run_config([*options, "--train.output_dir", str(tmp_path / "b")]))
     state = load(run).model.projector.state_dict()
