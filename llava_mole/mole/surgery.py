@@ -49,12 +49,13 @@ def to_lora(
     """
     tuner, config = _adapter(model, adapter_name)
     ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
-    weights = _expert_weights(expert, usage, len(ffns), config.num_experts)
+    weights_LK = _expert_weights(expert, usage, len(ffns), config.num_experts)
+    kept = weights_LK.any(dim=0).nonzero().flatten().tolist()  # the same in all layers: PEFT's ranks are by name ending
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for (name, ffn), weight_K in zip(ffns, weights, strict=True):
+    for (name, ffn), weight_K in zip(ffns, weights_LK.tolist(), strict=True):
         for projection in ffn.layout.projections:
-            a_NI, b_NO = _fold(ffn, adapter_name, projection, weight_K)
+            a_NI, b_NO = _fold(ffn, adapter_name, projection, {k: weight_K[k] for k in kept})
             _put(tensors, f"{name}.{projection}", a_NI, b_NO)
             ranks[f"{name.rpartition('.')[-1]}.{projection}"] = a_NI.shape[0]
     attention_r = config.attention_r or config.r
@@ -203,17 +204,20 @@ def _expert_weights(expert: int | str, usage: Tensor | None, layers: int, num_ex
         if usage is None or usage.shape != (layers, num_experts):
             shape = None if usage is None else tuple(usage.shape)
             raise ConfigError(f"expert='usage' needs usage of shape [{layers}, {num_experts}], not {shape}")
-        return usage.float() / usage.float().sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        total = usage.float().sum(dim=-1, keepdim=True)
+        if not (torch.isfinite(usage).all() and (usage >= 0).all() and (total > 0).all()):
+            raise ConfigError("expert='usage' needs usage from 0 on, and in every layer an expert that was used")
+        return usage.float() / total
     if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_experts:
         raise ConfigError(f"expert is {expert!r}; it must be 0 to {num_experts - 1}, 'uniform' or 'usage'")
     return torch.nn.functional.one_hot(torch.full((layers,), expert), num_experts).float()
 
 
-def _fold(ffn: MoleMlp, adapter_name: str, projection: str, weight_K: Tensor) -> tuple[Tensor, Tensor]:
-    """The experts with a weight below each other, the weight in B: `[N, I]`, `[N, O]`; the shared expert last."""
+def _fold(ffn: MoleMlp, adapter_name: str, projection: str, weights: dict[int, float]) -> tuple[Tensor, Tensor]:
+    """The experts in `weights` below each other, the weight in B: `[N, I]`, `[N, O]`; the shared expert last."""
     experts = ffn.experts(adapter_name)
     a_KRI, b_KRO = (t.detach() for t in experts.pair(projection))
-    parts = [(a_KRI[k], b_KRO[k] * w) for k, w in enumerate(weight_K.tolist()) if w > 0]
+    parts = [(a_KRI[k], b_KRO[k] * w) for k, w in weights.items()]
     if experts.shared_r:
         a, b = experts.shared_pair(projection)
         parts.append((a.detach(), b.detach()))

@@ -47,6 +47,19 @@ def test_an_exported_lora_equals_the_mixture_with_fixed_weights(
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_expert_may_be_unused_in_one_layer_only(tiny_llama: Make, randomized: Randomize, tmp_path: Path) -> None:
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4)))
+    logits = []
+    for name, unused in (("zero", 0.0), ("nearly", 1e-9)):
+        usage = torch.tensor([[1.0, unused, unused], [0.5, 0.5, unused]])
+        to_lora(model, tmp_path / name, expert="usage", usage=usage)
+        logits.append(PeftModel.from_pretrained(tiny_llama(), tmp_path / name).eval()(IDS).logits)
+    torch.testing.assert_close(*logits)
+    for wrong in ([[0.0, 0, 0], [1, 0, 0]], [[float("nan")] * 3] * 2, [[-1.0, 1, 1]] * 2):
+        with pytest.raises(ConfigError, match="needs usage from 0 on, and in every layer an expert that was used"):
+            to_lora(model, tmp_path / "wrong", expert="usage", usage=torch.tensor(wrong))
+
+
 def train_lora(make: Make, directory: Path, seed: int, **options: Any) -> Tensor:
     modules = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(seed)

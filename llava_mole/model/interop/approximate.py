@@ -71,5 +71,5 @@ def read_usage(file: Path) -> torch.Tensor:
         parts = [domain["all"] for domain in domains]
         total = sum(part["tokens"] for part in parts)
         return sum((torch.tensor(p["share"]) * (p["tokens"] / total) for p in parts), torch.zeros(()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise WeightsError(f"--usage {file} is no routing.json of `llava-mole eval` ({error!r})") from None
