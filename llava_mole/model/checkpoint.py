@@ -145,7 +145,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     found = []
     for path in Path(run_dir).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
-        if path.is_dir() and step.isdigit():
+        if path.is_dir() and step.isdecimal():
             found.append((int(step), path))
     return [path for _, path in sorted(found, reverse=True)]
 

@@ -17,6 +17,8 @@ from llava_mole.data.images import normalise_pixels
 from llava_mole.errors import ConfigError, WeightsError
 from llava_mole.model.fingerprint import fingerprint
 
+_VIT_KEYS = {"image_size", "patch_size", "width", "layers"}
+
 
 class VisionTower(nn.Module):
     """Images [N, 3, S, S] -> patch features [N, P, W], never with gradients, always in eval mode."""
@@ -81,9 +83,10 @@ def read_tower_config(name: str) -> dict[str, Any]:
                 f"model.vision_tower.name {name!r} is no open_clip model; see open_clip.list_models(), "
                 "or give a JSON file"
             )
-    config = config.get("model_cfg", config)  # the Hugging Face hub's open_clip_config.json has it one level down
-    missing = [key for key in ("embed_dim", "vision_cfg") if key not in config]
-    if missing or "timm_model_name" in config.get("vision_cfg", {}):
+    if isinstance(config, dict):
+        config = config.get("model_cfg", config)  # the Hugging Face hub's open_clip_config.json has it one level down
+    vision = config.get("vision_cfg") if isinstance(config, dict) and "embed_dim" in config else None
+    if not isinstance(vision, dict) or not _VIT_KEYS <= vision.keys() or "timm_model_name" in vision:
         raise ConfigError(f"model.vision_tower.name {name!r}: only open_clip's own ViT towers are supported")
     return config
 
@@ -111,13 +114,16 @@ def build_vision_tower(name: str, weights: str, activation: str, select_layer: i
             f"(model.vision_tower.activation); for OpenAI's weights take the name ending in '-quickgelu'"
         )
     state = read_visual_state(Path(weights))
-    with torch.device("meta"):
-        clip = open_clip.CLIP(
-            embed_dim=config["embed_dim"],
-            vision_cfg=config["vision_cfg"],
-            text_cfg=open_clip.CLIPTextCfg(),
-            quick_gelu=built_with == "quick_gelu",
-        )
+    try:
+        with torch.device("meta"):
+            clip = open_clip.CLIP(
+                embed_dim=config["embed_dim"],
+                vision_cfg=config["vision_cfg"],
+                text_cfg=open_clip.CLIPTextCfg(),
+                quick_gelu=built_with == "quick_gelu",
+            )
+    except Exception as error:  # open_clip checks nothing: a value of another type or a zero ends anywhere
+        raise ConfigError(f"model.vision_tower.name {name!r}: no ViT can be built of it: {error}") from None
     visual: Any = clip.visual
     if "proj" not in state:
         visual.proj = None  # never used here, and Hugging Face's CLIPVisionModel has none

@@ -135,6 +135,9 @@ def test_a_list_of_many_is_shortened(world: Path, capsys: pytest.CaptureFixture[
         ("mm_vision_select_feature", "cls_patch", "needed is 'patch'"),
         ("image_aspect_ratio", "anyres", "supported are 'pad' and 'square'"),
         ("mm_use_im_start_end", True, "mm_use_im_start_end True"),
+        ("mm_vision_select_layer", 99, "vision tower layer 99; allowed are -3..-1 and 1..3"),
+        ("mm_vision_select_layer", [-2, -5], "vision tower layer [-2, -5]; allowed are"),
+        ("hidden_size", "wide", "no causal LM"),
         ("mm_patch_merge_type", "spatial_unpad", "mm_patch_merge_type 'spatial_unpad'"),
     ],
 )

@@ -9,7 +9,7 @@ from eval_models import make_checkpoint
 from foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
 from interop_tools import convert
 from released_mole import CASES, golden, make_released
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model, make_vision_tower
 
 from llava_mole import cli
@@ -129,6 +129,9 @@ def test_a_prepared_data_set(inspected, tmp_path: Path) -> None:
         ({"config.json": "[]"}, "holds a JSON list, not an object"),
         ({"config.json": json.dumps({"model_type": "llama"})}, "is nothing known here"),
         ({"manifest.json": json.dumps({"format": "other/9"})}, "has format 'other/9'"),
+        ({"config.json": json.dumps({"model_type": ["llama"]})}, "model_type ['llama']; it must be a name"),
+        ({"config.json": "[" * 100_000}, "is not readable JSON"),
+        ({"checkpoint-\u00b2/x": ""}, "is nothing known here"),
         (
             {"model.safetensors": "junk", "config.json": json.dumps({"model_type": "llama"})},
             "not a readable safetensors",
@@ -139,8 +142,43 @@ def test_anything_else_gets_a_clear_message(
     content: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cli.main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("language_model", "vocab_size", None),
+        ("language_model", "num_attention_heads", 0),
+        ("language_model", "hidden_size", 48),
+        ("language_model", "dtype", "float17"),
+        ("language_model", "quantization_config", "4bit"),
+        ("clip", "hidden_size", "wide"),
+        ("vision_tower", "vision_cfg", {"width": 24}),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_one_line(
+    kind: str, key: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = {"language_model": make_language_model, "clip": make_clip, "vision_tower": make_vision_tower}[kind]
+    make(tmp_path / kind)
+    file = tmp_path / kind / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path / kind)]) == 2
+    assert str(tmp_path / kind) in [line for line in capsys.readouterr().err.splitlines() if "error:" in line][0]
+
+
+def test_of_several_forms_it_is_the_one_that_is_loaded(inspected, tmp_path: Path) -> None:
+    make_language_model(tmp_path / "lm")
+    other = {name: 2 * value for name, value in load_file(tmp_path / "lm" / "model.safetensors").items()}
+    torch.save(other, tmp_path / "lm" / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": dict.fromkeys(other, "pytorch_model-00001-of-00001.bin")}
+    (tmp_path / "lm" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "lm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert load_language_model(str(tmp_path / "lm"))[1] in row(inspected(tmp_path / "lm"), "fingerprint")

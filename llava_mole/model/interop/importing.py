@@ -89,6 +89,7 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
     skeleton = inside.skeleton() if inside else _skeleton_of(base_dir)
     tower = _tower(source, options)
     _check_projector(source, tower, skeleton)
+    layer = _select_layer(source, tower, options)
     adapter = _Adapter()
     if released is not None:
         check_experts(released, skeleton.linears())
@@ -107,7 +108,7 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
         if tower.state is not None:
             write_open_clip(tower, temporary / VISION_TOWER_DIR)
         final = out / LANGUAGE_MODEL_DIR if inside else base_dir
-        config = _run_config(source, tower, adapter.config, out, final, options)
+        config = _run_config(source, tower, layer, adapter.config, out, final, options)
         _write(temporary, config, source, tower, adapter, temporary / LANGUAGE_MODEL_DIR if inside else base_dir)
         write_label(temporary, {"converted": "to a checkpoint of llava_mole", "from": str(path.resolve())})
     return _assumptions(source, config, options, released is not None)
@@ -178,8 +179,25 @@ def _check_projector(source: Source, tower: Tower, skeleton: Skeleton) -> None:
     check_shapes(f"the projector of {source.found.path}", found, {n: tuple(v.shape) for n, v in expected.items()})
 
 
+def _select_layer(source: Source, tower: Tower, options: ImportOptions) -> int:
+    stated = source.select_layer if options.select_layer is None else options.select_layer
+    layer, blocks = -2 if stated is None else stated, tower.config["vision_cfg"]["layers"]
+    if type(layer) is not int or not 1 <= abs(layer) <= blocks:
+        raise WeightsError(
+            f"{source.found.path}: vision tower layer {layer!r}; allowed are -{blocks}..-1 and 1..{blocks}; give it "
+            "with --select-layer"
+        )
+    return layer
+
+
 def _run_config(
-    source: Source, tower: Tower, adapter: AdapterConfig, out: Path, language_model: Path, options: ImportOptions
+    source: Source,
+    tower: Tower,
+    select_layer: int,
+    adapter: AdapterConfig,
+    out: Path,
+    language_model: Path,
+    options: ImportOptions,
 ) -> RunConfig:
     assert source.projector_kind is not None
     if tower.state is None:
@@ -189,7 +207,6 @@ def _run_config(
         tower_name, tower_weights = str(folder / TOWER_CONFIG), folder / TOWER_WEIGHTS
     assert tower_name is not None
     ratio = options.aspect_ratio or source.aspect_ratio or "pad"
-    stated = source.select_layer if options.select_layer is None else options.select_layer
     return RunConfig(
         stage=cast(Any, source.stage),
         train=TrainConfig(output_dir=str(out)),
@@ -199,7 +216,7 @@ def _run_config(
                 name=tower_name,
                 weights=str(tower_weights),
                 activation=cast(Any, tower.activation),
-                select_layer=-2 if stated is None else stated,
+                select_layer=select_layer,
             ),
             projector=source.projector_kind,
         ),

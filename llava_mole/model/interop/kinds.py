@@ -69,7 +69,8 @@ def find_kind(path: Path) -> Found:
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():
-        raise WeightsError(f"{path} does not exist")
+        what = "is neither a file nor a directory" if path.exists() else "does not exist"
+        raise WeightsError(f"{path} {what}")
     manifest_note = ""
     if (path / MANIFEST).is_file():
         manifest = read_json(path / MANIFEST)
@@ -82,6 +83,8 @@ def find_kind(path: Path) -> Found:
     if list_checkpoints(path):
         return Found("run", path, {})
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if not isinstance(config.get("model_type", ""), str):
+        raise WeightsError(f"{path / 'config.json'}: model_type {config['model_type']!r}; it must be a name")
     if is_adapter_dir(path):
         adapter = read_json(path / ADAPTER_CONFIG)
         is_llava = (path / NON_LORA_FILE).is_file() or _is_llava_config(config)

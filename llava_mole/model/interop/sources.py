@@ -116,7 +116,7 @@ def read_llava_hf(found: Found) -> Source:
     where = found.path / "config.json"
     try:
         config: Any = LlavaConfig.from_pretrained(str(found.path), local_files_only=True)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # transformers raises many kinds for a value that it cannot use
         raise WeightsError(f"{where} is no configuration of LLaVA: {' '.join(str(error).split())[:200]}") from None
     if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
         raise WeightsError(
@@ -130,7 +130,7 @@ def read_llava_hf(found: Found) -> Source:
     weights = open_weights(found.path)
     parts = split_llava_hf(weights)
     parts.check(weights)
-    text = config.text_config.to_dict()
+    text = {**config.text_config.to_dict(), "tie_word_embeddings": config.tie_word_embeddings}
     return Source(
         found,
         projector=_read(weights, parts.projector),

@@ -9,8 +9,10 @@ import torch
 
 from llava_mole.errors import WeightsError
 
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+ENTRY_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""What a model directory is read from, in transformers' order."""
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 SHOWN = 5
 """How many names an error lists before it only counts."""
@@ -111,38 +113,45 @@ def load_pickle(path: Path) -> Any:
 def find_weights(directory: Path) -> list[Path]:
     """The weight files of a Hugging Face model directory; empty where it has none.
 
+    Where there are several forms, as after saving twice, it is the one that transformers loads.
+
     Raises:
         WeightsError: an index names files that are not there, or is no index.
     """
-    for name in INDEX_FILES:
-        index = directory / name
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise WeightsError(f"{index} has no weight_map; download it again")
-            files = sorted({str(file) for file in weight_map.values()})
-            bad = [file for file in files if Path(file).name != file]
-            if bad:
-                raise WeightsError(f"{index} names {bad[0]!r}, which is no file beside it")
-            absent = [file for file in files if not (directory / file).is_file()]
-            if absent:
-                raise WeightsError(f"{directory} lacks {len(absent)} of {len(files)} shards: {shorten(absent)}")
-            return [directory / file for file in files]
-    return next(([directory / name] for name in SINGLE_FILES if (directory / name).is_file()), [])
+    file = _entry(directory)
+    if file is None or file.suffix != ".json":
+        return [] if file is None else [file]
+    files = sorted({str(name) for name in _weight_map(file).values()})
+    bad = [name for name in files if Path(name).name != name]
+    if bad:
+        raise WeightsError(f"{file} names {bad[0]!r}, which is no file beside it")
+    absent = [name for name in files if not (directory / name).is_file()]
+    if absent:
+        raise WeightsError(f"{directory} lacks {len(absent)} of {len(files)} shards: {shorten(absent)}")
+    return [directory / name for name in files]
 
 
 def open_weights(path: Path) -> Weights:
     """The weights in a file or model directory. Raises WeightsError, also where a shard lacks what its index names."""
     files = [path] if path.is_file() else find_weights(path)
     if not files:
-        raise WeightsError(f"{path} holds no weights; looked for {', '.join((*INDEX_FILES, *SINGLE_FILES))}")
+        raise WeightsError(f"{path} holds no weights; looked for {', '.join(ENTRY_FILES)}")
     weights = Weights(files)
-    for name in INDEX_FILES if len(files) > 1 or not path.is_file() else ():
-        if (path / name).is_file():
-            named = read_json(path / name)["weight_map"]
-            check_names(path, weights, named, "its index names")
-            break
+    entry = None if path.is_file() else _entry(path)
+    if entry is not None and entry.suffix == ".json":
+        check_names(path, weights, _weight_map(entry), "its index names")
     return weights
+
+
+def _entry(directory: Path) -> Path | None:
+    return next((directory / name for name in ENTRY_FILES if (directory / name).is_file()), None)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} has no weight_map; download it again")
+    return weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds a JSON {type(value).__name__}, not an object")
