@@ -1,5 +1,6 @@
 """Foreign checkpoints become ours with the same outputs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from foreign_models import VOCABULARY, make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
 from interop_tools import close, convert, hf_logits, load, our_logits, reference_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model
 
 from llava_mole.inference import Predictor
@@ -28,6 +29,22 @@ def test_llava_hf_gives_the_logits_of_transformers(names: str, tmp_path: Path) -
         [None], ["What color is this?"], max_new_tokens=3
     )
     assert isinstance(answer, str)
+
+
+def test_a_llava_hf_may_tie_its_embeddings_as_a_whole(tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    make_llava_hf(tmp_path / "hf", "new")
+    for name, changes in (("config.json", {"tie_word_embeddings": True}), ("model.safetensors.index.json", {})):
+        content = {**json.loads((tmp_path / "hf" / name).read_text()), **changes}
+        content.get("weight_map", {}).pop("lm_head.weight", None)
+        (tmp_path / "hf" / name).write_text(json.dumps(content))
+    file = tmp_path / "hf" / "model-00002-of-00002.safetensors"
+    save_file({n: v for n, v in load_file(file).items() if n != "lm_head.weight"}, file, metadata={"format": "pt"})
+    assert convert(tmp_path / "hf", "--to", "checkpoint", "--out", tmp_path / "run") == 0
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    for theirs, ours in zip(hf_logits(model, VOCABULARY), our_logits(load(tmp_path / "run")), strict=True):
+        close(ours, theirs)
 
 
 @pytest.mark.parametrize("binary", [False, True])
