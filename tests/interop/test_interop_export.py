@@ -9,7 +9,7 @@ import torch
 from eval_models import make_checkpoint
 from foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
 from golden_cases import read_bytes
-from interop_tools import close, convert, hf_logits, load, our_logits
+from interop_tools import close, convert, hf_logits, load, our_logits, refused
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import make_language_model
@@ -63,6 +63,24 @@ def test_a_lora_run_as_llava_hf_has_the_same_logits(lora_run: Path, exported_hf:
     label = json.loads((exported_hf / "llava_mole.json").read_text())
     assert label["exact"]
     assert label["largest_logit_difference_of_the_merge"] < 1e-5
+
+
+def test_an_unmerged_lora_lies_beside_llava_hf(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+
+    assert convert(lora_run, "--to", "llava-hf", "--unmerged", "--out", tmp_path / "hf") == 0
+    model = load_hf(tmp_path / "hf")
+    vocabulary = load(lora_run).model.causal_lm.config.vocab_size
+    plain = hf_logits(model, vocabulary)[0][..., :vocabulary]
+    adapted = PeftModel.from_pretrained(model, str(tmp_path / "hf" / "adapter")).eval()
+    ours = our_logits(load(lora_run))
+    for theirs, expected in zip(hf_logits(adapted, vocabulary), ours, strict=True):
+        close(theirs[..., :vocabulary], expected)
+    assert (plain - ours[0]).abs().max() > 1e-2
+    refused(capsys, "has its LoRA unmerged in adapter/", tmp_path / "hf", "--to", "checkpoint", "--out", tmp_path / "o")
+    refused(capsys, "--unmerged is for --to llava-hf", lora_run, "--to", "llava", "--unmerged", "--out", tmp_path / "o")
 
 
 def test_its_processor_prepares_what_ours_does(lora_run: Path, exported_hf: Path) -> None:

@@ -22,7 +22,7 @@ FORMATS = {
     "hf-clip": "the vision tower as transformers' CLIPVisionModel",
     "llava": "full LLaVA-1.5, LoRA merged",
     "llava-lora": "LLaVA-1.5's LoRA layout with non_lora_trainables.bin, for --model-base",
-    "llava-hf": "transformers' LlavaForConditionalGeneration with processor, LoRA merged",
+    "llava-hf": "transformers' LlavaForConditionalGeneration with processor, LoRA merged or (--unmerged) beside it",
     "peft": "the adapter, plain or mixture, for PeftModel.from_pretrained, with the projector",
 }
 OWN_ONLY: dict[str, Callable[[Path, Path, ExportOptions], list[str]]] = {
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     going.add_argument("--tower-in-shards", action="store_true", help="llava: the tower's weights among the others")
     going.add_argument(
+        "--unmerged", action="store_true", help="llava-hf: the LoRA in OUT/adapter, for PeftModel.from_pretrained"
+    )
+    going.add_argument(
         "--dtype", choices=DTYPES, help="of the weights written (default: as the language model has them)"
     )
     return parser
@@ -105,9 +108,12 @@ def _convert(arguments: Any) -> list[str]:
         usage=arguments.usage,
         mm_vision_tower=arguments.mm_vision_tower,
         tower_in_shards=arguments.tower_in_shards,
+        unmerged=arguments.unmerged,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
         overwrite=arguments.overwrite,
     )
+    if arguments.unmerged and arguments.to != "llava-hf":
+        raise ConfigError(f"--unmerged is for --to llava-hf, not {arguments.to}; llava-lora and peft are unmerged anyway")
     if arguments.to == "projector":
         return exporting.export_projector(source, out, options)
     if arguments.to in ("open-clip", "hf-clip"):

@@ -20,7 +20,14 @@ from llava_mole.model.interop.hf_processor import (
     write_processor,
 )
 from llava_mole.model.interop.kinds import NON_LORA_FILE, PROJECTOR_FILE, find_kind
-from llava_mole.model.interop.llava_keys import LLAVA_PROJECTOR, LORA_WRAPPER, llava_hf_name, llava_name
+from llava_mole.model.interop.llava_keys import (
+    HF_ADAPTER,
+    LLAVA_PROJECTOR,
+    LORA_WRAPPER,
+    llava_hf_module,
+    llava_hf_name,
+    llava_name,
+)
 from llava_mole.model.interop.lora import Lora, write_lora
 from llava_mole.model.interop.merging import Extra, Naming, check_merge, write_model
 from llava_mole.model.interop.own import OwnCheckpoint, llava_projector, open_own, read_projector
@@ -45,6 +52,8 @@ class ExportOptions:
     """Name of the tower for LLaVA's config.json. None writes the tower beside it and names that."""
     tower_in_shards: bool = False
     """LLaVA layout: the tower's weights among the others, as LLaVA's full fine-tuning saves them."""
+    unmerged: bool = False
+    """llava-hf: the LoRA beside the model, for PEFT."""
     dtype: torch.dtype | None = None
     overwrite: bool = False
 
@@ -136,7 +145,10 @@ def export_llava(path: Path, out: Path, options: ExportOptions) -> list[str]:
 
 
 def export_llava_hf(path: Path, out: Path, options: ExportOptions) -> list[str]:
-    """Write a checkpoint of `transformers.LlavaForConditionalGeneration` with its processor, its LoRA merged."""
+    """Write a checkpoint of `transformers.LlavaForConditionalGeneration` with its processor.
+
+    Its LoRA is merged, or a PEFT adapter of that class in `adapter/`.
+    """
 
     def write(own: OwnCheckpoint, adapter: Path, lora: Lora | None, temporary: Path) -> float | None:
         from transformers import GenerationConfig
@@ -148,7 +160,7 @@ def export_llava_hf(path: Path, out: Path, options: ExportOptions) -> list[str]:
         config = llava_config(own, image_id, rows)
         config.dtype = options.dtype or own.weights[next(iter(own.weights))].dtype
         extra = Extra(projector, hugging_face_state(own.tower), grow)
-        write_model(temporary, own, lora, extra, llava_hf_name, options.dtype)
+        write_model(temporary, own, None if options.unmerged else lora, extra, llava_hf_name, options.dtype)
         config.save_pretrained(str(temporary))
         write_processor(own, tokenizer, temporary)
         GenerationConfig(
@@ -156,9 +168,14 @@ def export_llava_hf(path: Path, out: Path, options: ExportOptions) -> list[str]:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ).save_pretrained(str(temporary))
-        return _checked(temporary, own, adapter, lora, llava_hf_name)
+        if not options.unmerged:
+            return _checked(temporary, own, adapter, lora, llava_hf_name)
+        if lora is None:
+            raise ConfigError(f"{own.path} has no adapter; leave --unmerged out")
+        write_lora(lora.renamed(llava_hf_module), temporary / HF_ADAPTER, str(out.resolve()))
+        return None
 
-    return _export(path, out, options, "the layout of llava-hf", write)
+    return _export(path, out, options, "the layout of llava-hf", write, unmerged=options.unmerged)
 
 
 def _export(

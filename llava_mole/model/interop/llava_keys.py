@@ -13,6 +13,8 @@ LORA_WRAPPER = "base_model.model."
 
 HF_LINEARS = {"linear_1": "0", "linear_2": "2"}
 """llava-hf's projector -> position in LLaVA's `mlp2x_gelu`."""
+HF_ADAPTER = "adapter"
+"""Where an unmerged LoRA lies beside a `llava-hf` checkpoint of ours."""
 
 
 @dataclass
@@ -102,6 +104,11 @@ def llava_hf_name(part: str, name: str) -> str:
         linears = {ours: theirs for theirs, ours in HF_LINEARS.items()}
         return f"multi_modal_projector.{linears[position]}.{kind}"
     return {"language_model": "language_model.", "tower": "vision_tower.vision_model."}[part] + name
+
+
+def llava_hf_module(path: str) -> str:
+    """What `LlavaForConditionalGeneration` calls a module of its language model (`model.layers...`)."""
+    return "model.language_model." + path.removeprefix("model.")
 
 
 def _put_tower(parts: Parts, inner: str, name: str) -> None:

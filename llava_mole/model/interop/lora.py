@@ -1,7 +1,7 @@
 """Plain LoRA adapters on disk: read in every spelling PEFT has had, checked, written, and merged tensor by tensor."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -49,6 +49,20 @@ class Lora:
         """`W + (alpha / r) B A` of a linear `[out, in]`, computed in float64, in the dtype of `weight`."""
         a_RI, b_OR = (value.double() for value in self.pairs[path])
         return (weight.double() + self.scaling(path) * (b_OR @ a_RI)).to(weight.dtype)
+
+    def renamed(self, rename: Callable[[str], str]) -> "Lora":
+        """The same pairs for another model, whose modules are called `rename(path)`, each named in full."""
+        r, alpha = self.config["r"], self.config["lora_alpha"]
+        ranks = {rename(path): a_RI.shape[0] for path, (a_RI, _) in self.pairs.items()}
+        alphas = {rename(path): _pattern(self.config.get("alpha_pattern") or {}, path, alpha) for path in self.pairs}
+        config = {
+            **self.config,
+            "target_modules": list(ranks),
+            "exclude_modules": None,
+            "rank_pattern": {path: rank for path, rank in ranks.items() if rank != r},
+            "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        }
+        return Lora(config, {rename(path): pair for path, pair in self.pairs.items()})
 
 
 def is_adapter_dir(path: Path) -> bool:

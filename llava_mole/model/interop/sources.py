@@ -12,8 +12,8 @@ from llava_mole.errors import WeightsError
 from llava_mole.model.interop.causal_lm import Skeleton, language_model_config
 from llava_mole.model.interop.clip_keys import open_clip_config
 from llava_mole.model.interop.kinds import NON_LORA_FILE, OUR_PROJECTOR, Found, find_kind
-from llava_mole.model.interop.llava_keys import Parts, split_llava, split_llava_hf
-from llava_mole.model.interop.lora import Lora, read_lora
+from llava_mole.model.interop.llava_keys import HF_ADAPTER, Parts, split_llava, split_llava_hf
+from llava_mole.model.interop.lora import Lora, is_adapter_dir, read_lora
 from llava_mole.model.interop.tensors import Weights, open_weights, read_json, shorten
 
 LLAVA_FLAT = {"mm_patch_merge_type": ("flat", None), "s2": (False, None), "mm_use_im_start_end": (False, None)}
@@ -114,6 +114,8 @@ def read_llava_hf(found: Found) -> Source:
     from transformers import LlavaConfig
 
     where = found.path / "config.json"
+    if is_adapter_dir(found.path / HF_ADAPTER):
+        raise WeightsError(f"{found.path} has its LoRA unmerged in {HF_ADAPTER}/; merge it with PEFT first")
     try:
         config: Any = LlavaConfig.from_pretrained(str(found.path), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a value that it cannot use
