@@ -103,8 +103,9 @@ def load_projector(projector: nn.Sequential, source: str | Path) -> None:
     """Load projector weights from a checkpoint, a run directory or a `.safetensors` file, in place.
 
     Raises:
-        WeightsError: no such file, or keys or shapes that do not fit, each named.
+        WeightsError: no such file, not readable, keys or shapes that do not fit, each named, or values not finite.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(source)
@@ -115,11 +116,16 @@ def load_projector(projector: nn.Sequential, source: str | Path) -> None:
             f"projector weights {str(source)!r}: no such checkpoint directory or .safetensors file "
             "(projector_weights); run stage 1 first"
         )
-    state = {key.removeprefix(PROJECTOR_PREFIX): value.float() for key, value in load_file(path).items()}
+    try:
+        state = {key.removeprefix(PROJECTOR_PREFIX): value.float() for key, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a readable safetensors file ({error})") from None
     expected = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if found != expected:
         raise WeightsError(f"{path} does not fit the projector: it has {found}, the model needs {expected}")
+    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
+        raise WeightsError(f"{path} has values that are not finite; train or download the projector again")
     projector.load_state_dict(state)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from llava_mole.errors import WeightsError
 from llava_mole.model.fingerprint import fingerprint
@@ -42,7 +43,7 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
 
     check_language_model_dir(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype="auto",
             local_files_only=True,
@@ -54,6 +55,7 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
     except Exception as error:  # transformers raises many kinds, down to KeyError for a value in config.json
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise WeightsError(f"language model {path!r} does not load: {reason}") from None
+    model, info = loaded
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
     problems += [f"{n} is {tuple(found)}, needed is {tuple(to)}" for n, found, to in sorted(info["mismatched_keys"])]

@@ -171,7 +171,7 @@ def test_a_configuration_that_cannot_be_used_is_one_line(
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / kind)]) == 2
-    assert str(tmp_path / kind) in [line for line in capsys.readouterr().err.splitlines() if "error:" in line][0]
+    assert str(tmp_path / kind) in next(line for line in capsys.readouterr().err.splitlines() if "error:" in line)
 
 
 def test_of_several_forms_it_is_the_one_that_is_loaded(inspected, tmp_path: Path) -> None:

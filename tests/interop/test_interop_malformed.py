@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_models import projector_state
 from released_mole import CASES, golden, make_released
 from safetensors.torch import save_file
 
 from llava_mole.errors import WeightsError
+from llava_mole.model.builder import load_projector
 from llava_mole.model.interop.kinds import find_kind
 from llava_mole.model.interop.llava_keys import split_llava, split_llava_hf
 from llava_mole.model.interop.lora import read_lora
 from llava_mole.model.interop.released import read_released
 from llava_mole.model.interop.sources import read_source
+from llava_mole.model.multimodal_projector import build_projector
 
 LINEARS = {"model.layers.0.mlp.up_proj": (3, 2)}
 A, B = ("base_model.model.model.layers.0.mlp.up_proj.lora_" + half for half in "AB")
@@ -163,3 +166,19 @@ def test_what_an_adapter_excludes_is_not_missing(tmp_path: Path) -> None:
     write_adapter(tmp_path, {**config, "exclude_modules": None}, PAIR)
     with pytest.raises(WeightsError, match="2 missing: model.layers.0.mlp.down_proj.lora_A"):
         read_lora(tmp_path, linears)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, LORA, {**PAIR, f"{B}.weight": torch.full((3, 1), float("nan"))})
+    with pytest.raises(WeightsError, match="not finite, in model.layers.0.mlp.up_proj.lora_B; download"):
+        read_lora(tmp_path, LINEARS)
+    torch.save({f"model.mm_projector.{n}": v / 0 for n, v in projector_state().items()}, tmp_path / "p.bin")
+    with pytest.raises(WeightsError, match="not finite, in 0.weight"):
+        read_source(tmp_path / "p.bin")
+    save_file({n: v / 0 for n, v in projector_state().items()}, tmp_path / "p.safetensors")
+    projector = build_projector("mlp2x_gelu", 24, 32)
+    with pytest.raises(WeightsError, match="has values that are not finite"):
+        load_projector(projector, tmp_path / "p.safetensors")
+    (tmp_path / "p.safetensors").write_text("junk")
+    with pytest.raises(WeightsError, match="is not a readable safetensors file"):
+        load_projector(projector, tmp_path / "p.safetensors")

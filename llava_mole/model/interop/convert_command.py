@@ -113,7 +113,9 @@ def _convert(arguments: Any) -> list[str]:
         overwrite=arguments.overwrite,
     )
     if arguments.unmerged and arguments.to != "llava-hf":
-        raise ConfigError(f"--unmerged is for --to llava-hf, not {arguments.to}; llava-lora and peft are unmerged anyway")
+        raise ConfigError(
+            f"--unmerged is for --to llava-hf, not {arguments.to}; llava-lora and peft are unmerged anyway"
+        )
     if arguments.to == "projector":
         return exporting.export_projector(source, out, options)
     if arguments.to in ("open-clip", "hf-clip"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llava_mole.errors import WeightsError
-from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json, shorten, two_spellings
+from llava_mole.model.interop.tensors import check_finite, check_shapes, open_weights, read_json, shorten, two_spellings
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -123,6 +123,7 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
         rank = int(_pattern(config.get("rank_pattern") or {}, path, config["r"]))
         needed |= {f"{path}.lora_A": (rank, inner), f"{path}.lora_B": (out, rank)}
     check_shapes(weights_file, {name: tuple(value.shape) for name, value in halves.items()}, needed)
+    check_finite(weights_file, halves)
     return Lora(config, {path: (halves[f"{path}.lora_A"], halves[f"{path}.lora_B"]) for path in adapted})
 
 

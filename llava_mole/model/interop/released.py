@@ -18,7 +18,7 @@ from llava_mole.config import AdapterConfig
 from llava_mole.errors import WeightsError
 from llava_mole.model.interop.kinds import Found
 from llava_mole.model.interop.sources import Source, projector_kind
-from llava_mole.model.interop.tensors import Weights, check_shapes, open_weights, shorten, two_spellings
+from llava_mole.model.interop.tensors import Weights, check_finite, check_shapes, open_weights, shorten, two_spellings
 from llava_mole.model.multimodal_projector import ENDS
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp)\.moe_(gate|up|down)\.(\d+)\.lora_([AB])")
@@ -128,6 +128,7 @@ def check_experts(released: ReleasedMole, linears: Mapping[str, tuple[int, int]]
             needed[f"{path}.mole_lora.A"], needed[f"{path}.mole_lora.B"] = (r, inner), (r, out)
     found = {name: tuple(value.shape) for name, value in released.experts.items()}
     check_shapes(released.source.found.path, found, needed)
+    check_finite(released.source.found.path, {**released.experts, **released.source.projector})
 
 
 def check_base_weights(released: ReleasedMole, base: Weights, where: Path) -> None:

@@ -14,7 +14,7 @@ from llava_mole.model.interop.clip_keys import open_clip_config
 from llava_mole.model.interop.kinds import NON_LORA_FILE, OUR_PROJECTOR, Found, find_kind
 from llava_mole.model.interop.llava_keys import HF_ADAPTER, Parts, split_llava, split_llava_hf
 from llava_mole.model.interop.lora import Lora, is_adapter_dir, read_lora
-from llava_mole.model.interop.tensors import Weights, open_weights, read_json, shorten
+from llava_mole.model.interop.tensors import Weights, check_finite, open_weights, read_json, shorten
 
 LLAVA_FLAT = {"mm_patch_merge_type": ("flat", None), "s2": (False, None), "mm_use_im_start_end": (False, None)}
 """Keys of LLaVA's config.json -> the values that mean LLaVA-1.5's architecture."""
@@ -218,7 +218,9 @@ def _from_llava_config(found: Found, parts: Parts, weights: Weights) -> Source:
 
 
 def _read(weights: Weights, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    return {name: weights[there].clone() for name, there in names.items()}
+    state = {name: weights[there].clone() for name, there in names.items()}
+    check_finite(weights, state)
+    return state
 
 
 def _hf_aspect_ratio(path: Path) -> str | None:

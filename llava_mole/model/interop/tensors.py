@@ -195,6 +195,13 @@ def check_shapes(where: object, found: Mapping[str, tuple[int, ...]], needed: Ma
         raise WeightsError(f"{where} does not fit: {len(other)} tensors of another shape: {shorten(other)}")
 
 
+def check_finite(where: object, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise WeightsError that lists tensors with values that are not finite."""
+    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise WeightsError(f"{where} has values that are not finite, in {shorten(broken)}; download it again")
+
+
 def _shapes(handle: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(handle, dict):
         return {name: tuple(value.shape) for name, value in handle.items()}
