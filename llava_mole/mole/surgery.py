@@ -5,12 +5,14 @@ Every function changes Parameters, so build the optimizer afterwards.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from llava_mole.mole.auxiliary import find_tuner
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import MoleLinear, MoleMlp
 from llava_mole.mole.model import MoleModel
+from llava_mole.mole.plain_lora import not_plain, scaling
 
 _PREFIX = "base_model.model."
 
@@ -235,27 +238,22 @@ def _read_lora(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for file in files:
         if not file.is_file():
             raise WeightsError(f"{file} does not exist; from_loras reads directories that PEFT saved a LoRA in")
-    raw = json.loads(files[0].read_text(encoding="utf-8"))
-    if raw.get("peft_type") != "LORA" or raw.get("use_dora"):
-        raise WeightsError(
-            f"{files[0]} is no plain LoRA (peft_type {raw.get('peft_type')}, DoRA {raw.get('use_dora')})"
-        )
-    tensors = load_file(files[1])
-    pairs = {}
-    for key, a in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        path = key.removesuffix(".lora_A.weight")
-        b = tensors[f"{path}.lora_B.weight"]
-        path = path.removeprefix(_PREFIX)
-        alpha = _pattern(raw.get("alpha_pattern") or {}, path, raw["lora_alpha"])
-        rank = a.shape[0]
-        pairs[path] = (a, b.T * (alpha / (rank**0.5 if raw.get("use_rslora") else rank)))
-    return pairs
-
-
-def _pattern(patterns: dict[str, float], path: str, default: float) -> float:
-    return next((v for name, v in patterns.items() if path == name or path.endswith(f".{name}")), default)
+    try:
+        raw = json.loads(files[0].read_text(encoding="utf-8"))
+        if odd := not_plain(raw):
+            raise WeightsError(f"{files[0]}: {', '.join(odd)}; experts are made of plain LoRA pairs")
+        tensors = load_file(files[1])
+        pairs = {}
+        for key, a in tensors.items():
+            if not key.endswith(".lora_A.weight"):
+                continue
+            path = key.removesuffix(".lora_A.weight")
+            b = tensors[f"{path}.lora_B.weight"]
+            path = path.removeprefix(_PREFIX)
+            pairs[path] = (a, b.T * scaling(raw, path, a.shape[0]))
+        return pairs
+    except (ValueError, KeyError, TypeError, AttributeError, re.error, SafetensorError) as error:
+        raise WeightsError(f"{directory} does not hold a LoRA as PEFT saves it ({error!r}); save it again") from None
 
 
 def _fill(a_RI: Tensor, b_RO: Tensor, pairs: list[tuple[Tensor, Tensor]], factor: float, where: str) -> None:

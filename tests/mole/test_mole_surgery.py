@@ -1,5 +1,7 @@
 """Experts out of and into plain LoRAs, more and fewer experts: what is claimed to be exact is."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def test_what_is_no_lora_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="does not exist"):
         from_loras(tiny_llama(), [tmp_path])
     get_peft_model(tiny_llama(), MoleConfig(r=4)).save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="no plain LoRA"):
+    with pytest.raises(WeightsError, match="peft_type 'MOLE'; experts are made of plain LoRA pairs"):
         from_loras(tiny_llama(), [tmp_path])
     with pytest.raises(ConfigError, match="must be mean, first or none"):
         from_loras(tiny_llama(), [tmp_path], attention="sum")
@@ -105,6 +107,28 @@ def test_what_is_no_lora_is_refused(tiny_llama: Make, tmp_path: Path) -> None:
         to_lora(get_peft_model(tiny_llama(), MoleConfig(r=4)), tmp_path, expert=3)
     with pytest.raises(ConfigError, match="has no MoLE adapter"):
         to_lora(tiny_llama(), tmp_path, expert=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),  # its base is another one
+        ({"bias": "all"}, "bias 'all'"),
+        ({"lora_alpha": None}, "does not hold a LoRA as PEFT saves it"),
+        ({"alpha_pattern": {"(": 3}}, "does not hold a LoRA as PEFT saves it"),
+    ],
+)
+def test_loras_of_another_arithmetic_are_refused(change: dict, message: str, tiny_llama: Make, tmp_path: Path) -> None:
+    train_lora(tiny_llama, tmp_path, 1, r=2)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        from_loras(tiny_llama(), [tmp_path])
+
+
+def test_alpha_patterns_are_regular_expressions(tiny_llama: Make, tmp_path: Path) -> None:
+    expected = train_lora(tiny_llama, tmp_path, 1, r=2, lora_alpha=4, alpha_pattern={r"layers\.[01]\.mlp\.\w+": 12})
+    torch.testing.assert_close(from_loras(tiny_llama(), [tmp_path]).eval()(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["paper", "coupled", "best"])

@@ -11,6 +11,7 @@ import torch
 
 from llava_mole.errors import WeightsError
 from llava_mole.model.interop.tensors import check_finite, check_shapes, open_weights, read_json, shorten, two_spellings
+from llava_mole.mole.plain_lora import ending, not_plain, pattern_value, scaling
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -20,16 +21,6 @@ KEPT = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
     "use_rslora",
 )  # fmt: skip
-UNSUPPORTED = {
-    "use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "lora_bias": False,
-    "layers_to_transform": None, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
-    "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "monteclora_config": None,
-    "use_qalora": False, "use_bdlora": None,
-}  # fmt: skip
-"""What a plain adapter has; another value means other weights than A and B, or another arithmetic."""
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""`init_lora_weights` that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take their first
-pairs out of it, and PEFT does so again whenever such an adapter is loaded."""
 
 
 @dataclass
@@ -41,9 +32,7 @@ class Lora:
 
     def scaling(self, path: str) -> float:
         """alpha / r of a module (alpha / sqrt(r) for rsLoRA)."""
-        rank = self.pairs[path][0].shape[0]
-        alpha = _pattern(self.config.get("alpha_pattern") or {}, path, self.config["lora_alpha"])
-        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+        return scaling(self.config, path, self.pairs[path][0].shape[0])
 
     def merged(self, path: str, weight: torch.Tensor) -> torch.Tensor:
         """`W + (alpha / r) B A` of a linear `[out, in]`, computed in float64, in the dtype of `weight`."""
@@ -54,7 +43,9 @@ class Lora:
         """The same pairs for another model, whose modules are called `rename(path)`, each named in full."""
         r, alpha = self.config["r"], self.config["lora_alpha"]
         ranks = {rename(path): a_RI.shape[0] for path, (a_RI, _) in self.pairs.items()}
-        alphas = {rename(path): _pattern(self.config.get("alpha_pattern") or {}, path, alpha) for path in self.pairs}
+        alphas = {
+            rename(path): pattern_value(self.config.get("alpha_pattern") or {}, path, alpha) for path in self.pairs
+        }
         config = {
             **self.config,
             "target_modules": list(ranks),
@@ -82,17 +73,12 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
     """
     file = directory / ADAPTER_CONFIG
     config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise WeightsError(f"{file}: peft_type {config.get('peft_type')!r}, needed is 'LORA'")
+    if odd := not_plain(config):
+        raise WeightsError(f"{file}: {', '.join(odd)}; only plain LoRA pairs can be carried over")
     absent = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
     if absent:
         raise WeightsError(f"{file} lacks {', '.join(absent)}; download it again")
     _check_config(file, config)
-    odd = [f"{key} {config[key]!r}" for key, plain in UNSUPPORTED.items() if config.get(key, plain) not in (plain, [])]
-    if config.get("init_lora_weights") not in PLAIN_STARTS:
-        odd.append(f"init_lora_weights {config['init_lora_weights']!r}")
-    if odd:
-        raise WeightsError(f"{file}: {', '.join(odd)}; only plain LoRA pairs can be carried over")
     weights_file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
     if weights_file is None:
         raise WeightsError(f"{directory} has no {' or '.join(ADAPTER_FILES)}")
@@ -120,7 +106,7 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
     needed: dict[str, tuple[int, ...]] = {}
     for path in adapted:
         out, inner = linears[path]
-        rank = int(_pattern(config.get("rank_pattern") or {}, path, config["r"]))
+        rank = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
         needed |= {f"{path}.lora_A": (rank, inner), f"{path}.lora_B": (out, rank)}
     check_shapes(weights_file, {name: tuple(value.shape) for name, value in halves.items()}, needed)
     check_finite(weights_file, halves)
@@ -178,17 +164,5 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
         if not isinstance(patterns, dict):
             raise WeightsError(f"{file}: {pattern} {patterns!r}; needed is an object of module names")
         for name, value in patterns.items():
-            expression(pattern, name, _ending(name))
+            expression(pattern, name, ending(name))
             number(f"{pattern} {name}", value, whole=whole)
-
-
-def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    for name, value in patterns.items():
-        if path == name or path.endswith(f".{name}") or re.fullmatch(_ending(name), path):
-            return value
-    return default
-
-
-def _ending(name: str) -> str:
-    """PEFT's regular expression for a key of a pattern: it matches the end of a module's path."""
-    return rf"(.*\.)?({name})"
