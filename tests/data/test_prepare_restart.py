@@ -13,6 +13,7 @@ import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.data.converters import image_stage
+from llava_mole.data.converters.image_files import ImageFacts
 from llava_mole.data.store import verify_shards
 
 ROOT = Path(__file__).parent.parent.parent
@@ -107,6 +108,21 @@ def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest
     assert again.report == once.report
     assert again.rows == once.rows
     assert sorted(again.listed) == sorted(once.listed)
+
+
+def test_a_journal_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
+    facts = [ImageFacts(f"{n}.jpg", (20, 10 + n), None) for n in range(3)]
+    path = tmp_path / "checked.jsonl"
+    for number, fact in enumerate(facts):
+        journal = image_stage.Journal(path)
+        assert [journal.get(known.path) for known in facts[:number]] == facts[:number]
+        journal.add(fact)
+        journal.close()
+        with path.open("a") as file:  # killed while it wrote the next line
+            file.write('["half.jpg", [20, 1')
+    journal = image_stage.Journal(path)
+    assert [journal.get(known.path) for known in facts] == facts
+    journal.close()
 
 
 def test_a_partial_output_of_other_arguments_is_thrown_away(tmp_path: Path) -> None:

@@ -119,10 +119,14 @@ class Journal:
         self._good: dict[int, int] = {}
         self._other: dict[str, ImageFacts] = {}
         if path.is_file():
-            with path.open(encoding="utf-8") as lines:
+            whole = 0
+            with path.open("rb") as lines:
                 for line in lines:
-                    if line.endswith("]\n"):  # else the process was killed while it wrote
-                        self._remember(_facts_from(json.loads(line)))
+                    if not line.endswith(b"]\n"):  # the process was killed while it wrote
+                        break
+                    self._remember(_facts_from(json.loads(line)))
+                    whole += len(line)
+            os.truncate(path, whole)  # else the next line would become one with the half
         self._file = path.open("a", encoding="utf-8")
 
     def get(self, name: str) -> ImageFacts | None:
