@@ -57,8 +57,8 @@ class Looked(NamedTuple):
 
     draft: Draft
     facts: tuple[ImageFacts, ...]
-    unpacked: bool
-    """Whether its images are in the prepared set's own folder."""
+    unpacked: set[bool]
+    """Whether each of its images is in the prepared set's own folder; both where some are."""
 
 
 def run_task(task: Task, unpacked: Path, decode: bool) -> ImageFacts:
@@ -248,13 +248,13 @@ def look_at_images(
                     journal.add(facts)
         for draft, parts in ready.rows:
             found = tuple(results[part] if isinstance(part, int) else part for part in parts)
-            yield Looked(draft, found, policy.copy or "" in draft.images)
+            yield Looked(draft, found, {policy.copy or image == "" for image in draft.images})
 
     try:
         for draft in drafts:
             parts: list[ImageFacts | int] = [facts_of(draft, i, image) for i, image in enumerate(draft.images)]
             if not chunk.rows and not chunk.tasks and not waiting:
-                yield Looked(draft, tuple(parts), False)  # type: ignore[arg-type]  # no task, so no position
+                yield Looked(draft, tuple(parts), {False} if parts else set())  # type: ignore[arg-type]  # no task, so no position
                 continue
             if chunk.tasks:
                 draft.images = tuple("" if isinstance(image, Embedded) else image for image in draft.images)
