@@ -97,7 +97,8 @@ def test_images_in_records_and_beside_them_are_gathered_on_request(
     raw_sets.write_image(tmp_path / "raw/a.jpg", 1)
     images = ["a.jpg", f"data:image/jpeg;base64,{raw_sets.base64_image(2)}"]
     rows = [
-        {"images": named, "question": "Red?", "answer": "no"} for named in ([images] if together else zip(images, strict=True))
+        {"images": named, "question": "Red?", "answer": "no"}
+        for named in ([images] if together else zip(images, strict=True))
     ]
     raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
     arguments = [
