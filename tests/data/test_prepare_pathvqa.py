@@ -7,6 +7,9 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.data.converters.base import Options
+from llava_mole.data.converters.defects import Defects
+from llava_mole.data.converters.pathvqa import iterate
 from llava_mole.data.converters.pickles import load_plain
 from llava_mole.errors import DataError
 
@@ -116,13 +119,25 @@ def test_damaged_and_hostile_pickles_are_named(tmp_path: Path, data: bytes) -> N
 def test_pickled_rows_of_another_kind_are_counted(tmp_path: Path) -> None:
     good = {"image": "train_0001", "question": "what?", "answer": 3}
     rows = [good, "text", {**good, "image": 5}, {**good, "answer": None}, {**good, "answer": ""}]
+    rows += [{**good, "answer": float("nan")}, {**good, "answer": 10**5000}, {**good, "image": 10**5000}]
     path = tmp_path / "raw/train_qa.pkl"
     path.parent.mkdir()
     path.write_bytes(pickle.dumps(rows))
     raw_sets.write_image(tmp_path / "raw/images/train/train_0001.jpg", 1)
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
-    assert done.defects == {"bad-record dropped": 3, "empty-answer dropped": 1}
+    assert done.defects == {"bad-record dropped": 6, "empty-answer dropped": 1}
     assert [turn.text for turn in done.rows[0].turns] == ["<image>\nwhat?", "3"]
+
+
+@pytest.mark.parametrize("key", ["image", "question", "answer", "label"])
+def test_values_too_deep_to_be_shown_are_counted(tmp_path: Path, key: str) -> None:
+    deep = b"]" * 20_000 + b"a" * 19_999
+    values = {"image": b"U\x01x", "question": b"U\x01x", key: b"}U\x01x" + deep + b"s" if key == "label" else deep}
+    row = b"".join(b"U" + bytes([len(name)]) + name.encode() + value for name, value in values.items())
+    (tmp_path / "train_qa.pkl").write_bytes(b"\x80\x02]}(" + row + b"ua.")
+    defects = Defects()
+    assert list(iterate(tmp_path, Options(), defects)) == []
+    assert dict(defects.counts) == {("bad-record", "dropped"): 1}
 
 
 def test_nothing_of_pathvqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

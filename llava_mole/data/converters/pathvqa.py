@@ -15,6 +15,7 @@ from llava_mole.errors import DataError
 SOURCE = "pathvqa"
 CLOSED_SUFFIX = " Please choose from the following two options: [yes, no]"
 MISSPELT = "conversatons"
+_LARGEST_ANSWER = 1e100
 _TYPES = {"open": "OPEN", "other": "OPEN", "number": "OPEN", "closed": "CLOSED", "yes/no": "CLOSED"}
 
 
@@ -64,11 +65,11 @@ def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects:
                 raise Dropped("bad-record", f"not an object but {type(value).__name__}")
             image = value.get("image", value.get("img_id"))
             if not isinstance(image, str) or not image:
-                raise Dropped("bad-record", f"'image' is {image!r:.60}")
+                raise Dropped("bad-record", f"'image' is {type(image).__name__}; it must be a name")
             question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
             if isinstance(answer, dict):  # candidates with their weights
                 if not all(isinstance(weight, (int, float)) for weight in answer.values()):
-                    raise Dropped("bad-record", f"'label' is {answer!r:.60}; its values must be numbers")
+                    raise Dropped("bad-record", "'label' has values that are no numbers")
                 answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
             yield _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
         except Dropped as dropped:
@@ -96,9 +97,13 @@ def _draft(
     options: Options,
     defects: Defects,
 ) -> Draft:
-    if not isinstance(question, str) or not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
-        raise Dropped("bad-record", f"question {question!r:.40}, answer {answer!r:.40}; both must be text")
-    answer = str(answer)
+    number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if number and abs(answer) < _LARGEST_ANSWER:  # neither NaN nor what Python refuses to write
+        answer = str(answer)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        # Types, not values: those of a hostile pickle may be nested too deeply to be shown.
+        types = f"question is {type(question).__name__}, answer is {type(answer).__name__}"
+        raise Dropped("bad-record", f"{types}; both must be text")
     kind = answer_type(answer)
     if options.closed_suffix and kind == "CLOSED":
         question += CLOSED_SUFFIX
