@@ -1,7 +1,9 @@
 """The command line of `llava-mole prepare`: its pages, and mistakes in what is given."""
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.data.converters import image_stage
 from llava_mole.data.converters.defects import KINDS, Defects
 from llava_mole.data.converters.published import published_counts
 from llava_mole.data.converters.registry import MODULES, get_converter
@@ -53,6 +56,8 @@ def test_names_lead_to_their_converters(name: str) -> None:
         (["llava-json", "--raw", ".", "--out", "x", "--image-root", "none"], "--image-root none is no directory"),
         (["llava-json", "--raw", ".", "--out", "x", "--train-splits", "dev"], "'dev' is no split"),
         (["llava-json", "--raw", ".", "--out", "x", "--unpack-archives", "y"], "holds no zip or tar file"),
+        (["mix665k", "--raw", ".", "--out", "."], "--out . names no folder of its own"),
+        (["mix665k", "--raw", ".", "--out", "/dev/null/x"], "/dev/null/.x.partial: Not a directory; `prepare` must"),
         (
             ["mix665k", "--raw", ".", "--out", "x"],
             "the annotation file is not there; looked for llava_v1_5_mix665k.json",
@@ -72,6 +77,22 @@ def test_mistakes_are_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw_sets.write_m3it(tmp_path / "raw")
+    monkeypatch.setattr(image_stage, "run_tasks", die)
+    given = ["prepare", "m3it", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "2"]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert "a worker process was killed" in error
+    assert "Traceback" not in error
 
 
 def test_preparing_loads_no_torch(tmp_path: Path) -> None:
