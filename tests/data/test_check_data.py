@@ -369,6 +369,7 @@ def test_keys_are_a_set() -> None:
             ["--data.sources.red.annotations", "none.json"],
             "none.json: is neither an annotation file nor a prepared set",
         ),
+        (["--data.sources.red.annotations", "{empty}"], "empty.json: holds no record; training would not start"),
         (["--check.max_truncated", "20"], "check.max_truncated is 20.0; it is a share, 0 to 1"),
         (["--check.max_trunc", "0"], "max_trunc"),
         (["--data.template", "vicuna"], "template 'vicuna' does not exist"),
@@ -380,6 +381,9 @@ def test_keys_are_a_set() -> None:
 def test_mistakes_end_with_2(
     world: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    arguments = [argument.format(empty=empty) for argument in arguments]
     given = ["check-data", str(world / "config.yaml"), "--out", str(tmp_path), "--workers", "1", *arguments]
     assert main(given) == 2
     error = capsys.readouterr().err
