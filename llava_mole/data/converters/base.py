@@ -1,9 +1,9 @@
 """What a converter is given and what it yields: drafts of rows, whose images are looked at later."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_mole.conversation import Turn
 from llava_mole.errors import ConfigError
@@ -89,12 +89,26 @@ class Converter:
 
 
 class Dropped(Exception):
-    """The record at hand is left out; the loop that reads records counts it and goes on."""
+    """The record at hand is left out; `usable_drafts` counts it and goes on."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
+
+
+def usable_drafts(
+    values: Iterable[tuple[Any, str]], make: Callable[[Any, str], Draft], defects: "Defects", split: Split = "train"
+) -> Iterator[Draft]:
+    """What `make` gives for each `(value, where)`, marked as of `split`; what it drops is counted."""
+    for value, where in values:
+        try:
+            draft = make(value, where)
+        except Dropped as dropped:
+            defects.add(dropped.kind, where, dropped.detail)
+            continue
+        draft.split = split
+        yield draft
 
 
 def parse_upsample(text: str, known: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
