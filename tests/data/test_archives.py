@@ -5,6 +5,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
@@ -94,7 +95,7 @@ def test_two_members_of_one_name_and_damage(tmp_path: Path) -> None:
 
 
 def test_prepare_reads_what_it_unpacked(tmp_path: Path) -> None:
-    raw_sets.write_ureader(tmp_path / "full")
+    published_sets.write_ureader(tmp_path / "full")
     (tmp_path / "raw").mkdir()
     lines = {f"{p.name}": p.read_bytes() for p in (tmp_path / "full/ureader_json").iterdir()}
     images = {

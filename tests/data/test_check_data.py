@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import published_sets
 import pytest
 import raw_sets
 import tiny_models
@@ -188,7 +189,7 @@ def test_long_records_are_judged_by_the_policy(
 
 
 def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     done = raw_sets.prepare("sharegpt4v-instruct", tmp_path / "raw", tmp_path / "prepared")
     given = only(world, "red", done.out / "train", done.out / "images")
     code, report, findings = check(world, tmp_path / "out", *given)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
@@ -86,7 +87,7 @@ def die(*_: object) -> None:
 def test_a_killed_worker_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     monkeypatch.setattr(image_stage, "run_tasks", die)
     given = ["prepare", "m3it", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "2"]
     assert main(given) == 2
@@ -96,7 +97,7 @@ def test_a_killed_worker_is_one_line(
 
 
 def test_preparing_loads_no_torch(tmp_path: Path) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     code = (
         "import sys; from llava_mole.cli import main; "
         "main(sys.argv[1:]); print('torch' in sys.modules, 'transformers' in sys.modules)"
@@ -137,7 +138,7 @@ def test_tokens_can_be_counted_at_once(tmp_path: Path, capsys: pytest.CaptureFix
     from llava_mole.model.language_model import load_tokenizer
 
     tiny_models.make_tokenizer(tmp_path / "tokenizer")
-    raw_sets.write_sharegpt4v_pt(tmp_path / "raw")
+    published_sets.write_sharegpt4v_pt(tmp_path / "raw")
     given = ("--tokenizer", str(tmp_path / "tokenizer"), "--template", "plain")
     done = raw_sets.prepare("sharegpt4v-pt", tmp_path / "raw", tmp_path / "out", *given)
     assert "tokens: " in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import pickle
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
@@ -15,7 +16,7 @@ from llava_mole.errors import DataError
 
 
 def test_the_original_pickles(tmp_path: Path) -> None:
-    raw_sets.write_pathvqa(tmp_path / "raw")
+    published_sets.write_pathvqa(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--check-images", "decode")
     assert done.counts == {"train/pathvqa": 4, "test/OPEN": 1, "test/CLOSED": 2}
     assert done.defects == {"cmyk-image kept": 1}
@@ -48,7 +49,7 @@ def test_the_twin_of_lxmert(tmp_path: Path) -> None:
 
 
 def test_the_parquet_copy_and_validation_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw_sets.write_pathvqa_parquet(tmp_path / "raw")
+    published_sets.write_pathvqa_parquet(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--test-splits", "val,test")
     assert done.counts == {"train/pathvqa": 4, "val/CLOSED": 1, "test/OPEN": 2}
     assert done.report["questions"] == {"test": 2, "val": 1}
@@ -57,7 +58,7 @@ def test_the_parquet_copy_and_validation_rows(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_llava_med_json_with_its_misspelt_key(tmp_path: Path) -> None:
-    raw_sets.write_llava_med(tmp_path / "raw")
+    published_sets.write_llava_med(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
     assert done.counts == {"train/pathvqa": 2, "test/OPEN": 1, "test/CLOSED": 1}
     assert done.defects == {"misspelt-key repaired": 1, "no-image dropped": 1}
@@ -66,7 +67,7 @@ def test_llava_med_json_with_its_misspelt_key(tmp_path: Path) -> None:
 
 
 def test_the_suffix_of_closed_questions_is_an_option(tmp_path: Path) -> None:
-    raw_sets.write_pathvqa(tmp_path / "raw")
+    published_sets.write_pathvqa(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--closed-suffix")
     suffix = "Please choose from the following two options: [yes, no]"
     assert [row.turns[0].text.endswith(suffix) for row in done.rows] == [True, False, False, True]
@@ -149,7 +150,7 @@ def test_nothing_of_pathvqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_questions_go_on_into_the_evaluation(tmp_path: Path) -> None:
     from llava_mole.eval.questions import check_images, read_questions
 
-    raw_sets.write_pathvqa(tmp_path / "raw")
+    published_sets.write_pathvqa(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
     questions = read_questions([str(done.out / "questions" / "test.jsonl")])
     check_images(questions, done.out / "images")
@@ -171,7 +172,7 @@ def test_labels_without_weights_are_counted(tmp_path: Path, weights: dict[str, o
 
 
 def test_the_suffix_of_closed_questions_in_json(tmp_path: Path) -> None:
-    raw_sets.write_llava_med(tmp_path / "raw")
+    published_sets.write_llava_med(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--closed-suffix")
     suffix = "Please choose from the following two options: [yes, no]"
     assert [q["text"] for q in done.questions()] == ["what is it?", f"skin? {suffix}"]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
@@ -82,7 +83,7 @@ def test_killed_and_called_again(tmp_path: Path) -> None:
 
 
 def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     given = [
         "prepare",
         "sharegpt4v-instruct",
