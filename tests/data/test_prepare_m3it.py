@@ -8,6 +8,7 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.data.converters.m3it import read_instructions
 from llava_mole.data.images import load_image
 
 
@@ -96,6 +97,14 @@ def test_an_unknown_key_stops_and_can_be_ignored(tmp_path: Path, capsys: pytest.
     assert "data/vqa/new/train.jsonl:1: unknown key 'answer_text'" in error
     assert "--ignore-keys answer_text" in error
     assert main([*arguments, "--ignore-keys", "answer_text"]) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ['\ufeff["A?", "B?"]', '[{"instruction": "A?"}, "B?"]', '{"en": ["A?"], "zh": "B?"}']
+)
+def test_forms_of_instructions(tmp_path: Path, content: str) -> None:
+    (tmp_path / "instructions.json").write_text(content, encoding="utf-8")
+    assert read_instructions(tmp_path / "instructions.json") == ["A?", "B?"]
 
 
 def test_a_row_without_any_instruction_is_left_out(tmp_path: Path) -> None:

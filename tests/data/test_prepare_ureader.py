@@ -71,7 +71,9 @@ def test_the_official_factors() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("DocVQA=0", "whole factors from 1 on or one of official, none"),
+        ("DocVQA=0", "whole factors from 1 to 9999 or one of official, none"),
+        ("DocVQA=\u00b2", "whole factors from 1 to 9999"),
+        ("DocVQA=" + "9" * 5000, "whole factors from 1 to 9999"),
         ("DocVQA", "NAME=FACTOR"),
         ("Docs=2", "no rows of Docs; the sub-sources are ChartQA, DeepForm, DocVQA, TabFact, TextVQA"),
     ],

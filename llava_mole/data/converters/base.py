@@ -1,5 +1,6 @@
 """What a converter is given and what it yields: drafts of rows, whose images are looked at later."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,15 +116,17 @@ def parse_upsample(text: str, known: Mapping[str, Mapping[str, int]]) -> dict[st
     """`DocVQA=3,WikiTableQuestions=3`, or the name of one of the presets `known`.
 
     Raises:
-        ConfigError: something else, or a factor below 1.
+        ConfigError: something else, or a factor that is not 1 to 9999.
     """
     if text in known:
         return dict(known[text])
     factors = {}
     for part in text.split(","):
         name, _, factor = part.partition("=")
-        if not name or not factor.isdigit() or int(factor) < 1:
+        if not name or re.fullmatch("[0-9]{1,4}", factor) is None or int(factor) < 1:
             presets = f" or one of {', '.join(known)}" if known else ""
-            raise ConfigError(f"--upsample {text!r}: it must be NAME=FACTOR,... with whole factors from 1 on{presets}")
+            raise ConfigError(
+                f"--upsample {text!r}: it must be NAME=FACTOR,... with whole factors from 1 to 9999{presets}"
+            )
         factors[name.strip()] = int(factor)
     return factors

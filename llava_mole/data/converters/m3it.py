@@ -47,7 +47,7 @@ def read_instructions(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if isinstance(value, dict):
