@@ -122,7 +122,7 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
     request = Request(
         source=converter.name,
         raw=raw,
-        out=given.out,
+        out=Path(os.path.realpath(given.out)),  # a link to another disk stays, and what is unfinished lies there
         image_root=given.image_root or _default_root(raw),
         options=_options(converter, given),
         check=given.check_images,

@@ -21,6 +21,9 @@ import numpy.typing as npt
 from llava_mole.config_rules import check_lambdas
 from llava_mole.errors import ConfigError
 
+MOST_SAMPLES = 1 << 31
+"""Samples of an epoch, whose plan is in memory."""
+
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
@@ -82,8 +85,11 @@ def mixture_counts(sizes: Mapping[str, int], lambdas: Mapping[str, float]) -> di
         full_passes = math.floor(lambdas.get(name, 1.0))
         fraction = lambdas.get(name, 1.0) - full_passes
         counts[name] = full_passes * size + math.floor(fraction * size + 0.5)
-    if not sum(counts.values()):
+    total = sum(counts.values())
+    if not total:
         raise ConfigError("data.mixture is empty: lambda times the number of records is below 1; raise a lambda")
+    if total > MOST_SAMPLES:
+        raise ConfigError(f"data.mixture takes more than {MOST_SAMPLES:,} samples an epoch; lower a lambda")
     return counts
 
 

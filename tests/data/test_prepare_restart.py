@@ -148,6 +148,23 @@ def test_an_output_is_replaced_on_request_only(tmp_path: Path, capsys: pytest.Ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
 
+@pytest.mark.parametrize("there", [None, "empty", "prepared"])
+def test_an_output_that_is_a_link_is_followed(tmp_path: Path, there: str | None) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "set")
+    if there == "empty":
+        (disk / "set").mkdir()
+    if there == "prepared":
+        assert main(arguments(tmp_path, "disk/set")) == 0
+    for more in ((), ("--overwrite",)):
+        assert main(arguments(tmp_path, "out", *more)) == (2 if there == "prepared" and not more else 0)
+    assert len(raw_sets.Prepared(disk / "set").rows) == 3
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in (*tmp_path.iterdir(), *disk.iterdir())) == ["disk", "out", "raw", "set"]
+
+
 def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_many(tmp_path / "raw", 1, 3)
     (tmp_path / "out").mkdir()
