@@ -1,5 +1,7 @@
 """What a configuration may say: relations between its values that types alone do not express."""
 
+import math
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from llava_mole.check_config import check_limits
@@ -17,15 +19,7 @@ SHARDED_REASON = (
 
 def check_run_config(config: "RunConfig") -> None:
     """Refuse values that no run could use. Raises ConfigError naming the key, its value and what is allowed."""
-    for key, lam in config.data.mixture.items():
-        if key not in config.data.sources:
-            raise ConfigError(
-                f"data.mixture.{key}: no such source; data.sources has {sorted(config.data.sources) or 'none'}"
-            )
-        if lam < 0:
-            raise ConfigError(f"data.mixture.{key} is {lam}; lambda must be >= 0 (0 leaves the source out)")
-    if not any(config.data.mixture.get(name, 1.0) > 0 for name in config.data.sources):
-        raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")
+    check_lambdas(config.data.sources, config.data.mixture)
     if config.stage == "pretrain" and config.adapter.method != "none":
         raise ConfigError(
             f"adapter.method is {config.adapter.method!r} in stage 'pretrain', which trains the projector only; "
@@ -87,6 +81,17 @@ def check_run_config(config: "RunConfig") -> None:
         raise ConfigError(f"adapter.rank is {config.adapter.rank}; it must be at least 1")
     if config.adapter.num_experts < 1:
         raise ConfigError(f"adapter.num_experts is {config.adapter.num_experts}; it must be at least 1")
+
+
+def check_lambdas(names: Collection[str], lambdas: Mapping[str, float]) -> None:
+    """Raise ConfigError for a lambda below 0 or not finite, one without its source, or if no source takes part."""
+    for name, value in lambdas.items():
+        if name not in names:
+            raise ConfigError(f"data.mixture.{name}: no such source; there are {', '.join(names) or 'none'}")
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"data.mixture.{name} is {value}; lambda must be a finite number >= 0 (0 leaves it out)")
+    if not any(lambdas.get(name, 1.0) for name in names):
+        raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")
 
 
 def check_batch(batching: str, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:

@@ -104,11 +104,10 @@ def _without_image(text: str) -> str:
 
 
 def _user_piece(template: Template, text: str, *, first: bool) -> str:
-    if not text:
-        return template.user_empty
-    if first:
+    if first and text:
         return template.user_start + template.first_text_prefix + text + template.user_end
-    return template.between_rounds + template.user_start + text + template.user_end
+    piece = template.user_start + text + template.user_end if text else template.user_empty
+    return piece if first or not piece else template.between_rounds + piece
 
 
 def _check_turns(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> None:

@@ -4,10 +4,12 @@ A message says what was given, what is allowed and what to do. `command` turns i
 exit code, so that no entry point prints a traceback for a mistake in a file or an option.
 """
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
@@ -36,6 +38,22 @@ class WeightsError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint directory is incomplete, damaged or of another kind."""
+
+
+@contextlib.contextmanager
+def one_line(advice: str) -> Iterator[None]:
+    """What the system refuses within the block, or a worker process that was killed, becomes a DataError.
+
+    Args:
+        advice: What must be possible, behind the system's own reason.
+    """
+    try:
+        yield
+    except BrokenExecutor:
+        raise DataError("a worker process was killed, most likely for want of memory; lower --workers") from None
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise DataError(f"{reason}; {advice}") from error
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

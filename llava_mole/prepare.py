@@ -11,7 +11,7 @@ from typing import Any
 from llava_mole.data.chat_template import check_template_name
 from llava_mole.data.converters.base import SPLITS, Converter, Options, Split, parse_upsample
 from llava_mole.data.converters.registry import MODULES, get_converter
-from llava_mole.errors import ConfigError, DataError, WeightsError, command
+from llava_mole.errors import ConfigError, DataError, WeightsError, command, one_line
 
 SOURCES = {"tiny": ("llava_mole.tiny.data", "the embedded default: three small domains, --out playground/data/tiny")}
 """Name -> module with its own `main(argv)`, and its line in the help; the other sources are converters."""
@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(SOURCES[name][0]).main(rest) or 0)
     if name not in MODULES:
         raise ConfigError(f"no source {name!r} to prepare; there are {', '.join([*SOURCES, *MODULES])}")
-    return run(get_converter(name), rest)
+    with one_line("`prepare` must be able to read --raw and to write --out and beside it"):
+        return run(get_converter(name), rest)
 
 
 def help_text() -> str:
@@ -107,6 +108,8 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
         raise DataError(
             f"--raw {given.raw} does not exist; `llava-mole prepare {converter.name} --help` says what it is"
         )
+    if given.out.name in ("", ".."):
+        raise ConfigError(f"--out {given.out} names no folder of its own; what is unfinished lies beside it")
     if given.workers < 1:
         raise ConfigError(f"--workers is {given.workers}; it must be at least 1")
     if given.images == "keep" and converter.embedded:
@@ -119,7 +122,7 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
     request = Request(
         source=converter.name,
         raw=raw,
-        out=given.out,
+        out=Path(os.path.realpath(given.out)),  # a link to another disk stays, and what is unfinished lies there
         image_root=given.image_root or _default_root(raw),
         options=_options(converter, given),
         check=given.check_images,

@@ -37,7 +37,7 @@ class Template:
     first_text_prefix: str = ""
     """Put in front of the first user text (Llama-2's `<<SYS>>` block)."""
     between_rounds: str = ""
-    """Put in front of every user turn but the first."""
+    """Put in front of every user turn but the first, if that renders to anything."""
     user_start: str = ""
     user_end: str = ""
     user_empty: str = ""

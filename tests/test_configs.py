@@ -75,7 +75,7 @@ MISTAKES = {
     "unknown nested key": (["--model.vision_tower.nme", "x"], "nme"),
     "wrong type": (["--train.warmup_steps", "many"], "train.warmup_steps.*many"),
     "wrong choice": (["--adapter.method", "moe"], "adapter.method.*none.*lora.*mole.*moe"),
-    "negative lambda": (["--data.mixture.a", "-1"], "data.mixture.a is -1.0; lambda must be >= 0"),
+    "negative lambda": (["--data.mixture.a", "-1"], "data.mixture.a is -1.0; lambda must be a finite number >= 0"),
     "unknown source": (["--data.mixture.b", "1"], "data.mixture.b: no such source"),
     "empty mixture": (["--data.mixture.a", "0"], "data.mixture is empty"),
     "zero batch": (["--train.global_batch_size", "0"], "train.global_batch_size is 0"),

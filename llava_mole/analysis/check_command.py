@@ -9,8 +9,7 @@ from pathlib import Path
 
 from llava_mole.config import RunConfig, parse_run_config
 from llava_mole.data.chat_template import check_template_name
-from llava_mole.data.mixture import check_lambdas
-from llava_mole.errors import ConfigError, DataError, command
+from llava_mole.errors import ConfigError, command, one_line
 from llava_mole.log import setup_logging
 
 EXIT_FAILED = 1
@@ -44,13 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.workers < 1:
         raise ConfigError(f"--workers is {given.workers}; it must be at least 1")
     check_template_name(config.data.template)
-    check_lambdas(config.data.sources, config.data.mixture)
     setup_logging()
-    try:
+    with one_line("check-data must be able to read its data and to write below --out"):
         return check(config, given)
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise DataError(f"{reason}; check-data must be able to read its data and to write below --out") from error
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def read_all(path: str, source: SourceFindings, findings: FindingsFile) -> Itera
     """Every usable record of an annotation file or prepared set; the others are listed.
 
     Raises:
-        DataError: the file is not there, is no JSON list, or is no prepared set.
+        DataError: the file is not there, is no JSON list or prepared set, or holds no record at all.
     """
     if is_prepared(path):
         records = PreparedRecords(path, source.name)
@@ -58,6 +58,8 @@ def read_all(path: str, source: SourceFindings, findings: FindingsFile) -> Itera
             findings.add(source, _kind_of(value, where), where, str(error).removeprefix(f"{where}: "))
             continue
         yield record
+    if not source.records:
+        raise DataError(f"{path}: holds no record; training would not start with it")
 
 
 def _kind_of(value: Any, where: str) -> str:

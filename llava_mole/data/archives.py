@@ -31,6 +31,19 @@ _SMALL = 64 << 20
 _BLOCK = 1 << 20
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header. `tarfile` takes one that is damaged or cut for the end of the archive: here it is an error."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in the stubs
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from None
+
+
 class _Member(NamedTuple):
     name: str
     kind: str
@@ -76,7 +89,7 @@ def unpack_archive(archive: Path, folder: Path) -> int:
 
 
 def _open(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
-    return zipfile.ZipFile(archive) if archive.suffix.lower() == ".zip" else tarfile.open(archive)
+    return zipfile.ZipFile(archive) if archive.suffix.lower() == ".zip" else tarfile.open(archive, tarinfo=_Header)
 
 
 def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: Path) -> Iterator[_Member]:
@@ -96,6 +109,8 @@ def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: Path) -> Iterat
             yield _Member(entry.name, kind, entry, entry.size)
         # Compressed files are checked at their very end, which lies behind the last member.
         while opened.fileobj is not None and (rest := opened.fileobj.read(_BLOCK)):
+            if rest.strip(b"\0"):  # a hole in a download is zeros, too, and looks like the end
+                raise tarfile.ReadError("more data behind its end")
             total += len(rest)
             if total > most:
                 raise _bomb(archive, total)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from llava_mole.config import DataConfig
+from llava_mole.config_rules import check_lambdas
 from llava_mole.conversation import Template
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
@@ -20,7 +21,7 @@ from llava_mole.data.fitting import Fitted, Limits, fit_source, sample_of
 from llava_mole.data.grouping import GroupedPlan
 from llava_mole.data.holdout import hold_out
 from llava_mole.data.images import ImageProcessor, load_image, resolve_image
-from llava_mole.data.mixture import TrainingPlan, check_lambdas
+from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.records import Record, read_records
 from llava_mole.data.subset import RecordSubset

@@ -11,14 +11,18 @@ plan does not change with the version of NumPy.
 import functools
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llava_mole.config_rules import check_lambdas
 from llava_mole.errors import ConfigError
+
+MOST_SAMPLES = 1 << 31
+"""Samples of an epoch, whose plan is in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +77,6 @@ def plan_epoch(sizes: Mapping[str, int], lambdas: Mapping[str, float], seed: int
     return EpochPlan(source_index, sample_index, tuple(sizes), counts, digest.hexdigest())
 
 
-def check_lambdas(names: Collection[str], lambdas: Mapping[str, float]) -> None:
-    """Raise ConfigError for a lambda below 0 or not finite, one without its source, or if no source takes part."""
-    for name, value in lambdas.items():
-        if name not in names:
-            raise ConfigError(f"data.mixture.{name}: no such source; there are {', '.join(names) or 'none'}")
-        if not math.isfinite(value) or value < 0:
-            raise ConfigError(f"data.mixture.{name} is {value}; lambda must be a finite number >= 0 (0 leaves it out)")
-    if not any(lambdas.get(name, 1.0) for name in names):
-        raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")
-
-
 def mixture_counts(sizes: Mapping[str, int], lambdas: Mapping[str, float]) -> dict[str, int]:
     """Samples of each source in one epoch. Raises ConfigError as `plan_epoch` does."""
     check_lambdas(sizes, lambdas)
@@ -92,8 +85,11 @@ def mixture_counts(sizes: Mapping[str, int], lambdas: Mapping[str, float]) -> di
         full_passes = math.floor(lambdas.get(name, 1.0))
         fraction = lambdas.get(name, 1.0) - full_passes
         counts[name] = full_passes * size + math.floor(fraction * size + 0.5)
-    if not sum(counts.values()):
+    total = sum(counts.values())
+    if not total:
         raise ConfigError("data.mixture is empty: lambda times the number of records is below 1; raise a lambda")
+    if total > MOST_SAMPLES:
+        raise ConfigError(f"data.mixture takes more than {MOST_SAMPLES:,} samples an epoch; lower a lambda")
     return counts
 
 

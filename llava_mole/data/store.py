@@ -56,7 +56,7 @@ class PreparedRow:
     """Sub-source, such as `coco`."""
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
-    """User first, alternating, with one `<image>` an image over the user turns; see `records.normalise_turns`."""
+    """User first, alternating, with one `<image>` an image over the user turns; see `records.Record`."""
     image_sizes: tuple[tuple[int, int], ...]
     """(width, height) of each image; empty where they were not opened."""
     answer_type: str | None

@@ -5,6 +5,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
@@ -94,7 +95,7 @@ def test_two_members_of_one_name_and_damage(tmp_path: Path) -> None:
 
 
 def test_prepare_reads_what_it_unpacked(tmp_path: Path) -> None:
-    raw_sets.write_ureader(tmp_path / "full")
+    published_sets.write_ureader(tmp_path / "full")
     (tmp_path / "raw").mkdir()
     lines = {f"{p.name}": p.read_bytes() for p in (tmp_path / "full/ureader_json").iterdir()}
     images = {
@@ -125,6 +126,24 @@ def test_damage_anywhere_in_a_compressed_tar_is_an_error(tmp_path: Path, suffix:
             unpack_archive(damaged, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert unpack_archive(whole, tmp_path / "out") == 2
+
+
+@pytest.mark.parametrize("harm", ["header", "zeros", "cut in a header", "cut before a header", "cut in a file"])
+def test_a_plain_tar_that_ends_early_is_an_error(tmp_path: Path, harm: str) -> None:
+    path = make_tar(tmp_path / "a.tar", {"a": b"1" * 700, "b": b"2" * 700})
+    data = bytearray(path.read_bytes())
+    second = data.index(b"b\0")
+    assert second == 3 * tarfile.BLOCKSIZE
+    if harm == "header":
+        data[second + 150] ^= 1
+    elif harm == "zeros":
+        data[second : second + tarfile.BLOCKSIZE] = bytes(tarfile.BLOCKSIZE)
+    else:
+        del data[second + {"cut in a header": 100, "cut before a header": 0, "cut in a file": 600}[harm] :]
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="a.tar: cannot be unpacked: .*; download it again"):
+        unpack_archive(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_zip_member_is_an_error(tmp_path: Path) -> None:

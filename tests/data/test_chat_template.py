@@ -86,10 +86,12 @@ def tokenizer_with(
 @pytest.mark.parametrize("name", REGISTERED)
 def test_registered_template_is_the_published_one(name: str) -> None:
     hf = tokenizer_with(REGISTERED[name], SPECIAL.get(name, []))
-    messages = [{"role": turn.role, "content": turn.text} for turn in ROUNDS]
     bos = hf.bos_token if name != "qwen" else ""
-    text = render(get_template(name), ROUNDS).text
-    assert bos + text == hf.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    for turns in (ROUNDS, [*ROUNDS[:2], Turn("user", ""), ROUNDS[3]]):
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        text = render(get_template(name), turns).text
+        assert bos + text == hf.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    messages = [{"role": turn.role, "content": turn.text} for turn in ROUNDS]
     prompt = render(get_template(name), ROUNDS[:3], add_generation_prompt=True).text
     assert bos + prompt == hf.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
 
@@ -121,7 +123,8 @@ def test_supervised_tokens_are_those_transformers_marks(name: str, own: bool, ad
 def test_own_template_renders_as_the_registered_one(name: str) -> None:
     own = read_chat_template(tokenizer_with(REGISTERED[name], SPECIAL.get(name, []), adds_bos=True))
     registered = get_template(name)
-    for turns in (ROUNDS, ROUNDS[:2], [Turn("user", " a "), Turn("assistant", "b ")]):
+    no_question = [*ROUNDS[:2], Turn("user", ""), ROUNDS[3]]
+    for turns in (ROUNDS, ROUNDS[:2], no_question, [Turn("user", " a "), Turn("assistant", "b ")]):
         assert render(own, turns) == render(registered, turns)
     assert own.strip == registered.strip
     assert own.stop == registered.stop

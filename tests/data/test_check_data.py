@@ -1,37 +1,20 @@
 """`llava-mole check-data` finds what was put in, in files and prepared sets, and its limits decide the exit code."""
 
-import io
 import json
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import published_sets
 import pytest
 import raw_sets
-import tiny_models
-import yaml
 from PIL import Image
 
 from llava_mole.analysis import check_data, check_overlap
-from llava_mole.analysis.check_data import check_records
-from llava_mole.analysis.check_findings import FindingsFile, SourceFindings
-from llava_mole.analysis.check_keys import Keys, key_of
-from llava_mole.analysis.check_overlap import evaluation_files
 from llava_mole.analysis.check_report import MEANINGS
 from llava_mole.cli import main
-from llava_mole.conversation import Turn
-from llava_mole.data.records import Record
 
 ASK, SAY = "<image>\nWhat color is this?", "It is red."
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and two sound sources of 12 records."""
-    directory = tmp_path_factory.mktemp("world")
-    tiny_models.make_world(directory, samples=12, text_only_every=12)
-    return directory
 
 
 def check(world: Path, out: Path, *arguments: str) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
@@ -188,7 +171,7 @@ def test_long_records_are_judged_by_the_policy(
 
 
 def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     done = raw_sets.prepare("sharegpt4v-instruct", tmp_path / "raw", tmp_path / "prepared")
     given = only(world, "red", done.out / "train", done.out / "images")
     code, report, findings = check(world, tmp_path / "out", *given)
@@ -198,34 +181,6 @@ def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
     assert red["findings"] == {"corrupt-image": 1, "animated-image": 1, "wrong-extension": 1, "cmyk-image": 1}
     file = "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json"
     assert {f["where"] for f in findings if f["kind"] == "corrupt-image"} == {f"{file}:5"}
-
-
-@pytest.mark.parametrize("form", ["folder", "questions", "prepared"])
-def test_overlap_with_evaluation_images(world: Path, tmp_path: Path, form: str) -> None:
-    red = json.loads((world / "red" / "red.json").read_text())
-    trained = next(record["image"] for record in red if "image" in record)
-    folder = tmp_path / "eval"
-    if form == "prepared":
-        folder, questions = tmp_path / "eval" / "images", tmp_path / "eval" / "questions" / "test.jsonl"
-    else:
-        questions = folder / "test.jsonl"
-    folder.mkdir(parents=True)
-    (folder / "renamed.png").write_bytes((world / "red" / trained).read_bytes())
-    raw_sets.write_image(folder / "other.png", 99, kind="PNG")
-    lines = [{"question_id": n, "image": name, "text": "?"} for n, name in enumerate(("renamed.png", "other.png"))]
-    raw_sets.write_lines(questions, lines)
-    place = folder if form == "folder" else questions
-    settings = yaml.safe_load((world / "config.yaml").read_text())
-    settings["check"] = {"evaluation_images": [str(place)]}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    out = tmp_path / "out"
-    arguments = ["check-data", str(config), "--out", str(out), "--workers", "1"]
-    assert main(arguments) == 1
-    report = json.loads((out / "check_data.json").read_text())
-    assert report["evaluation_images"] == {"files": 2, "trained_on": [str(folder / "renamed.png")]}
-    assert [limit["share"] for limit in report["limits"] if limit["limit"] == "max_overlap"] == [0.5]
-    assert main([*arguments, "--check.max_overlap", "0.5"]) == 0
 
 
 def test_workers_find_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,28 +222,6 @@ def test_what_was_not_checked_has_not_passed(world: Path, tmp_path: Path, capsys
     assert report["not_checked"] == {
         "max_truncated": "--no-tokens", "max_overlap": "check.evaluation_images is empty"
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("form", ["folder", "questions"])
-def test_an_evaluation_place_without_images_is_a_mistake(
-    world: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = tmp_path / "eval"
-    place.mkdir()
-    if form == "questions":
-        place = place / "test.jsonl"
-        raw_sets.write_lines(place, [{"question_id": 1, "text": "?"}])
-    given = ["check-data", str(world / "config.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    assert main([*given, "--check.evaluation_images", f"[{place}]"]) == 2
-    assert f"{place} has no image" in capsys.readouterr().err
-
-
-def test_every_image_of_a_question_is_compared(tmp_path: Path) -> None:
-    for n, name in enumerate("abcd"):
-        raw_sets.write_image(tmp_path / f"{name}.png", n, kind="PNG")
-    lines = [{"image": "a.png"}, {"images": ["b.png", "c.png"]}, {"image": ["d.png"]}, {"images": ["a.png"]}]
-    raw_sets.write_lines(tmp_path / "q.jsonl", lines)
-    assert [path.name for path in evaluation_files([str(tmp_path / "q.jsonl")])] == [f"{name}.png" for name in "abcd"]
 
 
 def test_an_image_counts_for_every_source_that_names_it(world: Path, tmp_path: Path) -> None:
@@ -338,30 +271,6 @@ def test_what_cannot_be_opened_is_one_line(
     assert "Traceback" not in error
 
 
-def test_memory_holds_hashes_only() -> None:
-    number = 40_000
-    talk = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "It is red."))
-    made = (Record(f"{n}", (f"folder/{n:012}.jpg",), talk, "s", f"s.json:{n}") for n in range(number))
-    source = SourceFindings("s")
-    tracemalloc.start()
-    check_records(made, source, FindingsFile(io.StringIO()), None, None, None)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (source.images, source.duplicates) == (number, 0)
-    assert peak < 20e6 * number / 200_000
-
-
-def test_keys_are_a_set() -> None:
-    keys, plain = Keys(), set()
-    for n in range(5000):
-        key = key_of(str(n % 3000).encode())
-        assert keys.add(key) == (key not in plain)
-        plain.add(key)
-    assert len(keys) == len(plain) == 3000
-    assert all(key in keys for key in plain)
-    assert not any(key_of(str(n).encode()) in keys for n in range(3000, 6000))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -369,6 +278,7 @@ def test_keys_are_a_set() -> None:
             ["--data.sources.red.annotations", "none.json"],
             "none.json: is neither an annotation file nor a prepared set",
         ),
+        (["--data.sources.red.annotations", "{empty}"], "empty.json: holds no record; training would not start"),
         (["--check.max_truncated", "20"], "check.max_truncated is 20.0; it is a share, 0 to 1"),
         (["--check.max_trunc", "0"], "max_trunc"),
         (["--data.template", "vicuna"], "template 'vicuna' does not exist"),
@@ -380,6 +290,9 @@ def test_keys_are_a_set() -> None:
 def test_mistakes_end_with_2(
     world: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    arguments = [argument.format(empty=empty) for argument in arguments]
     given = ["check-data", str(world / "config.yaml"), "--out", str(tmp_path), "--workers", "1", *arguments]
     assert main(given) == 2
     error = capsys.readouterr().err

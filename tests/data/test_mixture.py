@@ -104,6 +104,12 @@ def test_empty_mixture_is_refused(sizes: dict[str, int], lambdas: dict[str, floa
         mixture_counts(sizes, lambdas)
 
 
+@pytest.mark.parametrize("value", [1e9, 1.7e308])
+def test_an_epoch_that_no_memory_holds_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.mixture takes more than 2,147,483,648 samples an epoch"):
+        plan_epoch({"a": 3, "b": 1}, {"a": value}, 0, 0)
+
+
 def test_lambda_of_an_unknown_source_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.mixture\.b: no such source; there are a"):
         plan_epoch({"a": 3}, {"b": 1}, 0, 0)

@@ -1,15 +1,19 @@
 """The command line of `llava-mole prepare`: its pages, and mistakes in what is given."""
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.data.converters import image_stage
 from llava_mole.data.converters.defects import KINDS, Defects
 from llava_mole.data.converters.published import published_counts
 from llava_mole.data.converters.registry import MODULES, get_converter
@@ -53,6 +57,8 @@ def test_names_lead_to_their_converters(name: str) -> None:
         (["llava-json", "--raw", ".", "--out", "x", "--image-root", "none"], "--image-root none is no directory"),
         (["llava-json", "--raw", ".", "--out", "x", "--train-splits", "dev"], "'dev' is no split"),
         (["llava-json", "--raw", ".", "--out", "x", "--unpack-archives", "y"], "holds no zip or tar file"),
+        (["mix665k", "--raw", ".", "--out", "."], "--out . names no folder of its own"),
+        (["mix665k", "--raw", ".", "--out", "/dev/null/x"], "/dev/null/.x.partial: Not a directory; `prepare` must"),
         (
             ["mix665k", "--raw", ".", "--out", "x"],
             "the annotation file is not there; looked for llava_v1_5_mix665k.json",
@@ -74,8 +80,24 @@ def test_mistakes_are_one_line(
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
 
 
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published_sets.write_m3it(tmp_path / "raw")
+    monkeypatch.setattr(image_stage, "run_tasks", die)
+    given = ["prepare", "m3it", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "2"]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert "a worker process was killed" in error
+    assert "Traceback" not in error
+
+
 def test_preparing_loads_no_torch(tmp_path: Path) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     code = (
         "import sys; from llava_mole.cli import main; "
         "main(sys.argv[1:]); print('torch' in sys.modules, 'transformers' in sys.modules)"
@@ -116,7 +138,7 @@ def test_tokens_can_be_counted_at_once(tmp_path: Path, capsys: pytest.CaptureFix
     from llava_mole.model.language_model import load_tokenizer
 
     tiny_models.make_tokenizer(tmp_path / "tokenizer")
-    raw_sets.write_sharegpt4v_pt(tmp_path / "raw")
+    published_sets.write_sharegpt4v_pt(tmp_path / "raw")
     given = ("--tokenizer", str(tmp_path / "tokenizer"), "--template", "plain")
     done = raw_sets.prepare("sharegpt4v-pt", tmp_path / "raw", tmp_path / "out", *given)
     assert "tokens: " in capsys.readouterr().out

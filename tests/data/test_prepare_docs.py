@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
@@ -21,11 +22,11 @@ def commands() -> list[list[str]]:
 
 
 def test_prepare_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw_sets.write_sharegpt4v_pt(tmp_path / "raw/sharegpt4v")
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw/sharegpt4v")
-    raw_sets.write_m3it(tmp_path / "raw/m3it")
-    raw_sets.write_ureader(tmp_path / "raw/ureader")
-    raw_sets.write_pathvqa(tmp_path / "raw/pathvqa")
+    published_sets.write_sharegpt4v_pt(tmp_path / "raw/sharegpt4v")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw/sharegpt4v")
+    published_sets.write_m3it(tmp_path / "raw/m3it")
+    published_sets.write_ureader(tmp_path / "raw/ureader")
+    published_sets.write_pathvqa(tmp_path / "raw/pathvqa")
     raw_sets.write_messages(tmp_path / "my/chats")
     raw_sets.write_image(tmp_path / "my/records/a.jpg", 1)
     record = {"image": "a.jpg", "conversations": raw_sets.talk("<image>\nRed?", "yes")}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 import tiny_models
@@ -33,11 +34,11 @@ def run(*command: str) -> str:
 def test_both_stages_on_the_four_sets(tmp_path: Path) -> None:
     data = tmp_path / "data"
     for source, write in {
-        "sharegpt4v-pt": raw_sets.write_sharegpt4v_pt,
-        "m3it": raw_sets.write_m3it,
-        "sharegpt4v-instruct": raw_sets.write_sharegpt4v_instruct,
-        "ureader": raw_sets.write_ureader,
-        "pathvqa": raw_sets.write_pathvqa,
+        "sharegpt4v-pt": published_sets.write_sharegpt4v_pt,
+        "m3it": published_sets.write_m3it,
+        "sharegpt4v-instruct": published_sets.write_sharegpt4v_instruct,
+        "ureader": published_sets.write_ureader,
+        "pathvqa": published_sets.write_pathvqa,
     }.items():
         write(tmp_path / "raw" / source)
         raw_sets.prepare(source, tmp_path / "raw" / source, data / source, "--check-images", "decode")

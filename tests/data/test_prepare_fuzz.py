@@ -62,7 +62,7 @@ def from_m3it(value: Any, options: Options, defects: Defects) -> Iterator[Draft]
 
 
 def from_ureader(value: Any, options: Options, defects: Defects) -> Iterator[Draft]:
-    yield ureader.to_draft(value, "a:1", "train", "train", options, defects)
+    yield ureader.to_draft(value, "a:1", "train", options, defects)
 
 
 def from_messages(value: Any, options: Options, defects: Defects) -> Iterator[Draft]:

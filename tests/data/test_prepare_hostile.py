@@ -214,13 +214,18 @@ def test_a_damaged_table_is_an_error(tmp_path: Path, name: str, capsys: pytest.C
         assert f"{name}" in capsys.readouterr().err
 
 
-def test_a_text_column_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("column", ["question", "date"])
+def test_values_that_python_cannot_hold(tmp_path: Path, column: str, capsys: pytest.CaptureFixture[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    broken = pa.array([b"fine", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    table: dict[str, object] = {"question": ["a", "b"], "answer": ["a", "b"]}
+    if column == "question":
+        table[column] = pa.array([b"fine", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    else:
+        table[column] = pa.array([0, 2**62], pa.timestamp("us"))
     (tmp_path / "raw").mkdir()
-    pq.write_table(pa.table({"question": broken, "answer": ["a", "b"]}), tmp_path / "raw/a.parquet")
+    pq.write_table(pa.table(table), tmp_path / "raw/a.parquet")
     assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
     assert "a.parquet:1: cannot be read: " in capsys.readouterr().err
 

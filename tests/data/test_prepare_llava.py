@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 from PIL import Image
@@ -13,7 +14,7 @@ from llava_mole.data.records import read_records
 
 
 def test_captions_with_missing_images_and_an_id_twice(tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_pt(tmp_path / "raw")
+    published_sets.write_sharegpt4v_pt(tmp_path / "raw")
     done = raw_sets.prepare("sharegpt4v-pt", tmp_path / "raw", tmp_path / "out")
     assert done.counts == {"train/llava": 2, "train/coco": 3, "train/sam": 2}
     assert {r["sub_source"]: r["dropped_for_images"] for r in done.report["records"]} == {
@@ -31,7 +32,7 @@ def test_captions_with_missing_images_and_an_id_twice(tmp_path: Path) -> None:
 
 
 def test_the_image_folder_is_a_link_where_images_stay_in_place(tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_pt(tmp_path / "raw")
+    published_sets.write_sharegpt4v_pt(tmp_path / "raw")
     done = raw_sets.prepare("sharegpt4v-pt", tmp_path / "raw", tmp_path / "deep" / "out")
     assert (done.out / "images").is_symlink()
     records = read_records(done.out / "train", "pt")
@@ -42,7 +43,7 @@ def test_the_image_folder_is_a_link_where_images_stay_in_place(tmp_path: Path) -
 def test_a_missing_image_can_be_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from llava_mole.cli import main
 
-    raw_sets.write_sharegpt4v_pt(tmp_path / "raw")
+    published_sets.write_sharegpt4v_pt(tmp_path / "raw")
     arguments = ["prepare", "sharegpt4v-pt", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--missing-images", "error"]) == 2
     error = capsys.readouterr().err
@@ -65,7 +66,7 @@ INSTRUCT = {
 
 
 def test_every_defect_of_the_instructions(tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     done = raw_sets.prepare("sharegpt4v-instruct", tmp_path / "raw", tmp_path / "out", "--check-images", "decode")
     assert done.defects == INSTRUCT
     assert [row.id for row in done.rows] == ["0", "1", "2", "4", "7", "text"]
@@ -77,7 +78,7 @@ def test_every_defect_of_the_instructions(tmp_path: Path) -> None:
 
 
 def test_without_decoding_only_missing_images_are_found(tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     exist = raw_sets.prepare("sharegpt4v-instruct", tmp_path / "raw", tmp_path / "exist")
     found_by_decoding = ("animated-image kept", "wrong-extension kept", "cmyk-image kept", "corrupt-image dropped")
     assert exist.defects == {kind: n for kind, n in INSTRUCT.items() if kind not in found_by_decoding}
@@ -88,7 +89,7 @@ def test_without_decoding_only_missing_images_are_found(tmp_path: Path) -> None:
 
 
 def test_images_can_be_copied_once_under_their_hash(tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     done = raw_sets.prepare("sharegpt4v-instruct", tmp_path / "raw", tmp_path / "out", "--images", "unpack")
     files = sorted(p.relative_to(done.out / "images").as_posix() for p in (done.out / "images").rglob("*.*"))
     assert sorted({row.images[0] for row in done.rows if row.images}) == files
@@ -181,7 +182,7 @@ def test_prepared_rows_equal_the_records_that_training_reads_from_the_file(tmp_p
 
 
 def test_the_report_stands_beside_the_published_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw_sets.write_sharegpt4v_pt(tmp_path / "raw")
+    published_sets.write_sharegpt4v_pt(tmp_path / "raw")
     raw_sets.prepare("sharegpt4v-pt", tmp_path / "raw", tmp_path / "out")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["train", "sam", "2", "2", "about", "570K"] in lines
@@ -191,7 +192,7 @@ def test_the_report_stands_beside_the_published_counts(tmp_path: Path, capsys: p
 
 
 def test_animated_and_cmyk_images_load_in_training(tmp_path: Path) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     for name in ("ocr_vqa/images/3.jpg", "vg/VG_100K/5.jpg"):
         image = load_image(name, tmp_path / "raw")
         assert isinstance(image, Image.Image)
@@ -220,7 +221,7 @@ def test_images_are_read_as_image_is(tmp_path: Path) -> None:
 def test_a_named_file_is_a_train_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from llava_mole.cli import main
 
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     out = tmp_path / "raw" / "out"  # only the file itself is read, so this may lie below --raw
     given = ["prepare", "sharegpt4v-instruct", "--raw", str(tmp_path / "raw"), "--out", str(out), "--workers", "1"]
     assert main([*given, "--train-splits", "val"]) == 2

@@ -3,15 +3,17 @@
 import hashlib
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.data.converters.m3it import read_instructions
 from llava_mole.data.images import load_image
 
 
 def test_counts_and_defects_of_the_raw_lines(tmp_path: Path) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / "out")
     assert done.counts == {"train/coco": 3, "train/vqa-v2": 6, "train/mocheg": 1, "test/vqa-v2": 2}
     assert done.defects == {
@@ -35,7 +37,7 @@ def test_counts_and_defects_of_the_raw_lines(tmp_path: Path) -> None:
 
 
 def test_texts_and_images(tmp_path: Path) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / "out")
     by_source = {row.source: row for row in done.rows}
     mocheg = by_source["mocheg"]
@@ -51,7 +53,7 @@ def test_texts_and_images(tmp_path: Path) -> None:
 
 
 def test_instructions_are_drawn_with_the_seed(tmp_path: Path) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
 
     def questions(name: str, seed: str) -> list[str]:
         done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / name, "--seed", seed)
@@ -67,7 +69,7 @@ def test_instructions_are_drawn_with_the_seed(tmp_path: Path) -> None:
 
 
 def test_test_rows_become_questions(tmp_path: Path) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / "out")
     asked = done.questions("test_vqa-v2")
     assert [q["question_id"] for q in asked] == ["vqa-v2-1", "vqa-v2-2"]
@@ -78,7 +80,7 @@ def test_test_rows_become_questions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("policy", "images"), [("first", 1), ("keep", 2)])
 def test_rows_with_several_images(tmp_path: Path, policy: str, images: int) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / "out", "--multi-image", policy)
     (row,) = [row for row in done.rows if row.source == "nlvr"]
     assert len(row.images) == images
@@ -97,6 +99,14 @@ def test_an_unknown_key_stops_and_can_be_ignored(tmp_path: Path, capsys: pytest.
     assert main([*arguments, "--ignore-keys", "answer_text"]) == 0
 
 
+@pytest.mark.parametrize(
+    "content", ['\ufeff["A?", "B?"]', '[{"instruction": "A?"}, "B?"]', '{"en": ["A?"], "zh": "B?"}']
+)
+def test_forms_of_instructions(tmp_path: Path, content: str) -> None:
+    (tmp_path / "instructions.json").write_text(content, encoding="utf-8")
+    assert read_instructions(tmp_path / "instructions.json") == ["A?", "B?"]
+
+
 def test_a_row_without_any_instruction_is_left_out(tmp_path: Path) -> None:
     rows = [{"image": raw_sets.base64_image(n), "inputs": text, "outputs": "x"} for n, text in enumerate(("", "Red?"))]
     raw_sets.write_lines(tmp_path / "raw/data/vqa/new/train.jsonl", rows)
@@ -106,7 +116,7 @@ def test_a_row_without_any_instruction_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_parquet_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw_sets.write_m3it_parquet(tmp_path / "raw")
+    published_sets.write_m3it_parquet(tmp_path / "raw")
     done = raw_sets.prepare("m3it", tmp_path / "raw", tmp_path / "out", "--train-splits", "train,val")
     assert done.counts == {"train/m3it": 6}
     assert done.defects == {"empty-answer dropped": 1}
@@ -115,7 +125,7 @@ def test_the_parquet_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_images_in_records_cannot_stay_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw_sets.write_m3it(tmp_path / "raw")
+    published_sets.write_m3it(tmp_path / "raw")
     assert (
         main(["prepare", "m3it", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "o"), "--images", "keep"]) == 2
     )

@@ -47,7 +47,7 @@ def test_a_datasets_folder(tmp_path: Path, split: str) -> None:
     assert [[turn.text for turn in row.turns] for row in done.rows] == [
         [f"<image>\nNumber {n}?", str(n)] for n in range(3)
     ]
-    assert all((done.out / "images" / row.images[0]).is_file() for row in done.rows)
+    assert all((done.out / "images" / image).is_file() for row in done.rows for image in row.images)
     if split == "test":
         assert [q["answer"] for q in done.questions()] == ["3", "4"]
 
@@ -90,13 +90,15 @@ def test_lists_of_images_in_parquet(tmp_path: Path) -> None:
     assert first.rows[0].turns[0].text == "<image>\nSame?"
 
 
+@pytest.mark.parametrize("together", [False, True])
 def test_images_in_records_and_beside_them_are_gathered_on_request(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, together: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw_sets.write_image(tmp_path / "raw/a.jpg", 1)
+    images = ["a.jpg", f"data:image/jpeg;base64,{raw_sets.base64_image(2)}"]
     rows = [
-        {"image": "a.jpg", "question": "Red?", "answer": "no"},
-        {"image": f"data:image/jpeg;base64,{raw_sets.base64_image(2)}", "question": "Red?", "answer": "yes"},
+        {"images": named, "question": "Red?", "answer": "no"}
+        for named in ([images] if together else zip(images, strict=True))
     ]
     raw_sets.write_lines(tmp_path / "raw/rows.jsonl", rows)
     arguments = [
@@ -112,7 +114,7 @@ def test_images_in_records_and_beside_them_are_gathered_on_request(
     assert main(arguments) == 2
     assert "--images unpack gathers them all" in capsys.readouterr().err
     done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out", "--images", "unpack")
-    assert all((done.out / "images" / row.images[0]).is_file() for row in done.rows)
+    assert all((done.out / "images" / image).is_file() for row in done.rows for image in row.images)
 
 
 def test_records_of_no_known_form_say_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,20 @@
 import pickle
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.data.converters.base import Options
+from llava_mole.data.converters.defects import Defects
+from llava_mole.data.converters.pathvqa import iterate
 from llava_mole.data.converters.pickles import load_plain
 from llava_mole.errors import DataError
 
 
 def test_the_original_pickles(tmp_path: Path) -> None:
-    raw_sets.write_pathvqa(tmp_path / "raw")
+    published_sets.write_pathvqa(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--check-images", "decode")
     assert done.counts == {"train/pathvqa": 4, "test/OPEN": 1, "test/CLOSED": 2}
     assert done.defects == {"cmyk-image kept": 1}
@@ -45,7 +49,7 @@ def test_the_twin_of_lxmert(tmp_path: Path) -> None:
 
 
 def test_the_parquet_copy_and_validation_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw_sets.write_pathvqa_parquet(tmp_path / "raw")
+    published_sets.write_pathvqa_parquet(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--test-splits", "val,test")
     assert done.counts == {"train/pathvqa": 4, "val/CLOSED": 1, "test/OPEN": 2}
     assert done.report["questions"] == {"test": 2, "val": 1}
@@ -54,7 +58,7 @@ def test_the_parquet_copy_and_validation_rows(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_llava_med_json_with_its_misspelt_key(tmp_path: Path) -> None:
-    raw_sets.write_llava_med(tmp_path / "raw")
+    published_sets.write_llava_med(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
     assert done.counts == {"train/pathvqa": 2, "test/OPEN": 1, "test/CLOSED": 1}
     assert done.defects == {"misspelt-key repaired": 1, "no-image dropped": 1}
@@ -63,7 +67,7 @@ def test_llava_med_json_with_its_misspelt_key(tmp_path: Path) -> None:
 
 
 def test_the_suffix_of_closed_questions_is_an_option(tmp_path: Path) -> None:
-    raw_sets.write_pathvqa(tmp_path / "raw")
+    published_sets.write_pathvqa(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--closed-suffix")
     suffix = "Please choose from the following two options: [yes, no]"
     assert [row.turns[0].text.endswith(suffix) for row in done.rows] == [True, False, False, True]
@@ -116,13 +120,25 @@ def test_damaged_and_hostile_pickles_are_named(tmp_path: Path, data: bytes) -> N
 def test_pickled_rows_of_another_kind_are_counted(tmp_path: Path) -> None:
     good = {"image": "train_0001", "question": "what?", "answer": 3}
     rows = [good, "text", {**good, "image": 5}, {**good, "answer": None}, {**good, "answer": ""}]
+    rows += [{**good, "answer": float("nan")}, {**good, "answer": 10**5000}, {**good, "image": 10**5000}]
     path = tmp_path / "raw/train_qa.pkl"
     path.parent.mkdir()
     path.write_bytes(pickle.dumps(rows))
     raw_sets.write_image(tmp_path / "raw/images/train/train_0001.jpg", 1)
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
-    assert done.defects == {"bad-record dropped": 3, "empty-answer dropped": 1}
+    assert done.defects == {"bad-record dropped": 6, "empty-answer dropped": 1}
     assert [turn.text for turn in done.rows[0].turns] == ["<image>\nwhat?", "3"]
+
+
+@pytest.mark.parametrize("key", ["image", "question", "answer", "label"])
+def test_values_too_deep_to_be_shown_are_counted(tmp_path: Path, key: str) -> None:
+    deep = b"]" * 20_000 + b"a" * 19_999
+    values = {"image": b"U\x01x", "question": b"U\x01x", key: b"}U\x01x" + deep + b"s" if key == "label" else deep}
+    row = b"".join(b"U" + bytes([len(name)]) + name.encode() + value for name, value in values.items())
+    (tmp_path / "train_qa.pkl").write_bytes(b"\x80\x02]}(" + row + b"ua.")
+    defects = Defects()
+    assert list(iterate(tmp_path, Options(), defects)) == []
+    assert dict(defects.counts) == {("bad-record", "dropped"): 1}
 
 
 def test_nothing_of_pathvqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +150,7 @@ def test_nothing_of_pathvqa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_questions_go_on_into_the_evaluation(tmp_path: Path) -> None:
     from llava_mole.eval.questions import check_images, read_questions
 
-    raw_sets.write_pathvqa(tmp_path / "raw")
+    published_sets.write_pathvqa(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
     questions = read_questions([str(done.out / "questions" / "test.jsonl")])
     check_images(questions, done.out / "images")
@@ -156,7 +172,7 @@ def test_labels_without_weights_are_counted(tmp_path: Path, weights: dict[str, o
 
 
 def test_the_suffix_of_closed_questions_in_json(tmp_path: Path) -> None:
-    raw_sets.write_llava_med(tmp_path / "raw")
+    published_sets.write_llava_med(tmp_path / "raw")
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out", "--closed-suffix")
     suffix = "Please choose from the following two options: [yes, no]"
     assert [q["text"] for q in done.questions()] == ["what is it?", f"skin? {suffix}"]

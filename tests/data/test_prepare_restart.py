@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.data.converters import image_stage
+from llava_mole.data.converters.image_files import ImageFacts
 from llava_mole.data.store import verify_shards
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,7 +83,7 @@ def test_killed_and_called_again(tmp_path: Path) -> None:
 
 
 def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw_sets.write_sharegpt4v_instruct(tmp_path / "raw")
+    published_sets.write_sharegpt4v_instruct(tmp_path / "raw")
     given = [
         "prepare",
         "sharegpt4v-instruct",
@@ -109,6 +111,21 @@ def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest
     assert sorted(again.listed) == sorted(once.listed)
 
 
+def test_a_journal_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
+    facts = [ImageFacts(f"{n}.jpg", (20, 10 + n), None) for n in range(3)]
+    path = tmp_path / "checked.jsonl"
+    for number, fact in enumerate(facts):
+        journal = image_stage.Journal(path)
+        assert [journal.get(known.path) for known in facts[:number]] == facts[:number]
+        journal.add(fact)
+        journal.close()
+        with path.open("a") as file:  # killed while it wrote the next line
+            file.write('["half.jpg", [20, 1')
+    journal = image_stage.Journal(path)
+    assert [journal.get(known.path) for known in facts] == facts
+    journal.close()
+
+
 def test_a_partial_output_of_other_arguments_is_thrown_away(tmp_path: Path) -> None:
     write_many(tmp_path / "raw", 1, 3)
     partial = tmp_path / ".out.partial"
@@ -129,6 +146,23 @@ def test_an_output_is_replaced_on_request_only(tmp_path: Path, capsys: pytest.Ca
     assert main(arguments(tmp_path, "out", "--overwrite")) == 0
     assert len(raw_sets.Prepared(tmp_path / "out").rows) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+
+
+@pytest.mark.parametrize("there", [None, "empty", "prepared"])
+def test_an_output_that_is_a_link_is_followed(tmp_path: Path, there: str | None) -> None:
+    write_many(tmp_path / "raw", 1, 3)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "set")
+    if there == "empty":
+        (disk / "set").mkdir()
+    if there == "prepared":
+        assert main(arguments(tmp_path, "disk/set")) == 0
+    for more in ((), ("--overwrite",)):
+        assert main(arguments(tmp_path, "out", *more)) == (2 if there == "prepared" and not more else 0)
+    assert len(raw_sets.Prepared(disk / "set").rows) == 3
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in (*tmp_path.iterdir(), *disk.iterdir())) == ["disk", "out", "raw", "set"]
 
 
 def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import published_sets
 import pytest
 import raw_sets
 
@@ -11,7 +12,7 @@ from llava_mole.data.records import read_records
 
 
 def test_counts_and_defects(tmp_path: Path) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out")
     assert done.counts == {
         "train/ChartQA": 1,
@@ -38,7 +39,7 @@ def test_counts_and_defects(tmp_path: Path) -> None:
 
 
 def test_validation_rows_can_be_left_out(tmp_path: Path) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     done = raw_sets.prepare(
         "ureader", tmp_path / "raw", tmp_path / "out", "--train-splits", "train", "--test-splits", ""
     )
@@ -50,7 +51,7 @@ def test_validation_rows_can_be_left_out(tmp_path: Path) -> None:
     ("upsample", "factors"), [("official", {"DocVQA": 3, "DeepForm": 2}), ("ChartQA=4", {"ChartQA": 4}), ("none", {})]
 )
 def test_up_sampling_repeats_rows(tmp_path: Path, upsample: str, factors: dict[str, int]) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", "--upsample", upsample)
     once = {"ChartQA": 1, "DocVQA": 1, "DeepForm": 1, "TabFact": 1, "TextVQA": 2}
     kept = {key.removeprefix("train/"): n for key, n in done.counts.items() if key.startswith("train/")}
@@ -70,13 +71,15 @@ def test_the_official_factors() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("DocVQA=0", "whole factors from 1 on or one of official, none"),
+        ("DocVQA=0", "whole factors from 1 to 9999 or one of official, none"),
+        ("DocVQA=\u00b2", "whole factors from 1 to 9999"),
+        ("DocVQA=" + "9" * 5000, "whole factors from 1 to 9999"),
         ("DocVQA", "NAME=FACTOR"),
         ("Docs=2", "no rows of Docs; the sub-sources are ChartQA, DeepForm, DocVQA, TabFact, TextVQA"),
     ],
 )
 def test_mistakes_in_up_sampling(tmp_path: Path, given: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     arguments = ["prepare", "ureader", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main([*arguments, "--upsample", given]) == 2
     assert message in capsys.readouterr().err
@@ -84,7 +87,7 @@ def test_mistakes_in_up_sampling(tmp_path: Path, given: str, message: str, capsy
 
 
 def test_test_files_become_questions(tmp_path: Path) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out")
     assert done.report["questions"] == {"test_ChartQA": 2, "test_DocVQA": 1}
     assert done.questions("test_ChartQA")[0] == {
@@ -98,7 +101,7 @@ def test_test_files_become_questions(tmp_path: Path) -> None:
 
 
 def test_first_of_several_images(tmp_path: Path) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", "--multi-image", "first")
     (row,) = [row for row in done.rows if row.id == "train-6"]
     assert row.images == ("TextVQA/train/c.png",)
@@ -112,7 +115,7 @@ def test_nothing_of_ureader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_explicit_factor_must_match_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     arguments = ["prepare", "ureader", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main([*arguments, "--upsample", "InfographicsVQA=3"]) == 2
     assert "--upsample: no rows of InfographicsVQA" in capsys.readouterr().err
@@ -120,7 +123,7 @@ def test_an_explicit_factor_must_match_a_row(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_copies_are_not_asked(tmp_path: Path) -> None:
-    raw_sets.write_ureader(tmp_path / "raw")
+    published_sets.write_ureader(tmp_path / "raw")
     given = ("--upsample", "TextVQA=3", "--train-splits", "train,val", "--test-splits", "val")
     done = raw_sets.prepare("ureader", tmp_path / "raw", tmp_path / "out", *given)
     assert done.report["questions"] == {"val_TextVQA": 1}
@@ -134,7 +137,7 @@ def write_pages(raw: Path) -> None:
     (raw / "ureader_images/DUE_Benchmark/DeepForm").mkdir(parents=True)
     pages[0].save(raw / "ureader_images/DUE_Benchmark/DeepForm/a.tiff", save_all=True, append_images=pages[1:])
     names = ["a.tiff.0", "a.tiff.1", "a.tiff.7", "b.tiff.0", "a.tiff"]
-    rows = [raw_sets.document(f"DUE_Benchmark/DeepForm/{name}", "Which color?", "red") for name in names]
+    rows = [published_sets.document(f"DUE_Benchmark/DeepForm/{name}", "Which color?", "red") for name in names]
     raw_sets.write_lines(raw / "ureader_json/train.jsonl", rows)
 
 

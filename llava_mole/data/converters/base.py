@@ -1,9 +1,10 @@
 """What a converter is given and what it yields: drafts of rows, whose images are looked at later."""
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_mole.conversation import Turn
 from llava_mole.errors import ConfigError
@@ -89,7 +90,7 @@ class Converter:
 
 
 class Dropped(Exception):
-    """The record at hand is left out; the loop that reads records counts it and goes on."""
+    """The record at hand is left out; `usable_drafts` counts it and goes on."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -97,19 +98,35 @@ class Dropped(Exception):
         self.detail = detail
 
 
+def usable_drafts(
+    values: Iterable[tuple[Any, str]], make: Callable[[Any, str], Draft], defects: "Defects", split: Split = "train"
+) -> Iterator[Draft]:
+    """What `make` gives for each `(value, where)`, marked as of `split`; what it drops is counted."""
+    for value, where in values:
+        try:
+            draft = make(value, where)
+        except Dropped as dropped:
+            defects.add(dropped.kind, where, dropped.detail)
+            continue
+        draft.split = split
+        yield draft
+
+
 def parse_upsample(text: str, known: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     """`DocVQA=3,WikiTableQuestions=3`, or the name of one of the presets `known`.
 
     Raises:
-        ConfigError: something else, or a factor below 1.
+        ConfigError: something else, or a factor that is not 1 to 9999.
     """
     if text in known:
         return dict(known[text])
     factors = {}
     for part in text.split(","):
         name, _, factor = part.partition("=")
-        if not name or not factor.isdigit() or int(factor) < 1:
+        if not name or re.fullmatch("[0-9]{1,4}", factor) is None or int(factor) < 1:
             presets = f" or one of {', '.join(known)}" if known else ""
-            raise ConfigError(f"--upsample {text!r}: it must be NAME=FACTOR,... with whole factors from 1 on{presets}")
+            raise ConfigError(
+                f"--upsample {text!r}: it must be NAME=FACTOR,... with whole factors from 1 to 9999{presets}"
+            )
         factors[name.strip()] = int(factor)
     return factors

@@ -100,9 +100,11 @@ def read_rows(path: Path, raw: Path, columns: Sequence[str] | None = None) -> It
             for value in batch.to_pylist():
                 row += 1
                 yield value, f"{name}:{row}"
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # such as of dates that Python has not
         reason = " ".join(str(error).split())
-        raise DataError(f"{name}:{row + 1}: cannot be read: {reason}; download the file again") from None
+        raise DataError(
+            f"{name}:{row + 1}: cannot be read: {reason}; download the file again, or leave out that column"
+        ) from None
 
 
 def column_names(path: Path) -> list[str]:

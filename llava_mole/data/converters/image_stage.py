@@ -57,8 +57,8 @@ class Looked(NamedTuple):
 
     draft: Draft
     facts: tuple[ImageFacts, ...]
-    unpacked: bool
-    """Whether its images are in the prepared set's own folder."""
+    unpacked: set[bool]
+    """Whether each of its images is in the prepared set's own folder; both where some are."""
 
 
 def run_task(task: Task, unpacked: Path, decode: bool) -> ImageFacts:
@@ -119,10 +119,14 @@ class Journal:
         self._good: dict[int, int] = {}
         self._other: dict[str, ImageFacts] = {}
         if path.is_file():
-            with path.open(encoding="utf-8") as lines:
+            whole = 0
+            with path.open("rb") as lines:
                 for line in lines:
-                    if line.endswith("]\n"):  # else the process was killed while it wrote
-                        self._remember(_facts_from(json.loads(line)))
+                    if not line.endswith(b"]\n"):  # the process was killed while it wrote
+                        break
+                    self._remember(_facts_from(json.loads(line)))
+                    whole += len(line)
+            os.truncate(path, whole)  # else the next line would become one with the half
         self._file = path.open("a", encoding="utf-8")
 
     def get(self, name: str) -> ImageFacts | None:
@@ -244,13 +248,13 @@ def look_at_images(
                     journal.add(facts)
         for draft, parts in ready.rows:
             found = tuple(results[part] if isinstance(part, int) else part for part in parts)
-            yield Looked(draft, found, policy.copy or "" in draft.images)
+            yield Looked(draft, found, {policy.copy or image == "" for image in draft.images})
 
     try:
         for draft in drafts:
             parts: list[ImageFacts | int] = [facts_of(draft, i, image) for i, image in enumerate(draft.images)]
             if not chunk.rows and not chunk.tasks and not waiting:
-                yield Looked(draft, tuple(parts), False)  # type: ignore[arg-type]  # no task, so no position
+                yield Looked(draft, tuple(parts), {False} if parts else set())  # type: ignore[arg-type]  # no task, so no position
                 continue
             if chunk.tasks:
                 draft.images = tuple("" if isinstance(image, Embedded) else image for image in draft.images)

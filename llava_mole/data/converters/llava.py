@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Dropped, Options
+from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Dropped, Options, usable_drafts
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, find_one, read_values, split_of
 from llava_mole.data.converters.turns import LLAVA_ROLES, check_turns, read_turns
@@ -62,14 +62,8 @@ def iterate_file(
     path: Path, raw: Path, source_of: Callable[[str | None], str], defects: Defects, split: Any = "train"
 ) -> Iterator[Draft]:
     """Every usable record of one file; the others are counted."""
-    for value, where in read_values(path, raw, defects):
-        try:
-            draft = to_draft(value, where, source_of, defects)
-        except Dropped as dropped:
-            defects.add(dropped.kind, where, dropped.detail)
-            continue
-        draft.split = split
-        yield draft
+    make = functools.partial(to_draft, source_of=source_of, defects=defects)
+    return usable_drafts(read_values(path, raw, defects), make, defects, split)
 
 
 def _iterate_named(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_mole.data.converters.base import Converter, Draft, Dropped, Embedded, Options
+from llava_mole.data.converters.base import Converter, Draft, Dropped, Embedded, Options, Split, usable_drafts
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import find_files, read_rows, read_values, show, split_of
 from llava_mole.data.converters.turns import check_turns, choose_images, question_and_answer
@@ -30,31 +30,12 @@ PARQUET_COLUMNS = ("instruction", "inputs", "outputs", "image")
 
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
     """Rows of every `<task>/<set>/*.jsonl` below `raw`, or of every parquet file if there are any."""
-    parquet = raw.is_file() and raw.suffix == ".parquet"
-    if parquet or (raw.is_dir() and next(raw.rglob("*.parquet"), None)):
-        for path in find_files(raw, (".parquet",), "parquet file"):
-            yield from _parquet_rows(path, raw, options, defects)
-        return
-    for path in find_files(raw, (".jsonl",), "M3IT file (data/<task>/<set>/train.jsonl)"):
+    parquet = raw.suffix == ".parquet" if raw.is_file() else next(raw.rglob("*.parquet"), None) is not None
+    rows, suffix = (_parquet_rows, ".parquet") if parquet else (_json_rows, ".jsonl")
+    for path in find_files(raw, (suffix,), "M3IT file (data/<task>/<set>/train.jsonl, or *.parquet)"):
         split = split_of(path.stem)
-        if not options.wants(split):
-            continue
-        name = path.parent.name
-        instructions = read_instructions(path.parent / INSTRUCTIONS)
-        # Drawn in the order of the lines, so that the same seed gives the same instructions.
-        draw = random.Random(f"{options.seed}/{name}/{split}")
-        for value, where in read_values(path, raw, defects):
-            fields = _fields(value, where, options)
-            instruction = fields.get("instruction")
-            if not instruction and instructions:
-                fields["instruction"] = draw.choice(instructions)
-            try:
-                draft = to_draft(fields, name, where, options, defects)
-            except Dropped as dropped:
-                defects.add(dropped.kind, where, dropped.detail)
-                continue
-            draft.split = split
-            yield draft
+        if options.wants(split):
+            yield from rows(path, raw, split, options, defects)
 
 
 def read_instructions(path: Path) -> list[str]:
@@ -66,7 +47,7 @@ def read_instructions(path: Path) -> list[str]:
     if not path.is_file():
         return []
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
     if isinstance(value, dict):
@@ -146,23 +127,33 @@ def embedded_images(value: Any, where: str, options: Options, defects: Defects) 
     return tuple(choose_images(images, where, options, defects))
 
 
-def _parquet_rows(path: Path, raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
-    split = split_of(path.stem)
-    if not options.wants(split):
-        return
+def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+    name = path.parent.name
+    instructions = read_instructions(path.parent / INSTRUCTIONS)
+    # Drawn in the order of the lines, so that the same seed gives the same instructions.
+    draw = random.Random(f"{options.seed}/{name}/{split}")
+
+    def make(value: Any, where: str) -> Draft:
+        fields = _fields(value, where, options)
+        if not fields.get("instruction") and instructions:
+            fields["instruction"] = draw.choice(instructions)
+        return to_draft(fields, name, where, options, defects)
+
+    return usable_drafts(read_values(path, raw, defects), make, defects, split)
+
+
+def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
     # A set's folder, or the data set's own `data` folder, which names no set.
     folder = path.parent.name if path != raw else ""
     name = folder if folder not in ("", "data", raw.name) else "m3it"
-    for value, where in read_rows(path, raw, PARQUET_COLUMNS):
-        try:
-            draft = to_draft(value, name, where, options, defects)
-        except Dropped as dropped:
-            defects.add(dropped.kind, where, dropped.detail)
-            continue
+
+    def make(value: Any, where: str) -> Draft:
+        draft = to_draft(value, name, where, options, defects)
         if path != raw:
             draft.id = f"{show(path, raw)}-{draft.id.rpartition('-')[2]}"
-        draft.split = split
-        yield draft
+        return draft
+
+    return usable_drafts(read_rows(path, raw, PARQUET_COLUMNS), make, defects, split)
 
 
 CONVERTER = Converter(

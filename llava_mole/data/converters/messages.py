@@ -1,5 +1,6 @@
 """Anyone's own data in other forms: chat messages, ShareGPT with images, question and answer columns."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,7 +8,17 @@ from typing import Any
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
-from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Dropped, Embedded, Options, Split
+from llava_mole.data.converters.base import (
+    TEXT_ONLY,
+    WITH_IMAGES,
+    Converter,
+    Draft,
+    Dropped,
+    Embedded,
+    Options,
+    Split,
+    usable_drafts,
+)
 from llava_mole.data.converters.defects import Action, Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
 from llava_mole.data.converters.image_files import is_text
@@ -43,14 +54,8 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
             continue
         rows = read_values(path, raw, defects) if path.suffix in JSON_SUFFIXES else read_rows(path, raw)
         stem = "" if path == raw else f"{show(path.with_suffix(''), raw)}-"
-        for value, where in rows:
-            try:
-                draft = to_draft(value, where, options, defects, stem)
-            except Dropped as dropped:
-                defects.add(dropped.kind, where, dropped.detail)
-                continue
-            draft.split = split
-            yield draft
+        make = functools.partial(to_draft, options=options, defects=defects, stem=stem)
+        yield from usable_drafts(rows, make, defects, split)
 
 
 def _split(path: Path, raw: Path) -> Split:

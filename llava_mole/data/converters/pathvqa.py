@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.conversation import Turn
-from llava_mole.data.converters.base import SPLITS, Converter, Draft, Dropped, Embedded, Options, Split
+from llava_mole.data.converters.base import SPLITS, Converter, Draft, Dropped, Embedded, Options, Split, usable_drafts
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
 from llava_mole.data.converters.pickles import load_plain
@@ -15,6 +15,7 @@ from llava_mole.errors import DataError
 SOURCE = "pathvqa"
 CLOSED_SUFFIX = " Please choose from the following two options: [yes, no]"
 MISSPELT = "conversatons"
+_LARGEST_ANSWER = 1e100
 _TYPES = {"open": "OPEN", "other": "OPEN", "number": "OPEN", "closed": "CLOSED", "yes/no": "CLOSED"}
 
 
@@ -57,34 +58,33 @@ def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects:
         raise DataError(f"{path}: holds {type(values).__name__}, not a list of questions; use the file as published")
     images = next((f for f in ("pvqa/images", "images") if (raw / f).is_dir()), "images")
     name = show(path, raw)
-    for number, value in enumerate(values, 1):
-        where = f"{name}:{number}"
-        try:
-            if not isinstance(value, dict):
-                raise Dropped("bad-record", f"not an object but {type(value).__name__}")
-            image = value.get("image", value.get("img_id"))
-            if not isinstance(image, str) or not image:
-                raise Dropped("bad-record", f"'image' is {image!r:.60}")
-            question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
-            if isinstance(answer, dict):  # candidates with their weights
-                if not all(isinstance(weight, (int, float)) for weight in answer.values()):
-                    raise Dropped("bad-record", f"'label' is {answer!r:.60}; its values must be numbers")
-                answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
-            yield _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
-        except Dropped as dropped:
-            defects.add(dropped.kind, where, dropped.detail)
+
+    def make(value: Any, where: str) -> Draft:
+        if not isinstance(value, dict):
+            raise Dropped("bad-record", f"not an object but {type(value).__name__}")
+        image = value.get("image", value.get("img_id"))
+        if not isinstance(image, str) or not image:
+            raise Dropped("bad-record", f"'image' is {type(image).__name__}; it must be a name")
+        question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
+        if isinstance(answer, dict):  # candidates with their weights
+            if not all(isinstance(weight, (int, float)) for weight in answer.values()):
+                raise Dropped("bad-record", "'label' has values that are no numbers")
+            answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
+        return _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
+
+    numbered = ((value, f"{name}:{number}") for number, value in enumerate(values, 1))
+    return usable_drafts(numbered, make, defects, split)
 
 
 def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
-    for value, where in read_rows(path, raw, ("image", "question", "answer")):
-        try:
-            image = value["image"]
-            data = image.get("bytes") if isinstance(image, dict) else image
-            if not isinstance(data, (bytes, str)) or not data:
-                raise Dropped("no-image", "no bytes in column 'image'")
-            yield _draft(value["question"], value["answer"], Embedded(data), where, split, options, defects)
-        except Dropped as dropped:
-            defects.add(dropped.kind, where, dropped.detail)
+    def make(value: Any, where: str) -> Draft:
+        image = value["image"]
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(data, (bytes, str)) or not data:
+            raise Dropped("no-image", "no bytes in column 'image'")
+        return _draft(value["question"], value["answer"], Embedded(data), where, split, options, defects)
+
+    return usable_drafts(read_rows(path, raw, ("image", "question", "answer")), make, defects, split)
 
 
 def _draft(
@@ -96,9 +96,13 @@ def _draft(
     options: Options,
     defects: Defects,
 ) -> Draft:
-    if not isinstance(question, str) or not isinstance(answer, (str, int, float)) or isinstance(answer, bool):
-        raise Dropped("bad-record", f"question {question!r:.40}, answer {answer!r:.40}; both must be text")
-    answer = str(answer)
+    number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if number and abs(answer) < _LARGEST_ANSWER:  # neither NaN nor what Python refuses to write
+        answer = str(answer)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        # Types, not values: those of a hostile pickle may be nested too deeply to be shown.
+        types = f"question is {type(question).__name__}, answer is {type(answer).__name__}"
+        raise Dropped("bad-record", f"{types}; both must be text")
     kind = answer_type(answer)
     if options.closed_suffix and kind == "CLOSED":
         question += CLOSED_SUFFIX
@@ -119,27 +123,27 @@ def _with_suffix(turns: tuple[Turn, ...], first: str) -> tuple[Turn, ...]:
 
 def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
     """LLaVA-Med's records; its test file misspells `conversations`."""
-    for value, where in read_values(path, raw, defects):
-        try:
-            if not isinstance(value, dict):
-                raise Dropped("bad-record", f"not an object but {type(value).__name__}")
-            conversations = value.get("conversations")
-            if conversations is None and MISSPELT in value:
-                conversations = value[MISSPELT]
-                defects.add("misspelt-key", where, MISSPELT, "repaired")
-            image = value.get("image")
-            if not isinstance(image, str) or not image:
-                raise Dropped("no-image", "no 'image' in the record")
-            turns = check_turns(read_turns(conversations, CHAT_ROLES), 1, where, defects)
-            given = value.get("answer_type")
-            kind = _TYPES.get(given.lower()) if isinstance(given, str) else None
-            kind = kind or answer_type(turns[1].text)
-            if options.closed_suffix:
-                turns = _with_suffix(turns, kind)
-            identifier = str(value.get("id", value.get("question_id", f"{SOURCE}-{where.rpartition(':')[2]}")))
-            yield Draft(identifier, SOURCE, (image,), turns, where, split, kind, kind)
-        except Dropped as dropped:
-            defects.add(dropped.kind, where, dropped.detail)
+
+    def make(value: Any, where: str) -> Draft:
+        if not isinstance(value, dict):
+            raise Dropped("bad-record", f"not an object but {type(value).__name__}")
+        conversations = value.get("conversations")
+        if conversations is None and MISSPELT in value:
+            conversations = value[MISSPELT]
+            defects.add("misspelt-key", where, MISSPELT, "repaired")
+        image = value.get("image")
+        if not isinstance(image, str) or not image:
+            raise Dropped("no-image", "no 'image' in the record")
+        turns = check_turns(read_turns(conversations, CHAT_ROLES), 1, where, defects)
+        given = value.get("answer_type")
+        kind = _TYPES.get(given.lower()) if isinstance(given, str) else None
+        kind = kind or answer_type(turns[1].text)
+        if options.closed_suffix:
+            turns = _with_suffix(turns, kind)
+        identifier = str(value.get("id", value.get("question_id", f"{SOURCE}-{where.rpartition(':')[2]}")))
+        return Draft(identifier, SOURCE, (image,), turns, where, answer_type=kind, category=kind)
+
+    return usable_drafts(read_values(path, raw, defects), make, defects, split)
 
 
 CONVERTER = Converter(

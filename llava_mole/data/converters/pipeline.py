@@ -126,8 +126,12 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
             if not trains and not asked:
                 continue
             kept[key] += 1
-            if images:
-                homes.add(looked.unpacked)
+            homes |= looked.unpacked
+            if len(homes) > 1:
+                raise DataError(
+                    f"{draft.where}: some images come in the records and others are files; --images unpack gathers "
+                    "them all"
+                )
             if trains:
                 identity = hash(draft.id)
                 if identity in ids:
@@ -151,10 +155,6 @@ def _write(converter: Converter, request: Request, folder: Path) -> dict[str, An
                 f"{row['count']} x {row['kind']}" for row in defects.rows()[:3] if row["action"] == "dropped"
             )
             raise DataError(f"{request.raw}: no record is left to be written ({worst or 'the files hold none'})")
-        if len(homes) > 1:
-            raise DataError(
-                f"{request.raw}: some images come in the records and others are files; --images unpack gathers them all"
-            )
         name = f"{converter.name}-parquet" if from_parquet else converter.name
         report = make_report(name, request, kept, dropped, defects, questions.counts)
         if True not in homes:  # so that <out>/images is the image folder wherever the images are

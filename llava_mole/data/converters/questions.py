@@ -20,7 +20,8 @@ class QuestionFiles:
         self._folder = folder
         self._by_source = by_source
         self._files: dict[str, TextIO] = {}
-        self._ids: set[str] = set()
+        self._ids: dict[str, int] = {}
+        """Every id -> the last number that was put behind it."""
         self.counts: dict[str, int] = {}
         """Questions of each file."""
 
@@ -46,11 +47,11 @@ class QuestionFiles:
             self.counts[name] += 1
 
     def _unused(self, identifier: str) -> str:
-        number, unused = 1, identifier
+        unused = identifier
         while unused in self._ids:
-            number += 1
-            unused = f"{identifier}#{number}"
-        self._ids.add(unused)
+            self._ids[identifier] += 1
+            unused = f"{identifier}#{self._ids[identifier]}"
+        self._ids[unused] = 1
         return unused
 
     def _file(self, name: str) -> TextIO:

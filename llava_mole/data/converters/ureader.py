@@ -1,10 +1,12 @@
 """UReader (and DocDownstream): document instructions with user and assistant roles, the image in a turn of its own."""
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava_mole.data.converters.base import Converter, Draft, Dropped, Options, Split
+from llava_mole.data.converters.base import Converter, Draft, Dropped, Options, Split, usable_drafts
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import find_files, read_values
 from llava_mole.data.converters.turns import (
@@ -38,20 +40,15 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
     for path, split in _files(raw):
         if not options.wants(split):
             continue
-        for value, where in read_values(path, raw, defects):
-            try:
-                draft = to_draft(value, where, path.stem, split, options, defects)
-            except Dropped as dropped:
-                defects.add(dropped.kind, where, dropped.detail)
-                continue
+        make = functools.partial(to_draft, stem=path.stem, options=options, defects=defects)
+        for draft in usable_drafts(read_values(path, raw, defects), make, defects, split):
+            copies = 1
             if split in options.train_splits:
                 seen.add(draft.source)
-                yield draft
-                for copy in range(2, options.upsample.get(draft.source, 1) + 1):
-                    identifier = f"{draft.id}#{copy}"
-                    yield Draft(identifier, draft.source, draft.images, draft.turns, where, split, again=True)
-            else:
-                yield draft
+                copies = options.upsample.get(draft.source, 1)
+            again = [replace(draft, id=f"{draft.id}#{copy}", again=True) for copy in range(2, copies + 1)]
+            yield draft
+            yield from again
     # A set of the official ones may have been left out; in factors of one's own a name is a mistake in writing.
     official = options.upsample == PRESETS["official"]
     unknown = [] if official else sorted(options.upsample.keys() - seen)
@@ -80,7 +77,7 @@ def source_of(image: str) -> str:
     return folder if slash else "ureader"
 
 
-def to_draft(value: Any, where: str, stem: str, split: Split, options: Options, defects: Defects) -> Draft:
+def to_draft(value: Any, where: str, stem: str, options: Options, defects: Defects) -> Draft:
     """One record. Raises Dropped where it cannot be used."""
     if type(value) is not dict:
         raise Dropped("bad-record", f"not an object but {type(value).__name__}")
@@ -105,7 +102,7 @@ def to_draft(value: Any, where: str, stem: str, split: Split, options: Options, 
         defects.add("none-answer", where, "", "kept")
     source = source_of(images[0])
     line = where.rpartition(":")[2]
-    return Draft(f"{stem}-{line}", source, tuple(images), checked, where, split, category=source)
+    return Draft(f"{stem}-{line}", source, tuple(images), checked, where, category=source)
 
 
 def _text(value: Any) -> bool:

@@ -1,0 +1,34 @@
+"""What `llava-mole check-data` remembers of millions of records: hashes."""
+
+import io
+import tracemalloc
+
+from llava_mole.analysis.check_data import check_records
+from llava_mole.analysis.check_findings import FindingsFile, SourceFindings
+from llava_mole.analysis.check_keys import Keys, key_of
+from llava_mole.conversation import Turn
+from llava_mole.data.records import Record
+
+
+def test_memory_holds_hashes_only() -> None:
+    number = 40_000
+    talk = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "It is red."))
+    made = (Record(f"{n}", (f"folder/{n:012}.jpg",), talk, "s", f"s.json:{n}") for n in range(number))
+    source = SourceFindings("s")
+    tracemalloc.start()
+    check_records(made, source, FindingsFile(io.StringIO()), None, None, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (source.images, source.duplicates) == (number, 0)
+    assert peak < 20e6 * number / 200_000
+
+
+def test_keys_are_a_set() -> None:
+    keys, plain = Keys(), set()
+    for n in range(5000):
+        key = key_of(str(n % 3000).encode())
+        assert keys.add(key) == (key not in plain)
+        plain.add(key)
+    assert len(keys) == len(plain) == 3000
+    assert all(key in keys for key in plain)
+    assert not any(key_of(str(n).encode()) in keys for n in range(3000, 6000))
