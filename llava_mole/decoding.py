@@ -1,5 +1,6 @@
 """Decoding: its options, when a sample is done, and how token ids become the answer's text, whole or piece by piece."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
     from llava_mole.data.tokenization import TextTokenizer
 
+LOWEST_TEMPERATURE = 1e-4
+"""Below it, logits divided by the temperature no longer fit float32; it is as good as greedy."""
 INCOMPLETE_CHARACTER = "\ufffd"
 """What tokenizers decode the first bytes of an unfinished character to."""
 
@@ -30,8 +33,10 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if self.temperature and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or a number from {LOWEST_TEMPERATURE} on"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.num_beams < 1:

@@ -9,7 +9,7 @@ import torch
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, Turn, render
 from llava_mole.data.tokenization import encode
-from llava_mole.errors import DataError
+from llava_mole.errors import PromptError
 from llava_mole.model.builder import LoadedModel
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.prompts import Batch, check_room, check_shown
@@ -35,10 +35,10 @@ def encode_continuation(
     front of it. Without `with_end` the ids end where the answer's text does.
 
     Raises:
-        DataError: the continuation is empty, or fills the context; a template that does not show all images.
+        PromptError: the continuation is empty, or fills the context; a template that does not show all images.
     """
     if not continuation.strip():
-        raise DataError(f"prompt {position}: its continuation is empty; give the text whose probability is asked for")
+        raise PromptError(position, "its continuation is empty; give the text whose probability is asked for")
     rendered = render(template, [*turns, Turn("assistant", continuation)])
     start, end = rendered.answer_spans[-1]
     if not with_end:
