@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_mole.errors import ConfigError
 
@@ -43,25 +43,28 @@ class Decoding:
             raise ConfigError(f"num_beams is {self.num_beams}; it must be at least 1")
 
     def generation_config(self, *, eos_ids: Sequence[int], pad_id: int) -> "GenerationConfig":
-        """The same for transformers.
+        """The same for transformers, without anything from the language model's own generation config.
 
-        Every field that bends the distribution is set, because transformers fills unset ones from the language
-        model's own generation config, where for example Vicuna keeps sampling values and others a repetition penalty.
+        There Vicuna keeps sampling values, and others a repetition penalty or suppressed tokens.
         """
         from transformers import GenerationConfig
 
+        class Complete(GenerationConfig):
+            """What is unset takes transformers' defaults, not the model's values."""
+
+            def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> Any:
+                if allow_custom_entries:  # how transformers passes the model's values, custom ones among them
+                    return kwargs
+                return super().update(defaults_only=defaults_only, **kwargs)
+
         sample = self.temperature > 0
-        return GenerationConfig(
+        return Complete(
             max_new_tokens=self.max_new_tokens,
             do_sample=sample,
             num_beams=self.num_beams,
             temperature=self.temperature if sample else 1.0,
             top_p=self.top_p if sample and self.top_p is not None else 1.0,
             top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            length_penalty=1.0,
-            num_return_sequences=1,
             eos_token_id=list(eos_ids) or None,
             pad_token_id=pad_id,
         )

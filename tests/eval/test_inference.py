@@ -147,7 +147,10 @@ def test_greedy_ignores_the_language_models_own_sampling_values(
 ) -> None:
     expected = predictor.generate(IMAGES, PROMPTS, max_new_tokens=NEW)
     own = predictor.loaded.model.causal_lm.generation_config
-    for key, value in {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 5.0}.items():
+    first = predictor.loaded.tokenizer.encode_with_offsets(expected[0])[0][0]
+    bent = {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 5.0, "min_p": 0.5}
+    bent |= {"suppress_tokens": [first], "min_new_tokens": NEW, "no_repeat_ngram_size": 1, "max_length": 2}
+    for key, value in (bent | {"return_dict_in_generate": True}).items():
         monkeypatch.setattr(own, key, value)
     assert predictor.generate(IMAGES, PROMPTS, max_new_tokens=NEW) == expected
 
