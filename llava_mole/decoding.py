@@ -1,6 +1,7 @@
 """Decoding: its options, when a sample is done, and how token ids become the answer's text, whole or piece by piece."""
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,14 @@ from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     from llava_mole.data.tokenization import TextTokenizer
 
 LOWEST_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature no longer fit float32; it is as good as greedy."""
+TOP_K = 50
+"""Tokens that sampling chooses from, as in LLaVA."""
 INCOMPLETE_CHARACTER = "\ufffd"
 """What tokenizers decode the first bytes of an unfinished character to."""
 
@@ -25,7 +28,7 @@ class Decoding:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    """0 is greedy; above it tokens are sampled, among the 50 likeliest as in LLaVA."""
+    """0 is greedy; above it tokens are sampled, among the TOP_K likeliest."""
     top_p: float | None = None
     """Sample within this probability mass only."""
     num_beams: int = 1
@@ -42,6 +45,11 @@ class Decoding:
         if self.num_beams < 1:
             raise ConfigError(f"num_beams is {self.num_beams}; it must be at least 1")
 
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self.temperature > 0
+
     def generation_config(self, *, eos_ids: Sequence[int], pad_id: int) -> "GenerationConfig":
         """The same for transformers, without anything from the language model's own generation config.
 
@@ -57,17 +65,27 @@ class Decoding:
                     return kwargs
                 return super().update(defaults_only=defaults_only, **kwargs)
 
-        sample = self.temperature > 0
+        beam_sampling = self.samples and self.num_beams > 1
         return Complete(
             max_new_tokens=self.max_new_tokens,
-            do_sample=sample,
+            do_sample=beam_sampling,
             num_beams=self.num_beams,
-            temperature=self.temperature if sample else 1.0,
-            top_p=self.top_p if sample and self.top_p is not None else 1.0,
-            top_k=50,
+            temperature=self.temperature if beam_sampling else 1.0,
+            top_p=self.top_p if beam_sampling and self.top_p is not None else 1.0,
+            top_k=TOP_K,
             eos_token_id=list(eos_ids) or None,
             pad_token_id=pad_id,
         )
+
+    def processors(self, seeds: Sequence[int]) -> "LogitsProcessorList":
+        """What draws the tokens of a batch, one seed a row; nothing for greedy decoding and for beams."""
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        if not self.samples or self.num_beams > 1:
+            return LogitsProcessorList()
+        nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p is not None else []
+        warpers = [TemperatureLogitsWarper(self.temperature), TopKLogitsWarper(TOP_K), *nucleus]
+        return LogitsProcessorList([*warpers, RowSampler(seeds)])
 
 
 class AnswerDecoder:
@@ -118,6 +136,25 @@ class AnswerDecoder:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class RowSampler:
+    """Logits processor of transformers that draws each row's tokens with a generator of its own.
+
+    So an answer does not depend on the rows beside it. It stands last; greedy decoding then takes the drawn token.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self._generators = [random.Random(seed) for seed in seeds]
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Scores [rows, V] with all but the drawn token at minus infinity."""
+        import torch
+
+        upto_BV = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        drawn_B = upto_BV.new_tensor([generator.random() for generator in self._generators]) * upto_BV[:, -1]
+        token_B1 = torch.searchsorted(upto_BV, drawn_B.unsqueeze(-1), right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -math.inf).scatter(1, token_B1, 0.0)
 
 
 class RowStop:

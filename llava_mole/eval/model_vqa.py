@@ -10,6 +10,7 @@ the parts' files in order are the whole. Under torchrun or `accelerate launch` t
 import argparse
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -116,7 +117,11 @@ def answer_questions(
             for window, images in windows(mine, image_folder, batch_size):
                 with naming(window):
                     texts = predictor.generate(
-                        images, [q.text for q in window], batch_size=batch_size, **dataclasses.asdict(decoding)
+                        images,
+                        [q.text for q in window],
+                        seeds=[_seed(q) for q in window],
+                        batch_size=batch_size,
+                        **dataclasses.asdict(decoding),
                     )
                 output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
                 progress.update(len(window))
@@ -124,6 +129,11 @@ def answer_questions(
             stats = collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size)
             on_main(lambda: stats.write(routing_stats))
         output.finish()
+
+
+def _seed(question: Question) -> int:
+    """Of the question alone, so that sampled answers do not depend on batch, chunk, rank or an interruption."""
+    return int.from_bytes(hashlib.sha256(json.dumps(question.key).encode()).digest()[:8], "big")
 
 
 @command

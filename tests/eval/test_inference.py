@@ -166,6 +166,18 @@ def test_sampling_follows_temperature_and_seed(predictor: Predictor) -> None:
     assert sample(1, temperature=5.0) == sample(1, temperature=5.0) != sample(2, temperature=5.0)
 
 
+def test_sampled_answers_do_not_depend_on_the_batch(predictor: Predictor) -> None:
+    options = {"max_new_tokens": NEW, "temperature": 2.0, "top_p": 0.95}
+    seeds = list(range(len(PROMPTS)))
+    single = [
+        predictor.generate([i], [p], seeds=[s], **options)[0] for i, p, s in zip(IMAGES, PROMPTS, seeds, strict=True)
+    ]
+    assert predictor.generate(IMAGES, PROMPTS, seeds=seeds, **options) == single
+    assert predictor.generate(IMAGES, PROMPTS, seeds=seeds[::-1], batch_size=2, **options) != single
+    same = predictor.generate([RED] * 8, ["What?"] * 8, seeds=range(8), **options)
+    assert len(set(same)) > 4
+
+
 def test_beams_batched_equal_single(predictor: Predictor) -> None:
     batched = predictor.generate(IMAGES, PROMPTS, max_new_tokens=NEW, num_beams=3)
     assert batched == one_by_one(predictor, max_new_tokens=NEW, num_beams=3)

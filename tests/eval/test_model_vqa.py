@@ -77,6 +77,20 @@ def test_chunks_in_order_are_the_whole(
 
 
 @pytest.mark.usefixtures("loaded_once")
+def test_sampled_answers_are_the_questions_own(mole_run: Path, asked: Path, tmp_path: Path) -> None:
+    options, whole = ("--temperature", "2", "--top_p", "0.95"), tmp_path / "whole.jsonl"
+    assert run(mole_run, asked, whole, *options) == 0
+    content = b""
+    for i in range(2):
+        path = tmp_path / f"{i}.jsonl"
+        chunk = ("--num-chunks", "2", "--chunk-idx", str(i), "--batch-size", "2")
+        assert run(mole_run, asked, path, *options, *chunk) == 0
+        content += path.read_bytes()
+    assert content == whole.read_bytes()
+    assert len({json.loads(line)["text"] for line in content.splitlines()}) > 8
+
+
+@pytest.mark.usefixtures("loaded_once")
 def test_interrupted_run_continues(
     mole_run: Path, asked: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
