@@ -12,7 +12,7 @@ from llava_mole.data.tokenization import encode
 from llava_mole.errors import PromptError
 from llava_mole.model.builder import LoadedModel
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.prompts import Batch, check_room, check_shown
+from llava_mole.prompts import Batch, check_room, check_shown, check_text
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def encode_continuation(
     if not continuation.strip():
         raise PromptError(position, "its continuation is empty; give the text whose probability is asked for")
     rendered = render(template, [*turns, Turn("assistant", continuation)])
+    check_text(rendered.text, position)
     start, end = rendered.answer_spans[-1]
     if not with_end:
         end -= len(template.answer_end)

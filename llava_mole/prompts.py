@@ -89,10 +89,19 @@ def encode_prompt(loaded: LoadedModel, template: Template, prompt: Prompt, num_i
     """
     turns = place_images(prompt, num_images, position)
     rendered = render(template, turns, add_generation_prompt=True)
+    check_text(rendered.text, position)
     encoded = encode(rendered, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
     check_shown(template, encoded.num_images, num_images, position)
     check_room(loaded, len(encoded.input_ids), position)
     return encoded.input_ids
+
+
+def check_text(text: str, position: int) -> None:
+    """Raise PromptError for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError(position, "it holds half of a surrogate pair, which is no character; remove it") from None
 
 
 def check_shown(template: Template, shown: int, given: int, position: int) -> None:

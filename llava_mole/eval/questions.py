@@ -67,7 +67,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not valid JSON ({error}); the file needs one JSON object per line") from None
         if not isinstance(value, dict):
             raise DataError(f"{where}: {type(value).__name__} found; the file needs one JSON object per line")
