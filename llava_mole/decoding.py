@@ -1,17 +1,23 @@
 """Decoding: its options, when a sample is done, and how token ids become the answer's text, whole or piece by piece."""
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     from llava_mole.data.tokenization import TextTokenizer
 
+LOWEST_TEMPERATURE = 1e-4
+"""Below it, logits divided by the temperature no longer fit float32; it is as good as greedy."""
+TOP_K = 50
+"""Tokens that sampling chooses from, as in LLaVA."""
 INCOMPLETE_CHARACTER = "\ufffd"
 """What tokenizers decode the first bytes of an unfinished character to."""
 
@@ -22,7 +28,7 @@ class Decoding:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    """0 is greedy; above it tokens are sampled, among the 50 likeliest as in LLaVA."""
+    """0 is greedy; above it tokens are sampled, among the TOP_K likeliest."""
     top_p: float | None = None
     """Sample within this probability mass only."""
     num_beams: int = 1
@@ -30,36 +36,56 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if self.temperature and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature is {self.temperature}; it must be 0 (greedy) or a number from {LOWEST_TEMPERATURE} on"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.num_beams < 1:
             raise ConfigError(f"num_beams is {self.num_beams}; it must be at least 1")
 
-    def generation_config(self, *, eos_ids: Sequence[int], pad_id: int) -> "GenerationConfig":
-        """The same for transformers.
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self.temperature > 0
 
-        Every field that bends the distribution is set, because transformers fills unset ones from the language
-        model's own generation config, where for example Vicuna keeps sampling values and others a repetition penalty.
+    def generation_config(self, *, eos_ids: Sequence[int], pad_id: int) -> "GenerationConfig":
+        """The same for transformers, without anything from the language model's own generation config.
+
+        There Vicuna keeps sampling values, and others a repetition penalty or suppressed tokens.
         """
         from transformers import GenerationConfig
 
-        sample = self.temperature > 0
-        return GenerationConfig(
+        class Complete(GenerationConfig):
+            """What is unset takes transformers' defaults, not the model's values."""
+
+            def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> Any:
+                if allow_custom_entries:  # how transformers passes the model's values, custom ones among them
+                    return kwargs
+                return super().update(defaults_only=defaults_only, **kwargs)
+
+        beam_sampling = self.samples and self.num_beams > 1
+        return Complete(
             max_new_tokens=self.max_new_tokens,
-            do_sample=sample,
+            do_sample=beam_sampling,
             num_beams=self.num_beams,
-            temperature=self.temperature if sample else 1.0,
-            top_p=self.top_p if sample and self.top_p is not None else 1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            length_penalty=1.0,
-            num_return_sequences=1,
+            temperature=self.temperature if beam_sampling else 1.0,
+            top_p=self.top_p if beam_sampling and self.top_p is not None else 1.0,
+            top_k=TOP_K,
             eos_token_id=list(eos_ids) or None,
             pad_token_id=pad_id,
         )
+
+    def processors(self, seeds: Sequence[int]) -> "LogitsProcessorList":
+        """What draws the tokens of a batch, one seed a row; nothing for greedy decoding and for beams."""
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        if not self.samples or self.num_beams > 1:
+            return LogitsProcessorList()
+        nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p is not None else []
+        warpers = [TemperatureLogitsWarper(self.temperature), TopKLogitsWarper(TOP_K), *nucleus]
+        return LogitsProcessorList([*warpers, RowSampler(seeds)])
 
 
 class AnswerDecoder:
@@ -110,6 +136,25 @@ class AnswerDecoder:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class RowSampler:
+    """Logits processor of transformers that draws each row's tokens with a generator of its own.
+
+    So an answer does not depend on the rows beside it. It stands last; greedy decoding then takes the drawn token.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self._generators = [random.Random(seed) for seed in seeds]
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Scores [rows, V] with all but the drawn token at minus infinity."""
+        import torch
+
+        upto_BV = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        drawn_B = upto_BV.new_tensor([generator.random() for generator in self._generators]) * upto_BV[:, -1]
+        token_B1 = torch.searchsorted(upto_BV, drawn_B.unsqueeze(-1), right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -math.inf).scatter(1, token_B1, 0.0)
 
 
 class RowStop:

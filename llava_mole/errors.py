@@ -32,6 +32,17 @@ class DataError(UserError):
     """A record or an image is wrong; the message starts with `file:line`."""
 
 
+class PromptError(DataError):
+    """A prompt that cannot be answered: `position` is its place in the list, `problem` the rest of the message."""
+
+    def __init__(self, position: int, problem: str):
+        super().__init__(position, problem)
+        self.position, self.problem = position, problem
+
+    def __str__(self) -> str:
+        return f"prompt {self.position}: {self.problem}"
+
+
 class WeightsError(UserError):
     """A weight file is absent, does not fit or cannot be used."""
 

@@ -69,6 +69,7 @@ class Predictor:
         top_p: float | None = None,
         num_beams: int = 1,
         stop: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
         batch_size: int = 16,
     ) -> list[str]:
         """Answer every prompt; the answers stand in the order of the prompts.
@@ -81,6 +82,8 @@ class Predictor:
             max_new_tokens: Upper bound of an answer; it also ends where the context does.
             temperature: 0 is greedy, whatever the language model's own generation config says.
             stop: Texts that end an answer besides the template's end marker.
+            seeds: One per prompt, for sampling; default: drawn from torch's generator. With `num_beams` above 1 that
+                generator decides alone, and answers depend on the batch.
             batch_size: Prompts of one forward pass; they are batched by length.
 
         Raises:
@@ -88,10 +91,13 @@ class Predictor:
             DataError: an image that cannot be read, a placeholder without image, a prompt longer than the context.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
+        if seeds is None:
+            seeds = _draw_seeds(decoding, len(prompts))
         answers = [""] * len(prompts)
         for batch in self.batches(images, prompts, batch_size=_positive(batch_size)):
             answer = self._answer_decoder(stop)
-            for position, ids in zip(batch.members, self._decode(batch, decoding, answer), strict=True):
+            found = self._decode(batch, decoding, answer, [seeds[member] for member in batch.members])
+            for position, ids in zip(batch.members, found, strict=True):
                 answers[position] = answer.final(ids)
         return answers
 
@@ -173,6 +179,7 @@ class Predictor:
         batch: Batch,
         decoding: Decoding,
         answer: AnswerDecoder,
+        seeds: Sequence[int],
         *,
         criterion: RowStop | None = None,
         streamer: Any = None,
@@ -188,6 +195,7 @@ class Predictor:
                 generation_config=decoding.generation_config(
                     eos_ids=self._eos_ids, pad_id=self.loaded.tokenizer.pad_token_id
                 ),
+                logits_processor=decoding.processors(seeds),
                 stopping_criteria=[criterion],
                 streamer=streamer,
             )
@@ -197,10 +205,11 @@ class Predictor:
         # transformers' generate() pushes tokens; a second thread turns it into something one can iterate over.
         tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         criterion = RowStop(answer, [min(decoding.max_new_tokens, self.loaded.context_length - batch.lengths[0])])
+        seeds = _draw_seeds(decoding, 1)
 
         def work() -> None:
             try:
-                self._decode(batch, decoding, answer, criterion=criterion, streamer=_QueueStreamer(tokens))
+                self._decode(batch, decoding, answer, seeds, criterion=criterion, streamer=_QueueStreamer(tokens))
                 tokens.put(None)
             except BaseException as error:  # handed to the consumer, who raises it
                 tokens.put(error)
@@ -239,6 +248,11 @@ class _QueueStreamer:
 
     def end(self) -> None:
         """The end is put by the thread that runs `generate`, after its errors are known."""
+
+
+def _draw_seeds(decoding: Decoding, count: int) -> list[int]:
+    """Seeds from torch's generator, which greedy decoding leaves alone."""
+    return torch.randint(2**62, (count,)).tolist() if decoding.samples else [0] * count
 
 
 def _positive(batch_size: int) -> int:

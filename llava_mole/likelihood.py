@@ -9,10 +9,10 @@ import torch
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, Turn, render
 from llava_mole.data.tokenization import encode
-from llava_mole.errors import DataError
+from llava_mole.errors import PromptError
 from llava_mole.model.builder import LoadedModel
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.prompts import Batch, check_room, check_shown
+from llava_mole.prompts import Batch, check_room, check_shown, check_text
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ def encode_continuation(
     front of it. Without `with_end` the ids end where the answer's text does.
 
     Raises:
-        DataError: the continuation is empty, or fills the context; a template that does not show all images.
+        PromptError: the continuation is empty, or fills the context; a template that does not show all images.
     """
     if not continuation.strip():
-        raise DataError(f"prompt {position}: its continuation is empty; give the text whose probability is asked for")
+        raise PromptError(position, "its continuation is empty; give the text whose probability is asked for")
     rendered = render(template, [*turns, Turn("assistant", continuation)])
+    check_text(rendered.text, position)
     start, end = rendered.answer_spans[-1]
     if not with_end:
         end -= len(template.answer_end)

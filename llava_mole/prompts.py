@@ -15,7 +15,7 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
 from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.errors import ConfigError, PromptError
 from llava_mole.model.builder import LoadedModel
 
 if TYPE_CHECKING:
@@ -67,15 +67,15 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     trains it; several stay where the prompt has put them.
 
     Raises:
-        DataError: the conversation does not end with the user's turn, or holds another number of `<image>`.
+        PromptError: the conversation does not end with the user's turn, or holds another number of `<image>`.
     """
     turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
     if not turns or turns[-1].role != "user":
-        raise DataError(f"prompt {position}: a conversation to be answered must end with a user turn")
+        raise PromptError(position, "a conversation to be answered must end with a user turn")
     placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     if placeholders not in (0, num_images) or (placeholders and not num_images):
         given = {0: "no image", 1: "one image"}.get(num_images, f"{num_images} images")
-        raise DataError(f"prompt {position}: {placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given")
+        raise PromptError(position, f"{placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given")
     if not placeholders:
         turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + turns[0].text)
     return list(place_image_first(turns)) if num_images == 1 else turns
@@ -85,31 +85,41 @@ def encode_prompt(loaded: LoadedModel, template: Template, prompt: Prompt, num_i
     """Ids of a prompt that ends with the marker of the answer to come.
 
     Raises:
-        DataError: see `place_images`; a template that does not show all images, or a prompt that fills the context.
+        PromptError: see `place_images`; a template that does not show all images, or a prompt that fills the context.
     """
     turns = place_images(prompt, num_images, position)
     rendered = render(template, turns, add_generation_prompt=True)
+    check_text(rendered.text, position)
     encoded = encode(rendered, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
     check_shown(template, encoded.num_images, num_images, position)
     check_room(loaded, len(encoded.input_ids), position)
     return encoded.input_ids
 
 
+def check_text(text: str, position: int) -> None:
+    """Raise PromptError for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PromptError(position, "it holds half of a surrogate pair, which is no character; remove it") from None
+
+
 def check_shown(template: Template, shown: int, given: int, position: int) -> None:
-    """Raise DataError where the template leaves out some of the images."""
+    """Raise PromptError where the template leaves out some of the images."""
     if shown != given:
-        raise DataError(
-            f"prompt {position}: template {template.name!r} shows {shown} of {given} images; give one image, or take "
-            "another template"
+        raise PromptError(
+            position,
+            f"template {template.name!r} shows {shown} of {given} images; give one image, or take another template",
         )
 
 
 def check_room(loaded: LoadedModel, tokens: int, position: int) -> None:
-    """Raise DataError where `tokens` fill the model's context."""
+    """Raise PromptError where `tokens` fill the model's context."""
     if tokens >= loaded.context_length:
-        raise DataError(
-            f"prompt {position}: {tokens} tokens with its image leave no room for an answer in the model's context of "
-            f"{loaded.context_length}; shorten it"
+        raise PromptError(
+            position,
+            f"{tokens} tokens with its image leave no room for an answer in the model's context of "
+            f"{loaded.context_length}; shorten it",
         )
 
 

@@ -9,7 +9,7 @@ python=${LMMS_EVAL_PYTHON:-.venv-lmms-eval/bin/python}
 if [ ! -x "$python" ]; then
   echo "== making the environment .venv-lmms-eval with lmms-eval (about 7 GB, some minutes)"
   python3 -m venv .venv-lmms-eval
-  "$python" -m pip install --quiet --disable-pip-version-check --editable . "lmms-eval>=0.7.3,<0.8"
+  "$python" -m pip install --quiet --disable-pip-version-check --editable ".[demo]" "lmms-eval>=0.7.3,<0.8"
 fi
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=disabled
 [ -d playground/data/tiny ] || "$python" -m llava_mole.cli prepare tiny --out playground/data/tiny

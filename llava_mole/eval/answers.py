@@ -3,17 +3,19 @@
 While a run goes on, answers collect in `<file>.partial`, whose first line describes the run; ranks above 0 write
 `<file>.partial.<rank>`. A run that was cut off continues from all of them, on any number of ranks; a run with other
 settings refuses them. The finished file is written beside them and renamed into place, in the order of the questions,
-so a file under its final name always holds every answer.
+so a file under its final name always holds every answer. One process (with its ranks) writes a file at a time.
 """
 
 import base64
+import fcntl
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llava_mole.distributed import all_gather_objects, get_rank, on_main
 from llava_mole.errors import ConfigError, DataError
@@ -36,15 +38,51 @@ def answer_record(question: Question, text: str, model_id: str) -> dict[str, Any
     }
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise ConfigError where the block cannot write `path`: a full disk, a folder without permission."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}; make room, or name another place"
+        ) from error
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename: a reader sees the old file or the whole new one.
+
+    Raises:
+        ConfigError: it cannot be written; nothing of it is left then.
+    """
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_bytes_atomically` of the text as UTF-8."""
+    write_bytes_atomically(path, text.encode())
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError unless a file may be written at `path`. Asked before the work, not after it."""
+    with writing(path):
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory; name a file")
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{path} exists; give --overwrite to replace it, or another name")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"{path} cannot be written: {folder} is not a directory that may be written to")
 
 
 class AnswerFile:
@@ -59,17 +97,23 @@ class AnswerFile:
             overwrite: Start over, whatever exists. The existing file stays until the new one is complete.
 
         Raises:
-            ConfigError: `path` exists, or a partial file of a run with other settings does.
+            ConfigError: `path` exists, or a partial file of a run with other settings does; another process is
+                writing it at this moment; a file that cannot be written.
             DataError: a partial file that cannot be read.
         """
         self.path = path
         rank = get_rank()
         self.partial = path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
         self._questions = {question.key: question for question in questions}
-        # One rank looks at the files, so that all go on from the same answers.
-        self._answered: set[str] = on_main(lambda: self._open(run, overwrite))
-        if not self.partial.exists():
-            self.partial.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
+        self._lock: TextIO | None = None
+        try:
+            # One rank looks at the files, so that all go on from the same answers.
+            self._answered: set[str] = on_main(lambda: self._open(run, overwrite))
+        except BaseException:
+            self.close()
+            raise
+        if not self.partial.exists() or self.partial.stat().st_size == 0:
+            self.add([{"run": run}])
 
     @property
     def pending(self) -> list[Question]:
@@ -77,10 +121,13 @@ class AnswerFile:
         return [question for key, question in self._questions.items() if key not in self._answered]
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append answers to this rank's partial file, on disk when this returns."""
-        with self.partial.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record) + "\n")
+        """Append answers to this rank's partial file, on disk when this returns.
+
+        Raises:
+            ConfigError: the file cannot be written; what it holds already is not lost.
+        """
+        with writing(self.partial), self.partial.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
 
@@ -93,15 +140,22 @@ class AnswerFile:
         all_gather_objects(None)  # until every rank has written its answers
         on_main(self._publish)
 
+    def close(self) -> None:
+        """Let other processes continue what this one leaves; the end of the process does so, too."""
+        if self._lock is not None:
+            self._lock.close()
+
     def _open(self, run: dict[str, Any], overwrite: bool) -> set[str]:
-        if self.path.exists() and not overwrite:
-            raise ConfigError(
-                f"answers file {self.path} exists; give --overwrite to replace it, or another --answers-file"
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_existing(self.path, overwrite=overwrite)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+        if self.path.exists() and not overwrite:  # the process that had the lock has just finished
+            self.partial.unlink()
+            refuse_existing(self.path, overwrite=overwrite)
         if overwrite:
             for partial in self._partials():
-                partial.unlink()
+                os.truncate(partial, 0)
             return set()
         answered: set[str] = set()
         for partial in self._partials():
@@ -109,6 +163,27 @@ class AnswerFile:
         if answered:
             logger.info("%s: continuing after %d answers", self.partial, len(answered))
         return answered
+
+    def _locked(self) -> TextIO:
+        """The partial file of rank 0, which one process at a time has open like this."""
+        while True:
+            file = self.partial.open("a", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise ConfigError(
+                    f"{self.path}: another process is writing it at this moment; wait for it, or give another "
+                    "--answers-file"
+                ) from None
+            except OSError as error:
+                logger.warning("%s: no locks here (%s); write it from one process only", self.path, error.strerror)
+            try:
+                if os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
+                    return file
+            except FileNotFoundError:
+                pass
+            file.close()  # the process that had it has removed it meanwhile
 
     def _partials(self) -> list[Path]:
         """The partial files of all ranks, in order."""
@@ -138,7 +213,6 @@ class AnswerFile:
         _drop_torn_line(partial)
         lines = read_json_lines(partial)
         if not lines:
-            partial.unlink()
             return []
         header = lines[0][1].get("run")
         if not isinstance(header, dict):

@@ -15,11 +15,11 @@ from pathlib import Path
 from llava_mole.decoding import Decoding
 from llava_mole.distributed import on_main
 from llava_mole.errors import ConfigError, command
-from llava_mole.eval.answers import read_answers
+from llava_mole.eval.answers import read_answers, refuse_existing
 from llava_mole.eval.baseline import read_train_files
 from llava_mole.eval.benchmark_questions import DATA_ROOT, DEFAULT_VARIANT
 from llava_mole.eval.evaluate_benchmarks import run_benchmarks
-from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, load_predictor, refuse_existing
+from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, load_predictor
 from llava_mole.eval.questions import Question, check_images, read_questions
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.score import (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llava_mole.decoding import Decoding
 from llava_mole.distributed import is_main_process, on_main
 from llava_mole.errors import ConfigError
-from llava_mole.eval.answers import read_answers, write_text_atomically
+from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions, prompt_suffix
 from llava_mole.eval.benchmark_report import build_benchmarks
 from llava_mole.eval.benchmark_score import (
@@ -26,13 +26,13 @@ from llava_mole.eval.benchmark_score import (
     format_benchmark,
     score_benchmark,
 )
-from llava_mole.eval.model_vqa import answer_questions, describe_run, load_predictor, refuse_existing
+from llava_mole.eval.model_vqa import answer_questions, describe_run, load_predictor
 from llava_mole.eval.questions import check_images
 from llava_mole.eval.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.report_formats import to_text
 from llava_mole.eval.report_runs import Run, read_json_object
 from llava_mole.eval.score import SCORE_SUFFIX
-from llava_mole.eval.submission import SUFFIXES, WRITERS, check_submission, write_bytes_atomically
+from llava_mole.eval.submission import SUFFIXES, WRITERS, check_submission
 
 if TYPE_CHECKING:
     from llava_mole.inference import Predictor
@@ -141,13 +141,13 @@ def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict
             batch_size=args.batch_size,
             overwrite=args.overwrite,
             routing_stats=job.routing if has_experts else None,
+            begin=lambda: _begin(job, run),
         )
     return on_main(lambda: _finish(predictor, job, run))
 
 
 def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
-    """Whether the answers are there already, from the same run; else its description is written for later, after
-    everything that another run has left under the same names is gone.
+    """Whether the answers are there already, from the same run.
 
     Raises:
         ConfigError: there are answers of another run, and they may not be replaced.
@@ -161,9 +161,13 @@ def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
             )
         return True
     print(f"{job.loaded.benchmark.name}: {len(job.loaded.questions)} questions")
+    return False
+
+
+def _begin(job: Job, run: Mapping[str, Any]) -> None:
+    """Write what the answers to come depend on, after everything that another run has left there is gone."""
     job.remove_results()
     write_text_atomically(job.record, json.dumps(run, indent=2) + "\n")
-    return False
 
 
 def _finish(predictor: "Predictor", job: Job, run: Mapping[str, Any]) -> dict[str, Any] | None:

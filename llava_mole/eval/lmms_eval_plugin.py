@@ -154,7 +154,7 @@ def decoding_options(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         ConfigError: a value outside its range.
     """
     rest = dict(given)
-    until = rest.pop("until", [])
+    until = rest.pop("until", None) or []
     sample = rest.pop("do_sample", None)
     temperature = float(rest.pop("temperature", None) or 0.0)
     decoding = Decoding(

@@ -10,15 +10,17 @@ the parts' files in order are the whole. Under torchrun or `accelerate launch` t
 import argparse
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_mole.decoding import Decoding
 from llava_mole.distributed import get_rank, get_world_size, is_main_process, on_main
 from llava_mole.errors import ConfigError, command
-from llava_mole.eval.answers import AnswerFile, answer_record
-from llava_mole.eval.questions import Question, check_images, read_questions, take_chunk, windows
+from llava_mole.eval.answers import AnswerFile, answer_record, refuse_existing
+from llava_mole.eval.questions import Question, check_images, naming, read_questions, take_chunk, windows
 from llava_mole.eval.ranks import joined_ranks, share_of_rank
 from llava_mole.log import setup_logging
 from llava_mole.model.quantization import add_quantization_arguments
@@ -35,11 +37,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", "--top-p", type=float)
     parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=_batch_size, default=16)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is for GPUs")
     add_quantization_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
+
+
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
+    return int(text)
 
 
 def model_id(path: Path) -> str:
@@ -78,11 +86,15 @@ def answer_questions(
     batch_size: int = 16,
     overwrite: bool = False,
     routing_stats: Path | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> None:
     """Answer the questions into `answers_file`; see the module.
 
+    `begin` is called on rank 0 once it is certain that nothing stands in the way and no other process writes the file.
+
     Raises:
-        ConfigError: an output file exists and `overwrite` is not set, or routing statistics of a model without experts.
+        ConfigError: an output file exists and `overwrite` is not set, or it cannot be written; routing statistics of a
+            model without experts.
         DataError: an image is missing or unreadable, or a prompt is too long.
     """
     from tqdm import tqdm
@@ -92,24 +104,36 @@ def answer_questions(
     if routing_stats:
         RoutingStats(predictor)  # refuses an unfit model before the work, not after it
     run = describe_run(predictor, questions, image_folder, decoding)
-    output = AnswerFile(answers_file, questions, run, overwrite=overwrite)
-    if routing_stats and len(output.pending) == len(questions):
-        # Where answers are resumed, the statistics are of the same run, cut off before the answers were complete.
-        on_main(lambda: refuse_existing(routing_stats, overwrite=overwrite))
-    mine = share_of_rank(output.pending, get_rank(), get_world_size())
     name = model_id(predictor.loaded.path)
     title = f"rank 0 of {get_world_size()}" if get_world_size() > 1 else None
-    with tqdm(total=len(mine), desc=title, unit="q", disable=None if is_main_process() else True) as progress:
-        for window, images in windows(mine, image_folder, batch_size):
-            texts = predictor.generate(
-                images, [q.text for q in window], batch_size=batch_size, **dataclasses.asdict(decoding)
-            )
-            output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
-            progress.update(len(window))
-    if routing_stats:
-        stats = collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size)
-        on_main(lambda: stats.write(routing_stats))
-    output.finish()
+    with closing(AnswerFile(answers_file, questions, run, overwrite=overwrite)) as output:
+        if begin is not None:
+            on_main(begin)
+        if routing_stats and len(output.pending) == len(questions):
+            # Where answers are resumed, the statistics are of the same run, cut off before the answers were complete.
+            on_main(lambda: refuse_existing(routing_stats, overwrite=overwrite))
+        mine = share_of_rank(output.pending, get_rank(), get_world_size())
+        with tqdm(total=len(mine), desc=title, unit="q", disable=None if is_main_process() else True) as progress:
+            for window, images in windows(mine, image_folder, batch_size):
+                with naming(window):
+                    texts = predictor.generate(
+                        images,
+                        [q.text for q in window],
+                        seeds=[_seed(q) for q in window],
+                        batch_size=batch_size,
+                        **dataclasses.asdict(decoding),
+                    )
+                output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
+                progress.update(len(window))
+        if routing_stats:
+            stats = collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size)
+            on_main(lambda: stats.write(routing_stats))
+        output.finish()
+
+
+def _seed(question: Question) -> int:
+    """Of the question alone, so that sampled answers do not depend on batch, chunk, rank or an interruption."""
+    return int.from_bytes(hashlib.sha256(json.dumps(question.key).encode()).digest()[:8], "big")
 
 
 @command
@@ -154,6 +178,10 @@ def _read_chunk(args: argparse.Namespace) -> Sequence[Question]:
     questions = take_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
     check_images(questions, Path(args.image_folder))
     refuse_existing(Path(args.answers_file), overwrite=args.overwrite)
+    if args.routing_stats:
+        if Path(args.routing_stats) == Path(args.answers_file):
+            raise ConfigError(f"--routing-stats and --answers-file are both {args.answers_file}; name two files")
+        refuse_existing(Path(args.routing_stats), overwrite=True)  # one that exists may be of the run that goes on
     return questions
 
 
@@ -169,12 +197,6 @@ def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
         quantization=args.quantization,
         template=args.conv_mode,
     )
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError if `path` exists and may not be replaced. Asked before a model is loaded."""
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists; give --overwrite to replace it, or another name")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ Files are given as `FILE` or `DOMAIN=FILE`. The domain groups the scores; a file
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.errors import ConfigError, DataError, PromptError
 
 NO_DOMAIN = "all"
 """Domain of a question with neither a domain nor a category."""
@@ -66,7 +67,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not valid JSON ({error}); the file needs one JSON object per line") from None
         if not isinstance(value, dict):
             raise DataError(f"{where}: {type(value).__name__} found; the file needs one JSON object per line")
@@ -161,6 +162,15 @@ def check_images(questions: Sequence[Question], folder: Path) -> None:
             resolve_image(question.image or "", folder)
         except DataError as error:
             raise DataError(f"{question.where}: {error}") from None
+
+
+@contextmanager
+def naming(questions: Sequence[Question]) -> Iterator[None]:
+    """Errors of the block about the n-th of its prompts become errors of the n-th question, with file and line."""
+    try:
+        yield
+    except PromptError as error:
+        raise DataError(f"{questions[error.position].where}: {error.problem}") from None
 
 
 def windows(

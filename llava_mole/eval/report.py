@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.errors import ConfigError, DataError, command
-from llava_mole.eval.answers import read_answers, write_text_atomically
+from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
 from llava_mole.eval.benchmark_report import build_benchmarks
-from llava_mole.eval.model_vqa import refuse_existing
 from llava_mole.eval.questions import parse_named_file, read_questions
 from llava_mole.eval.report_formats import to_latex, to_markdown, to_text
 from llava_mole.eval.report_runs import read_json_object, read_runs

@@ -15,7 +15,7 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from llava_mole.errors import ConfigError
 from llava_mole.eval.answers import write_text_atomically
-from llava_mole.eval.questions import Question, windows
+from llava_mole.eval.questions import Question, naming, windows
 from llava_mole.eval.ranks import share_of_rank
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ def collect_routing_stats(
     mine = share_of_rank(questions, get_rank(), get_world_size())
     with tqdm(total=len(mine), desc="routing", unit="q", disable=None if is_main_process() else True) as progress:
         for window, images in windows(mine, image_folder, batch_size):
-            for batch in predictor.batches(images, [question.text for question in window], batch_size=batch_size):
+            with naming(window):
+                batches = predictor.batches(images, [question.text for question in window], batch_size=batch_size)
+            for batch in batches:
                 stats.add(batch, [window[member].domain for member in batch.members])
             progress.update(len(window))
     stats.merge_ranks()

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_mole.errors import ConfigError, command
-from llava_mole.eval.answers import read_answers, write_text_atomically
+from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.benchmark_questions import DATA_ROOT, load_questions
 from llava_mole.eval.benchmark_score import check_answers, dump_scores, file_digest, format_benchmark, score_benchmark
-from llava_mole.eval.model_vqa import refuse_existing
 from llava_mole.eval.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.score import SCORE_SUFFIX
-from llava_mole.eval.submission import WRITERS, write_bytes_atomically
+from llava_mole.eval.submission import WRITERS
 
 
 @command

@@ -2,11 +2,9 @@
 
 import io
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -140,17 +138,6 @@ def write_xlsx(table: list[list[str]]) -> bytes:
         for name, text in files.items():
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), head + text)
     return buffer.getvalue()
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 WRITERS: Mapping[str, Callable[[BenchmarkQuestions, Answers], bytes]] = {

@@ -65,6 +65,8 @@ def questions_from(prompts: Sequence[str] | None) -> Iterator[str]:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            raise DataError(f"the input is not text in {error.encoding}: {error.reason}") from None
         if not line.strip():
             return
         if not typed:

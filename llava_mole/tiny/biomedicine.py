@@ -13,7 +13,6 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from llava_mole.errors import DataError
 from llava_mole.tiny.samples import IMAGE_SIZE, Question, Sample
 
 REGIONS: Mapping[str, tuple[int, int]] = {"train": (0, 344), "test": (360, 512)}
@@ -41,13 +40,9 @@ class Measurement:
 
 
 def photograph() -> np.ndarray:
-    """The photograph, uint8 `[512, 512, 3]`. Raises DataError where scikit-image is not installed."""
-    try:
-        from skimage import data
-    except ImportError:
-        raise DataError(
-            "the biomedicine domain needs scikit-image, which is not installed; `pip install scikit-image`"
-        ) from None
+    """The photograph, uint8 `[512, 512, 3]`."""
+    from skimage import data
+
     return data.immunohistochemistry()
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -164,13 +164,19 @@ def write(out: Path, train_per_domain: int, test_per_domain: int, seed: int) -> 
 
 
 def request(train_per_domain: int, test_per_domain: int, seed: int) -> dict[str, Any]:
-    """The part of the manifest that decides what is written."""
+    """The part of the manifest that decides what is written. Raises DataError where a package is missing."""
+    try:
+        versions = {name: version(name) for name in PACKAGES}
+    except PackageNotFoundError as error:
+        raise DataError(
+            f"the tiny world needs the package {error.name}, which is not installed; `pip install {error.name}`"
+        ) from None
     return {
         "format": FORMAT,
         "seed": seed,
         "train_per_domain": train_per_domain,
         "test_per_domain": test_per_domain,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions,
     }
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from llava_mole.data.images import FORMATS
-from llava_mole.errors import DataError
 from llava_mole.tiny.samples import Question, Sample
 
 COLOURS = {
@@ -33,16 +32,9 @@ def load(split: str, count: int) -> tuple[list[Sample], dict[str, Path]]:
 
     Returns:
         The samples, and the original file of each sample's name.
-
-    Raises:
-        DataError: the package `easy-vqa` is not installed.
     """
-    try:
-        import easy_vqa
-    except ImportError:
-        raise DataError(
-            "the general domain needs the package easy-vqa, which is not installed; `pip install easy-vqa`"
-        ) from None
+    import easy_vqa
+
     read_questions, read_paths = {
         "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
         "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),

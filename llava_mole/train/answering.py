@@ -9,7 +9,7 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.records import Record
 from llava_mole.distributed import all_reduce_sum, get_rank, get_world_size
-from llava_mole.errors import DataError
+from llava_mole.errors import PromptError
 from llava_mole.eval.metrics.exact import plain
 from llava_mole.eval.metrics.overlap import token_f1
 from llava_mole.inference import Predictor
@@ -78,8 +78,8 @@ class AnswerCheck:
         first = record.turns[0].text.count(DEFAULT_IMAGE_TOKEN)
         try:
             encode_prompt(self._predictor.loaded, self._predictor.template, record.turns[:1], first, 0)
-        except DataError as error:
-            logger.warning("validation: %s (%s) is not answered: %s", record.where, source, error)
+        except PromptError as error:
+            logger.warning("validation: %s (%s) is not answered: %s", record.where, source, error.problem)
             return False
         return True
 

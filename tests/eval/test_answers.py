@@ -1,5 +1,7 @@
 """Answer files have LLaVA's fields, appear complete or not at all, and continue after an interruption."""
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -62,6 +64,7 @@ def test_interrupted_run_continues_to_the_same_file(tmp_path: Path, torn_bytes: 
     first.add(records([questions[3], questions[0]]))
     content = first.partial.read_bytes()
     first.partial.write_bytes(content[: len(content) - torn_bytes])
+    first.close()
 
     second = AnswerFile(path, questions, RUN)
     expected = [1, 2, 4] if torn_bytes == 0 else [0, 1, 2, 4]
@@ -108,6 +111,84 @@ def test_existing_file_needs_overwrite_and_stays_until_replaced(tmp_path: Path) 
     output.add([answer_record(q, "new", "m") for q in questions])
     output.finish()
     assert [record["text"] for record in read_answers([path]).values()] == ["new", "new"]
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
+    questions = make_questions(2)
+    path = tmp_path / "a.jsonl"
+    first = AnswerFile(path, questions, RUN)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"a\.jsonl: another process is writing it at this moment; wait for it"):
+            AnswerFile(path, questions, RUN, overwrite=overwrite)
+    first.add(records(questions))
+    first.finish()
+    with pytest.raises(ConfigError, match=r"a\.jsonl exists; give --overwrite"):
+        AnswerFile(path, questions, RUN)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_process_that_finishes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = make_questions(2)
+    path = tmp_path / "a.jsonl"
+    other = AnswerFile(path, questions, RUN)
+    other.add(records(questions))
+    flock = fcntl.flock
+
+    def slow(file, operation: int) -> None:
+        if not path.exists():
+            other.finish()  # after this process has opened the partial file, before it has the lock
+            other.close()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with pytest.raises(ConfigError, match=r"a\.jsonl exists; give --overwrite"):
+        AnswerFile(path, questions, RUN)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert len(read_answers([path])) == 2
+
+
+def test_file_systems_without_locks_are_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert write_all(tmp_path / "a.jsonl", make_questions(2)).count(b"\n") == 2
+
+
+def test_a_full_disk_is_a_users_error_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    questions = make_questions(3)
+    path = tmp_path / "a.jsonl"
+    output = AnswerFile(path, questions, RUN)
+    output.add(records(questions[:2]))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match=r"a\.jsonl\.partial cannot be written: No space left on device"):
+            output.add(records(questions[2:]))
+    output.close()
+    output = AnswerFile(path, questions, RUN)
+    output.add(records(output.pending))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match=r"a\.jsonl cannot be written: No space left on device; make room"):
+            output.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl.partial"]
+    output.finish()
+    assert len(read_answers([path])) == 3
+
+
+def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, message in (
+        (tmp_path, "is a directory; name a file"),
+        (tmp_path / "file" / "a.jsonl", "file is not a directory that may be written to"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AnswerFile(path, make_questions(1), RUN, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_no_question_gives_an_empty_file(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import make_tokenizer
 
 from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.decoding import AnswerDecoder, RowStop
+from llava_mole.decoding import AnswerDecoder, RowSampler, RowStop
 from llava_mole.model.language_model import load_tokenizer
 
 EOS = 2
@@ -42,6 +43,17 @@ def test_stable_texts_grow_into_the_final_one(tokenizer: HFTextTokenizer, text: 
         assert final.startswith(stable)
         assert stable.startswith(seen) or seen.startswith(stable)
         seen = max(seen, stable, key=len)
+
+
+def test_rows_are_sampled_by_their_probabilities() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.0, 0.7], [0.4, 0.0, 0.6, 0.0]]).log()
+    sampler = RowSampler([1, 2])
+    drawn = torch.stack([sampler(torch.zeros(2, 0), logits).argmax(dim=-1) for _ in range(4000)])
+    for row in range(2):
+        shares = drawn[:, row].bincount(minlength=4) / len(drawn)
+        torch.testing.assert_close(shares, logits[row].exp(), rtol=0, atol=0.03)
+    alone = RowSampler([2])
+    assert [int(alone(torch.zeros(1, 0), logits[1:]).argmax()) for _ in range(50)] == drawn[:50, 1].tolist()
 
 
 def test_text_is_stable_before_the_end(tokenizer: HFTextTokenizer) -> None:

@@ -151,6 +151,24 @@ def test_statistics_written_before_a_kill_do_not_block_the_rest(
     assert (out / "colors.score.json").exists()
 
 
+def test_a_second_runner_touches_nothing_of_the_first(
+    mole_run: Path, asked: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their answers would stand under the other's description."""
+    out = tmp_path / "out"
+    first = AnswerFile(out / "colors.jsonl", [], {})
+    for name in ("colors.run.json", "colors.routing.json"):
+        (out / name).write_text(f"{name} of the first")
+    for overwrite in ([], ["--overwrite"]):
+        assert cli.main(command(mole_run, asked, benchmark, out, "--prompt-variant", "bare", *overwrite)) == 2
+        assert "colors.jsonl: another process is writing it at this moment" in capsys.readouterr().err
+    first.close()
+    assert cli.main(command(mole_run, asked, benchmark, out)) == 2  # what is left is of other settings
+    assert "colors.jsonl.partial comes from a run with" in capsys.readouterr().err
+    for name in ("colors.run.json", "colors.routing.json"):
+        assert (out / name).read_text() == f"{name} of the first"
+
+
 def test_finished_answers_are_scored_again_after_a_change(
     mole_run: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,7 +147,10 @@ def test_greedy_ignores_the_language_models_own_sampling_values(
 ) -> None:
     expected = predictor.generate(IMAGES, PROMPTS, max_new_tokens=NEW)
     own = predictor.loaded.model.causal_lm.generation_config
-    for key, value in {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 5.0}.items():
+    first = predictor.loaded.tokenizer.encode_with_offsets(expected[0])[0][0]
+    bent = {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "repetition_penalty": 5.0, "min_p": 0.5}
+    bent |= {"suppress_tokens": [first], "min_new_tokens": NEW, "no_repeat_ngram_size": 1, "max_length": 2}
+    for key, value in (bent | {"return_dict_in_generate": True}).items():
         monkeypatch.setattr(own, key, value)
     assert predictor.generate(IMAGES, PROMPTS, max_new_tokens=NEW) == expected
 
@@ -161,6 +164,18 @@ def test_sampling_follows_temperature_and_seed(predictor: Predictor) -> None:
     assert sample(1, temperature=1e-4) == greedy
     assert sample(1, temperature=5.0, top_p=1e-6) == greedy
     assert sample(1, temperature=5.0) == sample(1, temperature=5.0) != sample(2, temperature=5.0)
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(predictor: Predictor) -> None:
+    options = {"max_new_tokens": NEW, "temperature": 2.0, "top_p": 0.95}
+    seeds = list(range(len(PROMPTS)))
+    single = [
+        predictor.generate([i], [p], seeds=[s], **options)[0] for i, p, s in zip(IMAGES, PROMPTS, seeds, strict=True)
+    ]
+    assert predictor.generate(IMAGES, PROMPTS, seeds=seeds, **options) == single
+    assert predictor.generate(IMAGES, PROMPTS, seeds=seeds[::-1], batch_size=2, **options) != single
+    same = predictor.generate([RED] * 8, ["What?"] * 8, seeds=range(8), **options)
+    assert len(set(same)) > 4
 
 
 def test_beams_batched_equal_single(predictor: Predictor) -> None:

@@ -107,6 +107,7 @@ def test_loglikelihood_takes_texts_and_functions_of_the_document(model: Any, pre
 def test_generation_arguments(plugin: Any, caplog: pytest.LogCaptureFixture) -> None:
     greedy = {"max_new_tokens": 128, "temperature": 0.0, "top_p": None, "num_beams": 1}
     assert plugin.decoding_options({}) == (greedy, [])
+    assert plugin.decoding_options({"until": None}) == (greedy, [])
     assert plugin.decoding_options({"until": "\n\n", "top_p": None, "num_beams": None}) == (greedy, ["\n\n"])
     assert plugin.decoding_options({"temperature": 0.7, "do_sample": False})[0]["temperature"] == 0
     sampled, stop = plugin.decoding_options({"temperature": 0.7, "top_p": 0.9, "until": ["a", ""], "num_beams": 2})

@@ -77,6 +77,20 @@ def test_chunks_in_order_are_the_whole(
 
 
 @pytest.mark.usefixtures("loaded_once")
+def test_sampled_answers_are_the_questions_own(mole_run: Path, asked: Path, tmp_path: Path) -> None:
+    options, whole = ("--temperature", "2", "--top_p", "0.95"), tmp_path / "whole.jsonl"
+    assert run(mole_run, asked, whole, *options) == 0
+    content = b""
+    for i in range(2):
+        path = tmp_path / f"{i}.jsonl"
+        chunk = ("--num-chunks", "2", "--chunk-idx", str(i), "--batch-size", "2")
+        assert run(mole_run, asked, path, *options, *chunk) == 0
+        content += path.read_bytes()
+    assert content == whole.read_bytes()
+    assert len({json.loads(line)["text"] for line in content.splitlines()}) > 8
+
+
+@pytest.mark.usefixtures("loaded_once")
 def test_interrupted_run_continues(
     mole_run: Path, asked: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +136,11 @@ def test_partial_answers_of_other_settings_are_refused(
         (["--conv-mode", "nope"], "template 'nope' does not exist"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["--num-chunks", "2", "--chunk-idx", "2"], "--chunk-idx is 2"),
+        (["--temperature", "nan"], "temperature is nan; it must be 0"),
         (["--answers-file", "EXISTING"], "exists; give --overwrite to replace it"),
+        (["--answers-file", "/", "--overwrite"], "/ is a directory; name a file"),
+        (["--routing-stats", "/dev/null/r.json"], "/dev/null is not a directory that may be written to"),
+        (["--routing-stats", "r.json", "--answers-file", "r.json"], "are both r.json; name two files"),
     ],
 )
 def test_bad_arguments_write_nothing(
@@ -142,6 +160,31 @@ def test_bad_arguments_write_nothing(
     assert error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["existing.jsonl"]
     assert existing.read_text() == "kept"
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "a"])
+def test_batch_size_is_checked(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, asked, tmp_path / "a.jsonl", "--batch-size", size)
+    assert f"argument --batch-size: '{size}' must be a number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("one " * 5000, "15067 tokens with its image leave no room"),
+        ("<image> a", "1 <image> in the text, but no image"),
+        ("\ud800", "it holds half of a surrogate pair"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(
+    mole_run: Path, asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, problem: str
+) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps({"question_id": n, "text": t}) + "\n" for n, t in enumerate(["a", text])))
+    assert run(mole_run, path, tmp_path / "a.jsonl") == 2
+    assert f"error: {path}:2: {problem}" in capsys.readouterr().err
 
 
 def test_model_id_names_checkpoint_and_run(tmp_path: Path) -> None:

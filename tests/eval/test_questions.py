@@ -35,6 +35,7 @@ def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         (["{"], r"q\.jsonl:1: not valid JSON"),
+        (["[" * 200_000], r"q\.jsonl:1: not valid JSON"),
         (["[1]"], r"q\.jsonl:1: list found; the file needs one JSON object"),
         ([{"text": "a"}], r"q\.jsonl:1: question_id must be a number or a text .* found nothing"),
         ([{"question_id": True, "text": "a"}], r"q\.jsonl:1: question_id .* found True"),

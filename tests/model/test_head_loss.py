@@ -38,16 +38,6 @@ def test_losses_and_gradients_equal_full_cross_entropy(
     torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=1e-6)
 
 
-def test_equal_to_the_chunked_function_of_torch_where_it_exists() -> None:
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("this torch has no linear_cross_entropy")
-    head, hidden, targets, _ = _inputs(11)
-    losses = head_losses(head, hidden, targets, vocabulary=37)
-    torch.testing.assert_close(
-        losses, F.linear_cross_entropy(hidden, head.weight, targets, reduction="none"), rtol=0, atol=1e-6
-    )
-
-
 def test_no_position_at_all_still_reaches_the_graph() -> None:
     head, hidden, targets, _ = _inputs(0)
     hidden.requires_grad_()

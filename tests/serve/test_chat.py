@@ -66,6 +66,14 @@ def test_piped_lines_end_at_an_empty_one(
     assert printed == transcript(questions, expected_answers(chat_run, photo, questions))
 
 
+def test_piped_bytes_that_are_no_text(
+    chat_run, photo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert main(["--model-path", str(chat_run), "--image-file", photo, *GREEDY]) == 2
+    assert "error: the input is not text in utf-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "interrupt"), [("Is it?\n", False), ("Is it?\n\n", False), ("Is it?\n", True)])
 def test_typed_chat_ends_cleanly(
     chat_run,

@@ -25,6 +25,13 @@ def world(tmp_path_factory) -> Path:
     return out
 
 
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(data, "PACKAGES", ("numpy", "no-such-package"))
+    assert data.main(["--out", str(tmp_path / "tiny")]) == 2
+    assert "needs the package no-such-package, which is not installed; `pip install no-such" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+
+
 def questions(world: Path, domain: str, split: str) -> list[tuple[str, str, str]]:
     """(image path, question, answer) of every question of a split."""
     out = []

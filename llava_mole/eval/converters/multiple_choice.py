@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.errors import DataError
+from llava_mole.eval.answers import write_bytes_atomically
 from llava_mole.eval.converters.base import (
     LETTER,
     Converted,
@@ -22,7 +23,6 @@ from llava_mole.eval.converters.base import (
     without,
 )
 from llava_mole.eval.metrics.choice import LETTERS
-from llava_mole.eval.submission import write_bytes_atomically
 
 MMBENCH_OPTIONS = ("A", "B", "C", "D")
 MISSING = ("", "nan", "none")
