@@ -153,6 +153,8 @@ def test_wtq_normalise(text: str, expected: str) -> None:
         (["3"], ["3.0"], True),
         (["3.0000001"], ["3"], True),
         (["3.00001"], ["3"], False),
+        (["2.9999999"], ["3"], False),  # as published: cut off, not rounded
+        (["2.9999999"], ["2"], True),
         (["2001-5-3"], ["2001-05-03"], True),
         (["2001-xx-xx"], ["2001"], True),  # only the year is known: a number
         (["xx-5-3"], ["xx-5-4"], False),

@@ -73,7 +73,8 @@ def _number(text: str) -> float | None:
         return None
     if not math.isfinite(value):
         return None
-    return float(round(value)) if abs(value - round(value)) < NUMBER_TOLERANCE else value
+    # As published, what is almost a whole number is cut off, not rounded: 2.9999999 is 2.
+    return float(int(value)) if abs(value - round(value)) < NUMBER_TOLERANCE else value
 
 
 def _date(text: str) -> tuple[int, int, int] | None:
