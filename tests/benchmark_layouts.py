@@ -139,7 +139,10 @@ def pope(raw: Path) -> None:
 def mme(raw: Path) -> None:
     for n, subtask in enumerate(get_benchmark("mme").data.options["subtasks"].split()):
         questions, images = ("questions_answers_YN", "images") if n % 2 else (".", ".")
-        put(raw / subtask / questions / "1.txt", "Is it red?\tYes\nIs it blue?\tNo\n")
+        put(
+            raw / subtask / questions / "1.txt",
+            "Is it red? Please answer yes or no.\tYes\nIs it blue?  Please answer yes or no.\tNo\n",
+        )
         put(raw / subtask / images / "1.jpg", "")
 
 
@@ -160,8 +163,11 @@ def scienceqa(raw: Path) -> None:
 
 
 def seed(raw: Path) -> None:
-    put(raw / "llava-seed-bench.jsonl", [{"question_id": "9", "image": "i/1", "text": "Which?\nA. x\nB. y" + LETTER}])
-    put(raw / "SEED-Bench.json", {"questions": [{"question_id": "9", "answer": "B", "data_type": "image"}]})
+    put(raw / "llava-seed-bench.jsonl", [{"question_id": 9, "image": "i/1", "text": "Which?\nA. x\nB. y" + LETTER}])
+    put(
+        raw / "SEED-Bench.json",
+        {"questions": [{"question_id": "9", "answer": "B", "data_type": "image"}, {"question_id": "v1"}]},
+    )
 
 
 def mmbench(raw: Path) -> None:

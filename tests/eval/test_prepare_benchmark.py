@@ -4,7 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmark_layouts import CASES, chartqa, deepform, docvqa, due, gqa, mmbench, pope, put, scienceqa, ureader
+from benchmark_layouts import (
+    CASES,
+    chartqa,
+    deepform,
+    docvqa,
+    due,
+    gqa,
+    mmbench,
+    pope,
+    put,
+    scienceqa,
+    seed,
+    textvqa_ocr,
+    ureader,
+)
 
 from llava_mole import cli
 from llava_mole.eval.benchmark_questions import load_questions
@@ -68,6 +82,22 @@ def test_golds_follow_the_question_not_its_place(tmp_path: Path, capsys: pytest.
     lines = [json.loads(line) for line in (tmp_path / "out/questions.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == asked
     assert [line["answers"] for line in lines] == [[name] for name in (*asked[:19], names[19])]
+
+
+def test_seed_has_the_ids_of_its_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seed(tmp_path)
+    assert cli.main(["prepare-benchmark", "seed", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "note: 1 of 2 questions of" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/questions.jsonl").read_text())["question_id"] == "9"
+
+
+def test_ocr_hints_are_not_left_out_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    textvqa_ocr(tmp_path)
+    put(tmp_path / "llava_textvqa_val_v051_ocr.jsonl", [])
+    command = ["textvqa_ocr", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert "llava_textvqa_val_v051_ocr.jsonl has no question 'What Brand?' about image 003a" in refused(
+        capsys, *command
+    )
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

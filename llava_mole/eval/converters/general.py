@@ -20,6 +20,7 @@ from llava_mole.eval.metrics.path_vqa import is_closed
 
 PATH_VQA_CLOSED = " Please choose from the following two options: [yes, no]"
 OCR_HINT = "\nReference OCR token: "
+MME_REQUEST = "Please answer yes or no."
 
 
 def path_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
@@ -80,7 +81,7 @@ def text_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
     for n, item in enumerate(items):
         where = f"{path}: item {n}"
         image, question = str(need(item, "image_id", where)), str(need(item, "question", where))
-        if hints:
+        if "hints" in options:
             if (image, question.lower()) not in hints:
                 raise DataError(f"{where}: {sources[1]} has no question {question!r} about image {image}")
             question += OCR_HINT + hints[image, question.lower()]
@@ -119,7 +120,8 @@ def pope(raw: Path, options: Mapping[str, str]) -> Converted:
 
 def mme(raw: Path, options: Mapping[str, str]) -> Converted:
     """MME's release: `<subtask>/*.txt` with the images beside them, or `<subtask>/questions_answers_YN/*.txt` and
-    `<subtask>/images/*`; a line is a question, a tab, and Yes or No."""
+    `<subtask>/images/*`; a line is a question, a tab, and Yes or No. The request to answer yes or no is taken off the
+    questions, as LLaVA and lmms-eval do where they ask for a single word or phrase."""
     root = find(raw, "MME_Benchmark_release_version", "MME_Benchmark_release", ".")
     lines: list[Line] = []
     sources = []
@@ -142,7 +144,7 @@ def mme(raw: Path, options: Mapping[str, str]) -> Converted:
                     {
                         "question_id": f"{subtask}/{path.stem}/{n}",
                         "image": str(pictures[path.stem].relative_to(root)),
-                        "text": question.strip(),
+                        "text": question.strip().removesuffix(MME_REQUEST).rstrip(),
                         "category": subtask,
                         "answer": answer.strip(),
                     }

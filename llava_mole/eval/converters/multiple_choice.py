@@ -70,12 +70,15 @@ def seed(raw: Path, options: Mapping[str, str]) -> Converted:
         if identifier not in known:
             raise DataError(f"{where}: {reference} has no question {identifier}")
         line |= {
+            "question_id": known[identifier]["question_id"],  # as the submission file has it: LLaVA's is a number
             "text": without(str(need(line, "text", where)), LETTER),
             "category": str(known[identifier].get("data_type", "image")),
             "answer": need(known[identifier], "answer", where),
         }
         lines.append(line)
-    return Converted(lines, raw, [path, reference])
+    left = len(known.keys() - {str(line["question_id"]) for line in lines})
+    remarks = [f"{left} of {len(known)} questions of {reference} are not in {path}; LLaVA counts them as wrong"]
+    return Converted(lines, raw, [path, reference], remarks if left else [])
 
 
 def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
