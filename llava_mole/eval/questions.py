@@ -47,21 +47,25 @@ class Question:
         return str(self.question_id)
 
 
+def read_text(path: Path) -> str:
+    """A file of UTF-8 text. Raises DataError where it is absent or something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
 def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Every object of a JSON-lines file with its `file:line`. Blank lines are skipped.
 
     Raises:
         DataError: no such file, or a line that is no JSON object.
     """
-    try:
-        # Not splitlines(): it also splits at characters that JSON allows inside a text, such as U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     objects = []
-    for number, line in enumerate(lines, 1):
+    # Not splitlines(): it also splits at characters that JSON allows inside a text, such as U+2028.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -58,6 +58,7 @@ def test_mme_pairs() -> None:
         ("science_qa", {"answer": "A"}, "'choices' must be the number"),
         ("key_values", {"values": [[]]}, "'values' must be a list"),
         ("key_values", {}, "'values' must be a list"),
+        ("key_values", {"values": [["a", 5]]}, "'values' must be a list"),
         ("key_values", {"values": [["a"]] * 53}, "'values' has 53 entries; at most 52 can be told apart"),
         ("key_values", {"values": [], "unasked": "2"}, "'unasked' is '2'; it must be a number"),
     ],

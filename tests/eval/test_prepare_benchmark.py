@@ -198,6 +198,69 @@ def test_a_failed_overwrite_keeps_the_good_file(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "pope").exists()
 
 
+@pytest.mark.parametrize(
+    ("case", "file", "change", "message"),
+    [
+        (
+            "docvqa",
+            "benchmark_files/DUE/DocVQA/test/document.jsonl",
+            (0, "annotations"),
+            "'annotations' must be a list",
+        ),
+        ("docvqa", "benchmark_files/DUE/DocVQA/test/document.jsonl", (0, "annotations", 0), "no 'key' in it; found 5"),
+        ("deepform", "DUE/DeepForm/test/document.jsonl", (0, "annotations", 0, "values"), "'values' must be a list"),
+        (
+            "deepform",
+            "DUE/DeepForm/test/document.jsonl",
+            (0, "annotations", 0, "values", 0, "value_variants"),
+            "'value_variants' must be a list; found 5",
+        ),
+        ("scienceqa", "llava_test_CQM-A.json", (0, "conversations"), "item 0: 'conversations' must be a list"),
+    ],
+)
+def test_values_of_another_type_are_named(
+    case: str, file: str, change: tuple, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CASES[case][0](tmp_path)
+    lines = file.endswith(".jsonl")
+    text = (tmp_path / file).read_text()
+    whole = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    inner = whole
+    for key in change[:-1]:
+        inner = inner[key]
+    inner[change[-1]] = 5
+    put(tmp_path / file, whole)
+    assert message in refused(capsys, case, "--raw", str(tmp_path), "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("case", "file", "content", "message"),
+    [
+        ("gqa", "testdev_balanced_questions.json", b"[" * 100_000, "cannot be read as JSON: maximum recursion"),
+        ("tabfact", "test_TabFact.jsonl", b"[" * 100_000, ":1: not valid JSON (maximum recursion"),
+        ("mme", "existence/1.txt", b"\xff", "existence/1.txt: cannot be read as UTF-8 text"),
+        ("mmbench", "mmbench_dev_20230712.tsv", b"index\xff", "cannot be read as TSV"),
+        ("mmbench", "mmbench_dev_20230712.tsv", b"index\timage\n1\n", "row 1 does not have the columns"),
+        ("mmbench", "mmbench_dev_20230712.tsv", b"index\timage\n1\t2\t3\n", "row 1 does not have the columns"),
+    ],
+)
+def test_files_of_another_kind_are_named(
+    case: str, file: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CASES[case][0](tmp_path)
+    (tmp_path / file).write_bytes(content)
+    assert message in refused(capsys, case, "--raw", str(tmp_path), "--out", str(tmp_path / "out"))
+
+
+def test_mmbench_options_end_at_the_first_missing_one(tmp_path: Path) -> None:
+    mmbench(tmp_path / "raw")
+    path = tmp_path / "raw" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\tx\ty\tnan\t\t", "\tx\tnan\tz\tw\t"))
+    command = ["mmbench", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    assert cli.main(["prepare-benchmark", *command]) == 0
+    assert json.loads((tmp_path / "out/questions.jsonl").read_text())["text"] == "A hint\nWhich?\nA. x"
+
+
 def test_mmbench_writes_below_its_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mmbench(tmp_path / "raw")
     path = tmp_path / "raw" / "mmbench_dev_20230712.tsv"

@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.errors import ConfigError, DataError
-from llava_mole.eval.questions import read_json_lines
+from llava_mole.eval.questions import read_json_lines, read_text
 
 Line = dict[str, Any]
 
@@ -30,10 +30,8 @@ class Converted:
 def read_json(path: Path) -> Any:
     """A JSON file. Raises DataError where it is absent or malformed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
 
 
@@ -52,11 +50,20 @@ def read_lines(path: Path) -> list[Line]:
     return [line for _, line in read_json_lines(path)]
 
 
-def need(item: Mapping[str, Any], key: str, where: str) -> Any:
+def need(item: Any, key: str, where: str) -> Any:
     """`item[key]`. Raises DataError that names the place."""
-    if key not in item:
-        raise DataError(f"{where}: no {key!r} in it; found {', '.join(map(str, item)) or 'nothing'}")
+    if not isinstance(item, Mapping) or key not in item:
+        found = ", ".join(map(str, item)) if isinstance(item, Mapping) else repr(item)
+        raise DataError(f"{where}: no {key!r} in it; found {found or 'nothing'}")
     return item[key]
+
+
+def need_list(item: Any, key: str, where: str) -> list[Any]:
+    """`item[key]`, which must be a list."""
+    value = need(item, key, where)
+    if not isinstance(value, list):
+        raise DataError(f"{where}: {key!r} must be a list; found {value!r}")
+    return value
 
 
 def option(options: Mapping[str, str], key: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.errors import DataError
-from llava_mole.eval.converters.base import Converted, Line, find, need, option, read_lines, read_list
+from llava_mole.eval.converters.base import Converted, Line, find, need, need_list, option, read_lines, read_list
 
 IMAGES = ("ureader_images", "images", ".")
 DUE = ("benchmark_files/DUE", "DUE", "meta")
@@ -95,7 +95,7 @@ def _aligned(raw: Path, options: Mapping[str, str], read: Callable[[Mapping[str,
     """
     path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
     reference, documents = _references(raw, option(options, "due"))
-    blocks = [need(document, "annotations", f"{reference}") for document in documents]
+    blocks = [need_list(document, "annotations", f"{reference}") for document in documents]
     rows = list(_rows(path))
     count = sum(map(len, blocks))
     if len(rows) != count:
@@ -208,9 +208,10 @@ def due_key_values(raw: Path, options: Mapping[str, str]) -> Converted:
 def _spellings(document: Mapping[str, Any], where: str) -> dict[str, list[list[str]]]:
     """Key -> its values in a document, each with all its accepted spellings."""
     found: dict[str, list[list[str]]] = {}
-    for annotation in need(document, "annotations", where):
-        for value in need(annotation, "values", where):
-            spellings = [str(need(value, "value", where)), *value.get("value_variants", [])]
+    for annotation in need_list(document, "annotations", where):
+        for value in need_list(annotation, "values", where):
+            variants = need_list(value, "value_variants", where) if "value_variants" in value else []
+            spellings = [str(text) for text in (need(value, "value", where), *variants)]
             found.setdefault(str(need(annotation, "key", where)), []).append(spellings)
     return found
 

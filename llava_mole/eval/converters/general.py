@@ -14,6 +14,7 @@ from llava_mole.eval.converters.base import (
     read_json,
     read_lines,
     read_list,
+    read_text,
     without,
 )
 from llava_mole.eval.metrics.path_vqa import is_closed
@@ -136,7 +137,7 @@ def mme(raw: Path, options: Mapping[str, str]) -> Converted:
             if path.stem not in pictures:
                 raise DataError(f"{path}: no image {path.stem}.* for it")
             sources.append(path)
-            for n, row in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            for n, row in enumerate(read_text(path).splitlines()):
                 question, tab, answer = row.rpartition("\t")
                 if not tab:
                     raise DataError(f"{path}:{n + 1}: no tab between question and answer")

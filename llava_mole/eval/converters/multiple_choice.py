@@ -2,9 +2,10 @@
 
 import base64
 import csv
+import itertools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
@@ -16,6 +17,7 @@ from llava_mole.eval.converters.base import (
     Line,
     find,
     need,
+    need_list,
     option,
     read_json,
     read_lines,
@@ -43,7 +45,8 @@ def science_qa(raw: Path, options: Mapping[str, str]) -> Converted:
             raise DataError(f"{where}: {problems_path} has no problem {identifier}")
         problem = problems[identifier]
         answer, choices = need(problem, "answer", where), need(problem, "choices", where)
-        text = str(need(need(item, "conversations", where)[0], "value", where))
+        turns = need_list(item, "conversations", where)
+        text = str(need(turns[0] if turns else None, "value", where))
         if not isinstance(choices, list) or answer not in range(min(len(choices), len(LETTERS))):
             raise DataError(f"{where}: answer {answer!r} of {problems_path} is not the number of one of its choices")
         line: Line = {
@@ -82,35 +85,46 @@ def seed(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
-    """MMBench's TSV: the hint, the question and the options `A. ...` are the text; the images, base64 in the TSV, are
-    written to `<raw>/images`. One round a question, as LLaVA asks by default."""
+    """MMBench's TSV: the hint, the question and the options `A. ...`, up to the first missing one, are the text; the
+    images, base64 in the TSV, are written to `<raw>/images`. One round a question, as LLaVA asks by default."""
     path = find(raw, option(options, "file"))
     folder = raw / "images"
     folder.mkdir(exist_ok=True)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines: list[Line] = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for n, row in enumerate(csv.DictReader(file, delimiter="\t")):
-            where = f"{path}: row {n + 1}"
-            index = need(row, "index", where)
-            if not index or not re.fullmatch(r"[\w-]+", index):
-                raise DataError(f"{where}: index {index!r} must be of letters, digits, _ and -: it names the image")
-            picture = folder / f"{index}.jpg"
-            try:
-                content = base64.b64decode(need(row, "image", where), validate=True)
-            except ValueError as error:
-                raise DataError(f"{where}: its image is not valid base64 ({error})") from None
-            write_bytes_atomically(picture, content)
-            choices = [(letter, row.get(letter) or "") for letter in MMBENCH_OPTIONS]
-            parts = [row.get("hint") or "", need(row, "question", where)]
-            parts += [f"{letter}. {text}" for letter, text in choices if text.lower() not in MISSING]
-            line: Line = {
-                "question_id": index,
-                "image": picture.name,
-                "text": "\n".join(part for part in parts if part.lower() not in MISSING),
-                "row": {key: value for key, value in row.items() if key != "image"},
-            }
-            if (row.get("answer") or "").strip():
-                line["answer"] = row["answer"].strip()
-            lines.append(line)
+    for n, row in enumerate(_tsv_rows(path)):
+        where = f"{path}: row {n + 1}"
+        index = need(row, "index", where)
+        if not re.fullmatch(r"[\w-]+", index):
+            raise DataError(f"{where}: index {index!r} must be of letters, digits, _ and -: it names the image")
+        picture = folder / f"{index}.jpg"
+        try:
+            content = base64.b64decode(need(row, "image", where), validate=True)
+        except ValueError as error:
+            raise DataError(f"{where}: its image is not valid base64 ({error})") from None
+        write_bytes_atomically(picture, content)
+        choices = [(letter, row.get(letter, "")) for letter in MMBENCH_OPTIONS]
+        choices = list(itertools.takewhile(lambda choice: choice[1].lower() not in MISSING, choices))
+        parts = [row.get("hint", ""), need(row, "question", where), *(f"{letter}. {text}" for letter, text in choices)]
+        line: Line = {
+            "question_id": index,
+            "image": picture.name,
+            "text": "\n".join(part for part in parts if part.lower() not in MISSING),
+            "row": {key: value for key, value in row.items() if key != "image"},
+        }
+        if row.get("answer", "").strip():
+            line["answer"] = row["answer"].strip()
+        lines.append(line)
     return Converted(lines, folder, [path])
+
+
+def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows one by one. Raises DataError for a file that is no TSV, or a row with more or fewer columns."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for n, row in enumerate(csv.DictReader(file, delimiter="\t")):
+                if None in row or None in row.values():
+                    raise DataError(f"{path}: row {n + 1} does not have the columns of the first line")
+                yield row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as TSV: {error}") from None

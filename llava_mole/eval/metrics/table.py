@@ -150,7 +150,9 @@ def _science_qa(prediction: str, line: QuestionLine) -> Fields:
 
 def _key_values(prediction: str, line: QuestionLine) -> Fields:
     values = line.get("values")
-    if not isinstance(values, list) or not all(isinstance(spellings, list) and spellings for spellings in values):
+    if not isinstance(values, list) or not all(
+        isinstance(v, list) and v and all(isinstance(text, str) for text in v) for v in values
+    ):
         raise DataError("'values' must be a list with the accepted spellings, a list of texts, of each value")
     unasked = line.get("unasked", 0)
     if not isinstance(unasked, int) or unasked < 0:
