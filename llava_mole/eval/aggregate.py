@@ -86,7 +86,7 @@ def build_units(
     key = keys.pop() if len(keys) == 1 else None
     members: dict[str, list[tuple[str, Mapping[str, Fields]]]] = {}
     for question_id, group, line, fields in scored:
-        unit = f"{group}/{line[key]}" if key and key in line else question_id
+        unit = f"{group}/{line[key]}" if key and line.get(key) is not None else question_id
         members.setdefault(unit, []).append((group, fields))
     columns: dict[str, list[float]] = {f"{m}.{f}": [] for m in names for f in (COUNTED, *METRICS[m].fields)}
     for parts in members.values():

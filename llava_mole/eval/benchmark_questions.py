@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.errors import ConfigError, DataError
-from llava_mole.eval.questions import Question, parse_named_file, read_json_lines, read_questions
+from llava_mole.eval.questions import Question, parse_named_file, read_question_lines
 from llava_mole.eval.registry import Benchmark
 
 DATA_ROOT = Path("playground/data")
@@ -85,11 +85,8 @@ def load_questions(
             path = parse_named_file(argument)[1]
             if not path.is_file():
                 raise DataError(f"{path}: no such file; {_how_to_get(benchmark)}")
-    questions = read_questions(files)
-    by_id = {}
-    for argument in files:
-        for _, line in read_json_lines(parse_named_file(argument)[1]):
-            by_id[str(line["question_id"])] = line
+    found = read_question_lines(files)
+    questions = [question for question, _ in found]
     for question in questions:
         if benchmark.groups and question.domain not in benchmark.groups:
             raise DataError(
@@ -98,7 +95,7 @@ def load_questions(
             )
     if image_folder is None:
         image_folder = _prepared_images(parse_named_file(files[0])[1].parent) or folder / benchmark.data.images
-    return BenchmarkQuestions(benchmark, files, questions, [by_id[q.key] for q in questions], image_folder, folder)
+    return BenchmarkQuestions(benchmark, files, questions, [line for _, line in found], image_folder, folder)
 
 
 def _below(folder: Path, argument: str) -> str:

@@ -1,7 +1,8 @@
 """Question files: JSON lines in LLaVA's format, read strictly, and their split into chunks.
 
 A line is `{"question_id": 7, "image": "a/b.png", "text": "...", "category": "..."}`. `image` and `category` may be
-absent; `answer`, where present, is what `eval/score.py` compares with. Other keys are allowed and ignored.
+absent; `image` may also be a list of one path, and be called `images`. `answer`, where present, is what `eval/score.py`
+compares with. Other keys are allowed and ignored.
 
 Files are given as `FILE` or `DOMAIN=FILE`. The domain groups the scores; a file without one is grouped by `category`.
 """
@@ -97,19 +98,26 @@ def read_questions(arguments: Sequence[str]) -> list[Question]:
         DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, several images,
             no question.
     """
-    questions: dict[str, Question] = {}
+    return [question for question, _ in read_question_lines(arguments)]
+
+
+def read_question_lines(arguments: Sequence[str]) -> list[tuple[Question, dict[str, Any]]]:
+    """All questions of the files with their whole lines, `image` a path in them. Raises as `read_questions` does."""
+    found: dict[str, tuple[Question, dict[str, Any]]] = {}
     for argument in arguments:
         domain, path = parse_named_file(argument)
         for where, line in read_json_lines(path):
             question = _parse(line, where, domain)
-            first = questions.setdefault(question.key, question)
+            first, _ = found.setdefault(question.key, (question, line))
             if first is not question:
                 raise DataError(
                     f"{where}: question_id {question.question_id!r} was already used at {first.where}; ids must differ"
                 )
-    if not questions:
+            if line.get("image") != question.image:
+                line["image"] = question.image
+    if not found:
         raise DataError(f"{', '.join(arguments)}: no questions in it")
-    return list(questions.values())
+    return list(found.values())
 
 
 def _parse(line: dict[str, Any], where: str, domain: str | None) -> Question:
@@ -117,26 +125,34 @@ def _parse(line: dict[str, Any], where: str, domain: str | None) -> Question:
     if isinstance(question_id, bool) or not isinstance(question_id, (str, int)) or question_id == "":
         found = repr(question_id) if "question_id" in line else "nothing"
         raise DataError(f"{where}: question_id must be a number or a text that is not empty; found {found}")
-    for key, required in (("text", True), ("image", False), ("category", False), ("answer", False)):
+    for key, required in (("text", True), ("category", False), ("answer", False)):
         value = line.get(key)
         if not isinstance(value, str) and (required or value is not None):
             found = f"{value!r}" if key in line else "nothing"
             raise DataError(f"{where}: {key!r} must be a text; found {found}")
-    images = line.get("images")
-    if isinstance(images, list) and len(images) > 1:
-        raise DataError(
-            f"{where}: 'images' names {len(images)} images; a question is about one image, named by 'image', or none; "
-            "leave the line out"
-        )
     return Question(
         question_id=question_id,
         text=line["text"],
-        image=line.get("image"),
+        image=_image(line, where),
         domain=domain or line.get("category") or NO_DOMAIN,
         category=line.get("category"),
         answer=line.get("answer"),
         where=where,
     )
+
+
+def _image(line: dict[str, Any], where: str) -> str | None:
+    """The path in `image` or `images`, each a path or a list of paths; None where neither names one."""
+    paths: list[str] = []
+    for key in ("image", "images"):
+        value = line.get(key)
+        given = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
+            raise DataError(f"{where}: {key!r} must be a path or a list of one path; found {value!r}")
+        paths += [path for path in given if path not in paths]
+    if len(paths) > 1:
+        raise DataError(f"{where}: {len(paths)} images ({', '.join(paths)}); a question is about one image or none")
+    return paths[0] if paths else None
 
 
 def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T]:

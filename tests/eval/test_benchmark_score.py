@@ -109,6 +109,13 @@ def test_mme_pairs_by_image(tmp_path: Path) -> None:
     assert scores["numbers"]["count acc"]["interval"] == "bootstrap"
 
 
+def test_images_are_units_however_they_are_given(tmp_path: Path) -> None:
+    lines = [{"category": "count", "images": ["1.jpg"], "answer": gold} for gold in ("Yes", "No")]
+    assert values(score(tmp_path, "mme", (lines[0], "yes"), (lines[1], "yes")), "count acc+") == [0]
+    alone = [{"category": "count", "image": None, "answer": gold} for gold in ("Yes", "No")]
+    assert len(score(tmp_path, "mme", (alone[0], "yes"), (alone[1], "yes"))["per_question"]["ids"]) == 2
+
+
 def test_micro_f1(tmp_path: Path) -> None:
     pairs = [
         ({"values": [["Acme"]]}, "ACME"),

@@ -215,6 +215,12 @@ def test_a_failed_overwrite_keeps_the_good_file(tmp_path: Path, capsys: pytest.C
             (0, "annotations", 0, "values", 0, "value_variants"),
             "'value_variants' must be a list; found 5",
         ),
+        (
+            "deepform",
+            "DUE/DeepForm/test/document.jsonl",
+            (0, "annotations", 0, "values", 0),
+            "no 'value' in it; found 5",
+        ),
         ("scienceqa", "llava_test_CQM-A.json", (0, "conversations"), "item 0: 'conversations' must be a list"),
     ],
 )

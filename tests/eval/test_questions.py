@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_mole.errors import ConfigError, DataError
-from llava_mole.eval.questions import check_images, read_questions, take_chunk
+from llava_mole.eval.questions import check_images, read_question_lines, read_questions, take_chunk
 
 
 def write(path: Path, *lines: object) -> str:
@@ -26,6 +26,14 @@ def test_fields_and_domains(tmp_path: Path) -> None:
     assert [q.domain for q in bare] == ["color", "all"]
 
 
+def test_a_list_of_one_image_is_that_image(tmp_path: Path) -> None:
+    forms = [{"image": "a.png"}, {"image": ["a.png"]}, {"images": ["a.png"]}, {"image": "a.png", "images": ["a.png"]}]
+    forms += [{}, {"image": None}, {"images": []}]
+    path = write(tmp_path / "q.jsonl", *({"question_id": n, "text": "?", **form} for n, form in enumerate(forms)))
+    assert [question.image for question in read_questions([path])] == ["a.png"] * 4 + [None] * 3
+    assert [line.get("image") for _, line in read_question_lines([path])] == ["a.png"] * 4 + [None] * 3
+
+
 def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "k=3.jsonl", {"question_id": 1, "text": "What?"})
     assert read_questions([path])[0].domain == "all"
@@ -43,9 +51,12 @@ def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
         ([{"question_id": 1, "text": 5}], r"q\.jsonl:1: 'text' must be a text; found 5"),
         (
             [{"question_id": 1, "text": "a", "images": ["x", "y"]}],
-            r"q\.jsonl:1: .images. names 2 images; a question",
+            r"q\.jsonl:1: 2 images \(x, y\); a question is about one image or none",
         ),
-        ([{"question_id": 1, "text": "a", "image": ["x"]}], r"q\.jsonl:1: 'image' must be a text; found \['x'\]"),
+        ([{"question_id": 1, "text": "a", "image": ["x", "y"]}], r"q\.jsonl:1: 2 images \(x, y\)"),
+        ([{"question_id": 1, "text": "a", "image": "x", "images": ["y"]}], r"q\.jsonl:1: 2 images \(x, y\)"),
+        ([{"question_id": 1, "text": "a", "image": 5}], r"q\.jsonl:1: 'image' must be a path or .* found 5"),
+        ([{"question_id": 1, "text": "a", "images": [5]}], r"q\.jsonl:1: 'images' must be a path or .* found \[5\]"),
         (
             [{"question_id": 1, "text": "a"}, {"question_id": "1", "text": "b"}],
             r"q\.jsonl:2: question_id '1' was already used at .*q\.jsonl:1",

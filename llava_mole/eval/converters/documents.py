@@ -210,9 +210,9 @@ def _spellings(document: Mapping[str, Any], where: str) -> dict[str, list[list[s
     found: dict[str, list[list[str]]] = {}
     for annotation in need_list(document, "annotations", where):
         for value in need_list(annotation, "values", where):
-            variants = need_list(value, "value_variants", where) if "value_variants" in value else []
-            spellings = [str(text) for text in (need(value, "value", where), *variants)]
-            found.setdefault(str(need(annotation, "key", where)), []).append(spellings)
+            spellings = [need(value, "value", where)]
+            spellings += need_list(value, "value_variants", where) if "value_variants" in value else []
+            found.setdefault(str(need(annotation, "key", where)), []).append([str(text) for text in spellings])
     return found
 
 
