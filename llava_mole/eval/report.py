@@ -17,10 +17,11 @@ from typing import Any
 from llava_mole.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
 from llava_mole.eval.benchmark_report import build_benchmarks
+from llava_mole.eval.metrics.exact import plain_exact
 from llava_mole.eval.questions import parse_named_file, read_questions
 from llava_mole.eval.report_formats import to_latex, to_markdown, to_text
 from llava_mole.eval.report_runs import read_json_object, read_runs
-from llava_mole.eval.score import format_accuracy, format_table, normalise
+from llava_mole.eval.score import format_accuracy, format_table
 from llava_mole.log import get_logger
 
 logger = get_logger(__name__)
@@ -159,7 +160,7 @@ def chat_examples(run: Mapping[str, Any]) -> dict[str, dict[str, str | bool | No
             "question": question.text,
             "answer": text,
             "reference": reference,
-            "correct": normalise(text) == normalise(reference),
+            "correct": plain_exact(text, reference),
         }
     return examples
 

@@ -80,7 +80,7 @@ def _add(run: Run, path: Path, scores: dict[str, Any], given: str) -> None:
     absent = [key for key in needed if key not in scores]
     if absent:
         raise DataError(f"{path}: no {', '.join(absent)} in it; give a score file that `llava-mole eval` wrote")
-    scores = scores | {"score_file": str(path)}
+    scores = scores | {"score_file": str(path.resolve())}
     if benchmark is not None:
         if benchmark in run.benchmarks:
             other = run.benchmarks[benchmark]["score_file"]

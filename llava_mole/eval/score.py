@@ -1,7 +1,7 @@
 """Accuracy per domain of an answers file, with its interval and the majority baseline beside it.
 
-An answer is right if it equals the reference after `normalise`. `python -m llava_mole.eval.score --questions FILE...
---answers FILE... [--train-file DOMAIN=FILE...]` prints the table and, with `--output`, writes it as JSON.
+An answer is right if it equals the reference after `NORMALISATION`. `python -m llava_mole.eval.score --questions
+FILE... --answers FILE... [--train-file DOMAIN=FILE...]` prints the table and, with `--output`, writes it as JSON.
 """
 
 import argparse
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.errors import DataError, command
-from llava_mole.eval.answers import read_answers, write_text_atomically
+from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
 from llava_mole.eval.baseline import MajorityBaseline, answered_pairs, read_train_files
+from llava_mole.eval.metrics.exact import plain, plain_exact
 from llava_mole.eval.questions import NO_DOMAIN, Question, parse_named_file, read_questions
 
 NORMALISATION = "surrounding blanks and one trailing period removed, lower case"
@@ -21,11 +22,6 @@ SCORE_SUFFIX = ".score.json"
 """Replaces `.jsonl` in the name of an answers file."""
 Z_95 = 1.959963984540054
 """Two-sided 95% quantile of the normal distribution."""
-
-
-def normalise(text: str) -> str:
-    """An answer as compared: `NORMALISATION`."""
-    return text.strip().removesuffix(".").strip().lower()
 
 
 def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:
@@ -84,7 +80,7 @@ def score_answers(
     for domain in dict.fromkeys(question.domain for question in questions):
         members = [question for question in questions if question.domain == domain]
         pairs = answered_pairs(members) if train_pairs is None else _domain_pairs(train_pairs, domain)
-        baseline = MajorityBaseline((text, normalise(answer)) for text, answer in pairs)
+        baseline = MajorityBaseline((text, plain(answer)) for text, answer in pairs)
         right = sum(_is_right(question, answers[question.key]["text"]) for question in members)
         guessed = sum(_is_right(question, baseline.predict(question.text) or "") for question in members)
         domains[domain] = accuracy(right, len(members)) | {
@@ -103,7 +99,7 @@ def score_answers(
 
 def _is_right(question: Question, answer: str) -> bool:
     assert question.answer is not None
-    return bool(answer.strip()) and normalise(answer) == normalise(question.answer)
+    return plain_exact(answer, question.answer)
 
 
 def _by_category(members: Sequence[Question], answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -195,14 +191,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="training split (LLaVA JSON) for the majority baseline; without it the test's own answers are used",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     args = parser.parse_args(argv)
+    if args.output:
+        refuse_existing(Path(args.output), overwrite=args.overwrite)
     questions = read_questions(args.questions)
     answers = read_answers([Path(name) for name in args.answers])
     train_pairs = read_train_files(args.train_file) if args.train_file else None
     scores = score_answers(questions, answers, train_pairs)
     print(format_scores(scores))
     if args.output:
-        write_scores(Path(args.output), scores, questions=args.questions, answers=args.answers)
+        write_scores(
+            Path(args.output),
+            scores,
+            questions=[resolve_argument(argument) for argument in args.questions],
+            answers=[str(Path(name).resolve()) for name in args.answers],
+        )
     return 0
 
 

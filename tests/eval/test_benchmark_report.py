@@ -156,6 +156,14 @@ def test_command_writes_every_form(runs: Path, capsys: pytest.CaptureFixture[str
     assert (out / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_names_whole_paths(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    assert cli.main(["report", "mix", "mole", "--out", "report"]) == 0
+    report = json.loads((runs / "report" / "report.json").read_text())
+    score_file = report["benchmarks"]["chartqa"]["runs"]["mole"]["score_file"]
+    assert score_file == str((runs / "mole" / "chartqa.score.json").resolve())
+
+
 def test_without_a_folder_nothing_is_written(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(runs.rglob("*"))
     assert cli.main(["report", str(runs / "mix" / "chartqa.score.json")]) == 0

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from llava_mole.errors import DataError
+from llava_mole.eval.metrics.exact import plain
 from llava_mole.eval.questions import Question
-from llava_mole.eval.score import main, normalise, score_answers, wilson_interval
+from llava_mole.eval.score import main, score_answers, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,7 @@ from llava_mole.eval.score import main, normalise, score_answers, wilson_interva
     [(" Yes. ", "yes"), ("yes", "yes"), ("3.5", "3.5"), ("No..", "no."), ("A b .", "a b"), ("", ""), (".", "")],
 )
 def test_normalisation(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+    assert plain(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_missing_references_and_training_pairs_are_named() -> None:
         score_answers(QUESTIONS, answers(QUESTIONS, *"abcde"), {"general": [("Color?", "red")]})
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [{"question_id": n, "text": "Color?", "answer": a} for n, a in enumerate(["red", "red", "blue"])]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = [{"question_id": n, "prompt": "Color?", "text": "red"} for n in range(3)]
@@ -121,6 +122,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "general  66.7 [20.8, 93.9] 2/3" in capsys.readouterr().out
     domain = json.loads((tmp_path / "s.json").read_text())["domains"]["general"]
     assert (domain["correct"], domain["majority"]["correct"]) == (2, 1)
+    assert main(command) == 2
+    assert "s.json exists; give --overwrite" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    command = ["--questions", "general=q.jsonl", "--answers", "a.jsonl", "--output", "s.json", "--overwrite"]
+    assert main(command) == 0  # the paths in the file are whole, for a reader in another directory
+    stored = json.loads((tmp_path / "s.json").read_text())
+    assert (stored["questions"], stored["answers"]) == ([f"general={tmp_path}/q.jsonl"], [f"{tmp_path}/a.jsonl"])
 
     assert main([*command[:4], "--train-file", "general=nowhere.json"]) == 2
     assert "--train-file general=nowhere.json: no such file nowhere.json" in capsys.readouterr().err
