@@ -5,7 +5,7 @@ from typing import Any
 
 from llava_mole.errors import DataError
 from llava_mole.eval.aggregate import Units, compare_units
-from llava_mole.eval.intervals import RESAMPLES, SEED
+from llava_mole.eval.intervals import RESAMPLES, SEED, holm_adjusted
 from llava_mole.eval.registry import Benchmark, BenchmarkData, BenchmarkPrompt, Number, Published
 from llava_mole.eval.report_runs import Run
 
@@ -40,11 +40,15 @@ def build_benchmarks(
     Returns:
         Benchmark -> {`title`, `primary`, `columns`, `compared` (the columns that were published), `summed` (those that
         are sums), `runs`: name -> {`numbers`, `prompt`, `total`, `complete`, `empty_answers`, `score_file`},
-        `published`: rows, `comparisons`: rows, `warnings`, `notes`}.
+        `published`: rows, `comparisons`: rows, their `p_value_holm` over all tests of the report, `warnings`, `notes`}.
     """
     found = {name: stored_benchmark(scores) for run in runs.values() for name, scores in run.benchmarks.items()}
     names = sorted(found, key=lambda name: (found[name].position, name))
-    return {name: _one(name, runs, published, resamples, seed) for name in names}
+    report = {name: _one(name, runs, published, resamples, seed) for name in names}
+    comparisons = [row for entry in report.values() for row in entry["comparisons"]]
+    for row, adjusted in zip(comparisons, holm_adjusted([row["p_value"] for row in comparisons]), strict=True):
+        row["p_value_holm"] = adjusted
+    return report
 
 
 def _one(name: str, runs: Mapping[str, Run], published: str, resamples: int, seed: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ than a few thousand numbers, and is the same distribution as drawing the questio
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,20 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     largest = max(terms)
     log_tail = largest + math.log(sum(math.exp(term - largest) for term in terms)) - total * math.log(2)
     return min(1.0, 2 * math.exp(log_tail))
+
+
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: below a level, the chance of any false finding in the family is below that level.
+
+    The k-th smallest of m is multiplied by m - k + 1, at least as large as the one before, at most 1. It holds whatever
+    the dependence of the tests. Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda n: p_values[n])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def permutation_p_value(

@@ -83,13 +83,14 @@ def comparisons(entry: Mapping[str, Any]) -> Table:
                 f"{result['second']} - {result['first']}",
                 result["number"],
                 f"{result['difference']:+.2f} [{result['low']:+.2f}, {result['high']:+.2f}]",
-                format_p(result["p_value"]) + (" *" if result["p_value"] < SIGNIFICANT else ""),
+                format_p(result["p_value"]),
+                format_p(result["p_value_holm"]) + (" *" if result["p_value_holm"] < SIGNIFICANT else ""),
                 changed,
                 result["test"],
             ]
         )
-    caption = f"{entry['title']}: paired differences (* p < {SIGNIFICANT}, not corrected for the number of tests)"
-    header = ["runs", "number", "difference [95% interval]", "p", "discordant", "test"]
+    caption = f"{entry['title']}: paired differences (Holm: p adjusted for all tests of the report, * < {SIGNIFICANT})"
+    header = ["runs", "number", "difference [95% interval]", "p", "p (Holm)", "discordant", "test"]
     return Table(caption, [], header, rows, [])
 
 

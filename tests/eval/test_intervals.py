@@ -10,6 +10,7 @@ from llava_mole.eval.intervals import (
     bootstrap_sums,
     difference_interval,
     group_sums,
+    holm_adjusted,
     mcnemar_exact,
     percentile_interval,
     permutation_p_value,
@@ -92,6 +93,14 @@ def test_permutation_test_of_zero_one_scores_agrees_with_mcnemar() -> None:
     second = column(*[1] * 20 + [1] * 12 + [0] * 3)
     p = permutation_p_value({"all": first}, {"all": second}, mean)
     assert p == pytest.approx(mcnemar_exact(3, 12), abs=0.01)
+
+
+def test_holm() -> None:
+    # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1; none below the one before it.
+    assert holm_adjusted([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm_adjusted([0.5, 0.9]) == [1, 1]
+    assert holm_adjusted([0.2]) == [0.2]
+    assert holm_adjusted([]) == []
 
 
 def test_paired_difference_is_narrower_than_unpaired() -> None:
