@@ -64,7 +64,7 @@ def _one(name: str, runs: Mapping[str, Run], published: str, resamples: int, see
         "title": benchmark.title,
         "primary": benchmark.primary,
         "columns": columns,
-        "compared": [c for c in columns if not known or c in known or c == benchmark.primary],
+        "compared": [c for c in columns if c in known or (known and c == benchmark.primary)] or columns,
         "summed": [column for column in columns if first["definition"]["numbers"].get(column, {}).get("sum")],
         "runs": {
             run: {"numbers": {column: scores["numbers"].get(column) for column in columns}}

@@ -171,6 +171,9 @@ def check_benchmark(benchmark: Benchmark, path: Path) -> None:
 
     if benchmark.name != path.stem:
         fail(f"name is {benchmark.name!r}; it must be the file's, {path.stem!r}")
+    questions = benchmark.data.questions
+    if not questions or (benchmark.data.converter and (len(questions) > 1 or "=" in questions[0])):
+        fail(f"data.questions is {questions!r}; name at least one file, and just one, without a group, for a converter")
     for group, names in benchmark.metrics.items():
         if group != ANY_GROUP and group not in benchmark.groups:
             fail(f"metrics.{group}: no such group; groups are {', '.join(benchmark.groups) or 'not given'}")

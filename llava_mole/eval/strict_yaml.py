@@ -1,4 +1,5 @@
-"""YAML files into dataclasses: every key is known, every value has the field's type, or the file is refused."""
+"""YAML files into dataclasses: every key is known and there once, every value has the field's type, or the file is
+refused."""
 
 import dataclasses
 import types
@@ -11,17 +12,29 @@ import yaml
 from llava_mole.errors import ConfigError
 
 T = TypeVar("T")
+LARGEST = 1e308
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML's own reader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for n, key in enumerate(keys):
+            if key in keys[:n]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(path: Path, kind: type[T]) -> T:
     """The dataclass `kind` from the file.
 
     Raises:
-        ConfigError: unreadable file, unknown or missing key, or value of another type; the message names the key.
+        ConfigError: unreadable file, unknown, repeated or missing key, or value of another type; the message names it.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     return typing.cast(T, _read(kind, value, f"{path}", ""))
 
@@ -44,7 +57,9 @@ def _read(kind: Any, value: Any, where: str, key: str) -> Any:
         return {name: _read(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
     if kind is Any:
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) < LARGEST:  # NaN is no JSON
+            raise ConfigError(f"{at} must be a finite number; found {value!r}")
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{at} must be {kind.__name__}; found {value!r}")

@@ -100,6 +100,13 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ({"prompt": {"sufix": "x"}}, "unknown key prompt.sufix; allowed are suffix"),
         ({"title": 3}, "title must be str; found 3"),
         ({"groups": "a"}, "groups must be a list; found 'a'"),
+        ({"numbers": {"all": {"scale": float("nan")}}}, "numbers.all.scale must be a finite number; found nan"),
+        (
+            {"published": [{"model": "m", "source": "s", "values": {"a": float("inf")}}]},
+            "values.a must be a finite number",
+        ),
+        ({"data": {"folder": "x", "questions": []}}, "data.questions is []; name at least one file"),
+        ({"data": {"folder": "x", "questions": ["a=q", "b=r"], "converter": "gqa"}}, "just one, without a group"),
         ({"numbers": []}, "numbers must map names to values"),
         ({"numbers": {"all": {"scale": True}}}, "numbers.all.scale must be float; found True"),
         ({"data": {"folder": "x"}}, "data.questions is missing"),
@@ -135,6 +142,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
         get_benchmark(str(tmp_path / "mine.yaml"))
+    for text, message in (
+        ("name: a\nname: b\n", "the key 'name' comes twice"),
+        ("title: 2001-99-99", "month must be"),
+        ("[" * 5000, "recursion"),
+    ):
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"mine\.yaml: cannot be read as YAML: .*{message}"):
+            get_benchmark(str(tmp_path / "mine.yaml"))
     with pytest.raises(ConfigError, match="the file must map keys to values"):
         get_benchmark(written(tmp_path, [1]))
 
