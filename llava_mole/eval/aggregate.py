@@ -58,7 +58,9 @@ class Units:
         """Read back. Raises DataError for anything `to_dict` does not write."""
         try:
             fields = {name: np.array(values, dtype=np.float64) for name, values in value["fields"].items()}
-            units = cls(tuple(value["ids"]), tuple(value["groups"]), fields)
+            units = cls(tuple(map(str, value["ids"])), tuple(map(str, value["groups"])), fields)
+            if not all(column.ndim == 1 and np.isfinite(column).all() for column in fields.values()):
+                raise ValueError("a score is not a number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{where}: its scores per question are damaged ({error!r}); score the answers again"
@@ -197,6 +199,8 @@ def compare_units(
     ):
         only = len(set(first.ids) ^ set(second.ids))
         raise DataError(f"{only} questions are in one run alone; score both runs on the same questions")
+    if set(first.fields) != set(second.fields):
+        raise DataError("the scores per question of the two runs have different fields; score both again")
     permutation = np.array([order[unit] for unit in first.ids])
     fields = list(first.fields)
     aligned = Units(first.ids, first.groups, {field: second.fields[field][permutation] for field in fields})

@@ -3,30 +3,30 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava_mole.errors import DataError
+from llava_mole.errors import ConfigError, DataError
 from llava_mole.eval.aggregate import Units, compare_units
 from llava_mole.eval.intervals import RESAMPLES, SEED, holm_adjusted
-from llava_mole.eval.registry import Benchmark, BenchmarkData, BenchmarkPrompt, Number, Published
+from llava_mole.eval.registry import Benchmark, check_benchmark
 from llava_mole.eval.report_runs import Run
+from llava_mole.eval.strict_yaml import read_value
 
 SIGNIFICANT = 0.05
 
 
 def stored_benchmark(scores: Mapping[str, Any]) -> Benchmark:
     """The definition that a score file was made with. Raises DataError where it is damaged."""
+    where = scores["score_file"]
     try:
-        value = dict(scores["definition"])
-        return Benchmark(
-            **value
-            | {
-                "data": BenchmarkData(**value["data"]),
-                "prompt": BenchmarkPrompt(**value["prompt"]),
-                "numbers": {name: Number(**number) for name, number in value["numbers"].items()},
-                "published": [Published(**row) for row in value["published"]],
-            }
+        benchmark = read_value(Benchmark, scores["definition"], f"{where}: definition")
+        check_benchmark(benchmark, f"{where}: definition")
+    except ConfigError as error:
+        raise DataError(f"{where}: its definition is damaged ({error}); score again") from None
+    absent = [name for name in dict.fromkeys((*benchmark.columns, benchmark.primary)) if name not in scores["numbers"]]
+    if absent:
+        raise DataError(
+            f"{where}: its definition shows {', '.join(map(str, absent))}, which it has no number for; score again"
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{scores['score_file']}: its definition is damaged ({error!r}); score again") from None
+    return benchmark
 
 
 def build_benchmarks(

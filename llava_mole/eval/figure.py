@@ -1,12 +1,29 @@
 """The accuracy comparison as grouped bars."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llava_mole.eval.answers import write_bytes_atomically
 from llava_mole.log import get_logger
 
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 logger = get_logger(__name__)
+
+
+def _literal(text: str) -> str:
+    """A name as matplotlib shows it: without formulas, and in the legend though it begins with `_`."""
+    text = " ".join(text.split())
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _write_png(canvas: "FigureCanvasAgg", path: Path) -> None:
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    write_bytes_atomically(path, buffer.getvalue())
 
 
 def draw_accuracies(report: Mapping[str, Any], path: Path) -> bool:
@@ -34,17 +51,16 @@ def draw_accuracies(report: Mapping[str, Any], path: Path) -> bool:
             [100 * (entry["high"] - entry["accuracy"]) for entry in entries],
         ]
         centres = [d + (n - (len(names) - 1) / 2) * width for d in range(len(domains))]
-        axes.bar(centres, heights, width * 0.92, yerr=errors, capsize=3, label=name)
+        axes.bar(centres, heights, width * 0.92, yerr=errors, capsize=3, label=_literal(name))
     for d, domain in enumerate(domains):
         level = 100 * report["domains"][domain]["majority"]["accuracy"]
         label = "_majority" if d else "majority"  # a leading underscore keeps repetitions out of the legend
         axes.hlines(level, d - 0.45, d + 0.45, colors="black", linestyles="dashed", label=label)
-    axes.set_xticks(range(len(domains)), domains)
+    axes.set_xticks(range(len(domains)), [_literal(domain) for domain in domains])
     axes.set_ylabel("accuracy in percent, 95% interval")
     axes.set_ylim(0, 100)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(names) + 1, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    _write_png(FigureCanvasAgg(figure), path)
     return True
 
 
@@ -87,13 +103,17 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
             # A percentile interval of a skewed number need not hold the number itself.
             below = [max(0.0, entry["value"] - entry["low"]) for _, entry in bars]
             above = [max(0.0, entry["high"] - entry["value"]) for _, entry in bars]
-            axis.bar(centres, heights, width * 0.92, yerr=[below, above], capsize=2.5, color=f"C{n}", label=name)
+            axis.bar(
+                centres, heights, width * 0.92, yerr=[below, above], capsize=2.5, color=f"C{n}", label=_literal(name)
+            )
             lows += [entry["low"] for _, entry in bars]
             highs += [entry["high"] for _, entry in bars]
-        axis.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 9 else 0)
+        axis.set_xticks(
+            range(len(columns)), [_literal(c) for c in columns], rotation=30 if max(map(len, columns)) > 9 else 0
+        )
         for label in axis.get_xticklabels():
             label.set_horizontalalignment("right" if max(map(len, columns)) > 9 else "center")
-        axis.set_title(f"{title} (axis cut)" if summed else title, fontsize="medium")
+        axis.set_title(_literal(f"{title} (axis cut)" if summed else title), fontsize="medium")
         axis.spines[["top", "right"]].set_visible(False)
         if summed and lows:
             margin = max(1.0, 0.5 * (max(highs) - min(lows)))
@@ -101,6 +121,5 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
     axes[0].set_ylabel("percent, 95% interval")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    _write_png(FigureCanvasAgg(figure), path)
     return True

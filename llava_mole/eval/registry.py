@@ -157,20 +157,20 @@ def get_benchmark(name_or_path: str) -> Benchmark:
     elif not path.is_file():
         raise ConfigError(f"{path}: no such file; known benchmarks are {', '.join(list_benchmarks())}")
     benchmark = load_yaml(path, Benchmark)
-    check_benchmark(benchmark, path)
+    if benchmark.name != path.stem:
+        raise ConfigError(f"{path}: name is {benchmark.name!r}; it must be the file's, {path.stem!r}")
+    check_benchmark(benchmark, f"{path}")
     return benchmark
 
 
-def check_benchmark(benchmark: Benchmark, path: Path) -> None:
+def check_benchmark(benchmark: Benchmark, where: str) -> None:
     """Raise ConfigError that names what refers to something that is not there."""
     from llava_mole.eval.converters import CONVERTERS
     from llava_mole.eval.submission import WRITERS
 
     def fail(problem: str) -> None:
-        raise ConfigError(f"{path}: {problem}")
+        raise ConfigError(f"{where}: {problem}")
 
-    if benchmark.name != path.stem:
-        fail(f"name is {benchmark.name!r}; it must be the file's, {path.stem!r}")
     questions = benchmark.data.questions
     if not questions or (benchmark.data.converter and (len(questions) > 1 or "=" in questions[0])):
         fail(f"data.questions is {questions!r}; name at least one file, and just one, without a group, for a converter")
@@ -185,7 +185,7 @@ def check_benchmark(benchmark: Benchmark, path: Path) -> None:
         fail(f"metrics: they count different units ({units}); one benchmark has one unit, make it two files")
     expanded = benchmark.expand_numbers(benchmark.groups)
     for name, number in expanded.items():
-        _check_number(benchmark, name, number, expanded, path)
+        _check_number(benchmark, name, number, expanded, where)
     shown = [*benchmark.columns, *([benchmark.primary] if benchmark.primary else [])]
     for name in shown:
         if name not in expanded:
@@ -204,9 +204,9 @@ def check_benchmark(benchmark: Benchmark, path: Path) -> None:
             fail(f"{key} is {given!r}; allowed are {', '.join(known)}")
 
 
-def _check_number(benchmark: Benchmark, name: str, number: Number, expanded: dict[str, Number], path: Path) -> None:
+def _check_number(benchmark: Benchmark, name: str, number: Number, expanded: dict[str, Number], where: str) -> None:
     def fail(problem: str) -> None:
-        raise ConfigError(f"{path}: numbers.{name}: {problem}")
+        raise ConfigError(f"{where}: numbers.{name}: {problem}")
 
     if sum(bool(part) for part in (number.value, number.sum, number.mean)) != 1:
         fail("it needs exactly one of value, sum and mean")

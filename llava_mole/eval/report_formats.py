@@ -113,7 +113,18 @@ def tables(benchmarks: Mapping[str, Any]) -> list[tuple[Table, list[str]]]:
             result.append((comparisons(entry), remarks))
         else:
             result[-1] = (result[-1][0], remarks)
-    return result
+    return [(_on_one_line(table), [_line(remark) for remark in remarks]) for table, remarks in result]
+
+
+def _on_one_line(table: Table) -> Table:
+    """The table with every text on one line, whatever names and titles hold."""
+    groups = [(_line(title), width) for title, width in table.groups]
+    rows = [list(map(_line, row)) for row in table.rows]
+    return Table(_line(table.caption), groups, list(map(_line, table.header)), rows, table.rules)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def to_text(benchmarks: Mapping[str, Any]) -> str:
@@ -157,7 +168,7 @@ def to_markdown(benchmarks: Mapping[str, Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|<>])", r"\\\1", text)
+    return re.sub(r"([\\`*_|<>~&$]|(?<=\])\()", r"\\\1", text)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -171,6 +182,7 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 
 
@@ -197,5 +209,5 @@ def to_latex(benchmarks: Mapping[str, Any]) -> str:
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    # A row that begins with a bracket would be read as the length argument of the `\\` above it.
-    return " & ".join(_latex(cell).replace("[", "{[}") for cell in cells) + " \\\\"
+    # A row that begins with a bracket or a star would be read as an argument of the `\\` above it.
+    return " & ".join(re.sub(r"\[|^\*", r"{\g<0>}", _latex(cell)) for cell in cells) + " \\\\"

@@ -1,7 +1,8 @@
 """Reads the score files that a report compares."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from llava_mole.eval.score import SCORE_SUFFIX
 
 DOMAIN_KEYS = ("domains", "model_path", "questions", "image_folder", "answers", "routing")
 BENCHMARK_KEYS = ("numbers", "primary", "definition", "per_question", "question_set", "prompt", "total")
+TYPES = {
+    **{"benchmark": str, "numbers": dict, "prompt": dict, "total": int, "empty_answers": int, "dropped": dict},
+    **{"domains": dict, "questions": list},
+}
 
 
 @dataclass
@@ -28,7 +33,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises DataError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: {type(value).__name__} found, an object is needed")
@@ -80,6 +85,7 @@ def _add(run: Run, path: Path, scores: dict[str, Any], given: str) -> None:
     absent = [key for key in needed if key not in scores]
     if absent:
         raise DataError(f"{path}: no {', '.join(absent)} in it; give a score file that `llava-mole eval` wrote")
+    _check_values(scores, path)
     scores = scores | {"score_file": str(path.resolve())}
     if benchmark is not None:
         if benchmark in run.benchmarks:
@@ -90,6 +96,37 @@ def _add(run: Run, path: Path, scores: dict[str, Any], given: str) -> None:
         if run.domains is not None:
             raise ConfigError(f"{given}: both {run.domains['score_file']} and {path} hold accuracies; name the file")
         run.domains = scores
+
+
+def _check_values(scores: Mapping[str, Any], path: Path) -> None:
+    """Raise DataError where what a report shows is not what `llava-mole eval` and `llava-mole score` write."""
+
+    def check(name: str, whole: bool, value: Any) -> None:
+        if not whole:
+            raise DataError(f"{path}: {name} is damaged ({value!r}); score again")
+
+    for key, kind in TYPES.items():
+        if key in scores:
+            check(key, isinstance(scores[key], kind), scores[key])
+    for name, entry in scores.get("numbers", {}).items():
+        ratio = ("k", "n") if isinstance(entry, dict) and "k" in entry else ()
+        empty = isinstance(entry, dict) and entry.get("value", 0) is None
+        check(f"number {name!r}", empty or _has_numbers(entry, "value", "low", "high", *ratio), entry)
+    if "prompt" in scores:
+        check("prompt", isinstance(scores["prompt"].get("variant"), str), scores["prompt"])
+    if "domains" in scores:
+        check("domains", bool(scores["domains"]), scores["domains"])
+    for name, entry in scores.get("domains", {}).items():
+        keys = ("correct", "total", "accuracy", "low", "high")
+        whole = _has_numbers(entry, *keys) and _has_numbers(entry.get("majority"), *keys)
+        check(f"domain {name!r}", whole, entry)
+
+
+def _has_numbers(entry: Any, *keys: str) -> bool:
+    """Whether these are finite numbers in it; NaN and infinity are no JSON."""
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), (int, float)) and abs(entry[key]) < math.inf for key in keys
+    )
 
 
 def read_runs(named: Sequence[str], positional: Sequence[str]) -> dict[str, Run]:

@@ -36,7 +36,12 @@ def load_yaml(path: Path, kind: type[T]) -> T:
         value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    return typing.cast(T, _read(kind, value, f"{path}", ""))
+    return read_value(kind, value, f"{path}")
+
+
+def read_value(kind: type[T], value: Any, where: str) -> T:
+    """The dataclass `kind` from plain values. Raises ConfigError as `load_yaml` does; `where` begins the message."""
+    return typing.cast(T, _read(kind, value, where, ""))
 
 
 def _read(kind: Any, value: Any, where: str, key: str) -> Any:

@@ -10,6 +10,7 @@ from llava_mole import cli
 from llava_mole.eval.benchmark_questions import load_questions
 from llava_mole.eval.benchmark_report import build_benchmarks
 from llava_mole.eval.benchmark_score import dump_scores, score_benchmark
+from llava_mole.eval.figure import draw_benchmarks
 from llava_mole.eval.registry import get_benchmark
 from llava_mole.eval.report_formats import format_p, to_latex, to_markdown, to_text
 from llava_mole.eval.report_runs import read_runs
@@ -99,7 +100,7 @@ def test_different_prompts_are_said(runs: Path) -> None:
 def test_different_definitions_are_not_compared(runs: Path) -> None:
     path = runs / "mole" / "chartqa.score.json"
     scores = json.loads(path.read_text())
-    scores["definition"]["metrics"] = {"*": ["relaxed_lmms_eval"]}
+    scores["definition"]["metrics"]["*"].append("vqa_exact")
     path.write_text(json.dumps(scores))
     chart = build(runs / "mix", runs / "mole")["chartqa"]
     assert chart["comparisons"] == []
@@ -135,6 +136,35 @@ def test_markdown_and_latex(runs: Path) -> None:
     assert r"\multicolumn{2}{c}{} & \multicolumn{1}{c}{ChartQA test} & \multicolumn{2}{c}{PathVQA test} \\" in latex
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 5
     assert r"percent [95\% interval]" in latex
+
+
+@pytest.mark.parametrize(
+    ("name", "markdown", "latex"),
+    [
+        ("*a|b", r"\*a\|b", r"{*}a\textbar{}b"),
+        ("[x](y)", r"[x]\(y)", "{[}x](y)"),
+        ("a\n\tb", "a b", "a b"),
+        ("&lt; ~_^", r"\&lt; \~\_^", r"\&lt; \textasciitilde{}\_\textasciicircum{}"),
+        (r"$\foo$ 5% {#}", r"\$\\foo\$ 5% {#}", r"\$\textbackslash{}foo\$ 5\% \{\#\}"),
+        ("_hidden", r"\_hidden", r"\_hidden"),
+    ],
+)
+def test_odd_names(name: str, markdown: str, latex: str, runs: Path) -> None:
+    out = runs / "out"
+    assert cli.main(["report", f"{name}={runs / 'mix'}", "--out", str(out), "--published", "none"]) == 0
+    assert f"\n| {markdown} | measured | 50.00 |" in (out / "report.md").read_text()
+    assert f"\n{latex} & measured & 50.00 &" in (out / "report.tex").read_text()
+    assert f"\n{' '.join(name.split())}  measured  50.00" in re.sub("  +", "  ", (out / "report.txt").read_text())
+
+
+def test_the_picture_shows_odd_names(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    shown = []
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: shown.append(labels))
+    assert draw_benchmarks(build(f"_a$b$={runs / 'mix'}"), runs / "x.png")
+    assert shown == [[r" _a\$b\$"]]
 
 
 def test_p_values() -> None:
@@ -250,6 +280,34 @@ def test_a_run_directory_holds_its_scores_in_eval(runs: Path) -> None:
     assert list(read_runs([], [str(runs / "run")])) == ["run"]
     assert list(read_runs([], [str(runs / "run" / "eval")])) == ["run"]
     assert set(read_runs([f"a={runs / 'run'}"], [])["a"].benchmarks) == {"chartqa", "pathvqa"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("benchmark",), 5, "benchmark is damaged (5)"),
+        (("numbers",), {}, "its definition shows overall, human, augmented, which it has no number for"),
+        (("numbers", "overall"), 5, "number 'overall' is damaged (5)"),
+        (("numbers", "overall", "low"), None, "number 'overall' is damaged"),
+        (("numbers", "overall", "value"), float("nan"), "number 'overall' is damaged"),
+        (("numbers", "overall", "n"), "x", "number 'overall' is damaged"),
+        (("prompt",), {}, "prompt is damaged ({})"),
+        (("definition", "columns"), 5, "its definition is damaged"),
+        (("definition", "metrics"), {"*": ["gone"]}, "its definition is damaged (no metric 'gone'"),
+        (("definition", "numbers", "overall", "value"), "gone.hit", "its definition is damaged"),
+    ],
+)
+def test_damaged_scores_are_named(
+    keys: tuple[str, ...], value: object, message: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "mole" / "chartqa.score.json"
+    scores = inner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(scores))
+    assert cli.main(["report", str(runs / "mix"), str(runs / "mole")]) == 2
+    assert f"chartqa.score.json: {message}" in capsys.readouterr().err
 
 
 def test_null_definition_is_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,8 +230,12 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_damaged_scores_per_question() -> None:
-    for value in ({}, {"ids": ["a"], "groups": ["g"], "fields": {"x": ["y"]}}):
+    whole = {"ids": ["a"], "groups": ["g"], "fields": {"x": [1]}}
+    for value in ({}, *(whole | {"fields": {"x": x}} for x in (["y"], [None], [[1]], 5))):
         with pytest.raises(DataError, match=r"s\.json: its scores per question are damaged"):
             Units.from_dict(value, "s.json")
+    other = Units.from_dict(whole | {"fields": {"y": [1]}}, "s.json")
+    with pytest.raises(DataError, match="different fields"):
+        compare_units(get_benchmark("tiny"), "mean", Units.from_dict(whole, "s.json"), other)
     with pytest.raises(DataError, match="differ in number"):
         Units.from_dict({"ids": ["a"], "groups": ["g"], "fields": {"x": [1, 2]}}, "s.json")

@@ -150,6 +150,10 @@ def test_errors(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 files *.score.json in" in refused(f"a={runs}")
     (runs / "bad.json").write_text("{}")
     assert "bad.json: no domains, model_path" in refused(f"a={runs / 'bad.json'}")
+    good = json.loads((runs / "lora" / "answers.score.json").read_text())
+    for wrong in ({}, {"general": good["domains"]["general"] | {"majority": None}}, {"general": 5}):
+        (runs / "bad.json").write_text(json.dumps(good | {"domains": wrong}))
+        assert " is damaged (" in refused(f"a={runs / 'bad.json'}")
     (runs / "bad.json").write_text("[")
     assert "bad.json: cannot be read as JSON" in refused(f"a={runs / 'bad.json'}")
     scores = json.loads((runs / "lora" / "answers.score.json").read_text())
