@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import DataError, command
+from llava_mole.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
 from llava_mole.eval.baseline import MajorityBaseline, answered_pairs, read_train_files
 from llava_mole.eval.metrics.exact import plain, plain_exact
@@ -171,6 +171,16 @@ def resolve_argument(argument: str) -> str:
     return str(path.resolve()) if domain is None else f"{domain}={path.resolve()}"
 
 
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[str | Path], *, overwrite: bool) -> None:
+    """Raise ConfigError if a file to write exists and may not be replaced, or is one of the others or of the inputs."""
+    taken = {Path(name).resolve() for name in inputs}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise ConfigError(f"{path} is a file that is read, or given twice; give another name")
+        refuse_existing(path, overwrite=overwrite)
+        taken.add(path.resolve())
+
+
 def write_scores(path: Path, scores: Mapping[str, Any], **provenance: Any) -> None:
     """Write scores and where they come from as JSON, atomically."""
     write_text_atomically(path, json.dumps({**provenance, **scores}, indent=2) + "\n")
@@ -194,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     args = parser.parse_args(argv)
     if args.output:
-        refuse_existing(Path(args.output), overwrite=args.overwrite)
+        inputs = [parse_named_file(argument)[1] for argument in (*args.questions, *(args.train_file or []))]
+        check_outputs([Path(args.output)], [*inputs, *args.answers], overwrite=args.overwrite)
     questions = read_questions(args.questions)
     answers = read_answers([Path(name) for name in args.answers])
     train_pairs = read_train_files(args.train_file) if args.train_file else None

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_mole.errors import ConfigError, command
-from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
+from llava_mole.eval.answers import read_answers, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.benchmark_questions import DATA_ROOT, load_questions
 from llava_mole.eval.benchmark_score import check_answers, dump_scores, file_digest, format_benchmark, score_benchmark
+from llava_mole.eval.questions import parse_named_file
 from llava_mole.eval.registry import get_benchmark, list_benchmarks
-from llava_mole.eval.score import SCORE_SUFFIX
+from llava_mole.eval.score import SCORE_SUFFIX, check_outputs
 from llava_mole.eval.submission import WRITERS
 
 
@@ -39,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--submission: benchmark {benchmark.name} has no server; its score is computed here")
     if submission is None and benchmark.primary is None:
         raise ConfigError(f"benchmark {benchmark.name} is scored by a server; give --submission FILE to write its file")
-    for path in [*([output] if benchmark.primary else []), *([submission] if submission else [])]:
-        refuse_existing(path, overwrite=args.overwrite)
     loaded = load_questions(benchmark, data_root=Path(args.data_root), files=args.questions)
+    outputs = [*([output] if benchmark.primary else []), *([submission] if submission else [])]
+    inputs = [*files, *(parse_named_file(argument)[1] for argument in loaded.files)]
+    check_outputs(outputs, inputs, overwrite=args.overwrite)
     answers = read_answers(files)
     if submission:
         check_answers(loaded, answers)

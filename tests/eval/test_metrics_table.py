@@ -61,6 +61,7 @@ def test_mme_pairs() -> None:
         ("key_values", {"values": [["a", 5]]}, "'values' must be a list"),
         ("key_values", {"values": [["a"]] * 53}, "'values' has 53 entries; at most 52 can be told apart"),
         ("key_values", {"values": [], "unasked": "2"}, "'unasked' is '2'; it must be a number"),
+        ("key_values", {"values": [], "unasked": 10**400}, "'unasked' is 10"),
     ],
 )
 def test_unfit_questions_are_errors(name: str, line: dict, message: str) -> None:

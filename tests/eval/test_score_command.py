@@ -8,6 +8,7 @@ import pytest
 from benchmark_answers import command, write_answers, write_chart
 
 from llava_mole import cli
+from llava_mole.eval.score import main
 
 
 @pytest.fixture
@@ -25,6 +26,16 @@ def test_command(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command(chart)) == 2
     assert "a.score.json exists; give --overwrite" in capsys.readouterr().err
     assert cli.main(command(chart, "--overwrite")) == 0
+
+
+def test_no_input_is_overwritten(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in chart.iterdir()}
+    for output in (chart / "a.jsonl", chart / "q.jsonl"):
+        assert cli.main(command(chart, "--output", str(output), "--overwrite")) == 2
+        assert f"{output} is a file that is read, or given twice" in capsys.readouterr().err
+    given = [f"--questions={chart}/q.jsonl", f"--answers={chart}/a.jsonl", f"--output={chart}/q.jsonl", "--overwrite"]
+    assert main(given) == 2
+    assert {path.name: path.read_bytes() for path in chart.iterdir()} == before
 
 
 def test_chunks_are_scored_together(chart: Path) -> None:

@@ -155,7 +155,7 @@ def _key_values(prediction: str, line: QuestionLine) -> Fields:
     ):
         raise DataError("'values' must be a list with the accepted spellings, a list of texts, of each value")
     unasked = line.get("unasked", 0)
-    if not isinstance(unasked, int) or unasked < 0:
+    if not isinstance(unasked, int) or not 0 <= unasked < 2**53:
         raise DataError(f"'unasked' is {unasked!r}; it must be a number of values")
     if len(values) > key_values.MOST_VALUES:
         raise DataError(f"'values' has {len(values)} entries; at most {key_values.MOST_VALUES} can be told apart")
