@@ -141,10 +141,12 @@ def _with_majority(loaded: BenchmarkQuestions, answers: Answers) -> dict[str, An
 
 
 def file_digest(paths: Sequence[Path]) -> str:
-    """sha256 over the contents of answer files, in order."""
+    """sha256 over the contents of files, in order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

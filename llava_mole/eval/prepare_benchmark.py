@@ -4,7 +4,6 @@ Images stay where they are: `prepared.json` beside the questions says where, wha
 """
 
 import argparse
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from tempfile import TemporaryDirectory
 from llava_mole.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import write_text_atomically
 from llava_mole.eval.benchmark_questions import DATA_ROOT, PREPARED, BenchmarkQuestions, load_questions
-from llava_mole.eval.benchmark_score import check_scorable
+from llava_mole.eval.benchmark_score import check_scorable, file_digest
 from llava_mole.eval.converters import CONVERTERS
 from llava_mole.eval.registry import Benchmark, get_benchmark, list_benchmarks
 
@@ -79,10 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "questions": len(loaded.questions),
         "groups": dict(groups),
         "fingerprint": loaded.fingerprint(),
-        "sources": {
-            str(source): hashlib.sha256(source.read_bytes()).hexdigest()
-            for source in converted.sources[:SOURCES_LISTED]
-        },
+        "sources": {str(source): file_digest([source]) for source in converted.sources[:SOURCES_LISTED]},
         "remarks": converted.remarks,
     }
     write_text_atomically(out / PREPARED, json.dumps(report, indent=2) + "\n")

@@ -27,6 +27,7 @@ from llava_mole.log import get_logger
 logger = get_logger(__name__)
 
 MAJORITY = "commonest answer"
+FORMS = ("report.txt", "report.json", "report.md", "report.tex", "accuracy.png", "benchmarks.png")
 
 
 def compare(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
@@ -283,6 +284,9 @@ def write_report(out: Path, report: Mapping[str, Any], text: str) -> list[Path]:
         written.append(out / "accuracy.png")
     if benchmarks and draw_benchmarks(benchmarks, out / "benchmarks.png"):
         written.append(out / "benchmarks.png")
+    for name in FORMS:
+        if out / name not in written:
+            (out / name).unlink(missing_ok=True)  # of the report that this one replaces
     return written
 
 

@@ -183,7 +183,9 @@ def test_command_writes_every_form(runs: Path, capsys: pytest.CaptureFixture[str
     assert "\\toprule" in (out / "report.tex").read_text()
     assert cli.main(command) == 2
     assert "report.json exists; give --overwrite" in capsys.readouterr().err
+    (out / "accuracy.png").write_bytes(b"of another report")
     assert cli.main([*command, "--overwrite"]) == 0
+    assert not (out / "accuracy.png").exists()
     pytest.importorskip("matplotlib")
     assert (out / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,7 +1,8 @@
 """PathVQA, TextVQA, POPE, MME, GQA, and LLaVA's own question files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from llava_mole.errors import DataError
 from llava_mole.eval.converters.base import (
@@ -30,38 +31,34 @@ def path_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
     A question whose gold answer is yes or no is `closed`, any other `open`, whatever `answer_type` says.
     """
     path = find(raw, *option(options, "files").split())
-    lines: list[Line] = []
+    lines: list[Line] = [
+        {
+            "question_id": identifier,
+            "image": image,
+            "text": without(str(question), "").removesuffix(PATH_VQA_CLOSED).rstrip(),
+            "category": "closed" if is_closed(str(answer)) else "open",
+            "answer": str(answer),
+        }
+        for identifier, image, question, answer in _path_vqa_rows(path)
+    ]
+    return Converted(lines, find(raw, "images", "."), [path])
+
+
+def _path_vqa_rows(path: Path) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """(id, image, question, answer) of a question file or of LLaVA-Med's list."""
     if path.suffix == ".jsonl":
         for n, item in enumerate(read_lines(path)):
             where = f"{path}:{n + 1}"
-            answer = str(need(item, "answer", where))
-            lines.append(
-                {
-                    "question_id": need(item, "question_id", where),
-                    "image": need(item, "image", where),
-                    "text": without(str(need(item, "text", where)), "").removesuffix(PATH_VQA_CLOSED).rstrip(),
-                    "category": "closed" if is_closed(answer) else "open",
-                    "answer": answer,
-                }
-            )
-        return Converted(lines, find(raw, "images", "."), [path])
+            identifier, image = need(item, "question_id", where), need(item, "image", where)
+            yield identifier, image, need(item, "text", where), need(item, "answer", where)
+        return
     for n, item in enumerate(read_list(path)):
         where = f"{path}: item {n}"
         turns = item.get("conversations", item.get("conversatons"))  # LLaVA-Med's file has the misspelt key
         if not isinstance(turns, list) or len(turns) < 2:
             raise DataError(f"{where}: 'conversations' needs a question and an answer")
-        answer = str(need(turns[1], "value", where))
-        question = without(str(need(turns[0], "value", where)), "")
-        lines.append(
-            {
-                "question_id": need(item, "id", where),
-                "image": need(item, "image", where),
-                "text": question.removesuffix(PATH_VQA_CLOSED).rstrip(),
-                "category": "closed" if is_closed(answer) else "open",
-                "answer": answer,
-            }
-        )
-    return Converted(lines, find(raw, "images", "."), [path])
+        question, answer = (need(turn, "value", where) for turn in turns[:2])
+        yield need(item, "id", where), need(item, "image", where), question, answer
 
 
 def text_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
