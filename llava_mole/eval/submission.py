@@ -31,18 +31,34 @@ def check_submission(loaded: BenchmarkQuestions) -> None:
         DataError: a file or a question's field is missing.
     """
     kind = loaded.benchmark.submission
-    name = loaded.benchmark.data.options.get("all_questions")
-    if kind == "vqa_v2" and not name:
-        raise ConfigError(
-            f"benchmark {loaded.benchmark.name}: submission vqa_v2 needs data.options.all_questions, the question file "
-            "of the complete test set"
-        )
+    if kind == "vqa_v2":
+        _all_ids(loaded)
     field, wanted = NEEDED.get(kind or "", ("", object))
     for question, line in zip(loaded.questions, loaded.lines, strict=True):
         if field and not isinstance(line.get(field), wanted):
             raise DataError(f"{question.where}: no {field!r} ({wanted.__name__}), which the submission file shows")
-    if name and not (loaded.root / name).is_file():
-        raise DataError(f"{loaded.root / name}: no such file; the server wants an answer to each of its questions")
+
+
+def _all_ids(loaded: BenchmarkQuestions) -> list[Any]:
+    """The ids of the complete test set, which every question must be of. Raises as `check_submission` does."""
+    name = loaded.benchmark.data.options.get("all_questions")
+    if not name:
+        raise ConfigError(
+            f"benchmark {loaded.benchmark.name}: submission vqa_v2 needs data.options.all_questions, the question file "
+            "of the complete test set"
+        )
+    path = loaded.root / name
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; the server wants an answer to each of its questions")
+    ids = []
+    for where, line in read_json_lines(path):
+        if "question_id" not in line:
+            raise DataError(f"{where}: no 'question_id' in it")
+        ids.append(line["question_id"])
+    foreign = {question.key for question in loaded.questions} - set(map(str, ids))
+    if foreign:
+        raise DataError(f"{path}: {len(foreign)} of the {len(loaded.questions)} questions asked are not in it")
+    return ids
 
 
 def _texts(loaded: BenchmarkQuestions, answers: Answers) -> list[tuple[Any, Mapping[str, Any], str]]:
@@ -61,10 +77,9 @@ def vqa_v2(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
     """`[{"question_id", "answer"}]` over the complete test set (option `all_questions`), normalised; questions that
     were not asked have the answer `""`. Raises DataError as `check_submission` does."""
     given = {str(name): text for name, _, text in _texts(loaded, answers)}
-    check_submission(loaded)
-    everything = loaded.root / loaded.benchmark.data.options["all_questions"]
-    names = [line["question_id"] for _, line in read_json_lines(everything)]
-    return _json([{"question_id": name, "answer": m4c_normalise(given.get(str(name), ""))} for name in names])
+    return _json(
+        [{"question_id": name, "answer": m4c_normalise(given.get(str(name), ""))} for name in _all_ids(loaded)]
+    )
 
 
 def viz_wiz(loaded: BenchmarkQuestions, answers: Answers) -> bytes:

@@ -44,6 +44,13 @@ def test_vqa_v2_submission_covers_the_whole_test_set(tmp_path: Path, capsys: pyt
     assert "llava_vqav2_mscoco_test2015.jsonl: no such file; the server wants" in capsys.readouterr().err
     (tmp_path / "eval" / "vqav2").mkdir(parents=True)
     everything = tmp_path / "eval" / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl"
+    for text, message in (
+        ('{"id": 1}', ":1: no 'question_id' in it"),
+        ('{"question_id": 1}', "1 of the 1 questions asked"),
+    ):
+        everything.write_text(text)
+        assert cli.main(command(tmp_path, "--submission", str(tmp_path / "s"), *root, benchmark="vqav2")) == 2
+        assert message in capsys.readouterr().err
     everything.write_text("".join(f'{{"question_id": {n}}}\n' for n in (1, 2)))
     lines = [{"question_id": 2, "text": "Q?", "image": "2.jpg"}]
     content = json.loads(submission(tmp_path, "vqav2", lines, ["The two dogs."], capsys))
