@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +97,8 @@ def _poison_samples(ids: set[str]) -> None:
     def getitem(self: SupervisedDataset, position: int) -> Any:
         example = original(self, position)
         if example.id in ids and example.images is not None:
-            example.images.fill_(float("nan"))
+            # Bytes cannot be NaN; floats go to the tower as they are.
+            return replace(example, images=torch.full(example.images.shape, float("nan")))
         return example
 
     SupervisedDataset.__getitem__ = getitem  # type: ignore[method-assign]
