@@ -66,7 +66,7 @@ def build_report(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "domains": domains,
         "majority_from": first.get("majority_from"),
         "routing": {
-            name: expert_shares(read_json_object(Path(run["routing"])))
+            name: _read_shares(Path(run["routing"]))
             for name, run in runs.items()
             if run["routing"] and _all_there(name, "the routing", [Path(run["routing"])])
         },
@@ -107,6 +107,16 @@ def _compare_domain(domain: str, runs: Mapping[str, Mapping[str, Any]]) -> dict[
             for name in others
         },
     }
+
+
+def _read_shares(path: Path) -> dict[str, Any]:
+    """`expert_shares` of a file. Raises DataError where it is not what `llava-mole eval` writes."""
+    try:
+        return expert_shares(read_json_object(path))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, StopIteration) as error:
+        raise DataError(
+            f"{path}: these routing statistics are damaged ({error!r}); run `llava-mole eval` again"
+        ) from None
 
 
 def expert_shares(routing: Mapping[str, Any]) -> dict[str, Any]:

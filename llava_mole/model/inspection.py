@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import EXIT_USER_ERROR, CheckpointError, command
+from llava_mole.errors import EXIT_USER_ERROR, CheckpointError, command, one_line
 from llava_mole.model.checkpoint import list_checkpoints, verify_checkpoint
 
 
@@ -96,14 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="run, checkpoint, model, adapter, tower or data set")
     path = parser.parse_args(argv).path
-    found = find_kind(path)
-    if found.kind == "checkpoint":
-        print(describe_checkpoint(path))
-        return 0
-    if found.kind != "run":
-        print("\n".join(describe_found(found)))
-        return 0
-    text, intact = describe_run(path, list_checkpoints(path))
+    with one_line("`inspect` must be able to read what it describes"):
+        found = find_kind(path)
+        if found.kind == "checkpoint":
+            text, intact = describe_checkpoint(path), True
+        elif found.kind == "run":
+            text, intact = describe_run(path, list_checkpoints(path))
+        else:
+            text, intact = "\n".join(describe_found(found)), True
     print(text)
     return 0 if intact else EXIT_USER_ERROR
 

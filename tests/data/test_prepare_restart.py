@@ -1,5 +1,6 @@
 """`prepare` is all or nothing: killed at any moment it leaves no output, and the next call ends with the same bytes."""
 
+import errno
 import json
 import os
 import signal
@@ -192,6 +193,18 @@ def test_two_at_a_time_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(arguments(tmp_path, "out")) == 2
     assert "another process is preparing it" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    write_many(tmp_path / "raw", 1, 3)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert main(arguments(tmp_path, "out")) == 0
+    assert "no locks here (Operation not supported)" in caplog.text
 
 
 @pytest.mark.slow

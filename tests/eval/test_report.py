@@ -101,6 +101,14 @@ def test_expert_shares(runs: Path) -> None:
     assert shares["largest_spread"] == {"layer": 1, "expert": 0, "shares": {"general": 0.9, "document": 0.2}}
 
 
+@pytest.mark.parametrize("damaged", [{}, {"domains": {}}, {"domains": {"a": {"all": {"share": []}}}}, {"domains": [1]}])
+def test_damaged_routing_statistics_are_named(damaged: dict, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "mole" / "routing.json").write_text(json.dumps(damaged))
+    assert cli.main(["report", "--runs", *arguments(runs), "--out", str(runs / "report")]) == 2
+    assert "mole/routing.json: these routing statistics are damaged" in capsys.readouterr().err
+    assert not (runs / "report").exists()
+
+
 def test_command_prints_and_writes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = runs / "report"
     assert cli.main(["report", "--runs", *arguments(runs), "--out", str(out)]) == 0

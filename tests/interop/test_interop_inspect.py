@@ -150,6 +150,13 @@ def test_anything_else_gets_a_clear_message(
     assert error.count("\n") == 1
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(tmp_path / ("n" * 300))]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long; `inspect` must be able to read" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
     [

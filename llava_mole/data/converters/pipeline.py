@@ -27,12 +27,14 @@ from llava_mole.data.converters.published import published_counts
 from llava_mole.data.converters.questions import QuestionFiles
 from llava_mole.data.store import PreparedRow, StoreWriter
 from llava_mole.errors import ConfigError, DataError
+from llava_mole.log import get_logger
 
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"
 """What lies in a prepared folder, beside `report.json` and `defects.jsonl`."""
 REPORT, DEFECTS = "report.json", "defects.jsonl"
 MOST_SOURCES = 512
 """Sub-sources that are told apart: more are no grouping, and a shard's index of them is small."""
+logger = get_logger(__name__)
 _KEPT_FROM_PARTIAL = {IMAGES, "checked.jsonl", "request.json", "lock"}
 
 
@@ -250,8 +252,10 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"{out}: another process is preparing it at this moment; wait for it") from None
+        except OSError as error:
+            logger.warning("%s: no locks here (%s); prepare it from one process only", out, error.strerror)
         yield
 
 
