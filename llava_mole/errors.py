@@ -7,6 +7,7 @@ exit code, so that no entry point prints a traceback for a mistake in a file or 
 import contextlib
 import functools
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -15,6 +16,8 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """A signal asked the run to stop: it has saved and can go on (sysexits.h: EX_TEMPFAIL, try again later)."""
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141
+"""What read the output, such as `head`, has enough of it (a shell's 128 + SIGPIPE)."""
 
 
 class UserError(Exception):
@@ -62,6 +65,8 @@ def one_line(advice: str) -> Iterator[None]:
         yield
     except BrokenExecutor:
         raise DataError("a worker process was killed, most likely for want of memory; lower --workers") from None
+    except BrokenPipeError:  # `command` knows what to do
+        raise
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise DataError(f"{reason}; {advice}") from error
@@ -73,7 +78,17 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
         try:
-            return main(*args, **kwargs) or 0
+            try:
+                code = main(*args, **kwargs) or 0
+            except SystemExit:  # argparse, after its help
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            return EXIT_READER_GONE
         except UserError as error:
             if not error.on_every_rank or os.environ.get("RANK", "0") == "0":
                 print(f"llava-mole: error: {error}", file=sys.stderr)
@@ -83,3 +98,17 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return EXIT_INTERRUPTED
 
     return run
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is the broken pipe; what is still to be written is then thrown away."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, or a closed one
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

@@ -1,5 +1,8 @@
 """Entry points end in one line and an exit code."""
 
+import subprocess
+import sys
+
 import pytest
 
 from llava_mole.errors import DataError, command
@@ -30,3 +33,25 @@ def test_other_errors_are_not_hidden() -> None:
 
 def test_success_is_exit_code_0() -> None:
     assert command(lambda: None)() == 0
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_enough_is_no_traceback(lines: int) -> None:
+    """Few lines are still in the buffer when the command ends, many fill the pipe before."""
+    code = f"from llava_mole.errors import command\n@command\ndef main():\n    print('a line\\n' * {lines})\n"
+    code += "import sys; sys.stdin.read(); raise SystemExit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read().decode() == ""
+        assert process.wait() == 141
+
+
+def test_a_broken_pipe_elsewhere_is_not_hidden() -> None:
+    with pytest.raises(BrokenPipeError):
+        raising(BrokenPipeError())()
