@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llava_mole import __version__
 from llava_mole.errors import ConfigError, command
+from llava_mole.log import quieten_libraries
 
 SUBCOMMANDS = {
     "train": ("llava_mole.train.train", "train one stage: CONFIG.yaml [--key value ...]"),
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in SUBCOMMANDS:
         raise ConfigError(f"no command {arguments[0]!r}; there are {', '.join(SUBCOMMANDS)}")
+    quieten_libraries()
     module = importlib.import_module(SUBCOMMANDS[arguments[0]][0])
     return int(module.main(arguments[1:]) or 0)
 

@@ -29,7 +29,11 @@ def get_logger(name: str) -> logging.Logger:
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Send the package's log lines to stderr and quieten libraries. Called by entry points, never at import."""
-    _quieten_libraries()
+    import torch
+
+    quieten_libraries()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     root = logging.getLogger("llava_mole")
     root.setLevel(level)
     root.propagate = False
@@ -40,15 +44,12 @@ def setup_logging(level: int = logging.INFO) -> None:
         root.addHandler(handler)
 
 
-def _quieten_libraries() -> None:
-    """Keep messages that no user can act on off the screen."""
-    import torch
-
+def quieten_libraries() -> None:
+    """Keep messages that no user can act on off the screen. Works best before the libraries are imported."""
     # PEFT and transformers call each other's renamed methods; both names work.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # It repeats at every 8-bit product that inputs are cast to float16, which is how 8 bits are done.
+    # It repeats at every 8-bit product that inputs are cast to float16, which is how 8 bits are done, and misses a
+    # package at import that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.errors import EXIT_USER_ERROR, CheckpointError, command, one_line
-from llava_mole.log import setup_logging
 from llava_mole.model.checkpoint import list_checkpoints, verify_checkpoint
 
 
@@ -89,7 +88,6 @@ def describe_run(run_dir: Path, checkpoints: Sequence[Path]) -> tuple[str, bool]
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe a path. The exit code is 0 only if everything in it is intact."""
-    setup_logging()  # before libraries are imported that warn of what does not concern a description
     from llava_mole.model.interop.describing import describe_found
     from llava_mole.model.interop.kinds import find_kind
 
