@@ -8,12 +8,12 @@ import yaml
 from llava_mole.config import (
     DataConfig,
     ModelConfig,
+    check_batch,
     config_to_dict,
     load_config,
     parse_run_config,
     save_config,
 )
-from llava_mole.config_rules import check_batch
 from llava_mole.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_mole.analysis.check_findings import BAD_IMAGE, BAD_RECORD, MISSING_IMAGE, SourceFindings
 from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
-from llava_mole.check_config import CheckConfig
+from llava_mole.config import CheckConfig
 
 MEANINGS = {
     "bad-json": "a line that is no JSON",

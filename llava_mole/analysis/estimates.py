@@ -6,13 +6,11 @@ from typing import Literal
 
 from llava_mole.analysis.memory import Precision, Row, Strategy, memory_items
 from llava_mole.analysis.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
-from llava_mole.config import RunConfig
-from llava_mole.config_rules import check_batch
+from llava_mole.config import RunConfig, check_batch, deepspeed_config
 from llava_mole.data.packing import assign_step
 from llava_mole.hardware import Gpu
 from llava_mole.model.flops import ModelShape
 from llava_mole.model.head_loss import CHUNK_ELEMENTS
-from llava_mole.train.runtime import deepspeed_config
 
 Batching = Literal["padded", "grouped", "packed"]
 COMPARED_GPUS = (8, 16, 32, 64)

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from llava_mole.config import DataConfig
-from llava_mole.config_rules import check_lambdas
+from llava_mole.config import DataConfig, check_lambdas
 from llava_mole.conversation import Template
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llava_mole.config_rules import check_lambdas
+from llava_mole.config import check_lambdas
 from llava_mole.errors import ConfigError
 
 MOST_SAMPLES = 1 << 31

@@ -4,18 +4,15 @@ On CPU ranks two combinations of accelerate's switches train without DeepSpeed, 
 alone, and say nothing; `start_runtime` uses the one order that works and `check_engine` proves it at every start.
 """
 
-import json
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from llava_mole.config import RunConfig
-from llava_mole.config_rules import SHARDED_REASON, check_batch
+from llava_mole.config import SHARDED_REASON, RunConfig, check_batch, deepspeed_config
 from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,48 +89,6 @@ def start_runtime(config: RunConfig) -> Runtime:
         cpu=None if uses_deepspeed else on_cpu,
     )
     return Runtime(accelerator, uses_deepspeed)
-
-
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """`train.deepspeed_config` with every "auto" replaced by the run's own value.
-
-    Raises:
-        ConfigError: the file is absent, is no JSON, asks for another ZeRO stage or repeats a number of the run.
-    """
-    path = Path(config.train.deepspeed_config)
-    if not path.is_file():
-        raise ConfigError(f"train.deepspeed_config {str(path)!r} does not exist; the shipped one is scripts/zero2.json")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2):
-        raise ConfigError(
-            f"{path}: zero_optimization.stage is {stage!r}; allowed are 1 and 2 (without ZeRO: train.distributed "
-            f"'ddp'). {SHARDED_REASON}"
-        )
-    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-        raise ConfigError(
-            f"{path}: zero_optimization.offload_optimizer is set; leave it out. The optimizer's state takes about 2 GB "
-            "over all GPUs, and the check for gradients that are not finite looks for them on the GPU"
-        )
-    # Sizes of DeepSpeed's own bookkeeping, which has to add up but scales nothing here: the trainer marks the last
-    # micro-batch of a step itself, because packed steps differ in their number.
-    values = {
-        "train_batch_size": world_size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.train.max_grad_norm,
-    }
-    for key, value in values.items():
-        if settings.get(key, "auto") not in ("auto", value):
-            raise ConfigError(f'{path}: {key} is {settings[key]}, the run has {value}; write "auto"')
-        settings[key] = value
-    precision = settings.setdefault("bf16", {})
-    if precision.get("enabled", "auto") == "auto":
-        precision["enabled"] = config.train.precision == "bf16"
-    return settings
 
 
 def micro_batch_context(runtime: Runtime, engine: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.constants import IGNORE_INDEX
-from llava_mole.conversation import Turn, get_template
+from llava_mole.conversation import TEMPLATES, Turn, get_template
 from llava_mole.data import lengths as lengths_module
 from llava_mole.data.dataset import build_dataset
 from llava_mole.data.encoding import encode_record
@@ -21,7 +21,6 @@ from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.store import PreparedRow, StoreWriter, verify_shards
 from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.errors import DataError
-from llava_mole.templates import TEMPLATES
 
 TEMPLATE = get_template("vicuna_v1")
 

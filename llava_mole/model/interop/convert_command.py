@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from llava_mole.conversation import TOKENIZER_TEMPLATE, get_template
 from llava_mole.errors import ConfigError, WeightsError, command
 from llava_mole.log import setup_logging
 from llava_mole.model.interop import exporting
 from llava_mole.model.interop.exporting import ExportOptions
 from llava_mole.model.interop.importing import ImportOptions, import_checkpoint
 from llava_mole.model.interop.kinds import KINDS, find_kind
-from llava_mole.templates import TOKENIZER_TEMPLATE, get_template
 
 FORMATS = {
     "checkpoint": "a run directory of llava_mole, from LLaVA-1.5 (full, LoRA, projector), llava-hf or the authors' .pt",
