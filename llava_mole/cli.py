@@ -14,10 +14,10 @@ SUBCOMMANDS = {
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
     "score": ("llava_mole.eval.score_command", "score answers that exist by a benchmark's published rules"),
     "report": ("llava_mole.eval.report", "compare scored runs in one table"),
-    "plan": ("llava_mole.analysis.plan_command", "work out memory, FLOPs and hours of a run before it starts"),
+    "plan": ("llava_mole.analysis.plan.cli", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
     "prepare": ("llava_mole.prepare", "convert a published or own data set for training"),
-    "check-data": ("llava_mole.analysis.check_command", "look at every record and image of a run before it starts"),
+    "check-data": ("llava_mole.analysis.check.cli", "look at every record and image of a run before it starts"),
     "prepare-benchmark": ("llava_mole.eval.prepare_benchmark", "convert a benchmark's official files to questions"),
     "convert": (
         "llava_mole.model.interop.convert_command",

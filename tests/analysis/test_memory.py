@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_mole.analysis.memory import (
+from llava_mole.analysis.plan.memory import (
     FRAGMENTATION,
     RESERVE_BYTES,
     Precision,

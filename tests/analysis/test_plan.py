@@ -10,10 +10,10 @@ from PIL import Image
 from tiny_models import make_world
 
 from llava_mole import cli
-from llava_mole.analysis.architecture import build_meta_model
-from llava_mole.analysis.estimates import PlanOptions
-from llava_mole.analysis.lengths import KNOWN_SOURCES, source_lengths
-from llava_mole.analysis.plan import Plan, make_plan
+from llava_mole.analysis.plan.architecture import build_meta_model
+from llava_mole.analysis.plan.estimates import PlanOptions
+from llava_mole.analysis.plan.lengths import KNOWN_SOURCES, source_lengths
+from llava_mole.analysis.plan.plan import Plan, make_plan
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.errors import ConfigError, WeightsError
 from llava_mole.hardware import GIB, GPUS, find_gpu, gpu_of_device

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_mole import cli, prepare
-from llava_mole.analysis.lengths import KNOWN_SOURCES
+from llava_mole.analysis.plan.lengths import KNOWN_SOURCES
 from llava_mole.hardware import GPUS
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llava_mole.analysis.simulation import Samples, draw_steps, grouped_rows, mean_step, padded_rows, step_time
+from llava_mole.analysis.plan.simulation import Samples, draw_steps, grouped_rows, mean_step, padded_rows, step_time
 from llava_mole.data.packing import assign_step
 from llava_mole.data.sampler import BatchPlan
 from llava_mole.model.flops import ModelShape

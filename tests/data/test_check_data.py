@@ -10,8 +10,9 @@ import pytest
 import raw_sets
 from PIL import Image
 
-from llava_mole.analysis import check_data, check_overlap
-from llava_mole.analysis.check_report import MEANINGS
+from llava_mole.analysis.check import images as check_overlap
+from llava_mole.analysis.check import records as check_data
+from llava_mole.analysis.check.report import MEANINGS
 from llava_mole.cli import main
 
 ASK, SAY = "<image>\nWhat color is this?", "It is red."
@@ -184,7 +185,7 @@ def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
 
 
 def test_workers_find_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_mole.analysis import check_command
+    from llava_mole.analysis.check import cli as check_command
     from llava_mole.data.converters import image_stage
 
     path = write_defects(tmp_path / "data")

@@ -3,9 +3,8 @@
 import io
 import tracemalloc
 
-from llava_mole.analysis.check_data import check_records
-from llava_mole.analysis.check_findings import FindingsFile, SourceFindings
-from llava_mole.analysis.check_keys import Keys, key_of
+from llava_mole.analysis.check.records import check_records
+from llava_mole.analysis.check.report import FindingsFile, Keys, SourceFindings, key_of
 from llava_mole.conversation import Turn
 from llava_mole.data.records import Record
 

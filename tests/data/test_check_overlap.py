@@ -7,7 +7,7 @@ import pytest
 import raw_sets
 import yaml
 
-from llava_mole.analysis.check_overlap import evaluation_files
+from llava_mole.analysis.check.images import evaluation_files
 from llava_mole.cli import main
 
 

@@ -63,12 +63,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def check(config: RunConfig, given: argparse.Namespace) -> int:
     """Check the active sources of a configuration."""
-    from llava_mole.analysis.check_data import check_records, read_all
-    from llava_mole.analysis.check_findings import FindingsFile, SourceFindings
-    from llava_mole.analysis.check_images import OpenedImages, SourceImages
-    from llava_mole.analysis.check_overlap import evaluation_files, find_overlap
-    from llava_mole.analysis.check_report import draw_lengths, judge, left_out, report_text, report_values
-    from llava_mole.analysis.check_tokens import TextLimits
+    from llava_mole.analysis.check.images import OpenedImages, SourceImages, evaluation_files, find_overlap
+    from llava_mole.analysis.check.records import TextLimits, check_records, read_all
+    from llava_mole.analysis.check.report import (
+        FindingsFile,
+        SourceFindings,
+        draw_lengths,
+        judge,
+        left_out,
+        report_text,
+        report_values,
+    )
     from llava_mole.data.converters.image_stage import open_pool
 
     data = config.data

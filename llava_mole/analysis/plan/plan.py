@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_mole.analysis.architecture import build_meta_model
-from llava_mole.analysis.estimates import Estimate, Planner, PlanOptions
-from llava_mole.analysis.lengths import SourceLengths, source_lengths
-from llava_mole.analysis.simulation import Samples, draw_steps
+from llava_mole.analysis.plan.architecture import build_meta_model
+from llava_mole.analysis.plan.estimates import Estimate, Planner, PlanOptions
+from llava_mole.analysis.plan.lengths import SourceLengths, source_lengths
+from llava_mole.analysis.plan.simulation import Samples, draw_steps
 from llava_mole.config import RunConfig
 from llava_mole.data.mixture import mixture_counts
 from llava_mole.data.sampler import count_steps

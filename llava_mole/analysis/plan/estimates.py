@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_mole.analysis.memory import Precision, Row, Strategy, memory_items
-from llava_mole.analysis.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
+from llava_mole.analysis.plan.memory import Precision, Row, Strategy, memory_items
+from llava_mole.analysis.plan.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
 from llava_mole.config import RunConfig, check_batch, deepspeed_config
 from llava_mole.data.packing import assign_step
 from llava_mole.hardware import Gpu

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
-from llava_mole.analysis.estimates import Estimate
-from llava_mole.analysis.plan import Plan
+from llava_mole.analysis.plan.estimates import Estimate
+from llava_mole.analysis.plan.plan import Plan
 
 GIB = 2**30
 CAUSES = (

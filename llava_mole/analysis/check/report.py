@@ -1,14 +1,63 @@
 """How the findings of `llava-mole check-data` are judged and shown: limits, table, JSON, picture."""
 
-from collections.abc import Collection, Mapping, Sequence
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
-from llava_mole.analysis.check_findings import BAD_IMAGE, BAD_RECORD, MISSING_IMAGE, SourceFindings
 from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
 from llava_mole.config import CheckConfig
+
+BAD_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",
+              "bad-text", "image-cut", "masked", "too-long")  # fmt: skip
+"""Kinds of findings that training refuses."""
+MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
+BAD_IMAGE = ("corrupt-image", "too-large-image")
+NOTED_IMAGE = ("huge-image", "cmyk-image", "animated-image", "wrong-extension")
+
+
+@dataclass
+class SourceFindings:
+    """What was found in one source."""
+
+    name: str
+    records: int = 0
+    """Including those that cannot be used."""
+    text_only: int = 0
+    images: int = 0
+    """Different image files."""
+    duplicates: int = 0
+    truncated: int = 0
+    """Longer than `data.max_length`, and cut, shortened or dropped as `data.max_length_policy` says."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Findings by kind."""
+    tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Tokens of every usable record before any cut; empty where they were not counted."""
+
+    def share(self, kinds: Iterable[str], of: int) -> float:
+        """Findings of some kinds as a share."""
+        return sum(self.kinds[kind] for kind in kinds) / of if of else 0.0
+
+
+class FindingsFile:
+    """Lists every finding, one JSON object a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def add(self, source: SourceFindings, kind: str, where: str, detail: str) -> None:
+        """Count a finding and list it."""
+        source.kinds[kind] += 1
+        line = {"source": source.name, "kind": kind, "where": where, "detail": detail[:300]}
+        self._file.write(json.dumps(line) + "\n")
+
 
 MEANINGS = {
     "bad-json": "a line that is no JSON",
@@ -201,3 +250,57 @@ def _table(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> list[st
         cells = [t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+_EMPTY = 0
+
+
+def key_of(data: bytes) -> int:
+    """64 bits of the BLAKE2b hash of `data`, never 0; the same in every process."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
+
+
+def key_of_text(text: str) -> int:
+    """The key of a text; halves of surrogate pairs, which JSON can spell, are allowed."""
+    return key_of(text.encode("utf-8", "surrogatepass"))
+
+
+class Keys:
+    """A set of keys, made by `key_of`: open addressing with linear probing, at most 70 % full."""
+
+    def __init__(self) -> None:
+        self._slots = array("Q", (_EMPTY,)) * 1024
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, key: int) -> bool:
+        return self._slots[self._slot(key)] != _EMPTY
+
+    def add(self, key: int) -> bool:
+        """Add a key; returns whether it is new."""
+        slot = self._slot(key)
+        if self._slots[slot] != _EMPTY:
+            return False
+        self._slots[slot] = key
+        self._count += 1
+        if self._count > 0.7 * len(self._slots):
+            self._grow()
+        return True
+
+    def _slot(self, key: int) -> int:
+        """Where the key is, or the empty slot where it belongs."""
+        slots = self._slots
+        mask = len(slots) - 1
+        slot = key & mask
+        while slots[slot] not in (_EMPTY, key):
+            slot = (slot + 1) & mask
+        return slot
+
+    def _grow(self) -> None:
+        old = self._slots
+        self._slots = array("Q", (_EMPTY,)) * (2 * len(old))
+        for key in old:
+            if key != _EMPTY:
+                self._slots[self._slot(key)] = key

@@ -1,0 +1,1 @@
+"""`llava-mole plan`: memory, FLOPs and hours of a run before it starts."""
