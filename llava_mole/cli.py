@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from llava_mole import __version__
-from llava_mole.errors import ConfigError, command
-from llava_mole.log import quieten_libraries
+from llava_mole.common.errors import ConfigError, command
+from llava_mole.common.log import quieten_libraries
 
 SUBCOMMANDS = {
     "train": ("llava_mole.train.train", "train one stage: CONFIG.yaml [--key value ...]"),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 
 @dataclass(kw_only=True)

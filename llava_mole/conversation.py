@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.errors import ConfigError, DataError
 
 VICUNA_SYSTEM = (
     "A chat between a curious {user} and an artificial intelligence assistant. "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ of float16 accumulation; the table holds the former.
 import re
 from dataclasses import dataclass
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 GIB = 2**30
 

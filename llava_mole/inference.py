@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.config import Quantization
 from llava_mole.data.chat_template import check_template_name, resolve_template
 from llava_mole.decoding import AnswerDecoder, Decoding, RowStop
-from llava_mole.errors import ConfigError
 from llava_mole.likelihood import Likelihood, encode_continuation, score_batch
 from llava_mole.model.builder import LoadedModel, load_pretrained_model
 from llava_mole.prompts import (

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from llava_mole.common.errors import PromptError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, Turn, render
 from llava_mole.data.tokenization import encode
-from llava_mole.errors import PromptError
 from llava_mole.model.builder import LoadedModel
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.prompts import Batch, check_room, check_shown, check_text

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_mole.common.errors import ConfigError, DataError, WeightsError, command, one_line
 from llava_mole.data.chat_template import check_template_name
 from llava_mole.data.converters.base import SPLITS, Converter, Options, Split, parse_upsample
 from llava_mole.data.converters.registry import MODULES, get_converter
-from llava_mole.errors import ConfigError, DataError, WeightsError, command, one_line
 
 SOURCES = {"tiny": ("llava_mole.tiny.data", "the embedded default: three small domains, --out playground/data/tiny")}
 """Name -> module with its own `main(argv)`, and its line in the help; the other sources are converters."""

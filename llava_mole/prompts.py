@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from llava_mole.common.errors import ConfigError, PromptError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
 from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
-from llava_mole.errors import ConfigError, PromptError
 from llava_mole.model.builder import LoadedModel
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.config import (
     DataConfig,
     ModelConfig,
@@ -14,7 +15,6 @@ from llava_mole.config import (
     parse_run_config,
     save_config,
 )
-from llava_mole.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 RUNS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "stage:" in p.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.conversation import (
     TEMPLATES,
     Turn,
@@ -10,7 +11,6 @@ from llava_mole.conversation import (
     place_image_first,
     render,
 )
-from llava_mole.errors import ConfigError, DataError
 
 USER = Turn("user", "Hi")
 ASSISTANT = Turn("assistant", "Hello there")

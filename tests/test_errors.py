@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llava_mole.errors import DataError, command
+from llava_mole.common.errors import DataError, command
 
 
 def raising(error: BaseException):
@@ -38,7 +38,7 @@ def test_success_is_exit_code_0() -> None:
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_has_enough_is_no_traceback(lines: int) -> None:
     """Few lines are still in the buffer when the command ends, many fill the pipe before."""
-    code = f"from llava_mole.errors import command\n@command\ndef main():\n    print('a line\\n' * {lines})\n"
+    code = f"from llava_mole.common.errors import command\n@command\ndef main():\n    print('a line\\n' * {lines})\n"
     code += "import sys; sys.stdin.read(); raise SystemExit(main())"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -7,7 +7,8 @@ import pytest
 from eval_models import make_checkpoint
 
 from llava_mole import cli
-from llava_mole.model.inspection import count_parameters, format_bytes
+from llava_mole.common.text import format_bytes
+from llava_mole.model.inspection import count_parameters
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.train.metrics import METRICS_FILE, read_metrics
 
 Values = npt.NDArray[np.float64]

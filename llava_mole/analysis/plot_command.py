@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_mole.errors import command
+from llava_mole.common.errors import command
 
 
 @command

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llava_mole.analysis.curves import layer_loads, named_series, names_in, read_entries, series, smooth, span_for
-from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
+from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 
 Entries = Sequence[dict[str, Any]]
 MAP_EXPERTS = 4

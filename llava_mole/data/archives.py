@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 LARGEST_RATIO = 200

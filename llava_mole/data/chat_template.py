@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.conversation import TOKENIZER_TEMPLATE, Template, Turn, get_template, render
 from llava_mole.data.tokenization import HFTextTokenizer, TextTokenizer
-from llava_mole.errors import ConfigError
 
 Render = Callable[[Sequence[Turn], bool], str]
 _MARKS = ("qqAskedFirstqq", "qqSaidFirstqq", "qqAskedLastqq", "qqSaidLastqq")

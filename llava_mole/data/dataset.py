@@ -10,6 +10,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from llava_mole.common.distributed import on_main
+from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.common.log import get_logger
 from llava_mole.config import DataConfig, check_lambdas
 from llava_mole.conversation import Template
 from llava_mole.data.chat_template import resolve_template
@@ -25,9 +28,6 @@ from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.records import Record, read_records
 from llava_mole.data.subset import RecordSubset
 from llava_mole.data.tokenization import Encoded, TextTokenizer
-from llava_mole.distributed import on_main
-from llava_mole.errors import ConfigError, DataError
-from llava_mole.log import get_logger
 
 SUBSTITUTES = 100
 """Records that are tried in place of one whose image cannot be read: beyond that the whole folder is gone."""

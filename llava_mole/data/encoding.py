@@ -2,11 +2,11 @@
 
 from typing import Literal
 
+from llava_mole.common.errors import DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, render
 from llava_mole.data.records import Record
 from llava_mole.data.tokenization import Encoded, TextTokenizer, encode
-from llava_mole.errors import DataError
 
 LengthPolicy = Literal["truncate", "error", "drop", "truncate_history"]
 

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from llava_mole.common.errors import DataError
 from llava_mole.conversation import Template
 from llava_mole.data.columns import image_counts
 from llava_mole.data.encoding import LengthPolicy, encode_record, encode_shortened, render_record
@@ -27,7 +28,6 @@ from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.records import Record
 from llava_mole.data.subset import RecordSubset
 from llava_mole.data.tokenization import TextTokenizer
-from llava_mole.errors import DataError
 
 SAMPLE = 100
 """Records of a prepared set that are looked at before a run; all of them were when it was prepared."""

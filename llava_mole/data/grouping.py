@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llava_mole.common.errors import DataError
 from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.records import Record
-from llava_mole.errors import DataError
 
 
 def modality_length(record: Record) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.data.mixture import random_keys
 from llava_mole.data.records import Record
 from llava_mole.data.subset import RecordSubset
-from llava_mole.errors import ConfigError
 
 
 def hold_out(

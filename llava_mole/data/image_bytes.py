@@ -4,7 +4,7 @@ import base64
 import binascii
 import re
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 
 LARGEST_IMAGE = 64 << 20
 """Most bytes of an encoded image."""

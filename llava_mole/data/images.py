@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
-from llava_mole.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch

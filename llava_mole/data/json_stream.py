@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 
 LARGEST_VALUE = 64 << 20
 """Most bytes (characters in a list) of one value: beyond it the file is damaged or hostile, and memory is at stake."""

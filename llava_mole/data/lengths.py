@@ -17,6 +17,8 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from llava_mole.common.errors import DataError
+from llava_mole.common.log import get_logger
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Template, Turn, render
 from llava_mole.data.chat_template import resolve_template
@@ -25,8 +27,6 @@ from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.records import Record
 from llava_mole.data.store_format import sync_directory
 from llava_mole.data.tokenization import VERSION, HFTextTokenizer, TextTokenizer, encode
-from llava_mole.errors import DataError
-from llava_mole.log import get_logger
 
 Counts = npt.NDArray[np.int32]
 """[n, 2]: tokens of each record, and the tokens up to its last image and its first supervised token, whichever is

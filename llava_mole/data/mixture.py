@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.config import check_lambdas
-from llava_mole.errors import ConfigError
 
 MOST_SAMPLES = 1 << 31
 """Samples of an epoch, whose plan is in memory."""

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
 from llava_mole.data.records import Record
 from llava_mole.data.store_format import SCHEMA, SELF_HASH, read_manifest
 from llava_mole.data.subset import RecordSubset
-from llava_mole.errors import DataError
 
 if TYPE_CHECKING:
     from llava_mole.data.store import PreparedRow

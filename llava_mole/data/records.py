@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_mole.common.errors import DataError
+from llava_mole.common.log import get_logger
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, drop_leading_answer, place_image_first
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.store_format import MANIFEST, is_prepared
-from llava_mole.errors import DataError
-from llava_mole.log import get_logger
 
 logger = get_logger(__name__)
 

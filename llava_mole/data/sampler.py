@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.config import check_batch
 from llava_mole.data.packing import assign_step
-from llava_mole.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 import llava_mole
+from llava_mole.common.errors import DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
 from llava_mole.data.prepared import PreparedRecords
@@ -35,7 +36,6 @@ from llava_mole.data.store_format import (
     verify_shards,
     write_synced,
 )
-from llava_mole.errors import DataError
 
 __all__ = ["PreparedRecords", "PreparedRow", "StoreWriter", "is_prepared", "read_manifest", "verify_shards"]
 

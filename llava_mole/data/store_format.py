@@ -27,7 +27,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 
 FORMAT = "llava_mole.prepared/1"
 MANIFEST = "manifest.json"

@@ -8,9 +8,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from llava_mole.common.errors import DataError, WeightsError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Rendered
-from llava_mole.errors import DataError, WeightsError
 
 Offsets = list[tuple[int, int]]
 

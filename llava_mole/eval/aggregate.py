@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.intervals import (
     RESAMPLES,
     SEED,

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava_mole.distributed import all_gather_objects, get_rank, on_main
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.distributed import all_gather_objects, get_rank, on_main
+from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.common.log import get_logger
 from llava_mole.eval.questions import Question, read_json_lines
-from llava_mole.log import get_logger
 
 logger = get_logger(__name__)
 

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llava_mole.common.errors import DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.errors import DataError
 from llava_mole.eval.questions import NO_DOMAIN, Question, parse_named_file
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.questions import Question, parse_named_file, read_question_lines
 from llava_mole.eval.registry import Benchmark
 

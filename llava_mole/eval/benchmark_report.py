@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.aggregate import Units, compare_units
 from llava_mole.eval.intervals import RESAMPLES, SEED, holm_adjusted
 from llava_mole.eval.registry import Benchmark, check_benchmark

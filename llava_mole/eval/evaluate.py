@@ -12,9 +12,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_mole.common.distributed import on_main
+from llava_mole.common.errors import ConfigError, command
+from llava_mole.common.log import setup_logging
 from llava_mole.decoding import Decoding
-from llava_mole.distributed import on_main
-from llava_mole.errors import ConfigError, command
 from llava_mole.eval.answers import read_answers, refuse_existing
 from llava_mole.eval.baseline import read_train_files
 from llava_mole.eval.benchmark_questions import DATA_ROOT, DEFAULT_VARIANT
@@ -30,7 +31,6 @@ from llava_mole.eval.score import (
     score_answers,
     write_scores,
 )
-from llava_mole.log import setup_logging
 
 MAX_NEW_TOKENS = 128
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_mole.common.distributed import is_main_process, on_main
+from llava_mole.common.errors import ConfigError
 from llava_mole.decoding import Decoding
-from llava_mole.distributed import is_main_process, on_main
-from llava_mole.errors import ConfigError
 from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions, prompt_suffix
 from llava_mole.eval.benchmark_report import build_benchmarks

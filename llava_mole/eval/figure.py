@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_mole.common.log import get_logger
 from llava_mole.eval.answers import write_bytes_atomically
-from llava_mole.log import get_logger
 
 if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg

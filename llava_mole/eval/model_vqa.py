@@ -16,13 +16,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_mole.common.distributed import get_rank, get_world_size, is_main_process, on_main
+from llava_mole.common.errors import ConfigError, command
+from llava_mole.common.log import setup_logging
 from llava_mole.decoding import Decoding
-from llava_mole.distributed import get_rank, get_world_size, is_main_process, on_main
-from llava_mole.errors import ConfigError, command
 from llava_mole.eval.answers import AnswerFile, answer_record, refuse_existing
 from llava_mole.eval.questions import Question, check_images, naming, read_questions, take_chunk, windows
 from llava_mole.eval.ranks import joined_ranks, share_of_rank
-from llava_mole.log import setup_logging
 from llava_mole.model.quantization import add_quantization_arguments
 
 if TYPE_CHECKING:

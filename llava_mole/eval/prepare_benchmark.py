@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llava_mole.errors import ConfigError, DataError, command
+from llava_mole.common.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import write_text_atomically
 from llava_mole.eval.benchmark_questions import DATA_ROOT, PREPARED, BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmark_score import check_scorable, file_digest

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_mole.errors import ConfigError, DataError, PromptError
+from llava_mole.common.errors import ConfigError, DataError, PromptError
 
 NO_DOMAIN = "all"
 """Domain of a question with neither a domain nor a category."""

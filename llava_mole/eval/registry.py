@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.eval.metrics.table import METRICS, get_metric
 from llava_mole.eval.strict_yaml import load_yaml
 

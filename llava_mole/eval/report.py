@@ -14,15 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import ConfigError, DataError, command
+from llava_mole.common.errors import ConfigError, DataError, command
+from llava_mole.common.log import get_logger
+from llava_mole.common.text import format_table
 from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
 from llava_mole.eval.benchmark_report import build_benchmarks
 from llava_mole.eval.metrics.exact import plain_exact
 from llava_mole.eval.questions import parse_named_file, read_questions
 from llava_mole.eval.report_formats import to_latex, to_markdown, to_text
 from llava_mole.eval.report_runs import read_json_object, read_runs
-from llava_mole.eval.score import format_accuracy, format_table
-from llava_mole.log import get_logger
+from llava_mole.eval.score import format_accuracy
 
 logger = get_logger(__name__)
 

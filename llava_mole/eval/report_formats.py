@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava_mole.common.text import format_table
 from llava_mole.eval.benchmark_report import SIGNIFICANT
 from llava_mole.eval.benchmark_score import format_number
-from llava_mole.eval.score import format_table
 
 NOTHING = "-"
 Row = list[str]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.score import SCORE_SUFFIX
 
 DOMAIN_KEYS = ("domains", "model_path", "questions", "image_folder", "answers", "routing")

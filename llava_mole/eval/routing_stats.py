@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava_mole.common.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from llava_mole.common.errors import ConfigError
 from llava_mole.constants import IMAGE_TOKEN_INDEX
-from llava_mole.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
-from llava_mole.errors import ConfigError
 from llava_mole.eval.answers import write_text_atomically
 from llava_mole.eval.questions import Question, naming, windows
 from llava_mole.eval.ranks import share_of_rank

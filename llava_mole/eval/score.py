@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import ConfigError, DataError, command
+from llava_mole.common.errors import ConfigError, DataError, command
+from llava_mole.common.text import format_table
 from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
 from llava_mole.eval.baseline import MajorityBaseline, answered_pairs, read_train_files
 from llava_mole.eval.metrics.exact import plain, plain_exact
@@ -156,13 +157,6 @@ def format_scores(scores: Mapping[str, Any]) -> str:
         rows.append((domain, format_accuracy(entry), format_accuracy(entry["majority"])))
     rows.append(("overall", format_accuracy(scores["overall"]), ""))
     return format_table(rows)
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, two blanks between them, a rule under the first row."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
 def resolve_argument(argument: str) -> str:

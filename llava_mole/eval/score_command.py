@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_mole.errors import ConfigError, command
+from llava_mole.common.errors import ConfigError, command
 from llava_mole.eval.answers import read_answers, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.benchmark_questions import DATA_ROOT, load_questions
 from llava_mole.eval.benchmark_score import check_answers, dump_scores, file_digest, format_benchmark, score_benchmark

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 T = TypeVar("T")
 LARGEST = 1e308

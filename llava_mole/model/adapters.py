@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 
 def add_adapter(

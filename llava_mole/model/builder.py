@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from llava_mole.common.errors import CheckpointError, WeightsError
+from llava_mole.common.log import get_logger
 from llava_mole.config import AdapterConfig, ModelConfig, Quantization, RunConfig, load_config
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.errors import CheckpointError, WeightsError
-from llava_mole.log import get_logger
 from llava_mole.model.adapters import add_adapter
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
 from llava_mole.model.language_model import check_language_model_dir, load_language_model, load_tokenizer

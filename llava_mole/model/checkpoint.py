@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import CheckpointError
-from llava_mole.log import get_logger
+from llava_mole.common.errors import CheckpointError
+from llava_mole.common.log import get_logger
 
 MANIFEST = "manifest.json"
 SELF_HASH = "manifest_sha256"

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import EXIT_USER_ERROR, CheckpointError, command, one_line
+from llava_mole.common.errors import EXIT_USER_ERROR, CheckpointError, command, one_line
+from llava_mole.common.text import format_bytes
 from llava_mole.model.checkpoint import list_checkpoints, verify_checkpoint
 
 
@@ -42,13 +43,6 @@ def describe_parts(directory: Path, manifest: dict[str, Any]) -> list[str]:
         f"  {part:<28}{format_bytes(size):>10}" + (f"{parameters[part]:>16,} numbers" if part in parameters else "")
         for part, size in sizes.items()
     ]
-
-
-def format_bytes(size: int) -> str:
-    """With a decimal unit, for example `12.3 MB`."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min((len(str(size)) - 1) // 3, len(units) - 1)
-    return f"{size / 1000**power:.{1 if power else 0}f} {units[power]}"
 
 
 def describe_checkpoint(directory: Path) -> str:

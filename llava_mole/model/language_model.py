@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.fingerprint import fingerprint
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 Recompute = Literal["none", "every_n", "all"]
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from llava_mole.common.errors import DataError
 from llava_mole.constants import IMAGE_TOKEN_INDEX
-from llava_mole.errors import DataError
 from llava_mole.model import packed_attention
 from llava_mole.model.head_loss import head_losses
 from llava_mole.model.multimodal_encoder import VisionTower

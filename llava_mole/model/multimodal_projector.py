@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 ENDS = "+ends"
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 NAME = "llava_mole_packed"
 KERNELS = ("sdpa", "flash_attention_2", "flex_attention")

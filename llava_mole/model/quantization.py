@@ -10,9 +10,9 @@ import argparse
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from llava_mole.common.errors import ConfigError
+from llava_mole.common.log import get_logger
 from llava_mole.config import Quantization
-from llava_mole.errors import ConfigError
-from llava_mole.log import get_logger
 
 if TYPE_CHECKING:
     import torch

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from llava_mole.distributed import all_reduce_sum
-from llava_mole.errors import ConfigError
+from llava_mole.common.distributed import all_reduce_sum
+from llava_mole.common.errors import ConfigError
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import MoleMlp
 from llava_mole.mole.loss import balance_loss, choice_counts, token_sets, z_loss

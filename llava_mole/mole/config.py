@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 PEFT_TYPE = "MOLE"
 

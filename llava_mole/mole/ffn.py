@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.mole.record import RoutingInputs, RoutingSlot
 from llava_mole.mole.router import Gate, Router, choose, dense_gate, router_dtype, sparse_gate
 

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.mole.compute import ExpertMix, ffn_with_experts, lora_linear
 from llava_mole.mole.experts import ExpertStack, LoraPair
 from llava_mole.mole.ffn import FfnLayout, linear_widths

@@ -6,7 +6,7 @@ Shape legend: L layers, B samples, S positions, K experts, k experts a token use
 import torch
 from torch import Tensor
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.mole.record import Routing
 
 

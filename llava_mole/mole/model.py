@@ -6,7 +6,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.mole import ffn
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.fingerprint import base_fingerprint

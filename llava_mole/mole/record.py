@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 
 class RoutingSlot:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.mole.auxiliary import find_tuner
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import MoleLinear, MoleMlp

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from llava_mole.common.errors import DataError, command
+from llava_mole.common.log import setup_logging
 from llava_mole.decoding import Decoding
-from llava_mole.errors import DataError, command
-from llava_mole.log import setup_logging
 from llava_mole.model.quantization import add_quantization_arguments
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from llava_mole.errors import ConfigError, WeightsError, command
-from llava_mole.log import setup_logging
+from llava_mole.common.errors import ConfigError, WeightsError, command
+from llava_mole.common.log import setup_logging
 
 STAGES = ("tokenizer", "tower", "language_model")
 PACKAGES = ("torch", "transformers", "tokenizers", "open_clip_torch", "easy-vqa", "scikit-image", "numpy", "pillow")

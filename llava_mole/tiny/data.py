@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from llava_mole.errors import DataError, command
+from llava_mole.common.errors import DataError, command
 from llava_mole.tiny import biomedicine, document, general
 from llava_mole.tiny.progress import progress
 from llava_mole.tiny.samples import DOMAINS, Question, Sample, balance, draw_test

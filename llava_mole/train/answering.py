@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llava_mole.common.distributed import all_reduce_sum, get_rank, get_world_size
+from llava_mole.common.errors import PromptError
+from llava_mole.common.log import get_logger
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.records import Record
-from llava_mole.distributed import all_reduce_sum, get_rank, get_world_size
-from llava_mole.errors import PromptError
 from llava_mole.eval.metrics.exact import plain
 from llava_mole.eval.metrics.overlap import token_f1
 from llava_mole.inference import Predictor
-from llava_mole.log import get_logger
 from llava_mole.mole import set_routing_inputs
 from llava_mole.prompts import encode_prompt
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from llava_mole.common.distributed import all_gather_objects, all_reduce_sum
+from llava_mole.common.errors import UserError
+from llava_mole.common.log import get_logger
 from llava_mole.config import RunConfig
-from llava_mole.distributed import all_gather_objects, all_reduce_sum
-from llava_mole.errors import UserError
-from llava_mole.log import get_logger
 from llava_mole.train.runtime import Runtime
 from llava_mole.train.saving import Progress
 from llava_mole.train.signals import StopSignal

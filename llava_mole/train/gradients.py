@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.distributed import all_reduce_sum
+from llava_mole.common.distributed import all_reduce_sum
 from llava_mole.model.adapters import parameter_part
 from llava_mole.train.state import parameter_fragments
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from llava_mole.common.log import get_logger
 from llava_mole.config import RunConfig, config_to_dict
-from llava_mole.log import get_logger
 
 METRICS_FILE = "metrics.jsonl"
 

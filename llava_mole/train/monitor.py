@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch
 
+from llava_mole.common.distributed import all_reduce_sum
 from llava_mole.config import RunConfig
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.distributed import all_reduce_sum
 from llava_mole.hardware import gpu_of_device
 from llava_mole.inference import Predictor
 from llava_mole.model.adapters import trainable_parameters

@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava_mole.log import get_logger
+from llava_mole.common.log import get_logger
 
 LOG_EVERY_S = 60.0
 """Seconds between two lines where there is no terminal."""

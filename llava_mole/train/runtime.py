@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.config import SHARDED_REASON, RunConfig, check_batch, deepspeed_config
-from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_mole import __version__
+from llava_mole.common.distributed import all_gather_objects, get_rank
+from llava_mole.common.errors import CheckpointError
+from llava_mole.common.log import get_logger
 from llava_mole.config import RunConfig, save_config
-from llava_mole.distributed import all_gather_objects, get_rank
-from llava_mole.errors import CheckpointError
-from llava_mole.log import get_logger
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
 from llava_mole.model.checkpoint import (
     checkpoint_path,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from llava_mole.log import get_logger
+from llava_mole.common.log import get_logger
 
 CONTROL_DIR = "LLAVA_MOLE_CONTROL_DIR"
 STOP_FILE = "stop"

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llava_mole.distributed import all_reduce_sum
-from llava_mole.errors import CheckpointError
+from llava_mole.common.distributed import all_reduce_sum
+from llava_mole.common.errors import CheckpointError
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.distributed import all_reduce_sum
+from llava_mole.common.distributed import all_reduce_sum
 from llava_mole.mole import Routing, RoutingMeter
 from llava_mole.mole.stats import routing_entropy, routing_margin
 

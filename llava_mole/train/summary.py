@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from llava_mole.model.inspection import format_bytes
+from llava_mole.common.text import format_bytes
 from llava_mole.train.progress import format_seconds
 
 WINDOW = 0.1

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from llava_mole.common.distributed import all_gather_objects, is_main_process, on_main
+from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError, UserError, command
+from llava_mole.common.log import get_logger, setup_logging
 from llava_mole.config import RunConfig, parse_run_config, save_config
-from llava_mole.distributed import all_gather_objects, is_main_process, on_main
-from llava_mole.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError, UserError, command
-from llava_mole.log import get_logger, setup_logging
 from llava_mole.train.preflight import check_inputs
 from llava_mole.train.signals import StopRequested, StopSignal, record_exit_code
 

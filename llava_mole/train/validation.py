@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
+from llava_mole.common.distributed import all_reduce_sum, get_rank, get_world_size
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
-from llava_mole.distributed import all_reduce_sum, get_rank, get_world_size
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import set_routing_inputs
 from llava_mole.train.loss import next_token_targets, sample_losses

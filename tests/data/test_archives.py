@@ -9,8 +9,8 @@ import published_sets
 import pytest
 import raw_sets
 
+from llava_mole.common.errors import DataError
 from llava_mole.data.archives import unpack_archive
-from llava_mole.errors import DataError
 
 
 def make_zip(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:

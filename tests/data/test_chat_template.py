@@ -6,11 +6,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.conversation import Turn, get_template, render
 from llava_mole.data.chat_template import read_chat_template, resolve_template
 from llava_mole.data.tokenization import HFTextTokenizer, encode
-from llava_mole.errors import ConfigError
 
 QWEN = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"

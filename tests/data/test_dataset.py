@@ -11,13 +11,13 @@ import torch
 from llama_sentencepiece import LlamaSentencePiece
 from PIL import Image
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import Example
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.mixture import plan_epoch
-from llava_mole.errors import ConfigError, DataError
 
 IMAGE_TOKENS = 4
 Write = Any

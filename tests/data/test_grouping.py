@@ -6,10 +6,10 @@ import golden_cases
 import pytest
 import torch
 
+from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
 from llava_mole.data.grouping import grouped_order, modality_length
 from llava_mole.data.records import Record
-from llava_mole.errors import DataError
 
 DOCUMENT, CASES = golden_cases.load_cases("sampler_cases")
 

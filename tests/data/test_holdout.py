@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.conversation import Turn
 from llava_mole.data.holdout import hold_out
 from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.records import Record
-from llava_mole.errors import ConfigError
 
 
 def records(name: str, count: int) -> list[Record]:

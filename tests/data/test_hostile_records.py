@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from llama_sentencepiece import LlamaSentencePiece
 from PIL import Image
 
+from llava_mole.common.errors import DataError, UserError
 from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.data.dataset import build_dataset
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.records import Record, read_records
-from llava_mole.errors import DataError, UserError
 
 
 def record(image: Any = "0.png", text: str = "<image>\nWhat?") -> dict[str, Any]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_mole.common.errors import DataError
 from llava_mole.data.image_bytes import decode_base64
-from llava_mole.errors import DataError
 
 
 @pytest.mark.parametrize("change", ["", "lines", "no padding", "url", "safe", "bytes"])

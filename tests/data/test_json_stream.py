@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llava_mole.common.errors import DataError
 from llava_mole.data import json_stream
 from llava_mole.data.json_stream import iterate_json
-from llava_mole.errors import DataError
 
 
 @pytest.fixture(params=[7, 64, 1 << 20], ids=lambda size: f"blocks of {size}")

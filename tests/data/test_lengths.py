@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llava_mole.common.errors import DataError
 from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.conversation import TEMPLATES, Turn, get_template
@@ -20,7 +21,6 @@ from llava_mole.data.lengths import add_lengths, count_record, count_tokens, mos
 from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.store import PreparedRow, StoreWriter, verify_shards
 from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.errors import DataError
 
 TEMPLATE = get_template("vicuna_v1")
 

@@ -10,6 +10,7 @@ import pytest
 from llama_sentencepiece import LlamaSentencePiece
 from PIL import Image
 
+from llava_mole.common.errors import DataError
 from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template
@@ -19,7 +20,6 @@ from llava_mole.data.images import ImageProcessor
 from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRow, StoreWriter
-from llava_mole.errors import DataError
 
 N = 4
 TEMPLATE = get_template("vicuna_v1")

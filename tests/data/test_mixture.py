@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.data.mixture import EpochPlan, TrainingPlan, mixture_counts, plan_epoch
-from llava_mole.errors import ConfigError
 
 
 def taken(plan: EpochPlan, name: str) -> Counter[int]:

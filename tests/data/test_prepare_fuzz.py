@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from llava_mole.common.errors import DataError
 from llava_mole.data.converters import llava, m3it, messages, pathvqa, pickles, ureader
 from llava_mole.data.converters.base import Draft, Dropped, Embedded, Options
 from llava_mole.data.converters.defects import KINDS, Defects
 from llava_mole.data.converters.image_files import look, path_problem, safe_name
 from llava_mole.data.images import open_image
 from llava_mole.data.store import PreparedRow, StoreWriter
-from llava_mole.errors import DataError
 
 KEYS = (
     "id", "image", "images", "conversations", "conversatons", "messages", "from", "value", "role", "content", "type",

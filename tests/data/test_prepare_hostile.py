@@ -11,9 +11,9 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.common.errors import DataError
 from llava_mole.data.converters.image_files import ImageRoot, look, path_problem, safe_name, unpack
 from llava_mole.data.converters.image_stage import Task, run_task
-from llava_mole.errors import DataError
 
 
 def record(image: str) -> dict[str, object]:

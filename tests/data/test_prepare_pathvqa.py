@@ -8,11 +8,11 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
+from llava_mole.common.errors import DataError
 from llava_mole.data.converters.base import Options
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.pathvqa import iterate
 from llava_mole.data.converters.pickles import load_plain
-from llava_mole.errors import DataError
 
 
 def test_the_original_pickles(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
 from llava_mole.data.records import Record, read_records
-from llava_mole.errors import DataError
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A mill."}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from llava_mole.common.errors import DataError
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import Example, collate, collate_packed
-from llava_mole.errors import DataError
 from llava_mole.model.llava_arch import LlavaMole
 
 DOCUMENT, CASES = golden_cases.load_cases("splice_cases")

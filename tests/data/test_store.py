@@ -14,12 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llava_mole.common.errors import DataError, UserError
 from llava_mole.conversation import Turn
 from llava_mole.data import store
 from llava_mole.data.prepared import PreparedRecords
 from llava_mole.data.records import Record, read_records
 from llava_mole.data.store import PreparedRow, StoreWriter, read_manifest, verify_shards
-from llava_mole.errors import DataError, UserError
 
 
 def row(number: int, *, images: int | None = None, rounds: int | None = None) -> PreparedRow:

@@ -13,10 +13,10 @@ from llama_sentencepiece import LlamaSentencePiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llava_mole.common.errors import DataError, WeightsError
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Rendered, Turn, get_template, render
 from llava_mole.data.tokenization import HFTextTokenizer, TextTokenizer, encode
-from llava_mole.errors import DataError, WeightsError
 
 TURNS = [
     Turn("user", "<image>\nWhat is on the table?"),

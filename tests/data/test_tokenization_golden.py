@@ -8,10 +8,10 @@ import golden_cases
 import pytest
 from llama_sentencepiece import LlamaSentencePiece
 
+from llava_mole.common.errors import DataError
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.conversation import Rendered, Turn, drop_leading_answer, get_template, place_image_first, render
 from llava_mole.data.tokenization import Encoded, encode
-from llava_mole.errors import DataError
 
 WITH_LABELS = ["plain", "vicuna_v1", "llava_v1", "llava_llama_2"]
 IDS_ONLY = ["mpt", "chatml_direct"]

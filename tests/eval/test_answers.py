@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.answers import AnswerFile, answer_record, read_answers
 from llava_mole.eval.questions import Question
 

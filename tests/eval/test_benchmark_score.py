@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.aggregate import Units, compare_units
 from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmark_score import dump_scores, format_benchmark, score_benchmark, score_units

@@ -10,7 +10,7 @@ import yaml
 from eval_models import make_questions
 
 from llava_mole import cli
-from llava_mole.errors import EXIT_INTERRUPTED, ConfigError
+from llava_mole.common.errors import EXIT_INTERRUPTED, ConfigError
 from llava_mole.eval import evaluate_benchmarks, questions
 from llava_mole.eval.answers import AnswerFile
 from llava_mole.eval.evaluate_benchmarks import output_folder, split_names

@@ -8,10 +8,10 @@ from eval_models import colors, make_checkpoint
 from PIL import Image
 from tiny_models import NUM_IMAGE_TOKENS
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template, place_image_first, render
 from llava_mole.data.tokenization import encode
-from llava_mole.errors import ConfigError, DataError
 from llava_mole.inference import Predictor
 
 RED, BLUE, GREEN = (Image.new("RGB", (16, 16), color) for color in colors())

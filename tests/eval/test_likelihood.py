@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.conversation import Turn, place_image_first, render
 from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
-from llava_mole.errors import ConfigError, DataError
 from llava_mole.inference import Predictor
 
 RED = Image.new("RGB", (20, 16), (250, 10, 10))

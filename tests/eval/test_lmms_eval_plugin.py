@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.inference import Predictor
 
 NAME = "llava_mole.eval.lmms_eval_plugin"

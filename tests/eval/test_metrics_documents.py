@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.eval.metrics import anls, exact, key_values, relaxed, wtq
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.metrics.table import METRICS, get_metric
 
 LINES = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.metrics import text_vqa
 from llava_mole.eval.metrics.normalise import (
     COMMA_LOOKAROUND,

@@ -9,9 +9,9 @@ from eval_models import make_checkpoint
 from tiny_models import NUM_IMAGE_TOKENS
 
 from llava_mole import cli
+from llava_mole.common.errors import EXIT_INTERRUPTED
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.decoding import Decoding
-from llava_mole.errors import EXIT_INTERRUPTED
 from llava_mole.eval import model_vqa, questions
 from llava_mole.eval.answers import AnswerFile
 from llava_mole.eval.model_vqa import answer_questions, main, model_id

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.questions import check_images, read_question_lines, read_questions, take_chunk
 
 

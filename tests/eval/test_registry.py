@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from llava_mole import cli
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.benchmark_questions import load_questions, prompt_suffix
 from llava_mole.eval.registry import REPOSITORY, Benchmark, BenchmarkData, Number, get_benchmark, list_benchmarks
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.metrics.exact import plain
 from llava_mole.eval.questions import Question
 from llava_mole.eval.score import main, score_answers, wilson_interval

@@ -12,7 +12,7 @@ import pytest
 from benchmark_answers import command, write_answers, write_chart
 
 from llava_mole import cli
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.benchmark_questions import load_questions
 from llava_mole.eval.registry import get_benchmark
 from llava_mole.eval.submission import check_submission, write_xlsx

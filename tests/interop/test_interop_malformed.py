@@ -10,7 +10,7 @@ from foreign_models import projector_state
 from released_mole import CASES, golden, make_released
 from safetensors.torch import save_file
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.builder import load_projector
 from llava_mole.model.interop.kinds import find_kind
 from llava_mole.model.interop.llava_keys import split_llava, split_llava_hf

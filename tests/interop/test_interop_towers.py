@@ -10,7 +10,7 @@ from interop_tools import convert
 from safetensors.torch import load_file, save_file
 from tiny_models import IMAGE_SIZE, make_vision_tower
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.model.multimodal_encoder import build_vision_tower
 
 IMAGES = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))

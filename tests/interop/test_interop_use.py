@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model, make_vision_tower, make_world
 
 from llava_mole import cli
+from llava_mole.common.errors import CheckpointError
 from llava_mole.config import parse_run_config
-from llava_mole.errors import CheckpointError
 from llava_mole.model.checkpoint import read_manifest
 from llava_mole.train.train import train
 

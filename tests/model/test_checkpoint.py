@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_mole.errors import CheckpointError
+from llava_mole.common.errors import CheckpointError
 from llava_mole.model import checkpoint
 
 

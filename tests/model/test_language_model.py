@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.interop.causal_lm import fingerprint_language_model
 from llava_mole.model.language_model import load_language_model
 

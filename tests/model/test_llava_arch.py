@@ -8,8 +8,8 @@ import torch
 from tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_language_model, make_vision_tower
 from torch.nn.functional import cross_entropy
 
+from llava_mole.common.errors import DataError
 from llava_mole.constants import IMAGE_TOKEN_INDEX
-from llava_mole.errors import DataError
 from llava_mole.model.language_model import load_language_model
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import build_vision_tower

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.model.multimodal_projector import build_projector
 
 

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from tiny_models import make_language_model, make_world
 from torch import nn
 
+from llava_mole.common.errors import EXIT_USER_ERROR, ConfigError, WeightsError
 from llava_mole.config import load_config, parse_run_config
-from llava_mole.errors import EXIT_USER_ERROR, ConfigError, WeightsError
 from llava_mole.model.adapters import add_adapter, parameter_report
 from llava_mole.model.builder import build_parts
 from llava_mole.model.language_model import load_language_model

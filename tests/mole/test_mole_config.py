@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.mole import PRESETS, MoleConfig, register_mole, set_routing_inputs
 
 Make = Callable[[], LlamaForCausalLM]

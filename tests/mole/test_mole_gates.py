@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.mole import MoleConfig, MoleMlp, collect_routing, mole_auxiliary_loss, set_routing_inputs
 
 Make = Callable[[], LlamaForCausalLM]

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.mole import (
     MoleConfig,
     Routing,

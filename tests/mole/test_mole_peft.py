@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 from llava_mole.mole import (
     MoleConfig,
     MoleLinear,

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.mole import MoleConfig, MoleMlp, collect_routing, routing_load, set_routing_inputs
 from llava_mole.mole.surgery import from_loras, grow, prune, to_lora
 

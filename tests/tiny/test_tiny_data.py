@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.tiny import biomedicine, data, document, general
 from llava_mole.tiny.samples import DOMAINS, IMAGE_SIZE
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_world
 
+from llava_mole.common.errors import UserError
 from llava_mole.config import parse_run_config
-from llava_mole.errors import UserError
 from llava_mole.train.metrics import read_metrics
 from llava_mole.train.train import train
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_models import make_world
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.data.dataset import build_dataset
-from llava_mole.errors import ConfigError
 from llava_mole.eval.metrics.overlap import token_f1
 from llava_mole.inference import Predictor
 from llava_mole.model.builder import build_image_processor, load_pretrained_model

@@ -15,8 +15,8 @@ from eval_models import make_questions, mute_byte_pieces
 from safetensors.torch import load_file
 from tiny_models import make_language_model, make_world
 
+from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.config import load_config, parse_run_config
-from llava_mole.errors import CheckpointError, ConfigError
 from llava_mole.eval import model_vqa
 from llava_mole.inference import Predictor
 from llava_mole.model.builder import attach_adapter, build_parts, load_pretrained_model

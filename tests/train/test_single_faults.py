@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_data, make_language_model, make_world
 
+from llava_mole.common.errors import CheckpointError, ConfigError
+from llava_mole.common.log import setup_logging
 from llava_mole.config import deepspeed_config, parse_run_config
-from llava_mole.errors import CheckpointError, ConfigError
-from llava_mole.log import setup_logging
 from llava_mole.train import faults, signals
 from llava_mole.train.faults import TrainingError, check_ranks_agree, parameter_hash
 from llava_mole.train.metrics import Tracker, read_metrics

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from llava_mole.common.errors import ConfigError, command, one_line
+from llava_mole.common.log import setup_logging
 from llava_mole.config import RunConfig, parse_run_config
 from llava_mole.data.chat_template import check_template_name
-from llava_mole.errors import ConfigError, command, one_line
-from llava_mole.log import setup_logging
 
 EXIT_FAILED = 1
 REPORT, FINDINGS, FIGURE = "check_data.json", "findings.jsonl", "token_lengths.png"

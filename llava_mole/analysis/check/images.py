@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from llava_mole.analysis.check.report import FindingsFile, Keys, SourceFindings, key_of, key_of_text
+from llava_mole.common.errors import DataError
 from llava_mole.data.converters.image_files import EXTENSIONS, ImageFacts, ImageRoot, Note, look
-from llava_mole.errors import DataError
 from llava_mole.eval.questions import read_json_lines
 
 _CHUNK = 64

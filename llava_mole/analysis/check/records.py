@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from llava_mole.analysis.check.images import SourceImages
 from llava_mole.analysis.check.report import BAD_RECORD, FindingsFile, Keys, SourceFindings, key_of_text
+from llava_mole.common.errors import DataError
 from llava_mole.data.converters.base import Dropped
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.llava import first_folder, to_draft
@@ -21,7 +22,6 @@ from llava_mole.data.encoding import LengthPolicy
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRecords, is_prepared
-from llava_mole.errors import DataError
 
 TOO_LONG = ("truncated", "shortened", "dropped")
 """Kinds of findings about records that are longer than `data.max_length`, and that the policy lets pass."""

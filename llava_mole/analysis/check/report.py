@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
+from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 from llava_mole.config import CheckConfig
 
 BAD_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.config import RunConfig
-from llava_mole.errors import ConfigError, WeightsError
 from llava_mole.model.builder import attach_adapter
 from llava_mole.model.llava_arch import LlavaMole
 

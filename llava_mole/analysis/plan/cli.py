@@ -9,10 +9,10 @@ from typing import Any
 
 from llava_mole.analysis.plan.estimates import Estimate
 from llava_mole.analysis.plan.plan import Plan
+from llava_mole.common.errors import ConfigError, command
+from llava_mole.common.log import setup_logging
 from llava_mole.config import parse_run_config
-from llava_mole.errors import ConfigError, command
 from llava_mole.hardware import find_gpu
-from llava_mole.log import setup_logging
 
 FIGURE = "plan.png"
 

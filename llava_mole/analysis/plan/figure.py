@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from llava_mole.analysis.drawing import COLORS, new_figure, save_figure, tidy
 from llava_mole.analysis.plan.estimates import Estimate
 from llava_mole.analysis.plan.plan import Plan
+from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 
 GIB = 2**30
 CAUSES = (

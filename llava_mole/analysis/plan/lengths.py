@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.config import DataConfig
 from llava_mole.data.store_format import is_prepared
-from llava_mole.errors import ConfigError
 
 ANSWER_SHARE = 0.5
 """Assumed share of a sample's text that is supervised. Only the language model's head depends on it."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.conversation import Turn
-from llava_mole.errors import ConfigError
 
 if TYPE_CHECKING:
     from llava_mole.data.converters.defects import Defects

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_mole.common.errors import DataError
 from llava_mole.data.converters.base import Split
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.json_stream import iterate_json
-from llava_mole.errors import DataError
 
 JSON_SUFFIXES = (".json", ".jsonl")
 ARROW_BATCH_ROWS = 64

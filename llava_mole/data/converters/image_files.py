@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from llava_mole.common.errors import DataError
 from llava_mole.data.image_bytes import LARGEST_IMAGE
 from llava_mole.data.images import DECODER_ERRORS, FORMATS
-from llava_mole.errors import DataError
 
 CheckImages = Literal["none", "exist", "decode"]
 

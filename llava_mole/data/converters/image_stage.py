@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_mole.common.errors import DataError
 from llava_mole.data.converters.base import Draft, Embedded
 from llava_mole.data.converters.image_files import CheckImages, ImageFacts, ImageRoot, Note, look, path_problem, unpack
 from llava_mole.data.converters.tiff_pages import tiff_page, unpack_page
 from llava_mole.data.image_bytes import decode_base64
-from llava_mole.errors import DataError
 
 CHUNK_ROWS = 64
 CHUNK_BYTES = 16 << 20

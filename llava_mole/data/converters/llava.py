@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Dropped, Options, usable_drafts
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, find_one, read_values, split_of
 from llava_mole.data.converters.turns import LLAVA_ROLES, check_turns, read_turns
-from llava_mole.errors import ConfigError
 
 _READ = {"id", "image", "images", "conversations"}
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
 from llava_mole.data.converters.base import SPLITS, Converter, Draft, Dropped, Embedded, Options, Split, usable_drafts
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
 from llava_mole.data.converters.pickles import load_plain
 from llava_mole.data.converters.turns import CHAT_ROLES, check_turns, question_and_answer, read_turns
-from llava_mole.errors import DataError
 
 SOURCE = "pathvqa"
 CLOSED_SUFFIX = " Please choose from the following two options: [yes, no]"

@@ -4,7 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 
 LARGEST = 1 << 30
 """Bytes; PathVQA's files have two million."""

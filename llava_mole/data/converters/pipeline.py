@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.common.log import get_logger
 from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Options
 from llava_mole.data.converters.defects import Action, Defects
 from llava_mole.data.converters.image_files import CheckImages, Note, is_text
@@ -26,8 +28,6 @@ from llava_mole.data.converters.image_stage import ImagePolicy, Journal, Looked,
 from llava_mole.data.converters.published import published_counts
 from llava_mole.data.converters.questions import QuestionFiles
 from llava_mole.data.store import PreparedRow, StoreWriter
-from llava_mole.errors import ConfigError, DataError
-from llava_mole.log import get_logger
 
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"
 """What lies in a prepared folder, beside `report.json` and `defects.jsonl`."""

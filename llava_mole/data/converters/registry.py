@@ -2,8 +2,8 @@
 
 import importlib
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.data.converters.base import Converter
-from llava_mole.errors import ConfigError
 
 MODULES = {
     "sharegpt4v-pt": "llava",

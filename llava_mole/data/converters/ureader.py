@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.data.converters.base import Converter, Draft, Dropped, Options, Split, usable_drafts
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.files import find_files, read_values
@@ -17,7 +18,6 @@ from llava_mole.data.converters.turns import (
     merge_turns,
     read_turns,
 )
-from llava_mole.errors import ConfigError, DataError
 
 PRESETS = {
     "official": {

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.errors import ConfigError, DataError
 from llava_mole.eval.questions import read_json_lines, read_text
 
 Line = dict[str, Any]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.converters.base import Converted, Line, find, need, need_list, option, read_lines, read_list
 
 IMAGES = ("ureader_images", "images", ".")

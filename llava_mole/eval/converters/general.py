@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.converters.base import (
     SHORT_ANSWER,
     Converted,

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from llava_mole.common.errors import DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.errors import DataError
 from llava_mole.eval.answers import write_bytes_atomically
 from llava_mole.eval.converters.base import (
     LETTER,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.converters.base import Converted, Line, need, option, read_list
 
 DATASET = "dataset.json"

@@ -7,7 +7,7 @@ gold answers, and 0 below the threshold. UReader scores DocVQA and InfographicsV
 
 from collections.abc import Sequence
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 THRESHOLD = 0.5
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_mole.errors import ConfigError, DataError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.metrics import (
     anls,
     choice,

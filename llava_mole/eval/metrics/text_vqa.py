@@ -5,7 +5,7 @@ Source: MMF's and LLaVA's `m4c_evaluator.py` (`TextVQAAccuracyEvaluator`, `STVQA
 
 from collections.abc import Sequence
 
-from llava_mole.errors import DataError
+from llava_mole.common.errors import DataError
 from llava_mole.eval.metrics.normalise import m4c_normalise
 
 ANNOTATORS = 10

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.model.interop.own import OwnCheckpoint
 from llava_mole.model.language_model import load_language_model
 

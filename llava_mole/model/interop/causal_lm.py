@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.fingerprint import fingerprint_in_order
 from llava_mole.model.interop.publishing import ShardWriter
 from llava_mole.model.interop.tensors import Weights, check_shapes, open_weights, read_json, shorten

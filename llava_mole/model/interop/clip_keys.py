@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.interop.tensors import check_names
 
 PROJECTION = "visual_projection.weight"

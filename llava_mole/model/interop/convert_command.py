@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from llava_mole.common.errors import ConfigError, WeightsError, command
+from llava_mole.common.log import setup_logging
 from llava_mole.conversation import TOKENIZER_TEMPLATE, get_template
-from llava_mole.errors import ConfigError, WeightsError, command
-from llava_mole.log import setup_logging
 from llava_mole.model.interop import exporting
 from llava_mole.model.interop.exporting import ExportOptions
 from llava_mole.model.interop.importing import ImportOptions, import_checkpoint

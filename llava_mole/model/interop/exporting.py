@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.model.interop.approximate import parse_expert, write_approximation
 from llava_mole.model.interop.causal_lm import LLAVA_MODEL_TYPES, copy_tokenizer
 from llava_mole.model.interop.hf_processor import (

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 
 from llava_mole import __version__
+from llava_mole.common.errors import WeightsError
 from llava_mole.config import (
     AdapterConfig,
     DataConfig,
@@ -23,7 +24,6 @@ from llava_mole.config import (
     VisionTowerConfig,
     save_config,
 )
-from llava_mole.errors import WeightsError
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
 from llava_mole.model.checkpoint import write_checkpoint
 from llava_mole.model.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model

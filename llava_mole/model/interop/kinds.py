@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from llava_mole.model.checkpoint import MANIFEST, list_checkpoints
 from llava_mole.model.interop.causal_lm import LLAVA_MODEL_TYPES

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.interop.causal_lm import load_causal_lm
 from llava_mole.model.interop.lora import Lora
 from llava_mole.model.interop.own import OwnCheckpoint

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.config import RunConfig, load_config
-from llava_mole.errors import ConfigError, WeightsError
 from llava_mole.model.builder import (
     ADAPTER_DIR,
     CONFIG_FILE,

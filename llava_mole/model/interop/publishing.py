@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llava_mole import __version__
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 
 LABEL_FILE = "llava_mole.json"
 FORMAT = "llava_mole.converted/1"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from llava_mole.common.errors import WeightsError
 from llava_mole.config import AdapterConfig
-from llava_mole.errors import WeightsError
 from llava_mole.model.interop.kinds import Found
 from llava_mole.model.interop.sources import Source, projector_kind
 from llava_mole.model.interop.tensors import Weights, check_finite, check_shapes, open_weights, shorten, two_spellings

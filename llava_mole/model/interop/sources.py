@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.interop.causal_lm import Skeleton, language_model_config
 from llava_mole.model.interop.clip_keys import open_clip_config
 from llava_mole.model.interop.kinds import NON_LORA_FILE, OUR_PROJECTOR, Found, find_kind

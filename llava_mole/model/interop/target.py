@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_mole.errors import UserError, WeightsError
+from llava_mole.common.errors import UserError, WeightsError
 from llava_mole.model.interop.kinds import KINDS, find_kind
 from llava_mole.model.interop.publishing import LABEL_FILE, fsync
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 
 ENTRY_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",

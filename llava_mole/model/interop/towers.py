@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.errors import WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.model.fingerprint import fingerprint
 from llava_mole.model.interop.clip_keys import (
     PROJECTION,

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from llava_mole.errors import UserError
+from llava_mole.common.errors import UserError
 
 T = TypeVar("T")
 

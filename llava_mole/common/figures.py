@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llava_mole.errors import ConfigError
+from llava_mole.common.errors import ConfigError
 
 # Okabe and Ito's palette: distinct for colour-blind readers too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999933", "#666666", "#BBBBBB")

@@ -1,0 +1,1 @@
+"""The ground floor: errors, logging, ranks, files, text and figures; it knows nothing of models."""
