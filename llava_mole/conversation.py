@@ -165,18 +165,6 @@ def get_template(name: str) -> Template:
         ) from None
 
 
-__all__ = [
-    "TEMPLATES",
-    "Rendered",
-    "Template",
-    "Turn",
-    "drop_leading_answer",
-    "get_template",
-    "place_image_first",
-    "render",
-]
-
-
 @dataclass(frozen=True)
 class Turn:
     """What one side says; `text` may hold the image marker `<image>`."""

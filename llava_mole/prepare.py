@@ -147,7 +147,7 @@ def run(converter: Converter, argv: Sequence[str]) -> int:
 def _count_tokens(directory: Path, tokenizer: str, template: str) -> int:
     """Store the token counts of a prepared set in it; returns their sum."""
     from llava_mole.data.lengths import add_lengths
-    from llava_mole.model.language_model import load_tokenizer
+    from llava_mole.data.tokenization import load_tokenizer
 
     return add_lengths(directory, load_tokenizer(tokenizer), template)
 

@@ -15,19 +15,15 @@ from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.common.log import get_logger
 from llava_mole.config import DataConfig, check_lambdas
 from llava_mole.conversation import Template
+from llava_mole.data.batching import GroupedPlan
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
-from llava_mole.data.columns import image_counts, modality_lengths
-from llava_mole.data.encoding import encode_record, encode_shortened
-from llava_mole.data.fitting import Fitted, Limits, fit_source, sample_of
-from llava_mole.data.grouping import GroupedPlan
-from llava_mole.data.holdout import hold_out
 from llava_mole.data.images import ImageProcessor, load_image, resolve_image
-from llava_mole.data.mixture import TrainingPlan
-from llava_mole.data.prepared import PreparedRecords
-from llava_mole.data.records import Record, read_records
-from llava_mole.data.subset import RecordSubset
-from llava_mole.data.tokenization import Encoded, TextTokenizer
+from llava_mole.data.lengths import Fitted, Limits, fit_source, image_counts, modality_lengths, sample_of
+from llava_mole.data.mixture import TrainingPlan, hold_out
+from llava_mole.data.records import Record, RecordSubset
+from llava_mole.data.store import PreparedRecords, read_records
+from llava_mole.data.tokenization import Encoded, TextTokenizer, encode_record, encode_shortened
 
 SUBSTITUTES = 100
 """Records that are tried in place of one whose image cannot be read: beyond that the whole folder is gone."""

@@ -11,7 +11,7 @@ plan does not change with the version of NumPy.
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import check_lambdas
+from llava_mole.data.records import Record, RecordSubset
 
 MOST_SAMPLES = 1 << 31
 """Samples of an epoch, whose plan is in memory."""
@@ -160,3 +161,32 @@ class TrainingPlan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._epoch_plan = self._cached()
+
+
+def hold_out(
+    records: Mapping[str, Sequence[Record]], count: int, seed: int
+) -> tuple[dict[str, Sequence[Record]], dict[str, Sequence[Record]]]:
+    """Split every source into `(training, validation)`; both keep the order of the file.
+
+    Args:
+        records: Records by source.
+        count: Validation samples of each source; 0 leaves everything to training.
+        seed: Seed of the run.
+
+    Raises:
+        ConfigError: a source has no record left for training.
+    """
+    if not count:
+        return dict(records), {}
+    training: dict[str, Sequence[Record]] = {}
+    validation: dict[str, Sequence[Record]] = {}
+    for name, source in records.items():
+        if count >= len(source):
+            raise ConfigError(
+                f"data.validation_samples is {count}, but source {name} has {len(source)} records: none would be left "
+                "to train on; lower it"
+            )
+        order = np.argsort(random_keys(len(source), f"validation/{seed}/{name}"), kind="stable")
+        validation[name] = RecordSubset(source, np.sort(order[:count]))
+        training[name] = RecordSubset(source, np.sort(order[count:]))
+    return training, validation

@@ -6,21 +6,21 @@ as many markers. Other keys are ignored. What LLaVA silently repairs or ignores 
 for one image) is an error here.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from llava_mole.common.errors import DataError
 from llava_mole.common.log import get_logger
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, drop_leading_answer, place_image_first
-from llava_mole.data.json_stream import iterate_json
-from llava_mole.data.store_format import MANIFEST, is_prepared
 
 logger = get_logger(__name__)
+
 
 ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
@@ -39,40 +39,6 @@ class Record:
     source: str
     where: str
     """`file:line` where the record starts, for messages."""
-
-
-def read_records(path: str | os.PathLike[str], source: str) -> Sequence[Record]:
-    """The records of `path`: a prepared data set if it is a directory, JSONL if its name ends in `.jsonl`, else a JSON
-    list. A prepared set is opened, see `PreparedRecords`; a file is read and checked to its end.
-
-    Args:
-        path: Annotation file, UTF-8, or directory.
-        source: Name of the dataset, stored in each record.
-
-    Raises:
-        DataError: the file is missing or empty, or anything in it is not as it must be; the message starts with
-            `file:line`.
-    """
-    path = Path(path)
-    if is_prepared(path):
-        from llava_mole.data.prepared import PreparedRecords
-
-        return PreparedRecords(path, source)
-    if path.is_dir():
-        raise DataError(f"{path}: cannot read the annotation file: it is a directory without {MANIFEST}")
-    if not path.exists():
-        raise DataError(f"{path}: the annotation file does not exist; check data.sources.<name>.annotations")
-    records = []
-    dropped = 0
-    for value, line in iterate_json(path):
-        record, without_question = parse_record(value, source, f"{path}:{line}")
-        dropped += without_question
-        records.append(record)
-    if not records:
-        raise DataError(f"{path}:1: the file holds no record; give at least one or take the source out of data.sources")
-    if dropped:
-        logger.warning("%s: left out the first answer of %d records, which no question precedes", path, dropped)
-    return records
 
 
 def parse_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
@@ -182,3 +148,34 @@ def _kind(value: Any) -> str:
         return "an empty string"
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+class RecordSubset(Sequence[Record]):
+    """Records `indices` (int64) of `records`, in this order; nothing is copied."""
+
+    def __init__(self, records: Sequence[Record], indices: npt.NDArray[np.int64]) -> None:
+        self.records = records
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return RecordSubset(self.records, self.indices[index])
+        return self.records[int(self.indices[index])]
+
+
+def is_text(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

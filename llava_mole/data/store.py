@@ -5,39 +5,331 @@ in milliseconds, its pages are shared through the page cache, and a record is de
 is described in `store_format`.
 """
 
+import hashlib
 import json
 import os
 import platform
 import shutil
+import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 import llava_mole
 from llava_mole.common.errors import DataError
+from llava_mole.common.log import get_logger
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
-from llava_mole.data.prepared import PreparedRecords
-from llava_mole.data.store_format import (
-    FORMAT,
-    MANIFEST,
-    SCHEMA,
-    SELF_HASH,
-    is_prepared,
-    manifest_hash,
-    read_manifest,
-    sha256_of,
-    sync_directory,
-    verify_shards,
-    write_synced,
+from llava_mole.data.json_stream import iterate_json
+from llava_mole.data.records import Record, RecordSubset, parse_record
+
+logger = get_logger(__name__)
+
+FORMAT = "llava_mole.prepared/1"
+MANIFEST = "manifest.json"
+SELF_HASH = "manifest_sha256"
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.int16(), nullable=False),
+        pa.field("images", pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False),
+        pa.field("turns", pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False),
+        pa.field("image_sizes", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
+        pa.field("answer_type", pa.int16(), nullable=False),
+        pa.field("where_file", pa.int32(), nullable=False),
+        pa.field("where_line", pa.int64(), nullable=False),
+        pa.field("text_bytes", pa.int32(), nullable=False),
+        pa.field("words", pa.int32(), nullable=False),
+    ]
 )
 
-__all__ = ["PreparedRecords", "PreparedRow", "StoreWriter", "is_prepared", "read_manifest", "verify_shards"]
+
+def is_prepared(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory with a manifest; whether it is a good one is for `read_manifest` to say."""
+    return os.path.isfile(os.path.join(path, MANIFEST))
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest without the field that holds it."""
+    content = {key: value for key, value in manifest.items() if key != SELF_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a prepared data set, after a look at the size of every shard.
+
+    Raises:
+        DataError: no prepared data set, another format, a manifest that differs from what was written, or a shard
+            that is missing or of another size.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    again = "prepare the data set again"
+    if not path.is_file():
+        raise DataError(f"{directory}: no {MANIFEST}, so no prepared data set; give a directory `prepare --out` wrote")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({' '.join(str(error).split())}); {again}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise DataError(f"{path}: format {found!r}, but this version reads {FORMAT!r}; {again}")
+    if manifest.get(SELF_HASH) != manifest_hash(manifest):
+        raise DataError(f"{path}: damaged (it differs from what was written); {again}")
+    for shard in manifest["shards"]:
+        file = directory / shard["file"]
+        try:
+            size = file.stat().st_size
+        except OSError:
+            raise DataError(f"{directory}: incomplete, {shard['file']} is missing; {again}") from None
+        if size != shard["bytes"]:
+            raise DataError(
+                f"{directory}: damaged, {shard['file']} has {size} bytes where {shard['bytes']} were written; {again}"
+            )
+    return manifest
+
+
+def verify_shards(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read every byte and compare it with the manifest, which is returned. Raises DataError that names the file."""
+    manifest = read_manifest(directory)
+    for shard in manifest["shards"]:
+        if sha256_of(Path(directory) / shard["file"]) != shard["sha256"]:
+            raise DataError(
+                f"{directory}: damaged, {shard['file']} differs from what was written (sha256); prepare it again"
+            )
+    return manifest
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_ROLES = ("user", "assistant")
+
+
+class PreparedRecords(Sequence[Record]):
+    """The records of a prepared data set.
+
+    Can be pickled: the copy opens the files again, so a loader worker costs no memory of its own.
+
+    Args:
+        directory: Written by `StoreWriter`.
+        source: Name of the data set in the configuration, `Record.source` of every record.
+
+    Raises:
+        DataError: see `store_format.read_manifest`; or a shard is no Arrow file of this layout.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], source: str) -> None:
+        self.directory = Path(directory)
+        self.source = source
+        self.manifest = read_manifest(self.directory)
+        self.sources: tuple[str, ...] = tuple(self.manifest["sources"])
+        """Names of the sub-sources, in the order of column `source`."""
+        self._files: list[str] = self.manifest["files"]
+        self._answer_types: list[str] = self.manifest["answer_types"]
+        self._shards = [
+            _MappedShard(self.directory / entry["file"], entry["rows"]) for entry in self.manifest["shards"]
+        ]
+        self._starts = [0]
+        for shard in self._shards:
+            self._starts.append(self._starts[-1] + shard.rows)
+        if self._starts[-1] != self.manifest["rows"]:
+            raise DataError(f"{self.directory}: damaged, its shards do not have the rows of its manifest")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) that covers the manifest and so every shard."""
+        return self.manifest[SELF_HASH]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        """Record number `index`. Raises DataError where the shard's bytes are no record."""
+        if isinstance(index, slice):
+            return RecordSubset(self, np.arange(len(self))[index])
+        shard, row = self._locate(index)
+        try:
+            file = self._files[shard.where_file[row]]
+            images = shard.images.get(row)
+            return Record(
+                shard.id.get(row), images, shard.turn_tuple(row), self.source, f"{file}:{shard.where_line[row]}"
+            )
+        except (UnicodeDecodeError, IndexError) as error:
+            raise self._damaged(index, error) from None
+
+    def row(self, index: int) -> "PreparedRow":
+        """Record number `index` with its sub-source, image sizes and answer type. Raises DataError as `[index]`."""
+        from llava_mole.data.store import PreparedRow
+
+        record = self[index]
+        shard, row = self._locate(index)
+        sides = shard.sizes[shard.size_offsets[row] : shard.size_offsets[row + 1]].tolist()
+        try:
+            kind = shard.answer_type[row]
+            return PreparedRow(
+                id=record.id,
+                source=self.sources[shard.source[row]],
+                images=record.images,
+                turns=record.turns,
+                image_sizes=tuple(zip(sides[::2], sides[1::2], strict=True)),
+                answer_type=None if kind < 0 else self._answer_types[kind],
+                where=record.where,
+            )
+        except (ValueError, IndexError) as error:
+            raise self._damaged(index, error) from None
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers for all rows, in memory: `source`, `answer_type`, `where_file`, `where_line`,
+        `text_bytes`, `words` (types as in `store_format`), or int32 `num_images`, `num_turns`."""
+        try:
+            return np.concatenate([shard.numbers(name) for shard in self._shards])
+        except ValueError as error:
+            raise DataError(f"{self.directory}: damaged, column {name} is cut short ({error})") from None
+
+    def quiet_rows(self) -> npt.NDArray[np.int64]:
+        """Rows, ascending, none of whose answers begins with a visible ASCII character: all without an answer are
+        among them. Raises DataError where the shards' bytes are no records."""
+        try:
+            parts = [start + shard.quiet_rows() for start, shard in zip(self._starts, self._shards, strict=False)]
+        except (ValueError, IndexError) as error:
+            raise DataError(f"{self.directory}: damaged, turns cannot be found ({error}); prepare it again") from None
+        return np.concatenate(parts)
+
+    def _locate(self, index: int) -> tuple["_Shard", int]:
+        size = self._starts[-1]
+        position = index + size if index < 0 else index
+        if not 0 <= position < size:
+            raise IndexError(f"record {index} of a data set with {size}")
+        number = bisect_right(self._starts, position) - 1
+        return self._shards[number], position - self._starts[number]
+
+    def _damaged(self, index: int, error: Exception) -> DataError:
+        return DataError(f"{self.directory}: damaged, record {index} cannot be decoded ({error}); prepare it again")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self.directory), self.source, self.digest)
+
+
+def _reopen(directory: str, source: str, digest: str) -> PreparedRecords:
+    records = PreparedRecords(directory, source)
+    if records.digest != digest:
+        raise DataError(f"{directory}: has been prepared anew while it was in use; start again")
+    return records
+
+
+class _MappedStrings:
+    """A mapped string column."""
+
+    def __init__(self, offsets: pa.Buffer | None, data: pa.Buffer | None) -> None:
+        self.offsets = _view(offsets, "i")
+        self.data = _view(data, "B")
+
+    def get(self, index: int) -> str:
+        return str(self.data[self.offsets[index] : self.offsets[index + 1]], "utf-8")
+
+
+class _MappedStringLists:
+    """A mapped column of lists of strings."""
+
+    def __init__(self, buffers: Sequence[pa.Buffer | None]) -> None:
+        self.offsets = _view(buffers[1], "i")
+        self.strings = _MappedStrings(buffers[3], buffers[4])
+
+    def get(self, index: int) -> tuple[str, ...]:
+        get = self.strings.get
+        return tuple([get(n) for n in range(self.offsets[index], self.offsets[index + 1])])
+
+
+class _MappedShard:
+    """The buffers of one mapped shard."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        try:
+            with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+                fits = reader.schema.equals(SCHEMA) and reader.num_record_batches == 1
+                batch = reader.get_batch(0) if fits else None
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path}: no Arrow file ({' '.join(str(error).split())}); prepare it again") from None
+        if batch is None or batch.num_rows != rows:
+            raise DataError(f"{path}: not the columns or rows that its manifest promises; prepare it again")
+        self.rows = rows
+        buffers = {field.name: batch.column(field.name).buffers() for field in SCHEMA}
+        self.id = _MappedStrings(*buffers["id"][1:])
+        self.images = _MappedStringLists(buffers["images"])
+        self.turns = _MappedStringLists(buffers["turns"])
+        self.size_offsets = _view(buffers["image_sizes"][1], "i")
+        self.sizes = _view(buffers["image_sizes"][3], "i")
+        self.source = _view(buffers["source"][1], "h")
+        self.answer_type = _view(buffers["answer_type"][1], "h")
+        self.where_file = _view(buffers["where_file"][1], "i")
+        self.where_line = _view(buffers["where_line"][1], "q")
+        self._buffers = buffers
+
+    def turn_tuple(self, row: int) -> tuple[Turn, ...]:
+        get, first = self.turns.strings.get, self.turns.offsets[row]
+        return tuple([Turn(_ROLES[(n - first) & 1], get(n)) for n in range(first, self.turns.offsets[row + 1])])  # type: ignore[arg-type]
+
+    def quiet_rows(self) -> npt.NDArray[np.int64]:
+        rounds = np.frombuffer(self.turns.offsets, np.int32, self.rows + 1).astype(np.int64)
+        texts = np.frombuffer(self.turns.strings.offsets, np.int32, int(rounds[-1]) + 1)
+        data = np.frombuffer(self.turns.strings.data, np.uint8)
+        row_of = np.repeat(np.arange(self.rows), np.diff(rounds))
+        answers = np.flatnonzero((np.arange(len(row_of)) - rounds[row_of]) % 2 & (np.diff(texts) > 0))
+        first = data[texts[answers]]
+        heard = np.zeros(self.rows, dtype=bool)
+        heard[row_of[answers[(first > 32) & (first < 127)]]] = True
+        return np.flatnonzero(~heard)
+
+    def numbers(self, name: str) -> npt.NDArray[Any]:
+        if name in ("num_images", "num_turns"):
+            lists = self.images if name == "num_images" else self.turns
+            return np.diff(np.frombuffer(lists.offsets, np.int32, self.rows + 1))
+        kind = SCHEMA.field(name).type.to_pandas_dtype()
+        return np.frombuffer(self._buffers[name][1], kind, self.rows)
+
+
+def _view(buffer: pa.Buffer | None, kind: str) -> memoryview:
+    """The bytes of a column as `kind` (of `struct`); Arrow gives none for a column without any."""
+    view = memoryview(buffer if buffer is not None else b"").cast("B")
+    return view[: len(view) - len(view) % struct.calcsize(kind)].cast(kind)  # type: ignore[call-overload]  # its literals
+
 
 SHARD_BYTES = 64 << 20
 """Text of a shard in memory before it is written, which bounds the writer's memory."""
@@ -314,3 +606,37 @@ class _Shard:
             numbers("words", self.words),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def read_records(path: str | os.PathLike[str], source: str) -> Sequence[Record]:
+    """The records of `path`: a prepared data set if it is a directory, JSONL if its name ends in `.jsonl`, else a JSON
+    list. A prepared set is opened, see `PreparedRecords`; a file is read and checked to its end.
+
+    Args:
+        path: Annotation file, UTF-8, or directory.
+        source: Name of the dataset, stored in each record.
+
+    Raises:
+        DataError: the file is missing or empty, or anything in it is not as it must be; the message starts with
+            `file:line`.
+    """
+    path = Path(path)
+    if is_prepared(path):
+        from llava_mole.data.store import PreparedRecords
+
+        return PreparedRecords(path, source)
+    if path.is_dir():
+        raise DataError(f"{path}: cannot read the annotation file: it is a directory without {MANIFEST}")
+    if not path.exists():
+        raise DataError(f"{path}: the annotation file does not exist; check data.sources.<name>.annotations")
+    records = []
+    dropped = 0
+    for value, line in iterate_json(path):
+        record, without_question = parse_record(value, source, f"{path}:{line}")
+        dropped += without_question
+        records.append(record)
+    if not records:
+        raise DataError(f"{path}:1: the file holds no record; give at least one or take the source out of data.sources")
+    if dropped:
+        logger.warning("%s: left out the first answer of %d records, which no question precedes", path, dropped)
+    return records

@@ -45,7 +45,7 @@ def question_string(text: str) -> str:
 
 def training_pairs(path: Path) -> list[tuple[str, str]]:
     """(question, answer) of every user turn and its reply in a LLaVA JSON file. Raises DataError as the reader does."""
-    from llava_mole.data.records import read_records
+    from llava_mole.data.store import read_records
 
     pairs = []
     for record in read_records(path, "train"):

@@ -12,10 +12,10 @@ from llava_mole.common.errors import CheckpointError, WeightsError
 from llava_mole.common.log import get_logger
 from llava_mole.config import AdapterConfig, ModelConfig, Quantization, RunConfig, load_config
 from llava_mole.data.images import ImageProcessor
-from llava_mole.data.tokenization import HFTextTokenizer
+from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import add_adapter
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
-from llava_mole.model.language_model import check_language_model_dir, load_language_model, load_tokenizer
+from llava_mole.model.language_model import check_language_model_dir, load_language_model
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import build_vision_tower
 from llava_mole.model.multimodal_projector import build_projector

@@ -70,16 +70,3 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
     )
     model.requires_grad_(False)
     return model, fingerprint(model.state_dict().items())
-
-
-def load_tokenizer(path: str):
-    """The fast tokenizer in directory `path`. Raises WeightsError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_fast=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise WeightsError(f"no tokenizer loads from {path!r}: {' '.join(str(error).split())}") from None
-    if not tokenizer.is_fast:
-        raise WeightsError(f"the tokenizer in {path!r} has no fast form, which label masking by text spans needs")
-    return tokenizer

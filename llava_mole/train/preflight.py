@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, WeightsError, command
 from llava_mole.config import RunConfig, check_batch, parse_run_config
-from llava_mole.data.store_format import is_prepared
+from llava_mole.data.store import is_prepared
 from llava_mole.model.quantization import require_bitsandbytes
 
 TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"

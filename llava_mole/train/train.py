@@ -32,8 +32,8 @@ def train(config: RunConfig) -> Path:
 
 
 def _train(config: RunConfig, stop: StopSignal) -> Path:
+    from llava_mole.data.batching import count_steps
     from llava_mole.data.dataset import build_dataset
-    from llava_mole.data.sampler import count_steps
     from llava_mole.data.tokenization import HFTextTokenizer
     from llava_mole.model.adapters import trainable_parameters
     from llava_mole.model.builder import (

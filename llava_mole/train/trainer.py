@@ -21,9 +21,9 @@ from llava_mole.common.errors import UserError
 from llava_mole.common.log import get_logger
 from llava_mole.config import RunConfig
 from llava_mole.constants import IMAGE_TOKEN_INDEX
+from llava_mole.data.batching import BatchPlan, StepSampler, count_steps
 from llava_mole.data.collator import collate, collate_packed
 from llava_mole.data.dataset import SupervisedDataset
-from llava_mole.data.sampler import BatchPlan, StepSampler, count_steps
 from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.flops import model_shape
 from llava_mole.model.llava_arch import LlavaMole

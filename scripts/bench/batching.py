@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mole_common as common
 
 from llava_mole.constants import IGNORE_INDEX
+from llava_mole.data.batching import BatchPlan, sample_cost
 from llava_mole.data.collator import Example, collate, collate_packed
-from llava_mole.data.packing import sample_cost
-from llava_mole.data.sampler import BatchPlan
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.packed_attention import enable_packing
 from llava_mole.mole import MoleConfig, collect_routing, mole_auxiliary_loss

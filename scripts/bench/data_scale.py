@@ -75,7 +75,7 @@ def prepare(raw: Path, directory: Path) -> dict[str, Any]:
 
 def open_prepared(raw: Path, directory: Path) -> dict[str, Any]:
     before, start = memory(), time.perf_counter()
-    from llava_mole.data.prepared import PreparedRecords
+    from llava_mole.data.store import PreparedRecords
 
     imported = time.perf_counter()
     records = PreparedRecords(directory, "synthetic")

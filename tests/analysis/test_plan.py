@@ -169,8 +169,7 @@ def test_data_on_disk_are_measured(world: Path) -> None:
     assert red.images.sum() == 18
     from llava_mole.data.dataset import build_dataset
     from llava_mole.data.images import ImageProcessor
-    from llava_mole.data.tokenization import HFTextTokenizer
-    from llava_mole.model.language_model import load_tokenizer
+    from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 
     tokenizer = HFTextTokenizer(load_tokenizer(config.model.language_model))
     dataset = build_dataset(config.data, tokenizer, ImageProcessor(16), 4, seed=0, epochs=1)

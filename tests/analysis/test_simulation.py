@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from llava_mole.analysis.plan.simulation import Samples, draw_steps, grouped_rows, mean_step, padded_rows, step_time
-from llava_mole.data.packing import assign_step
-from llava_mole.data.sampler import BatchPlan
+from llava_mole.data.batching import BatchPlan, assign_step
 from llava_mole.model.flops import ModelShape
 
 # Linear cost only: 4 FLOPs a token, 2 more where its one layer is recomputed.

@@ -8,7 +8,7 @@ import torch
 
 from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
-from llava_mole.data.grouping import grouped_order, modality_length
+from llava_mole.data.batching import grouped_order, modality_length
 from llava_mole.data.records import Record
 
 DOCUMENT, CASES = golden_cases.load_cases("sampler_cases")

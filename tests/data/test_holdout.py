@@ -6,8 +6,7 @@ import pytest
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.conversation import Turn
-from llava_mole.data.holdout import hold_out
-from llava_mole.data.mixture import TrainingPlan
+from llava_mole.data.mixture import TrainingPlan, hold_out
 from llava_mole.data.records import Record
 
 

@@ -17,7 +17,8 @@ from llava_mole.common.errors import DataError, UserError
 from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.data.dataset import build_dataset
 from llava_mole.data.images import ImageProcessor
-from llava_mole.data.records import Record, read_records
+from llava_mole.data.records import Record
+from llava_mole.data.store import read_records
 
 
 def record(image: Any = "0.png", text: str = "<image>\nWhat?") -> dict[str, Any]:

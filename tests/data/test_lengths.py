@@ -15,12 +15,10 @@ from llava_mole.constants import IGNORE_INDEX
 from llava_mole.conversation import TEMPLATES, Turn, get_template
 from llava_mole.data import lengths as lengths_module
 from llava_mole.data.dataset import build_dataset
-from llava_mole.data.encoding import encode_record
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.lengths import add_lengths, count_record, count_tokens, most_tokens, stored_counts
-from llava_mole.data.prepared import PreparedRecords
-from llava_mole.data.store import PreparedRow, StoreWriter, verify_shards
-from llava_mole.data.tokenization import HFTextTokenizer
+from llava_mole.data.store import PreparedRecords, PreparedRow, StoreWriter, verify_shards
+from llava_mole.data.tokenization import HFTextTokenizer, encode_record
 
 TEMPLATE = get_template("vicuna_v1")
 

@@ -15,11 +15,11 @@ from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
-from llava_mole.data.encoding import encode_record, encode_shortened
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.mixture import TrainingPlan
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRow, StoreWriter
+from llava_mole.data.tokenization import encode_record, encode_shortened
 
 N = 4
 TEMPLATE = get_template("vicuna_v1")
@@ -248,7 +248,7 @@ def build_silent(tmp_path: Path, tokenizer: Any, kind: str, policy: Any, batchin
 def test_an_answer_that_renders_to_nothing_is_found_before_training(
     kind: str, batching: Any, policy: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_mole.data.fitting.SAMPLE", 1)
+    monkeypatch.setattr("llava_mole.data.lengths.SAMPLE", 1)
     if policy == "drop":
         dataset = build_silent(tmp_path, tokenizer, kind, policy, batching)
         assert (len(dataset), dataset.report["s"]["dropped"]) == (3, 1)

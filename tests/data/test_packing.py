@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llava_mole.data.packing import assign_step, sample_cost, spread
+from llava_mole.data.batching import assign_step, sample_cost, spread
 
 
 def _paper_like(count: int, seed: int) -> list[int]:

@@ -134,8 +134,7 @@ def test_tokens_can_be_counted_at_once(tmp_path: Path, capsys: pytest.CaptureFix
     from llava_mole.data.chat_template import resolve_template
     from llava_mole.data.lengths import lengths_path
     from llava_mole.data.store import PreparedRecords
-    from llava_mole.data.tokenization import HFTextTokenizer
-    from llava_mole.model.language_model import load_tokenizer
+    from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 
     tiny_models.make_tokenizer(tmp_path / "tokenizer")
     published_sets.write_sharegpt4v_pt(tmp_path / "raw")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava_mole.conversation import Turn
 from llava_mole.data.images import load_image
-from llava_mole.data.records import read_records
+from llava_mole.data.store import read_records
 
 
 def test_captions_with_missing_images_and_an_id_twice(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.conversation import Turn
-from llava_mole.data.records import read_records
+from llava_mole.data.store import read_records
 
 
 def test_counts_and_defects(tmp_path: Path) -> None:

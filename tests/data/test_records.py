@@ -9,7 +9,8 @@ import pytest
 
 from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
-from llava_mole.data.records import Record, read_records
+from llava_mole.data.records import Record
+from llava_mole.data.store import read_records
 
 QUESTION = {"from": "human", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "gpt", "value": "A mill."}

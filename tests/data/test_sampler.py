@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.data.sampler import BatchPlan, StepSampler, count_steps
+from llava_mole.data.batching import BatchPlan, StepSampler, count_steps
 
 
 def _plan(batching: Any, global_batch_size: int, world_size: int, micro: int = 1, capacity: int = 20) -> BatchPlan:

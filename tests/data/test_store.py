@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from llava_mole.common.errors import DataError, UserError
 from llava_mole.conversation import Turn
 from llava_mole.data import store
-from llava_mole.data.prepared import PreparedRecords
-from llava_mole.data.records import Record, read_records
-from llava_mole.data.store import PreparedRow, StoreWriter, read_manifest, verify_shards
+from llava_mole.data.records import Record
+from llava_mole.data.store import PreparedRecords, PreparedRow, StoreWriter, read_manifest, read_records, verify_shards
 
 
 def row(number: int, *, images: int | None = None, rounds: int | None = None) -> PreparedRow:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from tiny_models import make_tokenizer
 
-from llava_mole.data.tokenization import HFTextTokenizer
+from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.decoding import AnswerDecoder, RowSampler, RowStop
-from llava_mole.model.language_model import load_tokenizer
 
 EOS = 2
 TEXTS = [

@@ -18,10 +18,10 @@ from llava_mole.common.errors import DataError
 from llava_mole.data.converters.base import Dropped
 from llava_mole.data.converters.defects import Defects
 from llava_mole.data.converters.llava import first_folder, to_draft
-from llava_mole.data.encoding import LengthPolicy
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRecords, is_prepared
+from llava_mole.data.tokenization import LengthPolicy
 
 TOO_LONG = ("truncated", "shortened", "dropped")
 """Kinds of findings about records that are longer than `data.max_length`, and that the policy lets pass."""
@@ -50,8 +50,7 @@ class TokenCount(NamedTuple):
 @lru_cache(maxsize=1)
 def _tools(language_model: str, template: str) -> tuple[Any, Any]:
     from llava_mole.data.chat_template import resolve_template
-    from llava_mole.data.tokenization import HFTextTokenizer
-    from llava_mole.model.language_model import load_tokenizer
+    from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 
     tokenizer = HFTextTokenizer(load_tokenizer(language_model))
     return tokenizer, resolve_template(template, tokenizer)
@@ -69,8 +68,8 @@ def count_chunk(records: Sequence[Record], limits: TextLimits) -> list[TokenCoun
 
 def _count(record: Record, limits: TextLimits, tokenizer: Any, template: Any) -> TokenCount:
     # The same calls as in `fitting.fit_source`, so that both say the same about a record.
-    from llava_mole.data.encoding import encode_shortened
     from llava_mole.data.lengths import NEVER, count_record
+    from llava_mole.data.tokenization import encode_shortened
 
     try:
         text, needed = count_record(record, template, tokenizer)
@@ -101,8 +100,7 @@ def _count(record: Record, limits: TextLimits, tokenizer: Any, template: Any) ->
 
 def _lost_by_cut(record: Record, limits: TextLimits, tokenizer: Any, template: Any) -> tuple[str, str]:
     """Kind and detail of what the cut at the end takes away that training cannot do without."""
-    from llava_mole.data.encoding import render_record
-    from llava_mole.data.tokenization import encode
+    from llava_mole.data.tokenization import encode, render_record
 
     rendered, most = render_record(record, template), limits.max_length
     try:

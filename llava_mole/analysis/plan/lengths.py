@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import DataConfig
-from llava_mole.data.store_format import is_prepared
+from llava_mole.data.store import is_prepared
 
 ANSWER_SHARE = 0.5
 """Assumed share of a sample's text that is supervised. Only the language model's head depends on it."""
@@ -124,10 +124,8 @@ def measured_lengths(name: str, data: DataConfig, language_model: str, image_tok
     """Lengths of up to `sample` records of the source's file, tokenized as in training if the tokenizer is there."""
     from llava_mole.conversation import render
     from llava_mole.data.chat_template import resolve_template
-    from llava_mole.data.encoding import encode_record
-    from llava_mole.data.records import read_records
-    from llava_mole.data.tokenization import HFTextTokenizer
-    from llava_mole.model.language_model import load_tokenizer
+    from llava_mole.data.store import read_records
+    from llava_mole.data.tokenization import HFTextTokenizer, encode_record, load_tokenizer
 
     records: Sequence[Any] = read_records(data.sources[name].annotations, name)
     has_tokenizer = (Path(language_model) / "config.json").is_file()

@@ -9,8 +9,8 @@ from llava_mole.analysis.plan.lengths import SourceLengths, source_lengths
 from llava_mole.analysis.plan.simulation import Samples, draw_steps
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import RunConfig
+from llava_mole.data.batching import count_steps
 from llava_mole.data.mixture import mixture_counts
-from llava_mole.data.sampler import count_steps
 from llava_mole.model.adapters import parameter_report
 from llava_mole.model.flops import ModelShape, model_shape, training_flops
 

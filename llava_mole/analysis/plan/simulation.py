@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llava_mole.data.grouping import grouped_order
+from llava_mole.data.batching import grouped_order
 from llava_mole.model.flops import ModelShape, recompute_flops, training_flops
 
 Rows = list[list[int]]

@@ -12,6 +12,7 @@ from PIL import Image
 from llava_mole.common.errors import DataError
 from llava_mole.data.image_bytes import LARGEST_IMAGE
 from llava_mole.data.images import DECODER_ERRORS, FORMATS
+from llava_mole.data.records import is_text
 
 CheckImages = Literal["none", "exist", "decode"]
 
@@ -59,15 +60,6 @@ def path_problem(path: str) -> Note | None:
     if not path or path[0] == "/" or "\0" in path or (".." in path and ".." in path.replace("\\", "/").split("/")):
         return Note("outside-image", repr(path[:200]))
     return None
-
-
-def is_text(text: str) -> bool:
-    """Whether `text` can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class ImageRoot:

@@ -21,7 +21,6 @@ from llava_mole.data.converters.base import (
 )
 from llava_mole.data.converters.defects import Action, Defects
 from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
-from llava_mole.data.converters.image_files import is_text
 from llava_mole.data.converters.turns import (
     CHAT_ROLES,
     check_turns,
@@ -30,6 +29,7 @@ from llava_mole.data.converters.turns import (
     merge_turns,
     without_marker,
 )
+from llava_mole.data.records import is_text
 
 QUESTIONS = ("question", "instruction", "prompt", "query")
 ANSWERS = ("answer", "output", "outputs", "response")

@@ -7,7 +7,7 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, place_image_first
 from llava_mole.data.converters.base import Dropped, Options
 from llava_mole.data.converters.defects import Action, Defects
-from llava_mole.data.converters.image_files import is_text
+from llava_mole.data.records import is_text
 
 Role = Literal["user", "assistant"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.common.text import format_bytes
-from llava_mole.data.store_format import read_manifest
+from llava_mole.data.store import read_manifest
 from llava_mole.model.interop.causal_lm import fingerprint_language_model
 from llava_mole.model.interop.kinds import KINDS, NON_LORA_FILE, Found
 from llava_mole.model.interop.llava_keys import split_llava, split_llava_hf

@@ -24,6 +24,7 @@ from llava_mole.config import (
     VisionTowerConfig,
     save_config,
 )
+from llava_mole.data.tokenization import load_tokenizer
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
 from llava_mole.model.checkpoint import write_checkpoint
 from llava_mole.model.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model
@@ -37,7 +38,6 @@ from llava_mole.model.interop.tensors import check_shapes, open_weights, read_js
 from llava_mole.model.interop.towers import CONFIG_FILE as TOWER_CONFIG
 from llava_mole.model.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
 from llava_mole.model.interop.towers import Tower, open_tower, tower_fingerprint, tower_from_parts, write_open_clip
-from llava_mole.model.language_model import load_tokenizer
 from llava_mole.model.multimodal_projector import build_projector
 
 LANGUAGE_MODEL_DIR, VISION_TOWER_DIR = "language_model", "vision_tower"
