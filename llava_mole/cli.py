@@ -16,7 +16,7 @@ SUBCOMMANDS = {
     "report": ("llava_mole.eval.report", "compare scored runs in one table"),
     "plan": ("llava_mole.analysis.plan.cli", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
-    "prepare": ("llava_mole.prepare", "convert a published or own data set for training"),
+    "prepare": ("llava_mole.data.prepare.cli", "convert a published or own data set for training"),
     "check-data": ("llava_mole.analysis.check.cli", "look at every record and image of a run before it starts"),
     "prepare-benchmark": ("llava_mole.eval.prepare_benchmark", "convert a benchmark's official files to questions"),
     "convert": (

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from llava_mole import __version__, cli, prepare
+from llava_mole import __version__, cli
+from llava_mole.data.prepare import cli as prepare
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -54,9 +55,9 @@ def test_prepare_names_its_sources(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prepare_forwards_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    import llava_mole.tiny.data
+    import llava_mole.data.prepare.sources.tiny.world
 
     seen: list[list[str]] = []
-    monkeypatch.setattr(llava_mole.tiny.data, "main", lambda argv: seen.append(argv) or 0)
+    monkeypatch.setattr(llava_mole.data.prepare.sources.tiny.world, "main", lambda argv: seen.append(argv) or 0)
     assert cli.main(["prepare", "tiny", "--out", "somewhere"]) == 0
     assert seen == [["--out", "somewhere"]]

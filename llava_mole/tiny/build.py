@@ -1,4 +1,4 @@
-"""`python -m llava_mole.tiny.build --out llava_mole/tiny/assets`: build the small pre-trained models.
+"""`python -m llava_mole.tiny.build --out playground/models/tiny`: build the small pre-trained models.
 
 Three stages, each of which can run alone once the ones before it have run: `tokenizer`, `tower`, `language_model`.
 The same seed, package versions and number of threads give the same files. Nothing is read but easy-VQA's and
@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 
 def build_tokenizer(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Train and save the tokenizer. Returns measurements."""
-    from llava_mole.tiny import language, tokenizer, tower
+    from llava_mole.data.prepare.sources.tiny import language, tokenizer, tower
 
     started = time.perf_counter()
     samples = tower.training_samples(100 if quick else 1000, seed)
@@ -60,7 +60,7 @@ def load_tokenizer(out: Path) -> Any:
 
 def build_tower(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Train and save the vision tower. Returns measurements."""
-    from llava_mole.tiny import tower
+    from llava_mole.data.prepare.sources.tiny import tower
 
     tokenizer = load_tokenizer(out)
     recipe = tower.QUICK if quick else tower.Recipe()
@@ -71,7 +71,7 @@ def build_tower(out: Path, seed: int, quick: bool) -> dict[str, float]:
 
 def build_language_model(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Train and save the language model. Returns measurements."""
-    from llava_mole.tiny import language
+    from llava_mole.data.prepare.sources.tiny import language
 
     recipe = language.QUICK if quick else language.Recipe()
     model, measured = language.train(load_tokenizer(out), recipe, seed)
@@ -120,7 +120,7 @@ def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m llava_mole.tiny.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("llava_mole/tiny/assets"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("playground/models/tiny"), help="folder (%(default)s)")
     parser.add_argument("--stages", default=",".join(STAGES), help="which, comma-separated (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a reduced run of every stage, for tests")
     parser.add_argument("--seed", type=int, default=0, help="decides everything (%(default)s)")

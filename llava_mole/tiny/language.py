@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from llava_mole.common.log import get_logger
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Rendered, Turn, get_template, render
+from llava_mole.data.prepare.sources.tiny.world import progress
 from llava_mole.data.tokenization import HFTextTokenizer, encode
-from llava_mole.tiny.progress import progress
 from llava_mole.tiny.text_grids import grid_item
 from llava_mole.tiny.text_items import Item
 from llava_mole.tiny.text_scenes import scene_item

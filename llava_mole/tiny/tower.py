@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
-from llava_mole.tiny import biomedicine, document, general
-from llava_mole.tiny.progress import progress
-from llava_mole.tiny.samples import IMAGE_SIZE, Sample
+from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
+from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE, Sample
+from llava_mole.data.prepare.sources.tiny.world import progress
 
 OPEN_CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 192,
@@ -52,7 +52,7 @@ def training_samples(count: int, seed: int) -> list[Sample]:
 
     General has 4,000 train images; the rest are variations of them.
     """
-    from llava_mole.tiny.data import MOST_TEST_IMAGES
+    from llava_mole.data.prepare.sources.tiny.world import MOST_TEST_IMAGES
 
     taken: set[bytes] = set()
     document.generate(MOST_TEST_IMAGES, Random(f"{seed}-document-test"), taken)

@@ -62,7 +62,7 @@ def prepare(raw: Path, directory: Path) -> dict[str, Any]:
     """`llava-mole prepare llava-json`, without a look at the images, which do not exist."""
     import contextlib
 
-    from llava_mole.prepare import main
+    from llava_mole.data.prepare.cli import main
 
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):

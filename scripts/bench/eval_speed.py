@@ -32,7 +32,7 @@ from llava_mole.eval.questions import Question, read_questions, windows
 from llava_mole.inference import Predictor
 from llava_mole.model.builder import LoadedModel, attach_adapter, build_image_processor, build_parts
 
-ASSETS = Path(__file__).parents[2] / "llava_mole" / "tiny" / "assets"
+ASSETS = Path(__file__).parents[2] / "playground" / "models" / "tiny"
 WORDS = "what color is the small round shape beside large dark square near its upper left corner please".split()
 SIZES = {"tiny": {}, "llama-110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole import cli, prepare
+from llava_mole import cli
 from llava_mole.analysis.plan.lengths import KNOWN_SOURCES
+from llava_mole.data.prepare import cli as prepare
 from llava_mole.hardware import GPUS
 
 ROOT = Path(__file__).parents[2]

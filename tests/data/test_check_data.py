@@ -186,7 +186,7 @@ def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
 
 def test_workers_find_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_mole.analysis.check import cli as check_command
-    from llava_mole.data.converters import image_stage
+    from llava_mole.data.prepare import images as image_stage
 
     path = write_defects(tmp_path / "data")
     given = only(world, "red", path, path.parent)

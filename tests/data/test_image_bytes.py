@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.image_bytes import decode_base64
+from llava_mole.data.prepare.images import decode_base64
 
 
 @pytest.mark.parametrize("change", ["", "lines", "no padding", "url", "safe", "bytes"])

@@ -16,8 +16,8 @@ from PIL import EpsImagePlugin, Image, ImageDraw
 
 import llava_mole
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.data.converters.image_files import look
 from llava_mole.data.images import ImageProcessor, load_image, normalise_pixels, open_image
+from llava_mole.data.prepare.images import look
 
 FIELDS, CASES = golden_cases.load_cases("pad_cases")
 ARRAYS = golden_cases.load_arrays("pad_cases")

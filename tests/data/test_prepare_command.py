@@ -13,11 +13,11 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
-from llava_mole.data.converters import image_stage
-from llava_mole.data.converters.defects import KINDS, Defects
-from llava_mole.data.converters.published import published_counts
-from llava_mole.data.converters.registry import MODULES, get_converter
-from llava_mole.prepare import SOURCES, help_text
+from llava_mole.data.prepare import images as image_stage
+from llava_mole.data.prepare.cli import SOURCES, help_text
+from llava_mole.data.prepare.drafts import KINDS, Defects
+from llava_mole.data.prepare.report import published_counts
+from llava_mole.data.prepare.sources.registry import MODULES, get_converter
 
 PACKAGE = Path(__file__).parent.parent.parent / "llava_mole"
 

@@ -10,7 +10,7 @@ import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.config import load_config, parse_run_config
-from llava_mole.data.converters.registry import MODULES
+from llava_mole.data.prepare.sources.registry import MODULES
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

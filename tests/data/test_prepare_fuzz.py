@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.converters import llava, m3it, messages, pathvqa, pickles, ureader
-from llava_mole.data.converters.base import Draft, Dropped, Embedded, Options
-from llava_mole.data.converters.defects import KINDS, Defects
-from llava_mole.data.converters.image_files import look, path_problem, safe_name
 from llava_mole.data.images import open_image
+from llava_mole.data.prepare import llava, m3it, messages, pathvqa, pickles, ureader
+from llava_mole.data.prepare.drafts import KINDS, Defects, Draft, Dropped, Embedded, Options
+from llava_mole.data.prepare.images import look, path_problem, safe_name
 from llava_mole.data.store import PreparedRow, StoreWriter
 
 KEYS = (

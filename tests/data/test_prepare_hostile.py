@@ -12,8 +12,7 @@ import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.common.errors import DataError
-from llava_mole.data.converters.image_files import ImageRoot, look, path_problem, safe_name, unpack
-from llava_mole.data.converters.image_stage import Task, run_task
+from llava_mole.data.prepare.images import ImageRoot, Task, look, path_problem, run_task, safe_name, unpack
 
 
 def record(image: str) -> dict[str, object]:
@@ -123,7 +122,7 @@ def test_rubbish_instead_of_base64(tmp_path: Path, text: str) -> None:
 def test_images_of_too_many_bytes_are_refused(embedded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = raw_sets.image_bytes(1), raw_sets.image_bytes(2) + b"\0" * 5000  # it decodes all the same
     assert look(large, "a.jpg", decode=True)[0].problem is None
-    monkeypatch.setattr("llava_mole.data.converters.image_files.LARGEST_IMAGE", len(small) + 4000)
+    monkeypatch.setattr("llava_mole.data.prepare.images.LARGEST_IMAGE", len(small) + 4000)
     for number, data in enumerate((small, large)):
         given = data if embedded == "bytes" else base64.b64encode(data).decode()
         facts = run_task(Task(given, "bytes", f"{number}", "s"), tmp_path, True)

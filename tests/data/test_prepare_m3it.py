@@ -8,8 +8,8 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
-from llava_mole.data.converters.m3it import read_instructions
 from llava_mole.data.images import load_image
+from llava_mole.data.prepare.sources.m3it import read_instructions
 
 
 def test_counts_and_defects_of_the_raw_lines(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_merged_turns_are_counted(tmp_path: Path) -> None:
 
 
 def test_thousands_of_sources_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_mole.data.converters import pipeline
+    from llava_mole.data.prepare import pipeline
 
     monkeypatch.setattr(pipeline, "MOST_SOURCES", 3)
     raw_sets.write_image(tmp_path / "raw/a.jpg", 1)

@@ -9,10 +9,8 @@ import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.common.errors import DataError
-from llava_mole.data.converters.base import Options
-from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.pathvqa import iterate
-from llava_mole.data.converters.pickles import load_plain
+from llava_mole.data.prepare.drafts import Defects, Options
+from llava_mole.data.prepare.sources.pathvqa import iterate, load_plain
 
 
 def test_the_original_pickles(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from llava_mole.conversation import Turn
-from llava_mole.data.converters.base import Draft
-from llava_mole.data.converters.questions import QuestionFiles
+from llava_mole.data.prepare.drafts import Draft
+from llava_mole.data.prepare.report import QuestionFiles
 
 ROUND = (Turn("user", "<image>\nRed?"), Turn("assistant", "yes"))
 

@@ -14,8 +14,8 @@ import pytest
 import raw_sets
 
 from llava_mole.cli import main
-from llava_mole.data.converters import image_stage
-from llava_mole.data.converters.image_files import ImageFacts
+from llava_mole.data.prepare import images as image_stage
+from llava_mole.data.prepare.images import ImageFacts
 from llava_mole.data.store import verify_shards
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,7 +51,7 @@ def test_killed_and_called_again(tmp_path: Path) -> None:
     assert main(arguments(tmp_path, "whole")) == 0
     slow = (
         "import sys, time\n"
-        "from llava_mole.data.converters import image_stage\n"
+        "from llava_mole.data.prepare import image_stage\n"
         "whole = image_stage.run_tasks\n"
         "def run_tasks(*given):\n"
         "    time.sleep(0.3)\n"
@@ -96,7 +96,7 @@ def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest
         "decode",
     ]
     assert main([*given, "--out", str(tmp_path / "whole")]) == 0
-    from llava_mole.data.converters import pipeline
+    from llava_mole.data.prepare import pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -218,7 +218,7 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path) -> None:
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     code = (
         "import os, time\n"
-        "from llava_mole.data.converters.image_stage import open_pool\n"
+        "from llava_mole.data.prepare.images import open_pool\n"
         "if __name__ == '__main__':\n"
         "    pool = open_pool(1)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"

@@ -61,7 +61,7 @@ def test_up_sampling_repeats_rows(tmp_path: Path, upsample: str, factors: dict[s
 
 
 def test_the_official_factors() -> None:
-    from llava_mole.data.converters.ureader import PRESETS
+    from llava_mole.data.prepare.sources.ureader import PRESETS
 
     assert PRESETS["official"] == {
         "DocVQA": 3, "InfographicsVQA": 3, "WikiTableQuestions": 3, "DeepForm": 2, "KleisterCharity": 2

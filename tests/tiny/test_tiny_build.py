@@ -11,11 +11,10 @@ from random import Random
 import pytest
 import torch
 
-import llava_mole.tiny
-from llava_mole.tiny import build, language, text_grids, tower
-from llava_mole.tiny.samples import IMAGE_SIZE
+from llava_mole.data.prepare.sources.tiny import build, language, text_grids, tower
+from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE
 
-ASSETS = Path(llava_mole.tiny.__file__).parent / "assets"
+ASSETS = Path(__file__).parents[2] / "playground" / "models" / "tiny"
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_mole.common.errors import DataError
-from llava_mole.tiny import biomedicine, data, document, general
-from llava_mole.tiny.samples import DOMAINS, IMAGE_SIZE
+from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
+from llava_mole.data.prepare.sources.tiny import world as data
+from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, IMAGE_SIZE
 
 TRAIN, TEST = 80, 120
 

@@ -74,7 +74,7 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
         report_text,
         report_values,
     )
-    from llava_mole.data.converters.image_stage import open_pool
+    from llava_mole.data.prepare.images import open_pool
 
     data = config.data
     limits = None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from llava_mole.analysis.check.report import FindingsFile, Keys, SourceFindings, key_of, key_of_text
 from llava_mole.common.errors import DataError
-from llava_mole.data.converters.image_files import EXTENSIONS, ImageFacts, ImageRoot, Note, look
+from llava_mole.data.prepare.images import EXTENSIONS, ImageFacts, ImageRoot, Note, look
 from llava_mole.eval.questions import read_json_lines
 
 _CHUNK = 64

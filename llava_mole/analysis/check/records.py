@@ -15,10 +15,9 @@ from tqdm import tqdm
 from llava_mole.analysis.check.images import SourceImages
 from llava_mole.analysis.check.report import BAD_RECORD, FindingsFile, Keys, SourceFindings, key_of_text
 from llava_mole.common.errors import DataError
-from llava_mole.data.converters.base import Dropped
-from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.llava import first_folder, to_draft
 from llava_mole.data.json_stream import iterate_json
+from llava_mole.data.prepare.drafts import Defects, Dropped
+from llava_mole.data.prepare.sources.llava import first_folder, to_draft
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRecords, is_prepared
 from llava_mole.data.tokenization import LengthPolicy

@@ -78,10 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
-
-
 GIB = 2**30
 
 
@@ -188,3 +184,7 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
         "straggler_efficiency": estimate.step.straggler_efficiency,
         "mfu": estimate.mfu,
     }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

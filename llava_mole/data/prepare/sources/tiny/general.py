@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from llava_mole.data.images import FORMATS
-from llava_mole.tiny.samples import Question, Sample
+from llava_mole.data.prepare.sources.tiny.samples import Question, Sample
 
 COLOURS = {
     "red": (255, 0, 0),

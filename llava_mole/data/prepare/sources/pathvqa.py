@@ -1,16 +1,73 @@
 """PathVQA: the original pickles, the parquet copy on the hub, or LLaVA-Med's JSON."""
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
-from llava_mole.data.converters.base import SPLITS, Converter, Draft, Dropped, Embedded, Options, Split, usable_drafts
-from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
-from llava_mole.data.converters.pickles import load_plain
-from llava_mole.data.converters.turns import CHAT_ROLES, check_turns, question_and_answer, read_turns
+from llava_mole.data.prepare.drafts import (
+    CHAT_ROLES,
+    SPLITS,
+    Converter,
+    Defects,
+    Draft,
+    Dropped,
+    Embedded,
+    Options,
+    Split,
+    check_turns,
+    question_and_answer,
+    read_turns,
+    usable_drafts,
+)
+from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+
+LARGEST = 1 << 30
+"""Bytes; PathVQA's files have two million."""
+
+# What the unpickler raises for damage, depending on where it is.
+_REFUSALS = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to another file")
+
+
+def load_plain(path: Path) -> Any:
+    """The value of a pickle that holds lists, dicts, tuples, texts, numbers, True, False and None only.
+
+    Raises:
+        DataError: anything else is in it (nothing of it is called), or it is damaged.
+    """
+    if path.stat().st_size > LARGEST:
+        raise DataError(f"{path}: {path.stat().st_size} bytes; a pickle of questions has far less than {LARGEST}")
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file).load()
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: refused as a pickle of plain lists and dicts: {reason}; use the file as published"
+        ) from None
+
 
 SOURCE = "pathvqa"
 CLOSED_SUFFIX = " Please choose from the following two options: [yes, no]"

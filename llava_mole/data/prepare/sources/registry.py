@@ -3,7 +3,7 @@
 import importlib
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.data.converters.base import Converter
+from llava_mole.data.prepare.drafts import Converter
 
 MODULES = {
     "sharegpt4v-pt": "llava",
@@ -23,6 +23,6 @@ def get_converter(name: str) -> Converter:
     """The converter called `name`. Raises ConfigError that lists the names."""
     if name not in MODULES:
         raise ConfigError(f"no source {name!r} to prepare; there are {', '.join(MODULES)}")
-    module = importlib.import_module(f"llava_mole.data.converters.{MODULES[name]}")
+    module = importlib.import_module(f"llava_mole.data.prepare.sources.{MODULES[name]}")
     converters = getattr(module, "CONVERTERS", None) or (module.CONVERTER,)
     return next(converter for converter in converters if converter.name == name)

@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
-from llava_mole.tiny.samples import IMAGE_SIZE, Question, Sample
+from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE, Question, Sample
 
 NAMES = ("Al", "Bo", "Cy", "Di", "Ed", "Jo", "Mo", "Ty")
 COLOURS = {

@@ -8,27 +8,26 @@ from typing import Any
 
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
-from llava_mole.data.converters.base import (
+from llava_mole.data.prepare.drafts import (
+    CHAT_ROLES,
     TEXT_ONLY,
     WITH_IMAGES,
+    Action,
     Converter,
+    Defects,
     Draft,
     Dropped,
     Embedded,
     Options,
     Split,
-    usable_drafts,
-)
-from llava_mole.data.converters.defects import Action, Defects
-from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
-from llava_mole.data.converters.turns import (
-    CHAT_ROLES,
     check_turns,
     choose_images,
     keep_first_marker,
     merge_turns,
+    usable_drafts,
     without_marker,
 )
+from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
 from llava_mole.data.records import is_text
 
 QUESTIONS = ("question", "instruction", "prompt", "query")

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from llava_mole.tiny.samples import IMAGE_SIZE, Question, Sample
+from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE, Question, Sample
 
 REGIONS: Mapping[str, tuple[int, int]] = {"train": (0, 344), "test": (360, 512)}
 """Rows of the photograph, first included and last excluded, from which a split's patches are cut."""

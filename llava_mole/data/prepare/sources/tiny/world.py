@@ -1,4 +1,4 @@
-"""`python -m llava_mole.tiny.data --out playground/data/tiny`: write the tiny world's data.
+"""`python -m llava_mole.data.prepare.sources.tiny.world --out playground/data/tiny`: write the tiny world's data.
 
 Three domains (general, document, biomedicine) with disjoint train and test splits, stage-1 captions of the train
 images, and a few photographs. Everything follows from the seed. Image paths in the records are relative to the output
@@ -13,16 +13,26 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from llava_mole.common.errors import DataError, command
-from llava_mole.tiny import biomedicine, document, general
-from llava_mole.tiny.progress import progress
-from llava_mole.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
+from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
+from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], label: str, unit: str) -> "tqdm[T]":
+    """`tqdm` over `items`; where stderr is no terminal it writes at most one line every 30 seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(items, desc=label, unit=unit, mininterval=0.2 if terminal else 30, leave=terminal, ascii=not terminal)
+
 
 FORMAT = 1
 """Raised whenever the same seed would give other data."""
@@ -218,7 +228,7 @@ def build(out: Path, train_per_domain: int = 4000, test_per_domain: int = 800, s
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m llava_mole.tiny.data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m llava_mole.data.prepare.sources.tiny.world", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("playground/data/tiny"), help="folder to write (%(default)s)")
     parser.add_argument("--train-per-domain", type=int, default=4000, metavar="N", help="train images (%(default)s)")
     parser.add_argument("--test-per-domain", type=int, default=800, metavar="N", help="test questions (%(default)s)")

@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Dropped, Options, usable_drafts
-from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.files import JSON_SUFFIXES, find_files, find_one, read_values, split_of
-from llava_mole.data.converters.turns import LLAVA_ROLES, check_turns, read_turns
+from llava_mole.data.prepare.drafts import (
+    LLAVA_ROLES,
+    TEXT_ONLY,
+    WITH_IMAGES,
+    Converter,
+    Defects,
+    Draft,
+    Dropped,
+    Options,
+    check_turns,
+    read_turns,
+    usable_drafts,
+)
+from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, find_one, read_values, split_of
 
 _READ = {"id", "image", "images", "conversations"}
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.converters.base import Split
-from llava_mole.data.converters.defects import Defects
 from llava_mole.data.json_stream import iterate_json
+from llava_mole.data.prepare.drafts import Defects, Split
 
 JSON_SUFFIXES = (".json", ".jsonl")
 ARROW_BATCH_ROWS = 64

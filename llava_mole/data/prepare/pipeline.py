@@ -21,12 +21,9 @@ from tqdm import tqdm
 
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.common.log import get_logger
-from llava_mole.data.converters.base import TEXT_ONLY, WITH_IMAGES, Converter, Draft, Options
-from llava_mole.data.converters.defects import Action, Defects
-from llava_mole.data.converters.image_files import CheckImages, Note
-from llava_mole.data.converters.image_stage import ImagePolicy, Journal, Looked, look_at_images
-from llava_mole.data.converters.published import published_counts
-from llava_mole.data.converters.questions import QuestionFiles
+from llava_mole.data.prepare.drafts import TEXT_ONLY, WITH_IMAGES, Action, Converter, Defects, Draft, Options
+from llava_mole.data.prepare.images import CheckImages, ImagePolicy, Journal, Looked, Note, look_at_images
+from llava_mole.data.prepare.report import QuestionFiles, published_counts
 from llava_mole.data.records import is_text
 from llava_mole.data.store import PreparedRow, StoreWriter
 

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.converters.base import Converter, Draft, Dropped, Embedded, Options, Split, usable_drafts
-from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.files import find_files, read_rows, read_values, show, split_of
-from llava_mole.data.converters.turns import check_turns, choose_images, question_and_answer
+from llava_mole.data.prepare.drafts import (
+    Converter,
+    Defects,
+    Draft,
+    Dropped,
+    Embedded,
+    Options,
+    Split,
+    check_turns,
+    choose_images,
+    question_and_answer,
+    usable_drafts,
+)
+from llava_mole.data.prepare.files import find_files, read_rows, read_values, show, split_of
 
 ALIASES: Mapping[str, str] = {
     "image_base64_str": "image",

@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.data.converters.base import Converter, Draft, Dropped, Options, Split, usable_drafts
-from llava_mole.data.converters.defects import Defects
-from llava_mole.data.converters.files import find_files, read_values
-from llava_mole.data.converters.turns import (
+from llava_mole.data.prepare.drafts import (
     CHAT_ROLES,
+    Converter,
+    Defects,
+    Draft,
+    Dropped,
+    Options,
+    Split,
     check_turns,
     choose_images,
     keep_first_marker,
     merge_turns,
     read_turns,
+    usable_drafts,
 )
+from llava_mole.data.prepare.files import find_files, read_values
 
 PRESETS = {
     "official": {

@@ -1,0 +1,1 @@
+"""One module for each kind of raw data that `llava-mole prepare` reads."""
