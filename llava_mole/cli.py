@@ -18,7 +18,7 @@ SUBCOMMANDS = {
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
     "prepare": ("llava_mole.data.prepare.cli", "convert a published or own data set for training"),
     "check-data": ("llava_mole.analysis.check.cli", "look at every record and image of a run before it starts"),
-    "prepare-benchmark": ("llava_mole.eval.prepare_benchmark", "convert a benchmark's official files to questions"),
+    "prepare-benchmark": ("llava_mole.eval.prepare", "convert a benchmark's official files to questions"),
     "convert": (
         "llava_mole.model.interop.convert_command",
         "take LLaVA and Hugging Face checkpoints in, or ours out",

@@ -75,12 +75,12 @@ def _read_fields(kind: Any, value: Any, where: str, key: str, at: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(f"{at} must map keys to values; found {value!r}")
     hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {known.name: known for known in dataclasses.fields(kind)}
     for name in value:
         if name not in fields:
             raise ConfigError(f"{where}: unknown key {prefix}{name}; allowed are {', '.join(fields)}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    for name, known in fields.items():
+        required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
         if required and name not in value:
             raise ConfigError(f"{where}: {prefix}{name} is missing")
     return kind(**{name: _read(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()})

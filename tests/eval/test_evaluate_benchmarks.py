@@ -11,9 +11,10 @@ from eval_models import make_questions
 
 from llava_mole import cli
 from llava_mole.common.errors import EXIT_INTERRUPTED, ConfigError
-from llava_mole.eval import evaluate_benchmarks, questions
+from llava_mole.eval import evaluate as evaluate_benchmarks
+from llava_mole.eval import questions
 from llava_mole.eval.answers import AnswerFile
-from llava_mole.eval.evaluate_benchmarks import output_folder, split_names
+from llava_mole.eval.evaluate import output_folder, split_names
 from llava_mole.inference import Predictor
 
 ROOT = Path(__file__).parent.parent.parent
