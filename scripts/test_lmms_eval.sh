@@ -28,8 +28,8 @@ import json
 import sys
 from pathlib import Path
 
-from llava_mole.eval.benchmark_questions import load_questions
-from llava_mole.eval.registry import get_benchmark
+from llava_mole.eval.benchmarks.benchmark import load_questions
+from llava_mole.eval.benchmarks.benchmark import get_benchmark
 from llava_mole.inference import Predictor
 
 run, results = sys.argv[1:]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_mole.common.errors import DataError
+from llava_mole.eval.benchmarks.benchmark import COUNTED, Benchmark, Number
 from llava_mole.eval.intervals import (
     RESAMPLES,
     SEED,
@@ -22,7 +23,6 @@ from llava_mole.eval.intervals import (
     permutation_p_value,
 )
 from llava_mole.eval.metrics.table import METRICS, Fields
-from llava_mole.eval.registry import COUNTED, Benchmark, Number
 from llava_mole.eval.score import wilson_interval
 
 PERCENT = 100.0

@@ -5,10 +5,9 @@ from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.aggregate import Units, compare_units
+from llava_mole.eval.benchmarks.benchmark import Benchmark, check_benchmark, read_value
 from llava_mole.eval.intervals import RESAMPLES, SEED, holm_adjusted
-from llava_mole.eval.registry import Benchmark, check_benchmark
 from llava_mole.eval.report_runs import Run
-from llava_mole.eval.strict_yaml import read_value
 
 SIGNIFICANT = 0.05
 

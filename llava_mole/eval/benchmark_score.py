@@ -10,7 +10,7 @@ from llava_mole.common.errors import DataError
 from llava_mole.common.text import format_table
 from llava_mole.eval.aggregate import Units, build_units, compute_numbers
 from llava_mole.eval.baseline import read_train_files
-from llava_mole.eval.benchmark_questions import UNKNOWN_VARIANT, BenchmarkQuestions, prompt_suffixes
+from llava_mole.eval.benchmarks.benchmark import UNKNOWN_VARIANT, BenchmarkQuestions, prompt_suffixes
 from llava_mole.eval.intervals import RESAMPLES, SEED
 from llava_mole.eval.metrics.table import METRICS, Fields
 from llava_mole.eval.score import resolve_argument, score_answers

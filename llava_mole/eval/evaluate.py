@@ -21,13 +21,6 @@ from llava_mole.common.log import setup_logging
 from llava_mole.decoding import Decoding
 from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.baseline import read_train_files
-from llava_mole.eval.benchmark_questions import (
-    DATA_ROOT,
-    DEFAULT_VARIANT,
-    BenchmarkQuestions,
-    load_questions,
-    prompt_suffix,
-)
 from llava_mole.eval.benchmark_report import build_benchmarks
 from llava_mole.eval.benchmark_score import (
     check_answers,
@@ -37,10 +30,19 @@ from llava_mole.eval.benchmark_score import (
     format_benchmark,
     score_benchmark,
 )
+from llava_mole.eval.benchmarks.benchmark import (
+    DATA_ROOT,
+    DEFAULT_VARIANT,
+    BenchmarkQuestions,
+    get_benchmark,
+    list_benchmarks,
+    load_questions,
+    prompt_suffix,
+)
+from llava_mole.eval.benchmarks.submission import SUFFIXES, WRITERS, check_submission
 from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, describe_run, load_predictor
 from llava_mole.eval.questions import Question, check_images, read_questions
 from llava_mole.eval.ranks import joined_ranks
-from llava_mole.eval.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.report_formats import to_text
 from llava_mole.eval.report_runs import Run, read_json_object
 from llava_mole.eval.score import (
@@ -51,7 +53,6 @@ from llava_mole.eval.score import (
     score_answers,
     write_scores,
 )
-from llava_mole.eval.submission import SUFFIXES, WRITERS, check_submission
 
 if TYPE_CHECKING:
     from llava_mole.inference import Predictor

@@ -12,10 +12,17 @@ from tempfile import TemporaryDirectory
 
 from llava_mole.common.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import write_text_atomically
-from llava_mole.eval.benchmark_questions import DATA_ROOT, PREPARED, BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmark_score import check_scorable, file_digest
+from llava_mole.eval.benchmarks.benchmark import (
+    DATA_ROOT,
+    PREPARED,
+    Benchmark,
+    BenchmarkQuestions,
+    get_benchmark,
+    list_benchmarks,
+    load_questions,
+)
 from llava_mole.eval.converters import CONVERTERS
-from llava_mole.eval.registry import Benchmark, get_benchmark, list_benchmarks
 
 SOURCES_LISTED = 50
 

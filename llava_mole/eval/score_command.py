@@ -6,12 +6,11 @@ from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.eval.answers import read_answers, write_bytes_atomically, write_text_atomically
-from llava_mole.eval.benchmark_questions import DATA_ROOT, load_questions
 from llava_mole.eval.benchmark_score import check_answers, dump_scores, file_digest, format_benchmark, score_benchmark
+from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, get_benchmark, list_benchmarks, load_questions
+from llava_mole.eval.benchmarks.submission import WRITERS
 from llava_mole.eval.questions import parse_named_file
-from llava_mole.eval.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.score import SCORE_SUFFIX, check_outputs
-from llava_mole.eval.submission import WRITERS
 
 
 @command

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from llava_mole.eval.registry import get_benchmark
+from llava_mole.eval.benchmarks.benchmark import get_benchmark
 
 TASKS = Path(__file__).parents[2] / "llava_mole" / "eval" / "lmms_tasks"
 FILES = sorted(TASKS.glob("*.yaml"))

@@ -21,9 +21,8 @@ from benchmark_layouts import (
 )
 
 from llava_mole import cli
-from llava_mole.eval.benchmark_questions import load_questions
 from llava_mole.eval.benchmark_score import score_benchmark
-from llava_mole.eval.registry import get_benchmark
+from llava_mole.eval.benchmarks.benchmark import get_benchmark, load_questions
 
 
 @pytest.mark.parametrize("case", CASES)

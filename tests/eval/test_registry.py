@@ -7,8 +7,16 @@ import yaml
 
 from llava_mole import cli
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.eval.benchmark_questions import load_questions, prompt_suffix
-from llava_mole.eval.registry import REPOSITORY, Benchmark, BenchmarkData, Number, get_benchmark, list_benchmarks
+from llava_mole.eval.benchmarks.benchmark import (
+    REPOSITORY,
+    Benchmark,
+    BenchmarkData,
+    Number,
+    get_benchmark,
+    list_benchmarks,
+    load_questions,
+    prompt_suffix,
+)
 
 EXPECTED = {
     *("tiny", "tiny_ehub", "tiny_ehub_sets", "chartqa", "docvqa", "docvqa_val", "infographicsvqa", "tabfact", "wtq"),

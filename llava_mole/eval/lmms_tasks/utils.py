@@ -10,9 +10,8 @@ from typing import Any
 from PIL.Image import Image
 
 from llava_mole.data.images import load_image
-from llava_mole.eval.benchmark_questions import BenchmarkQuestions, load_questions
+from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions, get_benchmark, load_questions
 from llava_mole.eval.metrics.table import METRICS
-from llava_mole.eval.registry import get_benchmark
 
 Document = Mapping[str, Any]
 

@@ -4,13 +4,94 @@ A new benchmark is a new file, and a new function in `eval/metrics/` if no metri
 """
 
 import dataclasses
+import hashlib
+import json
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llava_mole.common.errors import ConfigError
+import yaml
+
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.metrics.table import METRICS, get_metric
-from llava_mole.eval.strict_yaml import load_yaml
+from llava_mole.eval.questions import Question, parse_named_file, read_question_lines
+
+T = TypeVar("T")
+LARGEST = 1e308
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML's own reader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for n, key in enumerate(keys):
+            if key in keys[:n]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path, kind: type[T]) -> T:
+    """The dataclass `kind` from the file.
+
+    Raises:
+        ConfigError: unreadable file, unknown, repeated or missing key, or value of another type; the message names it.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return read_value(kind, value, f"{path}")
+
+
+def read_value(kind: type[T], value: Any, where: str) -> T:
+    """The dataclass `kind` from plain values. Raises ConfigError as `load_yaml` does; `where` begins the message."""
+    return typing.cast(T, _read(kind, value, where, ""))
+
+
+def _read(kind: Any, value: Any, where: str, key: str) -> Any:
+    """`value` as a `kind`, which is a dataclass, list[...], dict[str, ...], a union with None, or a plain type."""
+    at = f"{where}: {key or 'the file'}"
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _read(next(a for a in arguments if a is not type(None)), value, where, key)
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, value, where, key, at)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{at} must be a list; found {value!r}")
+        return [_read(arguments[0], item, where, f"{key}[{n}]") for n, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{at} must map names to values; found {value!r}")
+        return {name: _read(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) < LARGEST:  # NaN is no JSON
+            raise ConfigError(f"{at} must be a finite number; found {value!r}")
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{at} must be {kind.__name__}; found {value!r}")
+    return value
+
+
+def _read_fields(kind: Any, value: Any, where: str, key: str, at: str) -> Any:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{at} must map keys to values; found {value!r}")
+    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    fields = {known.name: known for known in dataclasses.fields(kind)}
+    for name in value:
+        if name not in fields:
+            raise ConfigError(f"{where}: unknown key {prefix}{name}; allowed are {', '.join(fields)}")
+    for name, known in fields.items():
+        required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise ConfigError(f"{where}: {prefix}{name} is missing")
+    return kind(**{name: _read(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()})
+
 
 ANY_GROUP = "*"
 GROUP = "{group}"
@@ -165,8 +246,8 @@ def get_benchmark(name_or_path: str) -> Benchmark:
 
 def check_benchmark(benchmark: Benchmark, where: str) -> None:
     """Raise ConfigError that names what refers to something that is not there."""
+    from llava_mole.eval.benchmarks.submission import WRITERS
     from llava_mole.eval.converters import CONVERTERS
-    from llava_mole.eval.submission import WRITERS
 
     def fail(problem: str) -> None:
         raise ConfigError(f"{where}: {problem}")
@@ -225,3 +306,113 @@ def _check_number(benchmark: Benchmark, name: str, number: Number, expanded: dic
             fail(f"{reference!r}: the benchmark does not use a metric {metric!r}")
         if fieldname not in (*METRICS[metric].fields, COUNTED):
             fail(f"{reference!r}: {metric} has {', '.join(METRICS[metric].fields)} and {COUNTED}")
+
+
+DATA_ROOT = Path("playground/data")
+PREPARED = "prepared.json"
+"""Written by `prepare-benchmark` beside the questions: where the images are, and what was converted."""
+DEFAULT_VARIANT = "default"
+UNKNOWN_VARIANT = "unknown"
+
+
+@dataclass(frozen=True)
+class BenchmarkQuestions:
+    """A benchmark's questions, without the prompt's suffix."""
+
+    benchmark: Benchmark
+    files: list[str]
+    """`[GROUP=]FILE` each."""
+    questions: list[Question]
+    """Their domain is the group."""
+    lines: list[dict[str, Any]]
+    """Each question's whole line, in the same order."""
+    image_folder: Path
+    root: Path
+    """The benchmark's folder."""
+
+    def fingerprint(self) -> str:
+        """Identity of the question set with its gold answers: sha256 over all lines."""
+        digest = hashlib.sha256()
+        for question, line in zip(self.questions, self.lines, strict=True):
+            digest.update(json.dumps([question.domain, line], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def asked(self, variant: str = DEFAULT_VARIANT) -> list[Question]:
+        """The questions with the suffix of a prompt variant at the end."""
+        suffix = prompt_suffix(self.benchmark, variant)
+        return [dataclasses.replace(question, text=question.text + suffix) for question in self.questions]
+
+
+def prompt_suffixes(benchmark: Benchmark) -> dict[str, str]:
+    """Suffix by variant, the default first."""
+    return {DEFAULT_VARIANT: benchmark.prompt.suffix, **benchmark.prompt.variants}
+
+
+def prompt_suffix(benchmark: Benchmark, variant: str) -> str:
+    """Raises ConfigError for a variant the benchmark does not have."""
+    suffixes = prompt_suffixes(benchmark)
+    if variant not in suffixes:
+        raise ConfigError(
+            f"--prompt-variant {variant!r}: benchmark {benchmark.name} has the variants {', '.join(suffixes)}"
+        )
+    return suffixes[variant]
+
+
+def load_questions(
+    benchmark: Benchmark,
+    *,
+    data_root: Path = DATA_ROOT,
+    files: list[str] | None = None,
+    image_folder: Path | None = None,
+) -> BenchmarkQuestions:
+    """Read a benchmark's question files.
+
+    Args:
+        files: `[GROUP=]FILE` to read in place of the benchmark's own.
+        image_folder: In place of the benchmark's own.
+
+    Raises:
+        DataError: no such file (the message says how to get it), a malformed line, a repeated id, a group that the
+            benchmark does not have.
+    """
+    folder = data_root / benchmark.data.folder
+    if files is None:
+        files = [_below(folder, argument) for argument in benchmark.data.questions]
+        for argument in files:
+            path = parse_named_file(argument)[1]
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; {_how_to_get(benchmark)}")
+    found = read_question_lines(files)
+    questions = [question for question, _ in found]
+    for question in questions:
+        if benchmark.groups and question.domain not in benchmark.groups:
+            raise DataError(
+                f"{question.where}: group {question.domain!r}; benchmark {benchmark.name} has the groups "
+                f"{', '.join(benchmark.groups)} ('category' names it)"
+            )
+    if image_folder is None:
+        image_folder = _prepared_images(parse_named_file(files[0])[1].parent) or folder / benchmark.data.images
+    return BenchmarkQuestions(benchmark, files, questions, [line for _, line in found], image_folder, folder)
+
+
+def _below(folder: Path, argument: str) -> str:
+    group, separator, name = argument.rpartition("=")
+    return f"{group}{separator}{folder / name}"
+
+
+def _how_to_get(benchmark: Benchmark) -> str:
+    if benchmark.data.converter:
+        return f"`llava-mole prepare-benchmark {benchmark.name} --raw DIR` writes it from {benchmark.data.source}"
+    return benchmark.data.source or "give --questions FILE"
+
+
+def _prepared_images(folder: Path) -> Path | None:
+    path = folder / PREPARED
+    if not path.is_file():
+        return None
+    try:
+        return Path(json.loads(path.read_text(encoding="utf-8"))["image_folder"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error!r}); prepare the benchmark again, or give --image-folder"
+        ) from None

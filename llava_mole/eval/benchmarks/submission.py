@@ -9,7 +9,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.eval.benchmark_questions import BenchmarkQuestions
+from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions
 from llava_mole.eval.metrics.normalise import m4c_normalise
 from llava_mole.eval.questions import read_json_lines
 

@@ -1,0 +1,1 @@
+"""Benchmarks: their YAML schema, their questions and their submission files."""
