@@ -22,7 +22,7 @@ from llava_mole.eval.benchmarks.benchmark import (
     list_benchmarks,
     load_questions,
 )
-from llava_mole.eval.converters import CONVERTERS
+from llava_mole.eval.benchmarks.official import CONVERTERS
 
 SOURCES_LISTED = 50
 

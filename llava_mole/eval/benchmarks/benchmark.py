@@ -246,8 +246,8 @@ def get_benchmark(name_or_path: str) -> Benchmark:
 
 def check_benchmark(benchmark: Benchmark, where: str) -> None:
     """Raise ConfigError that names what refers to something that is not there."""
+    from llava_mole.eval.benchmarks.official import CONVERTERS
     from llava_mole.eval.benchmarks.submission import WRITERS
-    from llava_mole.eval.converters import CONVERTERS
 
     def fail(problem: str) -> None:
         raise ConfigError(f"{where}: {problem}")

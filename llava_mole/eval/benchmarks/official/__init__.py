@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from llava_mole.eval.converters import documents, general, multiple_choice, tiny_ehub
-from llava_mole.eval.converters.base import Converted
+from llava_mole.eval.benchmarks.official import documents, general, multiple_choice
+from llava_mole.eval.benchmarks.official.base import Converted
 
 CONVERTERS: Mapping[str, Callable[[Path, Mapping[str, str]], Converted]] = {
-    "tiny_ehub": tiny_ehub.convert,
+    "tiny_ehub": general.tiny_ehub,
     "chart_qa": documents.chart_qa,
     "ureader": documents.ureader,
     "due_anls": documents.due_anls,

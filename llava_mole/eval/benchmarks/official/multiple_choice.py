@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_mole.common.errors import DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.eval.answers import write_bytes_atomically
-from llava_mole.eval.converters.base import (
+from llava_mole.eval.benchmarks.official.base import (
     LETTER,
     Converted,
     Line,

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
-from llava_mole.eval.converters.base import Converted, Line, find, need, need_list, option, read_lines, read_list
+from llava_mole.eval.benchmarks.official.base import (
+    Converted,
+    Line,
+    find,
+    need,
+    need_list,
+    option,
+    read_lines,
+    read_list,
+)
 
 IMAGES = ("ureader_images", "images", ".")
 DUE = ("benchmark_files/DUE", "DUE", "meta")

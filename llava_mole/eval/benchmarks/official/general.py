@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
-from llava_mole.eval.converters.base import (
+from llava_mole.eval.benchmarks.official.base import (
     SHORT_ANSWER,
     Converted,
     Line,
@@ -176,3 +176,35 @@ def llava_questions(raw: Path, options: Mapping[str, str]) -> Converted:
         line["text"] = without(str(need(line, "text", f"{path}:{n + 1}")), options.get("suffix", ""))
         line.pop("category", None)
     return Converted(lines, find(raw, *option(options, "images").split(), "."), [path])
+
+
+DATASET = "dataset.json"
+
+
+def tiny_ehub(raw: Path, options: Mapping[str, str]) -> Converted:
+    """Every folder that `options["folders"]` names, `FOLDER=GROUP` or `FOLDER`, blank-separated.
+
+    A `dataset.json` is a list of `{"image_path", "question", "gt_answers": text or list}`; `image_path` may name
+    folders of the machine where it was made, of which the last part counts.
+    """
+    lines: list[Line] = []
+    sources = []
+    for entry in option(options, "folders").split():
+        folder, _, group = entry.partition("=")
+        path = raw / folder / DATASET
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; Tiny LVLM-eHub has a folder {folder} with {DATASET} in it")
+        sources.append(path)
+        for number, item in enumerate(read_list(path)):
+            where = f"{path}: item {number}"
+            golds = need(item, "gt_answers", where)
+            lines.append(
+                {
+                    "question_id": f"{folder}-{number}",
+                    "image": f"{folder}/{Path(str(need(item, 'image_path', where))).name}",
+                    "text": need(item, "question", where),
+                    "category": group or folder,
+                    "answers": [str(gold) for gold in golds] if isinstance(golds, list) else [str(golds)],
+                }
+            )
+    return Converted(lines, raw, sources)
