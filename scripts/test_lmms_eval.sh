@@ -22,7 +22,7 @@ fi
 rm -rf "$out/results"
 echo "== lmms-eval $("$python" -c 'from importlib.metadata import version; print(version("lmms-eval"))')"
 "$python" -m lmms_eval --model llava_mole --model_args "pretrained=$run,device=cpu" --tasks llava_mole_tiny \
-  --include_path llava_mole/eval/lmms_tasks --limit "$limit" --batch_size 8 --log_samples --output_path "$out/results"
+  --include_path llava_mole/eval/lmms_eval --limit "$limit" --batch_size 8 --log_samples --output_path "$out/results"
 "$python" - "$run" "$out/results" <<'PY'
 import json
 import sys

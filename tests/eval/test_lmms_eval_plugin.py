@@ -16,7 +16,7 @@ from PIL import Image
 from llava_mole.common.errors import ConfigError
 from llava_mole.inference import Predictor
 
-NAME = "llava_mole.eval.lmms_eval_plugin"
+NAME = "llava_mole.eval.lmms_eval.plugin"
 
 
 class FakeBase:

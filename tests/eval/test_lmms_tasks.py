@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_mole.eval.benchmarks.benchmark import get_benchmark
 
-TASKS = Path(__file__).parents[2] / "llava_mole" / "eval" / "lmms_tasks"
+TASKS = Path(__file__).parents[2] / "llava_mole" / "eval" / "lmms_eval"
 FILES = sorted(TASKS.glob("*.yaml"))
 
 
