@@ -21,7 +21,6 @@ from llava_mole.common.log import setup_logging
 from llava_mole.decoding import Decoding
 from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.baseline import read_train_files
-from llava_mole.eval.benchmark_report import build_benchmarks
 from llava_mole.eval.benchmark_score import (
     check_answers,
     check_scorable,
@@ -43,8 +42,8 @@ from llava_mole.eval.benchmarks.submission import SUFFIXES, WRITERS, check_submi
 from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, describe_run, load_predictor
 from llava_mole.eval.questions import Question, check_images, read_questions
 from llava_mole.eval.ranks import joined_ranks
-from llava_mole.eval.report_formats import to_text
-from llava_mole.eval.report_runs import Run, read_json_object
+from llava_mole.eval.report.compare import Run, build_benchmarks, read_json_object
+from llava_mole.eval.report.formats import to_text
 from llava_mole.eval.score import (
     SCORE_SUFFIX,
     check_references,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava_mole import cli
-from llava_mole.eval.report import build_report, compare, expert_shares
-from llava_mole.eval.report_runs import read_runs
+from llava_mole.eval.report.cli import build_report, compare, expert_shares
+from llava_mole.eval.report.compare import read_runs
 from llava_mole.eval.score import accuracy
 
 DOMAINS = ("general", "document")

@@ -18,11 +18,10 @@ from llava_mole.common.errors import ConfigError, DataError, command
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import format_table
 from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
-from llava_mole.eval.benchmark_report import build_benchmarks
 from llava_mole.eval.metrics.exact import plain_exact
 from llava_mole.eval.questions import parse_named_file, read_questions
-from llava_mole.eval.report_formats import to_latex, to_markdown, to_text
-from llava_mole.eval.report_runs import read_json_object, read_runs
+from llava_mole.eval.report.compare import build_benchmarks, read_json_object, read_runs
+from llava_mole.eval.report.formats import to_latex, to_markdown, to_text
 from llava_mole.eval.score import format_accuracy
 
 logger = get_logger(__name__)
@@ -282,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_report(out: Path, report: Mapping[str, Any], text: str) -> list[Path]:
     """Write every form of the report that there is something for. Returns the files."""
-    from llava_mole.eval.figure import draw_accuracies, draw_benchmarks
+    from llava_mole.eval.report.figure import draw_accuracies, draw_benchmarks
 
     texts = {"report.txt": text + "\n", "report.json": json.dumps(report, indent=2) + "\n"}
     benchmarks = report.get("benchmarks")

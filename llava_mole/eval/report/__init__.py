@@ -1,0 +1,1 @@
+"""`llava-mole report`: scored runs compared in one table."""
