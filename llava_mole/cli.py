@@ -12,7 +12,7 @@ SUBCOMMANDS = {
     "train": ("llava_mole.train.train", "train one stage: CONFIG.yaml [--key value ...]"),
     "chat": ("llava_mole.serve.cli", "talk with a model about an image"),
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
-    "score": ("llava_mole.eval.score_command", "score answers that exist by a benchmark's published rules"),
+    "score": ("llava_mole.eval.scoring.cli", "score answers that exist by a benchmark's published rules"),
     "report": ("llava_mole.eval.report.cli", "compare scored runs in one table"),
     "plan": ("llava_mole.analysis.plan.cli", "work out memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),

@@ -20,15 +20,6 @@ from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.decoding import Decoding
 from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
-from llava_mole.eval.baseline import read_train_files
-from llava_mole.eval.benchmark_score import (
-    check_answers,
-    check_scorable,
-    dump_scores,
-    file_digest,
-    format_benchmark,
-    score_benchmark,
-)
 from llava_mole.eval.benchmarks.benchmark import (
     DATA_ROOT,
     DEFAULT_VARIANT,
@@ -44,12 +35,19 @@ from llava_mole.eval.questions import Question, check_images, read_questions
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import Run, build_benchmarks, read_json_object
 from llava_mole.eval.report.formats import to_text
-from llava_mole.eval.score import (
+from llava_mole.eval.scoring.score import (
     SCORE_SUFFIX,
+    check_answers,
     check_references,
+    check_scorable,
+    dump_scores,
+    file_digest,
+    format_benchmark,
     format_scores,
+    read_train_files,
     resolve_argument,
     score_answers,
+    score_benchmark,
     write_scores,
 )
 

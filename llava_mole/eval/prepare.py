@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 from llava_mole.common.errors import ConfigError, DataError, command
 from llava_mole.eval.answers import write_text_atomically
-from llava_mole.eval.benchmark_score import check_scorable, file_digest
 from llava_mole.eval.benchmarks.benchmark import (
     DATA_ROOT,
     PREPARED,
@@ -23,6 +22,7 @@ from llava_mole.eval.benchmarks.benchmark import (
     load_questions,
 )
 from llava_mole.eval.benchmarks.official import CONVERTERS
+from llava_mole.eval.scoring.score import check_scorable, file_digest
 
 SOURCES_LISTED = 50
 

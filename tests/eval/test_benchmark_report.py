@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from llava_mole import cli
-from llava_mole.eval.benchmark_score import dump_scores, score_benchmark
 from llava_mole.eval.benchmarks.benchmark import get_benchmark, load_questions
 from llava_mole.eval.report.compare import build_benchmarks, read_runs
 from llava_mole.eval.report.figure import draw_benchmarks
 from llava_mole.eval.report.formats import format_p, to_latex, to_markdown, to_text
+from llava_mole.eval.scoring.score import dump_scores, score_benchmark
 
 RIGHT = {"mix": 10, "mole": 18}
 COUNT = 20

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from llava_mole.common.errors import DataError
-from llava_mole.eval.aggregate import Units, compare_units
-from llava_mole.eval.benchmark_score import dump_scores, format_benchmark, score_benchmark, score_units
 from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions, get_benchmark, load_questions
+from llava_mole.eval.scoring.aggregate import Units, compare_units
+from llava_mole.eval.scoring.score import dump_scores, format_benchmark, score_benchmark, score_units
 
 
 def loaded(folder: Path, name: str, lines: list[dict]) -> BenchmarkQuestions:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from llava_mole.eval.intervals import (
+from llava_mole.eval.scoring.intervals import (
     bootstrap_sums,
     difference_interval,
     group_sums,

@@ -21,8 +21,8 @@ from benchmark_layouts import (
 )
 
 from llava_mole import cli
-from llava_mole.eval.benchmark_score import score_benchmark
 from llava_mole.eval.benchmarks.benchmark import get_benchmark, load_questions
+from llava_mole.eval.scoring.score import score_benchmark
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,7 +8,7 @@ import pytest
 from llava_mole import cli
 from llava_mole.eval.report.cli import build_report, compare, expert_shares
 from llava_mole.eval.report.compare import read_runs
-from llava_mole.eval.score import accuracy
+from llava_mole.eval.scoring.score import accuracy
 
 DOMAINS = ("general", "document")
 RIGHT = {"stage1": (40, 30), "lora": (80, 45), "mole": (90, 20)}

@@ -8,7 +8,7 @@ import pytest
 from benchmark_answers import command, write_answers, write_chart
 
 from llava_mole import cli
-from llava_mole.eval.score import main
+from llava_mole.eval.scoring.score import main
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from llava_mole.eval.metrics.exact import plain_exact
 from llava_mole.eval.questions import parse_named_file, read_questions
 from llava_mole.eval.report.compare import build_benchmarks, read_json_object, read_runs
 from llava_mole.eval.report.formats import to_latex, to_markdown, to_text
-from llava_mole.eval.score import format_accuracy
+from llava_mole.eval.scoring.score import format_accuracy
 
 logger = get_logger(__name__)
 

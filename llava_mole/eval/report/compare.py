@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.eval.aggregate import Units, compare_units
 from llava_mole.eval.benchmarks.benchmark import Benchmark, check_benchmark, read_value
-from llava_mole.eval.intervals import RESAMPLES, SEED, holm_adjusted
-from llava_mole.eval.score import SCORE_SUFFIX
+from llava_mole.eval.scoring.aggregate import Units, compare_units
+from llava_mole.eval.scoring.intervals import RESAMPLES, SEED, holm_adjusted
+from llava_mole.eval.scoring.score import SCORE_SUFFIX
 
 DOMAIN_KEYS = ("domains", "model_path", "questions", "image_folder", "answers", "routing")
 BENCHMARK_KEYS = ("numbers", "primary", "definition", "per_question", "question_set", "prompt", "total")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_mole.common.text import format_table
-from llava_mole.eval.benchmark_score import format_number
 from llava_mole.eval.report.compare import SIGNIFICANT
+from llava_mole.eval.scoring.score import format_number
 
 NOTHING = "-"
 Row = list[str]

@@ -153,3 +153,24 @@ def difference_interval(
     one = statistic({name: sums[:, : width[name]] for name, sums in joint.items()})
     two = statistic({name: sums[:, width[name] :] for name, sums in joint.items()})
     return percentile_interval(two - one)
+
+
+Z_95 = 1.959963984540054
+"""Two-sided 95% quantile of the normal distribution."""
+
+
+def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, both ends in 0..1; (0, 1) for no observation.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    """
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    # At 0 and at n right answers one end is exactly 0 or 1; rounding must not move it.
+    low = 0.0 if correct == 0 else max(0.0, centre - half)
+    high = 1.0 if correct == total else min(1.0, centre + half)
+    return low, high

@@ -6,11 +6,18 @@ from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.eval.answers import read_answers, write_bytes_atomically, write_text_atomically
-from llava_mole.eval.benchmark_score import check_answers, dump_scores, file_digest, format_benchmark, score_benchmark
 from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, get_benchmark, list_benchmarks, load_questions
 from llava_mole.eval.benchmarks.submission import WRITERS
 from llava_mole.eval.questions import parse_named_file
-from llava_mole.eval.score import SCORE_SUFFIX, check_outputs
+from llava_mole.eval.scoring.score import (
+    SCORE_SUFFIX,
+    check_answers,
+    check_outputs,
+    dump_scores,
+    file_digest,
+    format_benchmark,
+    score_benchmark,
+)
 
 
 @command

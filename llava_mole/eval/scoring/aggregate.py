@@ -9,7 +9,8 @@ import numpy as np
 
 from llava_mole.common.errors import DataError
 from llava_mole.eval.benchmarks.benchmark import COUNTED, Benchmark, Number
-from llava_mole.eval.intervals import (
+from llava_mole.eval.metrics.table import METRICS, Fields
+from llava_mole.eval.scoring.intervals import (
     RESAMPLES,
     SEED,
     Array,
@@ -21,9 +22,8 @@ from llava_mole.eval.intervals import (
     mcnemar_exact,
     percentile_interval,
     permutation_p_value,
+    wilson_interval,
 )
-from llava_mole.eval.metrics.table import METRICS, Fields
-from llava_mole.eval.score import wilson_interval
 
 PERCENT = 100.0
 

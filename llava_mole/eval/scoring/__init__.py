@@ -1,0 +1,1 @@
+"""Scores of answers: metrics applied to questions, aggregated, with intervals."""
