@@ -30,7 +30,7 @@ from pathlib import Path
 
 from llava_mole.eval.benchmarks.benchmark import load_questions
 from llava_mole.eval.benchmarks.benchmark import get_benchmark
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 run, results = sys.argv[1:]
 (samples,) = Path(results).rglob("*samples_llava_mole_tiny.jsonl")

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from llava_mole.common.distributed import is_main_process, on_main
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import setup_logging
-from llava_mole.decoding import Decoding
 from llava_mole.eval.answers import read_answers, refuse_existing, write_bytes_atomically, write_text_atomically
 from llava_mole.eval.benchmarks.benchmark import (
     DATA_ROOT,
@@ -30,7 +29,7 @@ from llava_mole.eval.benchmarks.benchmark import (
     prompt_suffix,
 )
 from llava_mole.eval.benchmarks.submission import SUFFIXES, WRITERS, check_submission
-from llava_mole.eval.model_vqa import add_model_arguments, answer_questions, describe_run, load_predictor
+from llava_mole.eval.model_vqa import answer_questions, describe_run
 from llava_mole.eval.questions import Question, check_images, read_questions
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import Run, build_benchmarks, read_json_object
@@ -50,9 +49,11 @@ from llava_mole.eval.scoring.score import (
     score_benchmark,
     write_scores,
 )
+from llava_mole.inference.decoding import Decoding
+from llava_mole.inference.predictor import add_model_arguments, load_predictor
 
 if TYPE_CHECKING:
-    from llava_mole.inference import Predictor
+    from llava_mole.inference.predictor import Predictor
 
 
 @dataclass(frozen=True)

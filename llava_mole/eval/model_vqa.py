@@ -19,35 +19,14 @@ from typing import TYPE_CHECKING, Any
 from llava_mole.common.distributed import get_rank, get_world_size, is_main_process, on_main
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import setup_logging
-from llava_mole.decoding import Decoding
 from llava_mole.eval.answers import AnswerFile, answer_record, refuse_existing
 from llava_mole.eval.questions import Question, check_images, naming, read_questions, take_chunk, windows
 from llava_mole.eval.ranks import joined_ranks, share_of_rank
-from llava_mole.model.quantization import add_quantization_arguments
+from llava_mole.inference.decoding import Decoding
+from llava_mole.inference.predictor import add_model_arguments, load_predictor
 
 if TYPE_CHECKING:
-    from llava_mole.inference import Predictor
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say how the model is loaded, batched and decoded."""
-    parser.add_argument("--model-base", metavar="DIR", help="language model, where it has moved since training")
-    parser.add_argument("--conv-mode", metavar="TEMPLATE", help="default: the template stored in the checkpoint")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
-    parser.add_argument("--top_p", "--top-p", type=float)
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=_batch_size, default=16)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is for GPUs")
-    add_quantization_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
-
-
-def _batch_size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
-    return int(text)
+    from llava_mole.inference.predictor import Predictor
 
 
 def model_id(path: Path) -> str:
@@ -183,20 +162,6 @@ def _read_chunk(args: argparse.Namespace) -> Sequence[Question]:
             raise ConfigError(f"--routing-stats and --answers-file are both {args.answers_file}; name two files")
         refuse_existing(Path(args.routing_stats), overwrite=True)  # one that exists may be of the run that goes on
     return questions
-
-
-def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
-    """The model that the options of `add_model_arguments` describe."""
-    from llava_mole.inference import Predictor
-
-    return Predictor.from_pretrained(
-        model_path,
-        model_base=args.model_base,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        template=args.conv_mode,
-    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from llava_mole.eval.questions import Question, naming, windows
 from llava_mole.eval.ranks import share_of_rank
 
 if TYPE_CHECKING:
-    from llava_mole.inference import Batch, Predictor
+    from llava_mole.inference.predictor import Batch, Predictor
 
 MODALITIES = ("all", "image", "text")
 

@@ -6,7 +6,6 @@ quantised then, so a base model has one fingerprint however it is used. Imports 
 they are needed: whether a run can start is asked without them.
 """
 
-import argparse
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from llava_mole.config import Quantization
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
 
 OUTLIER_THRESHOLD = 6.0
 """8 bits: columns of the input with a larger value are multiplied in 16 bits (LLM.int8(), section 3.2)."""
@@ -116,16 +116,3 @@ def _quantized(
     if linear.bias is not None:
         quantized.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
     return quantized.train(linear.training)
-
-
-def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--load-4bit`, `--load-8bit`, `--load-full`: into `quantization`, which is None without them (as trained)."""
-    group = parser.add_mutually_exclusive_group()
-    for name, value, text in (
-        ("4bit", "4bit", "the language model in 4 bits (extra quant); default: as it was in training"),
-        ("8bit", "8bit", "in 8 bits"),
-        ("full", "none", "not quantised, also where it was in training"),
-    ):
-        group.add_argument(
-            f"--load-{name}", dest="quantization", action="store_const", const=value, default=None, help=text
-        )

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.log import setup_logging
-from llava_mole.decoding import Decoding
-from llava_mole.model.quantization import add_quantization_arguments
+from llava_mole.inference.decoding import Decoding
+from llava_mole.inference.predictor import add_quantization_arguments
 
 if TYPE_CHECKING:
-    from llava_mole.inference import Predictor
+    from llava_mole.inference.predictor import Predictor
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p)
     image = read_image(args.image_file)
-    from llava_mole.inference import Predictor
+    from llava_mole.inference.predictor import Predictor
 
     predictor = Predictor.from_pretrained(
         args.model_path,

@@ -13,9 +13,9 @@ from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.records import Record
 from llava_mole.eval.metrics.exact import plain
 from llava_mole.eval.metrics.overlap import token_f1
-from llava_mole.inference import Predictor
+from llava_mole.inference.batching import encode_prompt
+from llava_mole.inference.predictor import Predictor
 from llava_mole.mole import set_routing_inputs
-from llava_mole.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image

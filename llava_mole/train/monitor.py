@@ -11,7 +11,7 @@ from llava_mole.config import RunConfig
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.hardware import gpu_of_device
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.builder import LoadedModel
 from llava_mole.model.flops import model_shape, training_flops

@@ -26,10 +26,10 @@ import mole_common as common
 
 from llava_mole.config import RunConfig, TrainConfig
 from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.decoding import Decoding
 from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, read_questions, windows
-from llava_mole.inference import Predictor
+from llava_mole.inference.decoding import Decoding
+from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import LoadedModel, attach_adapter, build_image_processor, build_parts
 
 ASSETS = Path(__file__).parents[2] / "playground" / "models" / "tiny"

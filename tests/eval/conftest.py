@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from eval_models import make_checkpoint, make_questions
 
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 
 @pytest.fixture(scope="session")

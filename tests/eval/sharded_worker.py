@@ -4,7 +4,7 @@ import os
 import sys
 
 from llava_mole.eval.model_vqa import main
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 if __name__ == "__main__":
     limit = int(os.environ.get("DIE_AFTER", "-1"))

@@ -7,7 +7,7 @@ import torch
 from tiny_models import make_tokenizer
 
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
-from llava_mole.decoding import AnswerDecoder, RowSampler, RowStop
+from llava_mole.inference.decoding import AnswerDecoder, RowSampler, RowStop
 
 EOS = 2
 TEXTS = [

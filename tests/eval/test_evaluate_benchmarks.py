@@ -15,7 +15,7 @@ from llava_mole.eval import evaluate as evaluate_benchmarks
 from llava_mole.eval import questions
 from llava_mole.eval.answers import AnswerFile
 from llava_mole.eval.evaluate import output_folder, split_names
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent.parent
 

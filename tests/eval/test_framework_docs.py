@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)

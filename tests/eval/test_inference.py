@@ -12,7 +12,7 @@ from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template, place_image_first, render
 from llava_mole.data.tokenization import encode
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 RED, BLUE, GREEN = (Image.new("RGB", (16, 16), color) for color in colors())
 IMAGES = [RED, None, BLUE, RED, GREEN, BLUE]
@@ -69,7 +69,7 @@ def test_closing_a_stream_ends_the_generation(predictor: Predictor, monkeypatch:
         steps.append(len(ids))
         return False
 
-    monkeypatch.setattr("llava_mole.decoding.AnswerDecoder.is_done", is_done)
+    monkeypatch.setattr("llava_mole.inference.decoding.AnswerDecoder.is_done", is_done)
     stream = predictor.stream(RED, "What?", max_new_tokens=400)
     next(stream)
     stream.close()

@@ -11,7 +11,7 @@ from llava_mole.constants import IGNORE_INDEX
 from llava_mole.conversation import Turn, place_image_first, render
 from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 RED = Image.new("RGB", (20, 16), (250, 10, 10))
 ANSWERS = ["red", "a dark blue circle", "yes", "It is green, I think."]

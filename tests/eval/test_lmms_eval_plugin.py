@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 NAME = "llava_mole.eval.lmms_eval.plugin"
 

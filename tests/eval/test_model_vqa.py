@@ -11,13 +11,13 @@ from tiny_models import NUM_IMAGE_TOKENS
 from llava_mole import cli
 from llava_mole.common.errors import EXIT_INTERRUPTED
 from llava_mole.constants import IMAGE_TOKEN_INDEX
-from llava_mole.decoding import Decoding
 from llava_mole.eval import model_vqa, questions
 from llava_mole.eval.answers import AnswerFile
 from llava_mole.eval.model_vqa import answer_questions, main, model_id
 from llava_mole.eval.questions import read_questions
 from llava_mole.eval.routing_stats import collect_routing_stats
-from llava_mole.inference import Predictor
+from llava_mole.inference.decoding import Decoding
+from llava_mole.inference.predictor import Predictor
 
 DECODING = Decoding(max_new_tokens=6)
 

@@ -11,7 +11,7 @@ from interop_tools import close, convert, hf_logits, load, our_logits, reference
 from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model
 
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 
 
 @pytest.mark.parametrize("names", ["old", "new"])

@@ -7,7 +7,7 @@ import pytest
 
 from llava_mole import cli
 from llava_mole.conversation import Turn
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 from llava_mole.serve.cli import main
 
 GREEDY = ["--temperature", "0", "--max-new-tokens", "6", "--device", "cpu"]

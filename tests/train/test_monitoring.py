@@ -15,7 +15,7 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.data.dataset import build_dataset
 from llava_mole.eval.metrics.overlap import token_f1
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import build_image_processor, load_pretrained_model
 from llava_mole.model.flops import model_shape, training_flops
 from llava_mole.train.answering import AnswerCheck, first_of_each_source

@@ -18,7 +18,7 @@ from tiny_models import make_language_model, make_world
 from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.eval import model_vqa
-from llava_mole.inference import Predictor
+from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import attach_adapter, build_parts, load_pretrained_model
 from llava_mole.model.quantization import quantize_linears
 from llava_mole.serve import cli as chat

@@ -15,8 +15,8 @@ from lmms_eval.api.model import lmms
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.log import get_logger
 from llava_mole.config import Quantization
-from llava_mole.decoding import Decoding
-from llava_mole.inference import Predictor
+from llava_mole.inference.decoding import Decoding
+from llava_mole.inference.predictor import Predictor
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance

@@ -4,31 +4,102 @@ A prompt goes the way of a training sample: `conversation.render` -> `tokenizati
 on the left; a sample's answer does not depend on what else is in its batch.
 """
 
+import argparse
 import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_mole.common.errors import ConfigError
+from llava_mole.common.errors import ConfigError, PromptError
 from llava_mole.config import Quantization
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.conversation import Rendered, Template, Turn, render
 from llava_mole.data.chat_template import check_template_name, resolve_template
-from llava_mole.decoding import AnswerDecoder, Decoding, RowStop
-from llava_mole.likelihood import Likelihood, encode_continuation, score_batch
-from llava_mole.model.builder import LoadedModel, load_pretrained_model
-from llava_mole.prompts import (
+from llava_mole.data.tokenization import encode
+from llava_mole.inference.batching import (
     Batch,
     ImagesLike,
     Prompt,
     as_images,
     batches,
     check_pairs,
+    check_room,
+    check_shown,
+    check_text,
     encode_prompt,
     place_images,
 )
+from llava_mole.inference.decoding import AnswerDecoder, Decoding, RowStop
+from llava_mole.model.builder import LoadedModel, load_pretrained_model
+from llava_mole.model.llava_arch import LlavaMole
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What the model thinks of one continuation."""
+
+    logprob: float
+    """Sum of the log probabilities (natural logarithm) of its tokens, given the prompt and each other."""
+    is_greedy: bool
+    """Whether greedy decoding would write exactly these tokens."""
+    tokens: int
+
+
+def encode_continuation(
+    loaded: LoadedModel, template: Template, turns: Sequence[Turn], continuation: str, position: int, with_end: bool
+) -> tuple[list[int], int]:
+    """Ids of the conversation with `continuation` as its last answer, and how many of them, at the end, are scored.
+
+    The answer is rendered and tokenized as in training, so its first token holds the space that the template puts in
+    front of it. Without `with_end` the ids end where the answer's text does.
+
+    Raises:
+        PromptError: the continuation is empty, or fills the context; a template that does not show all images.
+    """
+    if not continuation.strip():
+        raise PromptError(position, "its continuation is empty; give the text whose probability is asked for")
+    rendered = render(template, [*turns, Turn("assistant", continuation)])
+    check_text(rendered.text, position)
+    start, end = rendered.answer_spans[-1]
+    if not with_end:
+        end -= len(template.answer_end)
+    only_this = Rendered(rendered.text[:end], ((start, end),))
+    encoded = encode(only_this, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
+    given = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    check_shown(template, encoded.num_images, given, position)
+    check_room(loaded, len(encoded.input_ids) - 1, position)
+    return encoded.input_ids, encoded.num_supervised
+
+
+def score_batch(model: LlavaMole, batch: Batch, scored: Sequence[int]) -> list[Likelihood]:
+    """Likelihoods of the last `scored[n]` tokens of each row of a left-padded batch."""
+    causal_lm: Any = model.causal_lm
+    longest = max(scored)
+    position_ids = (batch.attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        # Rows end together, so the last positions of all of them hold what is asked for; the head computes no others.
+        logits = causal_lm(
+            inputs_embeds=model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features),
+            attention_mask=batch.attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        ).logits[:, :-1]
+        target_BN = batch.input_ids[:, -longest:]
+        logprob_BN = logits.float().log_softmax(dim=-1).gather(-1, target_BN.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        greedy_BN = logits.argmax(dim=-1) == target_BN
+    return [
+        Likelihood(float(logprob_BN[row, -count:].double().sum()), bool(greedy_BN[row, -count:].all()), count)
+        for row, count in enumerate(scored)
+    ]
 
 
 class Predictor:
@@ -273,3 +344,51 @@ def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:
     if len(marker) == 1:
         ids += marker
     return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how the model is loaded, batched and decoded."""
+    parser.add_argument("--model-base", metavar="DIR", help="language model, where it has moved since training")
+    parser.add_argument("--conv-mode", metavar="TEMPLATE", help="default: the template stored in the checkpoint")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
+    parser.add_argument("--top_p", "--top-p", type=float)
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=_batch_size, default=16)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is for GPUs")
+    add_quantization_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
+
+
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
+    return int(text)
+
+
+def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
+    """The model that the options of `add_model_arguments` describe."""
+    from llava_mole.inference.predictor import Predictor
+
+    return Predictor.from_pretrained(
+        model_path,
+        model_base=args.model_base,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        template=args.conv_mode,
+    )
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--load-4bit`, `--load-8bit`, `--load-full`: into `quantization`, which is None without them (as trained)."""
+    group = parser.add_mutually_exclusive_group()
+    for name, value, text in (
+        ("4bit", "4bit", "the language model in 4 bits (extra quant); default: as it was in training"),
+        ("8bit", "8bit", "in 8 bits"),
+        ("full", "none", "not quantised, also where it was in training"),
+    ):
+        group.add_argument(
+            f"--load-{name}", dest="quantization", action="store_const", const=value, default=None, help=text
+        )

@@ -1,0 +1,1 @@
+"""From prompt to answer, for training, evaluation and serving."""
