@@ -20,10 +20,10 @@ SUBCOMMANDS = {
     "check-data": ("llava_mole.analysis.check.cli", "look at every record and image of a run before it starts"),
     "prepare-benchmark": ("llava_mole.eval.prepare", "convert a benchmark's official files to questions"),
     "convert": (
-        "llava_mole.model.interop.convert_command",
+        "llava_mole.interop.cli",
         "take LLaVA and Hugging Face checkpoints in, or ours out",
     ),
-    "inspect": ("llava_mole.model.inspection", "say what a directory or weight file is and holds"),
+    "inspect": ("llava_mole.interop.inspect", "say what a directory or weight file is and holds"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole.model.interop.convert_command import FORMATS, _parser
+from llava_mole.interop.cli import FORMATS, _parser
 
 TEXT = (Path(__file__).parents[2] / "docs" / "interop.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"`(llava-mole convert [^`]+)`", TEXT)

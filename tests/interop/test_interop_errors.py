@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model
 
 from llava_mole import cli
-from llava_mole.model.interop import publishing
-from llava_mole.model.interop.causal_lm import fingerprint_language_model
-from llava_mole.model.interop.tensors import open_weights
+from llava_mole.interop import publishing
+from llava_mole.interop.causal_lm import fingerprint_language_model
+from llava_mole.interop.tensors import open_weights
 from llava_mole.model.language_model import load_language_model
 
 

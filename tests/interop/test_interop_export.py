@@ -19,8 +19,8 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template, render
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import encode
-from llava_mole.model.interop.hf_processor import after_image, chat_template
-from llava_mole.model.interop.tensors import open_weights
+from llava_mole.interop.hf_processor import after_image, chat_template
+from llava_mole.interop.tensors import open_weights
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_projector_in_and_out_key_for_key(suffix: str, tmp_path: Path) -> None:
 def test_a_merge_that_changes_logits_is_not_published(
     lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llava_mole.model.interop.lora import Lora
+    from llava_mole.interop.lora import Lora
 
     monkeypatch.setattr(Lora, "merged", lambda self, path, weight: weight)
     assert convert(lora_run, "--to", "llava", "--out", tmp_path / "out") == 2

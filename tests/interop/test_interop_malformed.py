@@ -11,12 +11,12 @@ from released_mole import CASES, golden, make_released
 from safetensors.torch import save_file
 
 from llava_mole.common.errors import WeightsError
+from llava_mole.interop.kinds import find_kind
+from llava_mole.interop.lora import read_lora
+from llava_mole.interop.names import split_llava, split_llava_hf
+from llava_mole.interop.released import read_released
+from llava_mole.interop.sources import read_source
 from llava_mole.model.builder import load_projector
-from llava_mole.model.interop.kinds import find_kind
-from llava_mole.model.interop.llava_keys import split_llava, split_llava_hf
-from llava_mole.model.interop.lora import read_lora
-from llava_mole.model.interop.released import read_released
-from llava_mole.model.interop.sources import read_source
 from llava_mole.model.multimodal_projector import build_projector
 
 LINEARS = {"model.layers.0.mlp.up_proj": (3, 2)}

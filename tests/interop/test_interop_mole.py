@@ -15,7 +15,7 @@ from tiny_models import NUM_IMAGE_TOKENS
 from torch import Tensor
 
 from llava_mole.constants import IMAGE_TOKEN_INDEX
-from llava_mole.model.interop.own import open_own
+from llava_mole.interop.own import open_own
 from llava_mole.mole import MoleMlp
 
 PAIRS = [*((case, "sparse") for case in CASES), *((case, "dense") for case in CASES[2:8:3])]

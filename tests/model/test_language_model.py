@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_language_model
 
 from llava_mole.common.errors import WeightsError
-from llava_mole.model.interop.causal_lm import fingerprint_language_model
+from llava_mole.interop.causal_lm import fingerprint_language_model
 from llava_mole.model.language_model import load_language_model
 
 NORM = "model.layers.1.input_layernorm.weight"

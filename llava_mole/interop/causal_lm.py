@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from llava_mole.common.errors import WeightsError
+from llava_mole.interop.tensors import ShardWriter, Weights, check_shapes, open_weights, read_json, shorten
 from llava_mole.model.fingerprint import fingerprint_in_order
-from llava_mole.model.interop.publishing import ShardWriter
-from llava_mole.model.interop.tensors import Weights, check_shapes, open_weights, read_json, shorten
 from llava_mole.model.language_model import check_language_model_dir, load_language_model
 
 TOKENIZER_FILES = (

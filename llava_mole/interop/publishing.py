@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_mole.common.errors import UserError, WeightsError
-from llava_mole.model.interop.kinds import KINDS, find_kind
-from llava_mole.model.interop.publishing import LABEL_FILE, fsync
+from llava_mole.interop.kinds import KINDS, find_kind
+from llava_mole.interop.tensors import LABEL_FILE, fsync
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import torch
 from llava_mole.common.errors import ConfigError, WeightsError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.conversation import TOKENIZER_TEMPLATE, get_template
-from llava_mole.model.interop import exporting
-from llava_mole.model.interop.exporting import ExportOptions
-from llava_mole.model.interop.importing import ImportOptions, import_checkpoint
-from llava_mole.model.interop.kinds import KINDS, find_kind
+from llava_mole.interop import exporting
+from llava_mole.interop.exporting import ExportOptions
+from llava_mole.interop.importing import ImportOptions, import_checkpoint
+from llava_mole.interop.kinds import KINDS, find_kind
 
 FORMATS = {
     "checkpoint": "a run directory of llava_mole, from LLaVA-1.5 (full, LoRA, projector), llava-hf or the authors' .pt",

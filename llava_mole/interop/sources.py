@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from llava_mole.common.errors import WeightsError
-from llava_mole.model.interop.causal_lm import Skeleton, language_model_config
-from llava_mole.model.interop.clip_keys import open_clip_config
-from llava_mole.model.interop.kinds import NON_LORA_FILE, OUR_PROJECTOR, Found, find_kind
-from llava_mole.model.interop.llava_keys import HF_ADAPTER, Parts, split_llava, split_llava_hf
-from llava_mole.model.interop.lora import Lora, is_adapter_dir, read_lora
-from llava_mole.model.interop.tensors import Weights, check_finite, open_weights, read_json, shorten
+from llava_mole.interop.causal_lm import Skeleton, language_model_config
+from llava_mole.interop.kinds import NON_LORA_FILE, OUR_PROJECTOR, Found, find_kind
+from llava_mole.interop.lora import Lora, is_adapter_dir, read_lora
+from llava_mole.interop.names import HF_ADAPTER, Parts, split_llava, split_llava_hf
+from llava_mole.interop.tensors import Weights, check_finite, open_weights, read_json, shorten
+from llava_mole.interop.towers import open_clip_config
 
 LLAVA_FLAT = {"mm_patch_merge_type": ("flat", None), "s2": (False, None), "mm_use_im_start_end": (False, None)}
 """Keys of LLaVA's config.json -> the values that mean LLaVA-1.5's architecture."""

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import WeightsError
+from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES
+from llava_mole.interop.lora import ADAPTER_CONFIG, is_adapter_dir
+from llava_mole.interop.names import split_llava
+from llava_mole.interop.tensors import SUFFIXES, Weights, find_weights, open_weights, read_json
+from llava_mole.interop.towers import CLIP_TYPES, is_open_clip_dir
 from llava_mole.model.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from llava_mole.model.checkpoint import MANIFEST, list_checkpoints
-from llava_mole.model.interop.causal_lm import LLAVA_MODEL_TYPES
-from llava_mole.model.interop.llava_keys import split_llava
-from llava_mole.model.interop.lora import ADAPTER_CONFIG, is_adapter_dir
-from llava_mole.model.interop.tensors import SUFFIXES, Weights, find_weights, open_weights, read_json
-from llava_mole.model.interop.towers import CLIP_TYPES, is_open_clip_dir
 
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.bin"

@@ -16,9 +16,9 @@ import torch
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.config import AdapterConfig
-from llava_mole.model.interop.kinds import Found
-from llava_mole.model.interop.sources import Source, projector_kind
-from llava_mole.model.interop.tensors import Weights, check_finite, check_shapes, open_weights, shorten, two_spellings
+from llava_mole.interop.kinds import Found
+from llava_mole.interop.sources import Source, projector_kind
+from llava_mole.interop.tensors import Weights, check_finite, check_shapes, open_weights, shorten, two_spellings
 from llava_mole.model.multimodal_projector import ENDS
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp)\.moe_(gate|up|down)\.(\d+)\.lora_([AB])")

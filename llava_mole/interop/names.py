@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llava_mole.common.errors import WeightsError
-from llava_mole.model.interop.tensors import shorten, two_spellings
+from llava_mole.interop.tensors import shorten, two_spellings
 
 LLAVA_PROJECTOR = "model.mm_projector."
 LLAVA_TOWER = "model.vision_tower.vision_tower.vision_model."

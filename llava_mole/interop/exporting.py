@@ -11,16 +11,12 @@ from typing import Any
 import torch
 
 from llava_mole.common.errors import ConfigError, WeightsError
-from llava_mole.model.interop.approximate import parse_expert, write_approximation
-from llava_mole.model.interop.causal_lm import LLAVA_MODEL_TYPES, copy_tokenizer
-from llava_mole.model.interop.hf_processor import (
-    embeddings_to_grow,
-    llava_config,
-    tokenizer_with_image,
-    write_processor,
-)
-from llava_mole.model.interop.kinds import NON_LORA_FILE, PROJECTOR_FILE, find_kind
-from llava_mole.model.interop.llava_keys import (
+from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES, copy_tokenizer
+from llava_mole.interop.hf_processor import embeddings_to_grow, llava_config, tokenizer_with_image, write_processor
+from llava_mole.interop.kinds import NON_LORA_FILE, PROJECTOR_FILE, find_kind
+from llava_mole.interop.lora import Lora, write_lora
+from llava_mole.interop.merging import Extra, Naming, check_merge, parse_expert, write_approximation, write_model
+from llava_mole.interop.names import (
     HF_ADAPTER,
     LLAVA_PROJECTOR,
     LORA_WRAPPER,
@@ -28,14 +24,11 @@ from llava_mole.model.interop.llava_keys import (
     llava_hf_name,
     llava_name,
 )
-from llava_mole.model.interop.lora import Lora, write_lora
-from llava_mole.model.interop.merging import Extra, Naming, check_merge, write_model
-from llava_mole.model.interop.own import OwnCheckpoint, llava_projector, open_own, read_projector
-from llava_mole.model.interop.publishing import save_pickle, write_label
-from llava_mole.model.interop.sources import read_source
-from llava_mole.model.interop.target import check_target, publish
-from llava_mole.model.interop.tensors import read_json
-from llava_mole.model.interop.towers import Tower, hugging_face_state, open_tower, write_hugging_face, write_open_clip
+from llava_mole.interop.own import OwnCheckpoint, llava_projector, open_own, read_projector
+from llava_mole.interop.publishing import check_target, publish
+from llava_mole.interop.sources import read_source
+from llava_mole.interop.tensors import read_json, save_pickle, write_label
+from llava_mole.interop.towers import Tower, hugging_face_state, open_tower, write_hugging_face, write_open_clip
 
 TOWER_DIR = "vision_tower"
 
@@ -324,6 +317,6 @@ def _any_tower(path: Path, name: str | None, options: ExportOptions) -> tuple[To
     source = read_source(path)
     if not source.tower_names or source.tower_config is None:
         raise WeightsError(f"{path} ({found.kind}) does not hold a whole vision tower; convert the tower's directory")
-    from llava_mole.model.interop.towers import tower_from_parts
+    from llava_mole.interop.towers import tower_from_parts
 
     return tower_from_parts(source.tower_state(), source.tower_config, path), source.aspect_ratio or "pad"

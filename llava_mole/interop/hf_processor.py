@@ -7,9 +7,9 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.constants import CLIP_MEAN, CLIP_STD, DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import TOKENIZER_TEMPLATE, Template, get_template
 from llava_mole.data.tokenization import load_tokenizer
+from llava_mole.interop.own import OwnCheckpoint
+from llava_mole.interop.towers import clip_vision_config
 from llava_mole.model.builder import TOKENIZER_DIR
-from llava_mole.model.interop.clip_keys import clip_vision_config
-from llava_mole.model.interop.own import OwnCheckpoint
 
 
 def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:

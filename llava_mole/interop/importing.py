@@ -25,19 +25,18 @@ from llava_mole.config import (
     save_config,
 )
 from llava_mole.data.tokenization import load_tokenizer
+from llava_mole.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model
+from llava_mole.interop.kinds import find_kind
+from llava_mole.interop.lora import write_lora
+from llava_mole.interop.publishing import check_target, publish
+from llava_mole.interop.released import check_base_weights, check_experts, read_released, write_experts
+from llava_mole.interop.sources import LanguageModelPart, Source, read_adapter, read_source
+from llava_mole.interop.tensors import check_shapes, open_weights, read_json, write_label
+from llava_mole.interop.towers import CONFIG_FILE as TOWER_CONFIG
+from llava_mole.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
+from llava_mole.interop.towers import Tower, open_tower, tower_fingerprint, tower_from_parts, write_open_clip
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
 from llava_mole.model.checkpoint import write_checkpoint
-from llava_mole.model.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model
-from llava_mole.model.interop.kinds import find_kind
-from llava_mole.model.interop.lora import write_lora
-from llava_mole.model.interop.publishing import write_label
-from llava_mole.model.interop.released import check_base_weights, check_experts, read_released, write_experts
-from llava_mole.model.interop.sources import LanguageModelPart, Source, read_adapter, read_source
-from llava_mole.model.interop.target import check_target, publish
-from llava_mole.model.interop.tensors import check_shapes, open_weights, read_json
-from llava_mole.model.interop.towers import CONFIG_FILE as TOWER_CONFIG
-from llava_mole.model.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
-from llava_mole.model.interop.towers import Tower, open_tower, tower_fingerprint, tower_from_parts, write_open_clip
 from llava_mole.model.multimodal_projector import build_projector
 
 LANGUAGE_MODEL_DIR, VISION_TOWER_DIR = "language_model", "vision_tower"

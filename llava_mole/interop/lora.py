@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llava_mole.common.errors import WeightsError
-from llava_mole.model.interop.tensors import check_finite, check_shapes, open_weights, read_json, shorten, two_spellings
+from llava_mole.interop.tensors import check_finite, check_shapes, open_weights, read_json, shorten, two_spellings
 from llava_mole.mole.plain_lora import ending, not_plain, pattern_value, scaling
 
 ADAPTER_CONFIG = "adapter_config.json"

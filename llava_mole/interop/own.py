@@ -8,6 +8,10 @@ import torch
 
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.config import RunConfig, load_config
+from llava_mole.interop.causal_lm import Skeleton, fingerprint_language_model
+from llava_mole.interop.lora import Lora, read_lora
+from llava_mole.interop.tensors import Weights, open_weights, read_json
+from llava_mole.interop.towers import Tower, open_tower, tower_fingerprint
 from llava_mole.model.builder import (
     ADAPTER_DIR,
     CONFIG_FILE,
@@ -17,10 +21,6 @@ from llava_mole.model.builder import (
     locate_parts,
 )
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
-from llava_mole.model.interop.causal_lm import Skeleton, fingerprint_language_model
-from llava_mole.model.interop.lora import Lora, read_lora
-from llava_mole.model.interop.tensors import Weights, open_weights, read_json
-from llava_mole.model.interop.towers import Tower, open_tower, tower_fingerprint
 
 
 @dataclass
