@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llava_mole.common.errors import WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.model.fingerprint import fingerprint
 
 
@@ -70,3 +70,38 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
     )
     model.requires_grad_(False)
     return model, fingerprint(model.state_dict().items())
+
+
+Recompute = Literal["none", "every_n", "all"]
+
+
+def decoder_layers(causal_lm: Any) -> list[Any]:
+    """The decoder layers of a transformers causal LM, in order.
+
+    Raises:
+        ConfigError: the architecture keeps them in no known place.
+    """
+    decoder = causal_lm.get_decoder()
+    for name in ("layers", "h"):
+        if hasattr(decoder, name):
+            return list(getattr(decoder, name))
+    raise ConfigError(f"{type(causal_lm).__name__} keeps its layers in no known place")
+
+
+def set_recompute(causal_lm: Any, policy: Recompute, every: int) -> None:
+    """Recompute activations in the backward pass: in no layer, in layers 0, n, 2n, ..., or in all.
+
+    Always non-re-entrant: the re-entrant kind would silently give the router no gradient from the balance loss.
+    """
+    if policy == "none":
+        return
+    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = decoder_layers(causal_lm)
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = policy == "all" or index % every == 0
+
+
+def compile_layers(causal_lm: Any, backend: str = "inductor") -> None:
+    """Compile every decoder layer by itself, for lengths that vary: one compilation serves all layers and steps."""
+    for layer in decoder_layers(causal_lm):
+        layer.compile(dynamic=True, backend=backend)

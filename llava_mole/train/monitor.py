@@ -10,11 +10,10 @@ from llava_mole.common.distributed import all_reduce_sum
 from llava_mole.config import RunConfig
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.hardware import gpu_of_device
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.builder import LoadedModel
-from llava_mole.model.flops import model_shape, training_flops
+from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.answering import AnswerCheck
 from llava_mole.train.gradients import GradientNorms

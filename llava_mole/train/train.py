@@ -44,7 +44,7 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
         load_projector,
         start_from,
     )
-    from llava_mole.model.layers import compile_layers, set_recompute
+    from llava_mole.model.language_model import compile_layers, set_recompute
     from llava_mole.model.packed_attention import enable_packing
     from llava_mole.model.quantization import quantize_linears
     from llava_mole.train.metrics import Tracker

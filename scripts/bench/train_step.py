@@ -21,10 +21,9 @@ import mole_common as common
 
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import Example, collate_packed
-from llava_mole.hardware import gpu_of_device
 from llava_mole.model.adapters import add_adapter, trainable_parameters
-from llava_mole.model.flops import model_shape, training_flops
-from llava_mole.model.layers import set_recompute
+from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
+from llava_mole.model.language_model import set_recompute
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import VisionTower
 from llava_mole.model.multimodal_projector import build_projector

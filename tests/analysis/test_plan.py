@@ -16,10 +16,9 @@ from llava_mole.analysis.plan.lengths import KNOWN_SOURCES, source_lengths
 from llava_mole.analysis.plan.plan import Plan, make_plan
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.config import load_config, parse_run_config
-from llava_mole.hardware import GIB, GPUS, find_gpu, gpu_of_device
 from llava_mole.model.adapters import parameter_report
 from llava_mole.model.builder import attach_adapter, build_parts
-from llava_mole.model.flops import model_shape
+from llava_mole.model.flops import GIB, GPUS, find_gpu, gpu_of_device, model_shape
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ import pytest
 from llava_mole import cli
 from llava_mole.analysis.plan.lengths import KNOWN_SOURCES
 from llava_mole.data.prepare import cli as prepare
-from llava_mole.hardware import GPUS
+from llava_mole.model.flops import GPUS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llava_mole.model.layers import compile_layers, set_recompute
+from llava_mole.model.language_model import compile_layers, set_recompute
 from llava_mole.model.packed_attention import enable_packing, packed_arguments
 
 

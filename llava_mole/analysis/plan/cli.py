@@ -12,7 +12,7 @@ from llava_mole.analysis.plan.plan import Plan
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.config import parse_run_config
-from llava_mole.hardware import find_gpu
+from llava_mole.model.flops import find_gpu
 
 FIGURE = "plan.png"
 

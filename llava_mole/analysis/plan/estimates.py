@@ -8,8 +8,7 @@ from llava_mole.analysis.plan.memory import Precision, Row, Strategy, memory_ite
 from llava_mole.analysis.plan.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
 from llava_mole.config import RunConfig, check_batch, deepspeed_config
 from llava_mole.data.batching import assign_step
-from llava_mole.hardware import Gpu
-from llava_mole.model.flops import ModelShape
+from llava_mole.model.flops import Gpu, ModelShape
 from llava_mole.model.head_loss import CHUNK_ELEMENTS
 
 Batching = Literal["padded", "grouped", "packed"]
