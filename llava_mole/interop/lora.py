@@ -11,7 +11,7 @@ import torch
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.interop.tensors import check_finite, check_shapes, open_weights, read_json, shorten, two_spellings
-from llava_mole.mole.plain_lora import ending, not_plain, pattern_value, scaling
+from llava_mole.mole.surgery import ending, not_plain, pattern_value, scaling
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")

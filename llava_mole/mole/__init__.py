@@ -3,23 +3,20 @@
 Importing this package registers the method, which `PeftModel.from_pretrained` needs too.
 """
 
-from llava_mole.mole.auxiliary import (
-    active_config,
+from llava_mole.mole.config import PRESETS, MoleConfig
+from llava_mole.mole.layer import MoleLinear, MoleMlp
+from llava_mole.mole.loss import (
+    balance_loss,
     collect_routing,
-    find_tuner,
     mole_after_step,
     mole_auxiliary_loss,
     mole_drop_step,
     mole_let_non_finite_pass,
     set_routing_inputs,
+    z_loss,
 )
-from llava_mole.mole.config import PRESETS, MoleConfig
-from llava_mole.mole.layer import MoleLinear, MoleMlp
-from llava_mole.mole.loss import balance_loss, choice_counts, z_loss
-from llava_mole.mole.model import MoleModel
-from llava_mole.mole.record import Routing, RoutingInputs
-from llava_mole.mole.register import register_mole
-from llava_mole.mole.stats import RoutingMeter, routing_load
+from llava_mole.mole.model import MoleModel, active_config, find_tuner, register_mole
+from llava_mole.mole.routing import Routing, RoutingInputs, RoutingMeter, choice_counts, routing_load
 
 register_mole()
 

@@ -14,13 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.mole.compute import ExpertMix, ffn_with_experts, lora_linear
-from llava_mole.mole.experts import ExpertStack, LoraPair
+from llava_mole.mole.experts import ExpertMix, ExpertStack, LoraPair, ffn_with_experts, lora_linear
 from llava_mole.mole.ffn import FfnLayout, linear_widths
-from llava_mole.mole.gating import GateOptions, make_gate
-from llava_mole.mole.record import RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
-from llava_mole.mole.router import Gate, Router, router_dtype
-from llava_mole.mole.state import RouterState
+from llava_mole.mole.router import Gate, GateOptions, Router, RouterState, make_gate, router_dtype
+from llava_mole.mole.routing import RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
 
 _NO_MERGE = (
     "a mixture of experts cannot be merged into the base weights: which expert acts depends on the token. Export a "

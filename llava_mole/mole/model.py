@@ -1,18 +1,42 @@
 """The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them."""
 
+import hashlib
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.mole import ffn
-from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.fingerprint import base_fingerprint
-from llava_mole.mole.gating import GateOptions
+from llava_mole.mole.config import PEFT_TYPE, MoleConfig
 from llava_mole.mole.layer import AdaptedLayer, FfnOptions, MoleLinear, MoleMlp
-from llava_mole.mole.record import RoutingInputs
+from llava_mole.mole.router import GateOptions
+from llava_mole.mole.routing import RoutingInputs
+
+_SAMPLE = 64
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """sha256 (16 hex digits) over shapes and a sample of the embedding and of every one-dimensional float parameter.
+
+    Those stay unquantized in 4-bit and 8-bit models, and their values are compared after rounding to bfloat16.
+    None where weights cannot be read (meta device, parameters partitioned over ranks).
+    """
+    digest = hashlib.sha256()
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    named = [] if embedding is None else [("embedding", next(embedding.parameters(), None))]
+    named += [(name, p) for name, p in model.named_parameters() if "mole_" not in name and p.dim() == 1]
+    for name, parameter in named:
+        if parameter is None or not parameter.is_floating_point():
+            continue
+        if parameter.device.type == "meta" or parameter.numel() == 0:
+            return None
+        digest.update(f"{name.replace('base_layer.', '')}:{tuple(parameter.shape)[-1]}".encode())
+        sample = parameter.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class MoleModel(BaseTuner):
@@ -230,3 +254,46 @@ def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tenso
     for key in state_dict:
         if ".mole_" in key and key not in own:
             raise WeightsError(f"the adapter holds {key}, which this model has no place for; is it another base model?")
+
+
+_TABLES = {
+    "PEFT_TYPE_TO_CONFIG_MAPPING": MoleConfig,
+    "PEFT_TYPE_TO_TUNER_MAPPING": MoleModel,
+    "PEFT_TYPE_TO_PREFIX_MAPPING": MoleModel.prefix,
+}
+
+
+def register_mole() -> None:
+    """Enter MoLE in PEFT's tables; calling it again changes nothing.
+
+    PEFT's own `register_peft_method` accepts only names in its `PeftType` enumeration. That is a string enumeration,
+    so its tables look a plain string up just as well.
+
+    Raises:
+        ImportError: PEFT keeps no such tables any more.
+    """
+    import peft.mapping
+
+    for table, value in _TABLES.items():
+        mapping = getattr(peft.mapping, table, None)
+        if not isinstance(mapping, dict):
+            raise ImportError(
+                f"peft {peft.__version__} has no table peft.mapping.{table}, where MoLE registers itself; "
+                "install a version of peft that this package names in its dependencies"
+            )
+        mapping[PEFT_TYPE] = value
+
+
+def find_tuner(model: nn.Module) -> MoleModel | None:
+    """The MoLE tuner inside `model` (a PeftModel, or anything that contains one), or None."""
+    return next((module for module in model.modules() if isinstance(module, MoleModel)), None)
+
+
+def active_config(model: nn.Module) -> MoleConfig | None:
+    """The configuration of the active adapter; None without MoLE."""
+    tuner = find_tuner(model)
+    if tuner is None:
+        return None
+    names = tuner.active_adapters
+    config = tuner.peft_config.get(names[0]) if names else None
+    return config if isinstance(config, MoleConfig) else None

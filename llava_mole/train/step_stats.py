@@ -8,7 +8,7 @@ import torch
 
 from llava_mole.common.distributed import all_reduce_sum
 from llava_mole.mole import Routing, RoutingMeter
-from llava_mole.mole.stats import routing_entropy, routing_margin
+from llava_mole.mole.routing import routing_entropy, routing_margin
 
 _TOTALS = ("loss", "auxiliary", "supervised_tokens", "tokens", "samples")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_mole.mole.backends import Backend, Dense, Gathered, GroupedGemm, Masked, Pairs, Slices
-from llava_mole.mole.compute import build_backend, choose_backend
+from llava_mole.mole.experts import build_backend, choose_backend
+from llava_mole.mole.kernels import Backend, Dense, Gathered, GroupedGemm, Masked, Pairs, Slices
 from llava_mole.mole.router import Gate
 
 T, IN, OUT, K, R = 13, 8, 12, 4, 3

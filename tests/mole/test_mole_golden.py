@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llava_mole.mole import MoleConfig, MoleMlp, Routing, balance_loss
 from llava_mole.mole.ffn import find_layout
 from llava_mole.mole.model import add_experts
-from llava_mole.mole.record import RoutingInputs
+from llava_mole.mole.routing import RoutingInputs
 
 
 class GatedMlp(nn.Module):

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from llava_mole.mole import MoleConfig, Routing, RoutingMeter, collect_routing, mole_auxiliary_loss
-from llava_mole.mole.stats import routing_entropy, routing_margin
+from llava_mole.mole.routing import routing_entropy, routing_margin
 
 
 def fixed(index: list[list[int]]) -> Routing:
