@@ -15,7 +15,7 @@ SUBCOMMANDS = {
     "score": ("llava_mole.eval.scoring.cli", "score answers that exist by a benchmark's published rules"),
     "report": ("llava_mole.eval.report.cli", "compare scored runs in one table"),
     "plan": ("llava_mole.analysis.plan.cli", "work out memory, FLOPs and hours of a run before it starts"),
-    "plot": ("llava_mole.analysis.plot_command", "draw a run's metrics"),
+    "plot": ("llava_mole.train.plot", "draw a run's metrics"),
     "prepare": ("llava_mole.data.prepare.cli", "convert a published or own data set for training"),
     "check-data": ("llava_mole.analysis.check.cli", "look at every record and image of a run before it starts"),
     "prepare-benchmark": ("llava_mole.eval.prepare", "convert a benchmark's official files to questions"),

@@ -12,7 +12,7 @@ from tiny_models import make_world
 
 from llava_mole.config import parse_run_config
 from llava_mole.model.builder import attach_adapter, build_parts
-from llava_mole.train.saving import CheckpointWriter, Progress
+from llava_mole.train.checkpointing import CheckpointWriter, Progress
 
 
 def make_checkpoint(

@@ -4,11 +4,13 @@ A step's loss does not depend on how its samples are cut into micro-batches or s
 is computed from counts of the whole step, and the weighted sums of all micro-batches and ranks add up to the loss.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llava_mole.constants import IGNORE_INDEX
+from llava_mole.mole import Routing
 
 
 def next_token_targets(labels_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,3 +58,43 @@ def weigh(
     if reduction == "sample_mean":
         return (sums_B / counts_B.clamp(min=1.0)).sum() / global_samples
     return sums_B.sum() / max(global_tokens, 1.0)
+
+
+def routing_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Arguments of `set_routing_inputs` for gates that do not look at tokens alone.
+
+    The expert or task of a sample is its source. For a packed row everything is given by position, int64 [1, L]; the
+    position of an empty row counts as source 0.
+    """
+    source = batch["source_index"]
+    packed = batch["sample_lengths"] is not None
+    if packed:
+        source = source[batch["sample_index"]] if len(source) else torch.zeros_like(batch["sample_index"])
+    inputs = {
+        "experts": source,
+        "source": source,
+        "task": source,
+        "prompt_mask": batch["attention_mask"] & (batch["labels"] == IGNORE_INDEX),
+    }
+    return {**inputs, "sample_index": batch["sample_index"]} if packed else inputs
+
+
+def per_sample(
+    batch: dict[str, Any], routing: Routing, **masks_BL: torch.Tensor
+) -> tuple[Routing, dict[str, torch.Tensor]]:
+    """Routing and masks (bool [B, L]) with one row a sample: as they are for padded rows, unpacked [N, M] otherwise.
+
+    What is computed from them is then the same however the samples were batched.
+    """
+    lengths = batch["sample_lengths"]
+    if lengths is None:
+        return routing, masks_BL
+    device = batch["input_ids"].device
+    if not batch["ids"]:  # a row without samples: no row is left of it
+        positions_NM = torch.zeros(0, 1, dtype=torch.int64, device=device)
+        return routing.unpack(positions_NM), {name: mask[:, :1][:0] for name, mask in masks_BL.items()}
+    spans = torch.arange(sum(lengths), device=device).split(list(lengths))
+    positions_NM = pad_sequence(spans, batch_first=True)
+    exists_NM = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+    masks = {name: mask.flatten()[positions_NM] & exists_NM for name, mask in masks_BL.items()}
+    return routing.unpack(positions_NM), masks

@@ -3,15 +3,22 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
+from llava_mole.common.distributed import all_reduce_sum
 from llava_mole.common.log import get_logger
 from llava_mole.config import RunConfig, config_to_dict
-
-METRICS_FILE = "metrics.jsonl"
+from llava_mole.mole import Routing, RoutingMeter
+from llava_mole.mole.routing import routing_entropy, routing_margin
 
 logger = get_logger(__name__)
+
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker:
@@ -156,3 +163,127 @@ def _flatten(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             flat[name] = value
     return flat
+
+
+_TOTALS = ("loss", "auxiliary", "supervised_tokens", "tokens", "samples")
+
+
+class StepStats:
+    """Collects on the device; only `reduce` and later methods wait for it."""
+
+    def __init__(self, sources: Sequence[str], device: torch.device):
+        self.sources = sources
+        self.grad_norm = math.nan
+        self._totals = torch.zeros(len(_TOTALS), dtype=torch.float64, device=device)
+        self._source_loss = torch.zeros(len(sources), dtype=torch.float64, device=device)
+        self._source_samples = torch.zeros(len(sources), dtype=torch.float64, device=device)
+        self._meter = RoutingMeter(len(sources))
+        self._certainty: torch.Tensor | None = None  # [2, layers]: entropy and margin, summed over tokens
+
+    def add_batch(self, batch: dict, loss: torch.Tensor, sums_B: torch.Tensor, counts_B: torch.Tensor) -> None:
+        """Add a micro-batch: its share of the loss, and per sample the loss sum and supervised tokens (both [B])."""
+        sizes = (loss, 0.0, counts_B.sum(), batch["attention_mask"].sum(), float(len(counts_B)))
+        for index, value in enumerate(sizes):
+            self._totals[index] += value
+        means_B = (sums_B / counts_B.clamp(min=1.0)).double()
+        member_SB = self._membership(batch["source_index"])
+        self._source_loss += member_SB.double() @ means_B
+        self._source_samples += member_SB.sum(dim=1)
+
+    def add_routing(
+        self,
+        source_B: torch.Tensor,
+        token_mask_BL: torch.Tensor,
+        image_mask_BL: torch.Tensor,
+        routing: Routing,
+        auxiliary: torch.Tensor,
+    ) -> None:
+        """Add a micro-batch's expert choices and its share of the auxiliary loss.
+
+        Args:
+            source_B: int64, source of each sample.
+            token_mask_BL, image_mask_BL: bool, tokens that are not padding, and those of an image; one row a sample.
+            routing: of the same rows.
+            auxiliary: the share.
+        """
+        self._totals[1] += auxiliary
+        self._meter.update(routing, token_mask_BL, image_mask_BL, source_B)
+        tokens = token_mask_BL.sum()
+        added = torch.stack([routing_entropy(routing, token_mask_BL), routing_margin(routing, token_mask_BL)]).double()
+        self._certainty = added * tokens if self._certainty is None else self._certainty + added * tokens
+
+    def reduce(self) -> None:
+        """Sum over ranks; a collective."""
+        for tensor in (self._totals, self._source_loss, self._source_samples, self._meter.counts, self._certainty):
+            if tensor is not None:
+                all_reduce_sum(tensor)
+
+    @property
+    def loss(self) -> float:
+        """The step's language-model loss."""
+        return float(self._totals[0])
+
+    @property
+    def auxiliary(self) -> float:
+        """The step's auxiliary (balance and z-) loss, coefficients included."""
+        return float(self._totals[1])
+
+    def samples_by_source(self) -> dict[str, int]:
+        """Samples of the step per source."""
+        return {name: int(n) for name, n in zip(self.sources, self._source_samples.tolist(), strict=True) if n}
+
+    def entry(self, step: int, rates: dict[str, float], step_s: float, data_wait_s: float) -> dict[str, Any]:
+        """The entry for the tracker.
+
+        Args:
+            step: optimizer steps done.
+            rates: learning rate per parameter group.
+            step_s, data_wait_s: seconds of the whole step, and of it waiting for data.
+        """
+        totals = dict(zip(_TOTALS, self._totals.tolist(), strict=True))
+        samples = self._source_samples.clamp(min=1.0)
+        entry: dict[str, Any] = {
+            "step": step,
+            "loss": totals["loss"],
+            "learning_rate": rates,
+            "grad_norm": self.grad_norm,
+            "source_loss": {
+                name: value
+                for name, value, n in zip(
+                    self.sources, (self._source_loss / samples).tolist(), self._source_samples.tolist(), strict=True
+                )
+                if n
+            },
+            "samples": int(totals["samples"]),
+            "tokens": int(totals["tokens"]),
+            "supervised_tokens": int(totals["supervised_tokens"]),
+            "tokens_per_s": totals["tokens"] / step_s,
+            "step_s": step_s,
+            "data_wait_s": data_wait_s,
+        }
+        if torch.cuda.is_available():
+            entry["max_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if self._meter.counts is not None and self._certainty is not None:
+            entry["auxiliary_loss"] = totals["auxiliary"]
+            entry |= self._routing_entry(self._meter.counts, self._certainty / max(1.0, totals["tokens"]))
+        return entry
+
+    def _routing_entry(self, counts_MSLK: torch.Tensor, certainty_2L: torch.Tensor) -> dict[str, Any]:
+        """Load in all, by modality, source and layer; entropy (nats) and margin of the router by layer."""
+        by_modality, by_source = counts_MSLK.sum(dim=(1, 2)), counts_MSLK.sum(dim=(0, 2))
+        names = {"expert_load_by_modality": ("text", "image"), "expert_load_by_source": self.sources}
+        entry: dict[str, Any] = {"expert_load": _shares(counts_MSLK.sum(dim=(0, 1, 2)))}
+        for (key, parts), counts in zip(names.items(), (by_modality, by_source), strict=True):
+            entry[key] = {name: _shares(own) for name, own in zip(parts, counts, strict=True) if own.sum() > 0}
+        entry["expert_load_by_layer"] = [_shares(own) for own in counts_MSLK.sum(dim=(0, 1))]
+        entry["router_entropy_by_layer"], entry["router_margin_by_layer"] = certainty_2L.tolist()
+        return entry
+
+    def _membership(self, source_B: torch.Tensor) -> torch.Tensor:
+        """Bool [sources, B]: which sample is of which source."""
+        sources = torch.arange(len(self.sources), device=self._totals.device)
+        return sources[:, None] == source_B[None, :]
+
+
+def _shares(counts: torch.Tensor) -> list[float]:
+    return (counts.double() / counts.sum().clamp(min=1)).tolist()

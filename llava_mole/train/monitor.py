@@ -15,10 +15,8 @@ from llava_mole.model.adapters import trainable_parameters
 from llava_mole.model.builder import LoadedModel
 from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.train.answering import AnswerCheck
-from llava_mole.train.gradients import GradientNorms
-from llava_mole.train.runtime import Runtime
-from llava_mole.train.validation import Validator
+from llava_mole.train.strategy import GradientNorms, Runtime
+from llava_mole.train.validation import AnswerCheck, Validator
 
 
 class Monitor:

@@ -11,8 +11,8 @@ from llava_mole.common.distributed import all_gather_objects, is_main_process, o
 from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
 from llava_mole.config import RunConfig, parse_run_config, save_config
+from llava_mole.train.faults import StopRequested, StopSignal, record_exit_code
 from llava_mole.train.preflight import check_inputs
-from llava_mole.train.signals import StopRequested, StopSignal, record_exit_code
 
 logger = get_logger("llava_mole.train.train")  # not __name__, which is __main__ under `python -m`
 
@@ -47,10 +47,7 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
     from llava_mole.model.language_model import compile_layers, set_recompute
     from llava_mole.model.packed_attention import enable_packing
     from llava_mole.model.quantization import quantize_linears
-    from llava_mole.train.metrics import Tracker
-    from llava_mole.train.optim import build_optimizer
-    from llava_mole.train.runtime import prepare, start_runtime
-    from llava_mole.train.saving import (
+    from llava_mole.train.checkpointing import (
         CheckpointWriter,
         Progress,
         check_same_run,
@@ -59,7 +56,9 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
         was_started,
         write_environment,
     )
-    from llava_mole.train.state import load_optimizer_state
+    from llava_mole.train.metrics import Tracker
+    from llava_mole.train.optim import build_optimizer
+    from llava_mole.train.strategy import load_optimizer_state, prepare, start_runtime
     from llava_mole.train.trainer import Trainer
 
     check_inputs(config)

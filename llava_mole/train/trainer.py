@@ -35,20 +35,22 @@ from llava_mole.mole import (
     mole_let_non_finite_pass,
     set_routing_inputs,
 )
-from llava_mole.train.faults import StepGuard, check_ranks_agree
-from llava_mole.train.loss import next_token_targets, sample_losses, weigh
-from llava_mole.train.metrics import METRICS_FILE, Tracker, read_metrics
+from llava_mole.train.checkpointing import CheckpointWriter, Progress, save_together, write_summary
+from llava_mole.train.display import ProgressDisplay, summary_table
+from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, check_ranks_agree, ignore_stop_signals
+from llava_mole.train.loss import next_token_targets, per_sample, routing_inputs, sample_losses, weigh
+from llava_mole.train.metrics import METRICS_FILE, StepStats, Tracker, read_metrics
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import set_learning_rates
-from llava_mole.train.progress import ProgressDisplay
-from llava_mole.train.routing import per_sample, routing_inputs
-from llava_mole.train.runtime import Runtime, micro_batch_context
-from llava_mole.train.saving import CheckpointWriter, Progress, save_together, write_summary
-from llava_mole.train.signals import StopRequested, StopSignal, ignore_stop_signals
-from llava_mole.train.state import gather_optimizer_state
-from llava_mole.train.step_stats import StepStats
-from llava_mole.train.summary import summary_table
-from llava_mole.train.update import apply_gradients, backward, drop_gradients, squared_gradients
+from llava_mole.train.strategy import (
+    Runtime,
+    apply_gradients,
+    backward,
+    drop_gradients,
+    gather_optimizer_state,
+    micro_batch_context,
+    squared_gradients,
+)
 
 logger = get_logger(__name__)
 

@@ -1,18 +1,31 @@
 """The loss on samples that training never sees, per source."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
 
 from llava_mole.common.distributed import all_reduce_sum, get_rank, get_world_size
+from llava_mole.common.errors import PromptError
+from llava_mole.common.log import get_logger
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
+from llava_mole.data.records import Record
+from llava_mole.eval.metrics.exact import plain
+from llava_mole.inference.batching import encode_prompt
+from llava_mole.inference.predictor import Predictor
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import set_routing_inputs
-from llava_mole.train.loss import next_token_targets, sample_losses
-from llava_mole.train.routing import routing_inputs
+from llava_mole.train.loss import next_token_targets, routing_inputs, sample_losses
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = get_logger(__name__)
 
 
 class Validator:
@@ -94,3 +107,103 @@ def padded_batches(positions: Sequence[int], lengths: Sequence[int], row_tokens:
             longest = length
         batches[-1].append(position)
     return batches
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of the shares of shared words, 0..1; words are what blanks separate, after `exact.plain`.
+
+    Two empty texts are equal (1), an empty and another one share nothing (0).
+    """
+    said, wanted = Counter(plain(prediction).split()), Counter(plain(reference).split())
+    shared = sum((said & wanted).values())
+    if not said and not wanted:
+        return 1.0
+    return 2 * shared / (sum(said.values()) + sum(wanted.values()))
+
+
+NEW_TOKENS = 64
+"""Longest answer; training data of short answers and of captions both show within it whether a model learns."""
+BATCH_SIZE = 8
+
+
+class AnswerCheck:
+    """Answers the first question of held-out samples greedily; every rank takes its share of them.
+
+    Args:
+        dataset: The held-out samples.
+        predictor: Around the model in training.
+        count: Samples of each source; fewer where fewer are held out.
+        routes: Whether the model has gates that read facts of the batch, which are those of training until replaced.
+    """
+
+    def __init__(self, dataset: SupervisedDataset, predictor: Predictor, *, count: int, routes: bool) -> None:
+        self._dataset = dataset
+        self._predictor = predictor
+        self._routes = routes
+        self._positions = [
+            position for position in first_of_each_source(dataset, count) if self._fits(*dataset.sample(position))
+        ]
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """`exact` and `f1`, each a mean in 0..1 by source; a collective.
+
+        `exact` is equality in lower case after blanks and one trailing period are removed, `f1` the overlap of words.
+        The model is left in the mode it was in; nothing that training depends on changes.
+        """
+        model = self._predictor.loaded.model
+        names = self._dataset.source_names
+        sums = torch.zeros(3, len(names), dtype=torch.float64, device=model.device)  # exact, f1, samples
+        mine = self._positions[get_rank() :: get_world_size()]
+        was_training = model.training
+        model.eval()
+        if self._routes:
+            set_routing_inputs(model.language_model)
+        try:
+            # A compiled layer would be compiled again for every length of the cache.
+            with torch.compiler.set_stance("force_eager"):
+                for start in range(0, len(mine), BATCH_SIZE):
+                    for source, score in self._score(mine[start : start + BATCH_SIZE]):
+                        sums[:, names.index(source)] += torch.tensor([*score, 1.0], dtype=torch.float64).to(sums)
+        finally:
+            model.train(was_training)
+        exact, f1, counts = all_reduce_sum(sums).tolist()
+        return {
+            "exact": {name: total / n for name, total, n in zip(names, exact, counts, strict=True) if n},
+            "f1": {name: total / n for name, total, n in zip(names, f1, counts, strict=True) if n},
+        }
+
+    def _fits(self, source: str, record: Record, pictures: "Sequence[Image]") -> bool:
+        """Whether the first question leaves room for an answer: where long histories are shortened it may not."""
+        first = record.turns[0].text.count(DEFAULT_IMAGE_TOKEN)
+        try:
+            encode_prompt(self._predictor.loaded, self._predictor.template, record.turns[:1], first, 0)
+        except PromptError as error:
+            logger.warning("validation: %s (%s) is not answered: %s", record.where, source, error.problem)
+            return False
+        return True
+
+    def _score(self, positions: Sequence[int]) -> list[tuple[str, tuple[float, float]]]:
+        samples = [self._dataset.sample(position) for position in positions]
+        prompts = [record.turns[:1] for _, record, _ in samples]
+        # A record may show more images later in its conversation.
+        images = [
+            pictures[: record.turns[0].text.count(DEFAULT_IMAGE_TOKEN)] or None for _, record, pictures in samples
+        ]
+        answers = self._predictor.generate(images, prompts, max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
+        scored = []
+        for (source, record, _), answer in zip(samples, answers, strict=True):
+            wanted = record.turns[1].text
+            scored.append((source, (float(plain(answer) == plain(wanted)), token_f1(answer, wanted))))
+        return scored
+
+
+def first_of_each_source(dataset: SupervisedDataset, count: int) -> list[int]:
+    """Positions of the first `count` samples of each source in the plan's order."""
+    taken: dict[str, int] = {}
+    positions = []
+    for position in range(len(dataset)):
+        source, _ = dataset.plan[position]
+        taken[source] = taken.get(source, 0) + 1
+        if taken[source] <= count:
+            positions.append(position)
+    return positions

@@ -30,8 +30,7 @@ from llava_mole.data.collator import Example, collate, collate_packed
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.packed_attention import enable_packing
 from llava_mole.mole import MoleConfig, collect_routing, mole_auxiliary_loss
-from llava_mole.train.loss import next_token_targets, sample_losses, weigh
-from llava_mole.train.routing import per_sample
+from llava_mole.train.loss import next_token_targets, per_sample, sample_losses, weigh
 
 CONTEXT = 4096
 IMAGE = 576

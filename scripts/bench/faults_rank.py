@@ -26,8 +26,8 @@ import llava_mole.train.train
 import llava_mole.train.trainer
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.model import checkpoint
-from llava_mole.train import saving
-from llava_mole.train.saving import CheckpointWriter
+from llava_mole.train import checkpointing as saving
+from llava_mole.train.checkpointing import CheckpointWriter
 
 PRELOADED = (accelerate, open_clip, peft, torch, transformers)
 FILE_LIMIT = 20_000

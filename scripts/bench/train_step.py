@@ -29,8 +29,7 @@ from llava_mole.model.multimodal_encoder import VisionTower
 from llava_mole.model.multimodal_projector import build_projector
 from llava_mole.model.packed_attention import enable_packing
 from llava_mole.mole import collect_routing, mole_auxiliary_loss
-from llava_mole.train.loss import next_token_targets, sample_losses, weigh
-from llava_mole.train.routing import per_sample
+from llava_mole.train.loss import next_token_targets, per_sample, sample_losses, weigh
 
 VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "plain_lora": ("lora", 1, {}),

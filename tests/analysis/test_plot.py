@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from llava_mole import cli
-from llava_mole.analysis.curves import layer_loads, named_series, names_in, read_entries, smooth
 from llava_mole.common.errors import DataError
+from llava_mole.train.plot import layer_loads, named_series, names_in, read_entries, smooth
 
 ALWAYS = {"loss.png", "source_loss.png", "optimization.png", "throughput.png"}
 

@@ -14,17 +14,14 @@ from tiny_models import make_world
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.data.dataset import build_dataset
-from llava_mole.eval.metrics.overlap import token_f1
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import build_image_processor, load_pretrained_model
 from llava_mole.model.flops import model_shape, training_flops
-from llava_mole.train.answering import AnswerCheck, first_of_each_source
+from llava_mole.train.display import ProgressDisplay, format_seconds, summary_table
 from llava_mole.train.metrics import read_metrics
 from llava_mole.train.monitor import batch_sums, peak_flops
-from llava_mole.train.progress import ProgressDisplay, format_seconds
-from llava_mole.train.summary import summary_table
 from llava_mole.train.train import train
-from llava_mole.train.validation import Validator, padded_batches
+from llava_mole.train.validation import AnswerCheck, Validator, first_of_each_source, padded_batches, token_f1
 
 STEPS, HELD_OUT = 6, 5
 OPTIONS = ["--data.validation_samples", str(HELD_OUT), "--train.validate_every", "4"]

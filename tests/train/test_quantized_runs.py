@@ -147,7 +147,7 @@ def test_task_fine_tuning_may_change_it(world: Path, full: Path) -> None:
 
 def test_an_older_checkpoint_without_the_field_resumes(world: Path, full: Path) -> None:
     from llava_mole.model.checkpoint import MANIFEST, SELF_HASH
-    from llava_mole.train.saving import check_same_run
+    from llava_mole.train.checkpointing import check_same_run
 
     old = world / "old"
     shutil.copytree(full / f"checkpoint-{STEPS}", old)

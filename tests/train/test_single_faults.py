@@ -16,7 +16,8 @@ from tiny_models import make_data, make_language_model, make_world
 from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.common.log import setup_logging
 from llava_mole.config import deepspeed_config, parse_run_config
-from llava_mole.train import faults, signals
+from llava_mole.train import faults
+from llava_mole.train import faults as signals
 from llava_mole.train.faults import TrainingError, check_ranks_agree, parameter_hash
 from llava_mole.train.metrics import Tracker, read_metrics
 from llava_mole.train.train import main, train

@@ -31,7 +31,7 @@ from llava_mole.model.checkpoint import (
     write_checkpoint,
 )
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.train.state import MASTER
+from llava_mole.train.strategy import MASTER
 
 logger = get_logger(__name__)
 
