@@ -92,7 +92,7 @@ def test_assets_are_small_and_as_the_manifest_says():
 
 def test_reduced_build_repeats(tmp_path):
     """The whole chain in a few steps, twice in fresh processes: every file is the same to the byte."""
-    command = [sys.executable, "-m", "llava_mole.tiny.build", "--quick", "--threads", "1", "--out"]
+    command = [sys.executable, "-m", "scripts.tiny_world.build", "--quick", "--threads", "1", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = [
         subprocess.Popen([*command, str(tmp_path / name)], env=environment, stdout=subprocess.DEVNULL)

@@ -21,9 +21,9 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_
 from llava_mole.conversation import Rendered, Turn, get_template, render
 from llava_mole.data.prepare.sources.tiny.world import progress
 from llava_mole.data.tokenization import HFTextTokenizer, encode
-from llava_mole.tiny.text_grids import grid_item
-from llava_mole.tiny.text_items import Item
-from llava_mole.tiny.text_scenes import scene_item
+from scripts.tiny_world.text_grids import grid_item
+from scripts.tiny_world.text_items import Item
+from scripts.tiny_world.text_scenes import scene_item
 
 LOG = get_logger(__name__)
 CONTEXT_LENGTH = 512

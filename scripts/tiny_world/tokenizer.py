@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_mole.conversation import get_template
 from llava_mole.data.prepare.sources.tiny.samples import Sample
-from llava_mole.tiny.language import pretraining_item
+from scripts.tiny_world.language import pretraining_item
 
 VOCABULARY = 1024
 PROMPTS = ("plain", "vicuna_v1", "v1", "llava_v1", "llava_llama_2", "chatml_direct", "mpt")

@@ -6,7 +6,7 @@ teach is where things stand, how to copy, compare and count. No picture is invol
 
 from random import Random
 
-from llava_mole.tiny.text_items import (
+from scripts.tiny_world.text_items import (
     BLANK,
     COLOURS,
     DIGITS,

@@ -2,8 +2,8 @@
 
 from random import Random
 
-from llava_mole.tiny.text_grids import DRILL, chart_text, shape_questions, shape_text, value_questions
-from llava_mole.tiny.text_items import (
+from scripts.tiny_world.text_grids import DRILL, chart_text, shape_questions, shape_text, value_questions
+from scripts.tiny_world.text_items import (
     COLOURS,
     DIGITS,
     NAMES,

@@ -1,4 +1,4 @@
-"""`python -m llava_mole.tiny.build --out playground/models/tiny`: build the small pre-trained models.
+"""`python -m scripts.tiny_world.build --out playground/models/tiny`: build the small pre-trained models.
 
 Three stages, each of which can run alone once the ones before it have run: `tokenizer`, `tower`, `language_model`.
 The same seed, package versions and number of threads give the same files. Nothing is read but easy-VQA's and
@@ -103,7 +103,7 @@ def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool 
         measured[stage] = {key: round(value, 4) for key, value in numbers.items()}
         print(f"  {measured[stage]}", flush=True)
     manifest = {
-        "command": "python -m llava_mole.tiny.build" + (" --quick" if quick else "") + f" --seed {seed}",
+        "command": "python -m scripts.tiny_world.build" + (" --quick" if quick else "") + f" --seed {seed}",
         "seed": seed,
         "threads": threads,
         "machine": platform.machine(),
@@ -119,7 +119,7 @@ def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m llava_mole.tiny.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.tiny_world.build", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("playground/models/tiny"), help="folder (%(default)s)")
     parser.add_argument("--stages", default=",".join(STAGES), help="which, comma-separated (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a reduced run of every stage, for tests")
