@@ -232,7 +232,7 @@ class PreparedRecords(Sequence[Record]):
             raise DataError(f"{self.directory}: damaged, turns cannot be found ({error}); prepare it again") from None
         return np.concatenate(parts)
 
-    def _locate(self, index: int) -> tuple["_Shard", int]:
+    def _locate(self, index: int) -> tuple["_MappedShard", int]:
         size = self._starts[-1]
         position = index + size if index < 0 else index
         if not 0 <= position < size:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import golden_cases
 import pytest
 import torch
+from worlds import golden_cases
 
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.data.collator import Example, collate

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from llama_sentencepiece import LlamaSentencePiece
 from PIL import Image
+from worlds.llama_sentencepiece import LlamaSentencePiece
 
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.config import DataConfig, SourceConfig

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import golden_cases
 import pytest
 import torch
+from worlds import golden_cases
 
 from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn

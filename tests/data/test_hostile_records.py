@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llama_sentencepiece import LlamaSentencePiece
 from PIL import Image
+from worlds.llama_sentencepiece import LlamaSentencePiece
 
 from llava_mole.common.errors import DataError, UserError
 from llava_mole.config import DataConfig, SourceConfig

@@ -8,11 +8,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import golden_cases
 import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageDraw
+from worlds import golden_cases
 
 import llava_mole
 from llava_mole.common.errors import ConfigError, DataError

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_sentencepiece import LlamaSentencePiece
 from PIL import Image
+from worlds.llama_sentencepiece import LlamaSentencePiece
 
 from llava_mole.common.errors import DataError
 from llava_mole.config import DataConfig, SourceConfig

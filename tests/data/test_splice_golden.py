@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import golden_cases
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from worlds import golden_cases
 
 from llava_mole.common.errors import DataError
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX

@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import golden_cases
 import pytest
-from llama_sentencepiece import LlamaSentencePiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from worlds import golden_cases
+from worlds.llama_sentencepiece import LlamaSentencePiece
 
 from llava_mole.common.errors import DataError, WeightsError
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX

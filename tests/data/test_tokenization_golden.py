@@ -4,9 +4,9 @@ import functools
 import re
 from typing import Any
 
-import golden_cases
 import pytest
-from llama_sentencepiece import LlamaSentencePiece
+from worlds import golden_cases
+from worlds.llama_sentencepiece import LlamaSentencePiece
 
 from llava_mole.common.errors import DataError
 from llava_mole.constants import IGNORE_INDEX

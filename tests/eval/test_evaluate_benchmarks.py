@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from eval_models import make_questions
+from worlds.eval_models import make_questions
 
 from llava_mole import cli
 from llava_mole.common.errors import EXIT_INTERRUPTED, ConfigError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_models import make_checkpoint
-from tiny_models import NUM_IMAGE_TOKENS
+from worlds.eval_models import make_checkpoint
+from worlds.tiny_models import NUM_IMAGE_TOKENS
 
 from llava_mole import cli
 from llava_mole.common.errors import EXIT_INTERRUPTED

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from eval_models import make_questions
+from worlds.eval_models import make_questions
 
 from llava_mole import cli
 from llava_mole.eval.model_vqa import main

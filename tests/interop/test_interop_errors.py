@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
-from interop_tools import close, convert, load, our_logits, refused
 from safetensors.torch import load_file, save_file
-from tiny_models import make_language_model
+from worlds.foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
+from worlds.interop_tools import close, convert, load, our_logits, refused
+from worlds.tiny_models import make_language_model
 
 from llava_mole import cli
 from llava_mole.interop import publishing

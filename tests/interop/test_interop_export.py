@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from eval_models import make_checkpoint
-from foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
-from golden_cases import read_bytes
-from interop_tools import close, convert, hf_logits, load, our_logits, refused
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import make_language_model
 from torch import Tensor
+from worlds.eval_models import make_checkpoint
+from worlds.foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
+from worlds.golden_cases import read_bytes
+from worlds.interop_tools import close, convert, hf_logits, load, our_logits, refused
+from worlds.tiny_models import make_language_model
 
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, get_template, render

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_models import VOCABULARY, make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
-from interop_tools import close, convert, hf_logits, load, our_logits, reference_logits
 from safetensors.torch import load_file, save_file
-from tiny_models import make_language_model
+from worlds.foreign_models import VOCABULARY, make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
+from worlds.interop_tools import close, convert, hf_logits, load, our_logits, reference_logits
+from worlds.tiny_models import make_language_model
 
 from llava_mole.inference.predictor import Predictor
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_models import make_checkpoint
-from foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
-from interop_tools import convert
-from released_mole import CASES, golden, make_released
 from safetensors.torch import load_file, save_file
-from tiny_models import make_language_model, make_vision_tower
+from worlds.eval_models import make_checkpoint
+from worlds.foreign_models import make_clip, make_llava, make_llava_hf, make_llava_lora, projector_state
+from worlds.interop_tools import convert
+from worlds.released_mole import CASES, golden, make_released
+from worlds.tiny_models import make_language_model, make_vision_tower
 
 from llava_mole import cli
 from llava_mole.conversation import Turn

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_models import projector_state
-from released_mole import CASES, golden, make_released
 from safetensors.torch import save_file
+from worlds.foreign_models import projector_state
+from worlds.released_mole import CASES, golden, make_released
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.interop.kinds import find_kind

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from eval_models import make_checkpoint
-from foreign_models import WIDTH, make_clip
-from interop_tools import close, convert, example, load, our_logits
-from released_mole import CASES, LAYERS, golden, make_released
 from safetensors.torch import load_file
-from tiny_models import NUM_IMAGE_TOKENS
 from torch import Tensor
+from worlds.eval_models import make_checkpoint
+from worlds.foreign_models import WIDTH, make_clip
+from worlds.interop_tools import close, convert, example, load, our_logits
+from worlds.released_mole import CASES, LAYERS, golden, make_released
+from worlds.tiny_models import NUM_IMAGE_TOKENS
 
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.interop.own import open_own

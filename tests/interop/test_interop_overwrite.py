@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_models import make_clip, make_llava, make_llava_lora, projector_state
-from interop_tools import convert, refused
 from safetensors.torch import save_file
+from worlds.foreign_models import make_clip, make_llava, make_llava_lora, projector_state
+from worlds.interop_tools import convert, refused
 
 
 def snapshot(directory: Path) -> dict[Path, bytes]:

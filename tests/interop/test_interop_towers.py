@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign_models import make_clip, vision_config
-from interop_tools import convert
 from safetensors.torch import load_file, save_file
-from tiny_models import IMAGE_SIZE, make_vision_tower
+from worlds.foreign_models import make_clip, vision_config
+from worlds.interop_tools import convert
+from worlds.tiny_models import IMAGE_SIZE, make_vision_tower
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.model.multimodal_encoder import build_vision_tower

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_language_model
+from worlds.tiny_models import make_language_model
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.interop.causal_lm import fingerprint_language_model

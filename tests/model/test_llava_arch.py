@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_language_model, make_vision_tower
 from torch.nn.functional import cross_entropy
+from worlds.tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_language_model, make_vision_tower
 
 from llava_mole.common.errors import DataError
 from llava_mole.constants import IMAGE_TOKEN_INDEX

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_vision_tower
+from worlds.tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_vision_tower
 
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.constants import CLIP_MEAN, CLIP_STD

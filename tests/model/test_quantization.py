@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from tiny_models import make_language_model, make_world
 from torch import nn
+from worlds.tiny_models import make_language_model, make_world
 
 from llava_mole.common.errors import EXIT_USER_ERROR, ConfigError, WeightsError
 from llava_mole.config import load_config, parse_run_config

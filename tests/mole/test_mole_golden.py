@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import load_arrays, load_cases
 from torch import Tensor, nn
+from worlds.golden_cases import load_arrays, load_cases
 
 from llava_mole.mole import MoleConfig, MoleMlp, Routing, balance_loss
 from llava_mole.mole.ffn import find_layout

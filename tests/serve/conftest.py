@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from eval_models import make_checkpoint, make_questions
+from worlds.eval_models import make_checkpoint, make_questions
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_world
+from worlds.tiny_models import make_world
 
 from llava_mole.common.errors import UserError
 from llava_mole.config import parse_run_config

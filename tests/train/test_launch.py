@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from faults_world import free_port, launch_environment
 from safetensors.torch import load_file
-from tiny_models import make_world
+from worlds.faults_world import free_port, launch_environment
+from worlds.tiny_models import make_world
 
 from llava_mole.config import parse_run_config
 from llava_mole.train.metrics import read_metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_world
+from worlds.tiny_models import make_world
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import load_config, parse_run_config

@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_world
+from worlds.tiny_models import IMAGE_SIZE, NUM_IMAGE_TOKENS, make_world
 
 from llava_mole.config import parse_run_config
 from llava_mole.constants import IMAGE_TOKEN_INDEX

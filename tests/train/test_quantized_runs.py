@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_models import make_questions, mute_byte_pieces
 from safetensors.torch import load_file
-from tiny_models import make_language_model, make_world
+from worlds.eval_models import make_questions, mute_byte_pieces
+from worlds.tiny_models import make_language_model, make_world
 
 from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.config import load_config, parse_run_config

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_world
+from worlds.tiny_models import make_world
 
 from llava_mole.config import parse_run_config
 from llava_mole.train.metrics import read_metrics

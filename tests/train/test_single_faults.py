@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_data, make_language_model, make_world
+from worlds.tiny_models import make_data, make_language_model, make_world
 
 from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.common.log import setup_logging

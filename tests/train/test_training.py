@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_data, make_language_model, make_world
+from worlds.tiny_models import make_data, make_language_model, make_world
 
 from llava_mole.common.errors import CheckpointError
 from llava_mole.config import load_config, parse_run_config
