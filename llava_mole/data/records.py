@@ -170,12 +170,3 @@ class RecordSubset(Sequence[Record]):
         if isinstance(index, slice):
             return RecordSubset(self.records, self.indices[index])
         return self.records[int(self.indices[index])]
-
-
-def is_text(text: str) -> bool:
-    """Whether `text` can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llava_mole.common.log import get_logger
-from llava_mole.common.text import format_bytes
+from llava_mole.common.text import format_bytes, format_seconds
 
 logger = get_logger(__name__)
 
@@ -79,18 +79,6 @@ class ProgressDisplay:
 def by_source(values: dict[str, float]) -> str:
     """`name 1.234, other 0.567`."""
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-
-
-def format_seconds(seconds: float) -> str:
-    """`42s`, `3m 05s`, `2h 07m` or `3d 04h`."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
 
 
 WINDOW = 0.1

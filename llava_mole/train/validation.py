@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 from llava_mole.common.distributed import all_reduce_sum, get_rank, get_world_size
 from llava_mole.common.errors import PromptError
 from llava_mole.common.log import get_logger
+from llava_mole.common.text import plain
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.records import Record
-from llava_mole.eval.metrics.exact import plain
 from llava_mole.inference.batching import encode_prompt
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.llava_arch import LlavaMole

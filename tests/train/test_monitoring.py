@@ -12,12 +12,13 @@ import torch
 from worlds.tiny_models import make_world
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.common.text import format_seconds
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.data.dataset import build_dataset
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import build_image_processor, load_pretrained_model
 from llava_mole.model.flops import model_shape, training_flops
-from llava_mole.train.display import ProgressDisplay, format_seconds, summary_table
+from llava_mole.train.display import ProgressDisplay, summary_table
 from llava_mole.train.metrics import read_metrics
 from llava_mole.train.monitor import batch_sums, peak_flops
 from llava_mole.train.train import train

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from llava_mole.analysis.check.report import FindingsFile, Keys, SourceFindings, key_of, key_of_text
 from llava_mole.common.errors import DataError
+from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.prepare.images import EXTENSIONS, ImageFacts, ImageRoot, Note, look
-from llava_mole.eval.questions import read_json_lines
 
 _CHUNK = 64
 _AHEAD = 8
@@ -173,11 +173,15 @@ def evaluation_files(places: Sequence[str]) -> list[Path]:
 
 
 def _of_questions(path: Path) -> list[Path]:
-    names = list(dict.fromkeys(name for _, line in read_json_lines(path) for name in _named(line)))
+    names: dict[str, None] = {}
+    for value, line in iterate_json(path):
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{line}: {type(value).__name__} found; a question is a JSON object")
+        names |= dict.fromkeys(_named(value))
     if not names:
         return []
     roots = [ImageRoot(folder) for folder in (path.parent, path.parent.parent, path.parent.parent / "images")]
-    root = next((root for root in roots if any(root.problem(name) is None for name in names[:20])), None)
+    root = next((root for root in roots if any(root.problem(name) is None for name in list(names)[:20])), None)
     if root is None:
         folders = ", ".join(root.folder for root in roots)
         raise DataError(f"{path}: its images are in none of {folders}; name the folder of the images instead")

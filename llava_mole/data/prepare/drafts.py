@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.common.text import is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, place_image_first
-from llava_mole.data.records import is_text
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

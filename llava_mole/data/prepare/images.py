@@ -22,9 +22,9 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.text import is_text
 from llava_mole.data.images import DECODER_ERRORS, FORMATS
 from llava_mole.data.prepare.drafts import Draft, Embedded
-from llava_mole.data.records import is_text
 
 LARGEST_IMAGE = 64 << 20
 """Most bytes of an encoded image."""

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.common.log import get_logger
+from llava_mole.common.text import is_text
 from llava_mole.data.prepare.drafts import TEXT_ONLY, WITH_IMAGES, Action, Converter, Defects, Draft, Options
 from llava_mole.data.prepare.images import CheckImages, ImagePolicy, Journal, Looked, Note, look_at_images
 from llava_mole.data.prepare.report import QuestionFiles, published_counts
-from llava_mole.data.records import is_text
 from llava_mole.data.store import PreparedRow, StoreWriter
 
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"

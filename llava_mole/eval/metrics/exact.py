@@ -1,5 +1,6 @@
 """Equality of texts under each benchmark's own idea of equal."""
 
+from llava_mole.common.text import plain
 from llava_mole.eval.metrics.relaxed import ERROR_MARK, GENERATION_ERROR
 
 
@@ -21,8 +22,3 @@ def exact_ureader(prediction: str, gold: str) -> bool | None:
 def plain_exact(prediction: str, gold: str) -> bool:
     """The tiny world's rule: equal in lower case after blanks and one trailing period are removed; empty is wrong."""
     return bool(prediction.strip()) and plain(prediction) == plain(gold)
-
-
-def plain(text: str) -> str:
-    """A text as `plain_exact` compares it."""
-    return text.strip().removesuffix(".").strip().lower()

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError, command
-from llava_mole.common.text import format_table
+from llava_mole.common.text import format_table, plain
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.eval.answers import read_answers, refuse_existing, write_text_atomically
 from llava_mole.eval.benchmarks.benchmark import UNKNOWN_VARIANT, BenchmarkQuestions, prompt_suffixes
-from llava_mole.eval.metrics.exact import plain, plain_exact
+from llava_mole.eval.metrics.exact import plain_exact
 from llava_mole.eval.metrics.table import METRICS, Fields
 from llava_mole.eval.questions import NO_DOMAIN, Question, parse_named_file, read_questions
 from llava_mole.eval.scoring.aggregate import Units, build_units, compute_numbers

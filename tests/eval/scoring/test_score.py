@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_mole.common.errors import DataError
-from llava_mole.eval.metrics.exact import plain
+from llava_mole.common.text import plain
 from llava_mole.eval.questions import Question
 from llava_mole.eval.scoring.intervals import wilson_interval
 from llava_mole.eval.scoring.score import main, score_answers

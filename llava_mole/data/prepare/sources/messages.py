@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_mole.common.text import is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
 from llava_mole.data.prepare.drafts import (
@@ -28,7 +29,6 @@ from llava_mole.data.prepare.drafts import (
     without_marker,
 )
 from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
-from llava_mole.data.records import is_text
 
 QUESTIONS = ("question", "instruction", "prompt", "query")
 ANSWERS = ("answer", "output", "outputs", "response")
