@@ -1,19 +1,29 @@
-"""Miniature raw copies of the four sets of the paper are prepared, checked, and trained on in both stages."""
+"""Miniature raw copies of the four sets of the paper are prepared, checked, and trained on by the scripts."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from worlds import published_sets, raw_sets, tiny_models
-from worlds.processes import fork_python, launch_environment
 
 ROOT = Path(__file__).parents[3]
 MIXTURES = ROOT / "configs" / "mixtures"
 
 
-def printed_by(done: subprocess.CompletedProcess[str]) -> str:
+def run(*command: str) -> str:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "GPUS_PER_NODE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "VIRTUAL_ENV": str(Path(sys.executable).parent.parent),
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
@@ -56,14 +66,10 @@ def test_both_stages_on_the_four_sets(tmp_path: Path) -> None:
             overrides += [f"--data.sources.{source}.image_folder", str(data / source / "images")]
         return overrides
 
-    printed = printed_by(fork_python("-m", "llava_mole.train.train", pretrain, *places("sharegpt4v-pt")))
+    printed = run("bash", "scripts/pretrain.sh", str(pretrain), *places("sharegpt4v-pt"))
     assert "sharegpt4v-pt: 7 records" in printed
     four = places("m3it", "sharegpt4v-instruct", "ureader", "pathvqa")
-    command = ["bash", "scripts/finetune_mole.sh", str(finetune), *four]
-    environment = launch_environment(GPUS_PER_NODE="1")
-    printed = printed_by(
-        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    )
+    printed = run("bash", "scripts/finetune_mole.sh", str(finetune), *four)
     for line in ("m3it: 10 records", "sharegpt4v-instruct: 6 records", "ureader: 6 records", "pathvqa: 4 records"):
         assert line in printed
     assert "ureader: 6 records, lambda 2, 12 samples an epoch" in printed
