@@ -12,7 +12,7 @@ checking=$!
 trap 'kill "$checking" 2> /dev/null || true; rm -f "$types"' EXIT
 echo "== pytest (mypy runs beside it)"
 failed=0
-python -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadgroup --no-loadscope-reorder "$@" || failed=$?
+python -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" || failed=$?
 echo "== mypy"
 wait "$checking" || failed=$?
 cat "$types"

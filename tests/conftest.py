@@ -34,7 +34,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked `gpu` on a machine without one, and spread the others over the workers of pytest-xdist."""
+    """Deselect tests marked `gpu` on a machine without one, and give long files to workers first."""
     import torch
 
     if not torch.cuda.is_available():
@@ -42,23 +42,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if needing:
             config.hook.pytest_deselected(items=needing)  # the last line of the output counts them
             items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    if hasattr(config, "workerinput"):
-        _spread(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _longest_first(items)
 
 
-def _spread(items: list[pytest.Item]) -> None:
-    """Put each file into one group, which one worker runs, so that its fixtures are built once. Order the groups."""
+def _longest_first(items: list[pytest.Item]) -> None:
+    """Sort by file: those of `LONGEST`, then others with slow tests, then the rest."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
 
-    def rank(item: pytest.Item) -> tuple[int, bool]:
+    def place(item: pytest.Item) -> tuple[int, bool]:
         name = item.path.name
         return LONGEST.index(name) if name in LONGEST else len(LONGEST), item.path not in slow
 
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            group = "gpu" if item.get_closest_marker("gpu") else str(item.path.relative_to(item.config.rootpath))
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=rank)
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
