@@ -1,28 +1,60 @@
-"""Fixtures that several folders share; `worlds.*` is importable from every test; GPU tests run where a GPU is."""
+"""Fixtures that several folders share; how tests are spread over workers and which of them need a GPU.
+
+`worlds.*` and `scripts.*` are importable from every test.
+"""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # one worker a core; read when torch is imported
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # `worlds` and `scripts`
 
 if TYPE_CHECKING:
     from llava_mole.inference.predictor import Predictor
 
+LONGEST = (
+    "test_readme.py",
+    "test_ranks.py",
+    "test_launch.py",
+    "test_faults.py",
+    "test_benchmarks.py",
+    "test_sharding.py",
+    "test_mole_zero2.py",
+    "test_tiny_build.py",
+    "test_quantized_runs.py",
+)
+"""The files that take longest, in this order: workers begin with them, so that none has one left at the end."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked `gpu` on a machine without one; the count of deselected tests is in the last line."""
+    """Deselect tests marked `gpu` on a machine without one, and give long files to workers first."""
     import torch
 
-    if torch.cuda.is_available():
-        return
-    needing = [item for item in items if item.get_closest_marker("gpu")]
-    if needing:
-        config.hook.pytest_deselected(items=needing)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if not torch.cuda.is_available():
+        needing = [item for item in items if item.get_closest_marker("gpu")]
+        if needing:
+            config.hook.pytest_deselected(items=needing)  # the last line of the output counts them
+            items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _longest_first(items)
+
+
+def _longest_first(items: list[pytest.Item]) -> None:
+    """Sort by file: those of `LONGEST`, then others with slow tests, then the rest."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        name = item.path.name
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST), item.path not in slow
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ class Campaign:
 
     def prepare(self) -> None:
         """Make the models and the data, with samples that are NaN and images that cannot be read."""
-        from tiny_models import make_world
+        from worlds.tiny_models import make_world
 
         make_world(self.directory, samples=40, text_only_every=5)
         for number in (7, 21):

@@ -6,7 +6,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,11 +18,15 @@ PEERS_S = 2.0
 
 
 class Farm:
-    """Forks the ranks of runs from a server that has imported everything."""
+    """Forks processes from a server that has imported everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: Sequence[str] = ("faults_rank",)) -> None:
+        """Start the server of this process, which imports `preload`; it is this process's only one."""
         paths = [HERE, str(ROOT), str(ROOT / "tests")]
         sys.path[:0] = [path for path in paths if path not in sys.path]
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+        kept = dict(os.environ)
         os.environ.update(
             PYTHONPATH=os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
             OMP_NUM_THREADS="1",
@@ -32,8 +37,16 @@ class Farm:
             PYTHONWARNINGS="ignore::UserWarning",  # semaphores of processes that were killed, many of them
         )
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["faults_rank"])
+        forkserver.ensure_running()
+        os.environ.clear()
+        os.environ.update(kept)
+
+    def fork(self, target: Callable[..., None], arguments: Sequence[tuple], daemon: bool = False) -> "Ranks":
+        """Start one process for each tuple of arguments."""
+        processes = [self._context.Process(target=target, args=each, daemon=daemon) for each in arguments]
+        for process in processes:
+            process.start()
+        return Ranks(processes)
 
     def start(
         self, arguments: Sequence[str], log: Path, sabotage: object = None, world_size: int = 2, **environment: str
@@ -41,17 +54,15 @@ class Farm:
         """Start the ranks of one run; what they print goes to `log`.<rank>."""
         from faults_rank import Sabotage, run_rank
 
-        port = free_port()
-        processes = []
-        for rank in range(world_size):
-            process = self._context.Process(
-                target=run_rank,
-                args=(rank, world_size, port, list(arguments), f"{log}.{rank}", sabotage or Sabotage(), environment),
-                daemon=True,
-            )
-            process.start()
-            processes.append(process)
-        return Ranks(processes)
+        port, sabotage = free_port(), sabotage or Sabotage()
+        return self.fork(
+            run_rank,
+            [
+                (rank, world_size, port, list(arguments), f"{log}.{rank}", sabotage, environment)
+                for rank in range(world_size)
+            ],
+            daemon=True,
+        )
 
 
 class Ranks:

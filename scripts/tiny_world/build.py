@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 
 def build_tokenizer(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Train and save the tokenizer. Returns measurements."""
-    from llava_mole.data.prepare.sources.tiny import language, tokenizer, tower
+    from scripts.tiny_world import language, tokenizer, tower
 
     started = time.perf_counter()
     samples = tower.training_samples(100 if quick else 1000, seed)
@@ -60,7 +60,7 @@ def load_tokenizer(out: Path) -> Any:
 
 def build_tower(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Train and save the vision tower. Returns measurements."""
-    from llava_mole.data.prepare.sources.tiny import tower
+    from scripts.tiny_world import tower
 
     tokenizer = load_tokenizer(out)
     recipe = tower.QUICK if quick else tower.Recipe()
@@ -71,7 +71,7 @@ def build_tower(out: Path, seed: int, quick: bool) -> dict[str, float]:
 
 def build_language_model(out: Path, seed: int, quick: bool) -> dict[str, float]:
     """Train and save the language model. Returns measurements."""
-    from llava_mole.data.prepare.sources.tiny import language
+    from scripts.tiny_world import language
 
     recipe = language.QUICK if quick else language.Recipe()
     model, measured = language.train(load_tokenizer(out), recipe, seed)

@@ -37,7 +37,7 @@ def prepare(directory: Path, count: int = 30) -> PreparedRecords:
     with StoreWriter(directory, name="toy", shard_rows=11) as writer:
         for number in range(count):
             images = number % 3
-            first = "then " * (number + 1) + "<image>" * images
+            first = "then " * (number % 300 + 1) + "<image>" * images
             turns = (Turn("user", first), Turn("assistant", "than 图 " * (1 + number % 7)), Turn("user", "and?"))
             paths = tuple(f"{k}.png" for k in range(images))
             writer.add(PreparedRow(f"{number}", "s", paths, turns, (), None, f"raw.json:{number + 1}"))

@@ -1,4 +1,4 @@
-"""Run by `test_sharding.py` under torchrun: `model_vqa`, with a batch limit after which a rank dies without a word."""
+"""One rank of `test_sharding.py`: `model_vqa`, with a batch limit after which a rank dies without a word."""
 
 import os
 import sys

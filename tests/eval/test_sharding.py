@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from worlds.eval_models import make_questions
+from worlds.processes import fork_python, launch_environment
 
 from llava_mole import cli
 from llava_mole.eval.model_vqa import main
@@ -21,14 +21,6 @@ WORKER = Path(__file__).parent / "sharded_worker.py"
 def command(run_dir: Path, asked: Path, answers: Path, *more: str) -> list[str]:
     given = ["--model-path", str(run_dir), "--question-file", str(asked), "--image-folder", str(asked.parent)]
     return [*given, "--answers-file", str(answers), "--max_new_tokens", "6", "--device", "cpu", *more]
-
-
-def on_ranks(
-    ranks: int, arguments: list[str], program: tuple[str, ...] = (str(WORKER),), **environment: str
-) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *program]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *launch, *arguments], env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_shares_are_equal_complete_and_keep_images_together() -> None:
@@ -51,7 +43,7 @@ def test_killed_sharded_run_goes_on_with_another_number_of_ranks(mole_run: Path,
     assert main(command(mole_run, asked, single, "--batch-size", "1", "--routing-stats", str(stats[0]))) == 0
 
     options = ("--batch-size", "1", "--routing-stats", str(stats[1]))
-    killed = on_ranks(2, command(mole_run, asked, sharded, *options), DIE_AFTER="2")
+    killed = fork_python(WORKER, *command(mole_run, asked, sharded, *options), ranks=2, DIE_AFTER="2")
     assert killed.returncode != 0
     left = sorted(tmp_path.glob("sharded.jsonl*"))
     assert [p.name for p in left] == ["sharded.jsonl.partial", "sharded.jsonl.partial.1"]
@@ -59,7 +51,7 @@ def test_killed_sharded_run_goes_on_with_another_number_of_ranks(mole_run: Path,
     assert len(answered) == len(set(answered))
     assert 0 < len(answered) < 40
 
-    done = on_ranks(3, command(mole_run, asked, sharded, *options))
+    done = fork_python(WORKER, *command(mole_run, asked, sharded, *options), ranks=3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("40 answers in") == 1
     assert f"continuing after {len(answered)} answers" in done.stderr
@@ -82,7 +74,9 @@ def test_ranks_share_question_files_of_ones_own(mole_run: Path, asked: Path, tmp
         return [*given, "--answers-file", str(tmp_path / name), "--max_new_tokens", "6", "--device", "cpu"]
 
     assert cli.main(arguments("single.jsonl")) == 0
-    done = on_ranks(2, arguments("sharded.jsonl"), ("-m", "llava_mole.cli"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = [*launcher, "-m", "llava_mole.cli", *arguments("sharded.jsonl")]
+    done = subprocess.run(given, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scores: ") == 1
     assert (tmp_path / "sharded.jsonl").read_bytes() == (tmp_path / "single.jsonl").read_bytes()

@@ -1,36 +1,19 @@
 """Two ZeRO-2 ranks that use different experts, or different modalities, get the gradients of one process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from worlds.processes import fork_python
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("zero2") / "results.json"
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    environment.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
-    worker = Path(__file__).with_name("zero2_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(worker), str(out)], env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    done = fork_python(Path(__file__).with_name("zero2_worker.py"), out, ranks=2, timeout_s=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 

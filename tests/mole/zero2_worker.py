@@ -1,4 +1,4 @@
-"""Run by `test_mole_zero2.py` under torchrun: gradients of two ZeRO-2 ranks against all samples in one process.
+"""One rank of `test_mole_zero2.py`: gradients of two ZeRO-2 ranks against all samples in one process.
 
 Every rank holds one of two samples. Rank 0 writes, for each case, the largest gradient difference, the experts each
 rank used, and which parameters had a gradient.

@@ -1,12 +1,10 @@
 """Every benchmark runs in its quick form and writes rows whose ratios have a baseline."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from worlds.processes import fork_python
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
@@ -25,12 +23,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_quick_form(name: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    command = [sys.executable, str(ROOT / "scripts" / "bench" / f"{name}.py"), "--quick", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--threads", "1", "--json", str(out), *COMMANDS[name]],
-        capture_output=True, text=True, timeout=300, check=False, env=environment,
-    )  # fmt: skip
+    script = ROOT / "scripts" / "bench" / f"{name}.py"
+    given = ["--quick", "--device", "cpu", "--threads", "1", "--json", out, *COMMANDS[name]]
+    done = fork_python(script, *given)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text(encoding="utf-8"))
     assert rows

@@ -1,4 +1,4 @@
-"""Run by `test_ranks.py` under torchrun: trains, and writes what each rank really was to `<run>/rank-<n>.json`."""
+"""One rank of `test_ranks.py`: trains, and writes what the rank really was to `<run>/rank-<n>.json`."""
 
 import json
 import sys

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from worlds import processes
 from worlds.tiny_models import make_world
 
 from llava_mole.train.metrics import read_metrics
@@ -28,7 +29,7 @@ LIMIT_S = 120.0
 
 @pytest.fixture(scope="module")
 def farm() -> Farm:
-    return Farm()
+    return processes.farm()
 
 
 @pytest.fixture(scope="module")

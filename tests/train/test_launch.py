@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from worlds.faults_world import free_port, launch_environment
+from worlds.processes import free_port, launch_environment
 from worlds.tiny_models import make_world
 
 from llava_mole.config import parse_run_config

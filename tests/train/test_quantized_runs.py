@@ -3,9 +3,7 @@
 import importlib.util
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from worlds.eval_models import make_questions, mute_byte_pieces
+from worlds.processes import fork_python
 from worlds.tiny_models import make_language_model, make_world
 
 from llava_mole.common.errors import CheckpointError, ConfigError
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (extra quant) is not installed"
 )
 STEPS = 6
-ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[1, 300, 301, 302]])
 MASK = torch.ones_like(IDS, dtype=torch.bool)
 
@@ -206,14 +204,9 @@ def test_two_ranks_equal_one_process(world: Path, quantization: str, strategy: s
     if not one.exists():
         run(world, one.name, quantization, *more)
     name = f"{strategy}-{quantization}"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        str(Path(__file__).with_name("ranks_worker.py")),
-        *arguments(world, name, "--model.quantization", quantization, "--train.distributed", strategy, *more),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    more += ["--model.quantization", quantization, "--train.distributed", strategy]
+    worker = Path(__file__).with_name("ranks_worker.py")
+    done = fork_python(worker, *arguments(world, name, *more), ranks=2, timeout_s=600)
     assert done.returncode == 0, done.stderr[-4000:]
     engines = {json.loads((world / name / f"rank-{rank}.json").read_text())["engine"] for rank in range(2)}
     assert engines == {{"zero2": "DeepSpeedEngine", "ddp": "DistributedDataParallel"}[strategy]}

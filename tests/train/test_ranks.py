@@ -1,7 +1,6 @@
 """Two CPU ranks under DeepSpeed ZeRO-2 and DDP do what one process does, and a run moves between numbers of ranks."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from worlds.processes import fork_python, launch_environment
 from worlds.tiny_models import make_world
 
 from llava_mole.config import parse_run_config
@@ -19,7 +19,6 @@ from llava_mole.train.train import train
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-ROOT = Path(__file__).parents[2]
 OVERRIDES = ["--train.max_steps", str(STEPS), "--train.save_every", "3", "--train.batching", "padded",
              "--train.micro_batch_size", "1", "--data.validation_samples", "3", "--train.validate_every", "3",
              "--adapter.preset", "paper", "--adapter.options.expert_scale", "straight_through"]  # fmt: skip
@@ -37,13 +36,15 @@ def arguments(world: Path, name: str, *more: str) -> list[str]:
     return [str(world / "config.yaml"), "--train.output_dir", str(world / name), *OVERRIDES, *more]
 
 
-def run_ranks(world: Path, name: str, *more: str) -> list[dict]:
-    """Train on two ranks; returns what each of them reported."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(Path(__file__).with_name("ranks_worker.py")), *arguments(world, name, *more)]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+def run_ranks(world: Path, name: str, *more: str, launcher: bool = False) -> list[dict]:
+    """Train on two ranks, which are forked or started by torchrun; returns what each of them reported."""
+    program = [str(Path(__file__).with_name("ranks_worker.py")), *arguments(world, name, *more)]
+    if launcher:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
+        environment = launch_environment()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    else:
+        done = fork_python(*program, ranks=2, timeout_s=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((world / name / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
@@ -83,7 +84,7 @@ def single(world: Path) -> str:
 
 @pytest.fixture(scope="module")
 def zero2(world: Path) -> list[dict]:
-    return run_ranks(world, "zero2")
+    return run_ranks(world, "zero2", launcher=True)
 
 
 def test_zero2_is_really_deepspeed_on_two_ranks_with_disjoint_shards(zero2: list[dict]) -> None:
