@@ -60,7 +60,7 @@ GATES = [
 ] + [{"mode": "dense", "expert_scale": scale} for scale in ("prob", "prob_times_k")]
 
 
-@pytest.mark.parametrize("backend", ["auto", "masked", "grouped", "gather", "loop"])
+@pytest.mark.parametrize("backend", ["auto", "masked", "grouped", "loop"])
 @pytest.mark.parametrize("gate", GATES, ids=lambda g: "-".join(str(v) for v in g.values()))
 def test_every_gate_and_backend_equals_a_naive_loop(
     gate: dict[str, Any],
@@ -138,7 +138,7 @@ def test_a_fresh_adapter_is_the_identity_and_disabling_gives_the_base(
         assert collect_routing(model).logits == ()
 
 
-@pytest.mark.parametrize("backend", ["masked", "grouped", "gather", "loop"])
+@pytest.mark.parametrize("backend", ["masked", "grouped", "loop"])
 @pytest.mark.parametrize("preset", ["paper", "released", "coupled", "best"])
 def test_every_expert_and_router_moves(preset: str, backend: str, tiny_llama: Make) -> None:
     from llava_mole.mole import mole_after_step
