@@ -46,7 +46,7 @@ class MoleConfig(PeftConfig):
     """A sparse mixture of K LoRA experts in every FFN, with plain LoRA on the attention linears.
 
     The field defaults are the preset `paper`. docs/mole.md explains every option and gives its source. The layers
-    keep this object, so a change of `num_experts` by `surgery` reaches all of them.
+    keep this very object, which does not change once an adapter exists: `surgery` replaces it in all of them.
 
     Raises:
         ValueError: a value is not allowed, or a combination cannot learn; the message gives the reason.

@@ -171,7 +171,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         """Rebuild adapter `name` from its experts `index` (int64 on the CPU), some of which may be repeated.
 
         The experts from position `first_new` on are copies; `noise` (relative standard deviation) is added to their B
-        and router rows. Counters start anew. The caller changes `num_experts` of the configuration afterwards.
+        and router rows. Counters start anew. The caller replaces the configuration afterwards.
         """
         experts, router, state, config = self.experts(name), self.router(name), self._state(name), self.configs[name]
         assert router is not None

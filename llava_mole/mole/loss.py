@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import MoleMlp
-from llava_mole.mole.model import active_config, find_tuner
+from llava_mole.mole.model import active_config, collect_routing, find_tuner
 from llava_mole.mole.routing import Routing, choice_counts
 
 
@@ -127,24 +127,6 @@ def z_loss(routing: Routing, token_mask: Tensor, sample_weights: Tensor | None =
     return (value_B * _sample_weights(sample_weights, tokens_B)).sum()
 
 
-def collect_routing(model: nn.Module) -> Routing:
-    """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
-
-    Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
-    """
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, MoleMlp) and module.routing.logits is not None
-    ]
-    return Routing(
-        names=tuple(name for name, _ in layers),
-        logits=tuple(module.routing.logits for _, module in layers if module.routing.logits is not None),
-        index=tuple(module.routing.index for _, module in layers if module.routing.index is not None),
-        layers=tuple(module for _, module in layers),
-    )
-
-
 def mole_auxiliary_loss(
     model: nn.Module,
     *,
@@ -210,6 +192,19 @@ def mole_auxiliary_loss(
     return loss
 
 
+def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
+    if not config.router_trains or not routing.layers[0].training:
+        return
+    routers = [layer.router(layer.current_adapter()) for layer in routing.layers]
+    for name, logits, router in zip(routing.names, routing.logits, routers, strict=True):
+        if router is not None and router.weight.requires_grad and not logits.requires_grad:
+            raise ValueError(
+                f"{name}: the router's logits carry no gradient. Re-entrant gradient checkpointing does this and would "
+                "leave the router untrained: use gradient_checkpointing_kwargs={'use_reentrant': False} (or run the "
+                "forward pass outside torch.no_grad)"
+            )
+
+
 def _set_weights(masks: tuple[Tensor, ...], sample_weights: Tensor | None) -> tuple[Tensor | None, ...]:
     """Sample weights of each token set: the modalities of a sample share its weight equally."""
     if len(masks) == 1:
@@ -258,53 +253,3 @@ def mole_drop_step(model: nn.Module) -> None:
     tuner = find_tuner(model)
     if tuner is not None:
         tuner.pending_counts = None
-
-
-def disable_finite_check(model: nn.Module) -> None:
-    """Let NaN and infinity in a router's logits reach the loss, as they do on a GPU, instead of raising.
-
-    For training loops that check the loss: an exception in the forward pass of one rank would leave the other ranks
-    waiting for its gradients.
-    """
-    tuner = find_tuner(model)
-    if tuner is not None:
-        tuner.routing_inputs.check_finite = False
-
-
-def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
-    """Set the facts about a batch that the routers need; `RoutingInputs` lists them.
-
-    Call it before the forward pass. The values hold for later passes too, until the next call. Without MoLE it does
-    nothing.
-
-    Raises:
-        ValueError: unknown name, or an expert, source or task id outside its range.
-    """
-    tuner = find_tuner(model)
-    config = active_config(model)
-    if tuner is None or config is None:
-        return
-    limits = {"experts": config.num_experts, "source": config.num_experts, "task": config.num_tasks}
-    used = {"experts": config.granularity == "given", "source": config.router == "oracle"}
-    used["task"] = config.granularity == "task"
-    for name, limit in limits.items():
-        value = values.get(name)
-        if value is None or not used[name] or value.is_floating_point() or value.numel() == 0:
-            continue
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
-    tuner.routing_inputs.update(**values)
-
-
-def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
-    if not config.router_trains or not routing.layers[0].training:
-        return
-    routers = [layer.router(layer.current_adapter()) for layer in routing.layers]
-    for name, logits, router in zip(routing.names, routing.logits, routers, strict=True):
-        if router is not None and router.weight.requires_grad and not logits.requires_grad:
-            raise ValueError(
-                f"{name}: the router's logits carry no gradient. Re-entrant gradient checkpointing does this and would "
-                "leave the router untrained: use gradient_checkpointing_kwargs={'use_reentrant': False} (or run the "
-                "forward pass outside torch.no_grad)"
-            )

@@ -1,4 +1,7 @@
-"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them, and registers the method."""
+"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them, and registers the method.
+
+Below it: the functions that find the tuner in a model and pass routing inputs and results in and out.
+"""
 
 import hashlib
 from typing import Any
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from llava_mole.mole import ffn
 from llava_mole.mole.config import PEFT_TYPE, MoleConfig
 from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
-from llava_mole.mole.routing import RoutingInputs
+from llava_mole.mole.routing import Routing, RoutingInputs
 
 _SAMPLE = 64
 """Values of each parameter that the fingerprint of a base model covers."""
@@ -171,7 +174,7 @@ class MoleModel(BaseTuner):
 
 def _base_model(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside a PeftModel or tuner."""
-    tuner = next((m for m in model.modules() if isinstance(m, MoleModel)), None)
+    tuner = find_tuner(model)
     return model if tuner is None else tuner.model
 
 
@@ -229,11 +232,62 @@ def active_config(model: nn.Module) -> MoleConfig | None:
     return config if isinstance(config, MoleConfig) else None
 
 
+def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
+    """Set the facts about a batch that the routers need; `RoutingInputs` lists them.
+
+    Call it before the forward pass. The values hold for later passes too, until the next call. Without MoLE it does
+    nothing.
+
+    Raises:
+        ValueError: unknown name, or an expert, source or task id outside its range.
+    """
+    tuner, config = find_tuner(model), active_config(model)
+    if tuner is None or config is None:
+        return
+    name = config.required_input
+    value = None if name is None else values.get(name)
+    if value is not None and not value.is_floating_point() and value.numel() > 0:
+        limit = config.num_tasks if name == "task" else config.num_experts
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
+    tuner.routing_inputs.update(**values)
+
+
 def missing_input(model: nn.Module) -> str | None:
     """The routing input (`experts`, `source` or `task`) that the active adapter needs and that is not set, or None."""
     tuner, config = find_tuner(model), active_config(model)
     name = None if config is None else config.required_input
     return name if tuner is not None and name is not None and getattr(tuner.routing_inputs, name) is None else None
+
+
+def disable_finite_check(model: nn.Module) -> None:
+    """Let NaN and infinity in a router's logits reach the loss, as they do on a GPU, instead of raising.
+
+    For training loops that check the loss: an exception in the forward pass of one rank would leave the other ranks
+    waiting for its gradients.
+    """
+    tuner = find_tuner(model)
+    if tuner is not None:
+        tuner.routing_inputs.check_finite = False
+
+
+def collect_routing(model: nn.Module) -> Routing:
+    """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
+
+    Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
+    """
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, MoleMlp) and module.routing.logits is not None
+    ]
+    return Routing(
+        names=tuple(name for name, _ in layers),
+        logits=tuple(module.routing.logits for _, module in layers if module.routing.logits is not None),
+        index=tuple(module.routing.index for _, module in layers if module.routing.index is not None),
+        layers=tuple(module for _, module in layers),
+    )
 
 
 _TABLES = {

@@ -4,6 +4,7 @@ docs/mole.md says which of these are exact. `from_loras`, `grow` and `prune` cre
 optimizer afterwards.
 """
 
+import copy
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.layer import MoleLinear, MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
 from llava_mole.mole.model import MoleModel, find_tuner
 
 PLAIN = {
@@ -197,7 +198,7 @@ def grow(model: nn.Module, num_experts: int, *, noise: float = 0.0, adapter_name
     index = torch.arange(num_experts) % config.num_experts
     for _, ffn in _layers(tuner.model, MoleMlp, adapter_name):
         ffn.select_experts(adapter_name, index, first_new=config.num_experts, noise=noise)
-    config.num_experts = num_experts
+    _replace_config(tuner, config, adapter_name, num_experts)
 
 
 def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: str = "default") -> None:
@@ -218,7 +219,7 @@ def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: st
     for (_, ffn), used_K in zip(ffns, usage, strict=True):
         keep = used_K.argsort(descending=True, stable=True)[:num_experts].sort().values
         ffn.select_experts(adapter_name, keep.cpu(), first_new=num_experts, noise=0.0)
-    config.num_experts = num_experts
+    _replace_config(tuner, config, adapter_name, num_experts)
 
 
 def _adapter(model: nn.Module, adapter_name: str) -> tuple[MoleModel, MoleConfig]:
@@ -231,7 +232,16 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[MoleModel, MoleConfig
     return tuner, config
 
 
-def _layers(model: nn.Module, kind: type[MoleMlp] | type[MoleLinear], adapter_name: str) -> Iterator[tuple[str, Any]]:
+def _replace_config(tuner: MoleModel, config: MoleConfig, adapter_name: str, num_experts: int) -> None:
+    """Give the tuner and its layers a copy of `config` with `num_experts`."""
+    changed = copy.copy(config)
+    changed.num_experts = num_experts
+    tuner.peft_config[adapter_name] = changed
+    for _, layer in _layers(tuner.model, AdaptedLayer, adapter_name):
+        layer.configs[adapter_name] = changed
+
+
+def _layers(model: nn.Module, kind: type[AdaptedLayer], adapter_name: str) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, kind) and adapter_name in module.configs:
             yield name, module

@@ -1,4 +1,4 @@
-"""Gates other than the learned token router: sequence, task, given, the controls, and the extras of the router."""
+"""Routers other than the learned token router: sequence, task, given, the controls, and the router's extras."""
 
 from collections.abc import Callable
 from typing import Any
