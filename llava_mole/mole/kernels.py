@@ -229,7 +229,7 @@ class _Shrink(torch.autograd.Function):
             x = x.index_select(0, tensors[0])
         dh = (dhs[0] if len(dhs) == 1 else torch.cat(dhs, dim=-1)) * ctx.scaling
         dx = products.expand(dh, _join(stacks, x), None) if ctx.needs_input_grad[3] else None
-        grads = products.outer(dh, x).chunk(len(stacks), dim=1)
+        grads = [products.outer(own, x) for own in dh.chunk(len(stacks), dim=-1)]  # each contiguous, like its stack
         return None, None, None, dx, *(g.to(s.dtype) for g, s in zip(grads, stacks, strict=True))
 
 
