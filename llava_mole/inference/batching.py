@@ -123,14 +123,28 @@ def check_room(loaded: LoadedModel, tokens: int, position: int) -> None:
         )
 
 
+def _check_router(loaded: LoadedModel) -> None:
+    if loaded.config.adapter.method != "mole":
+        return
+    from llava_mole.mole import missing_input
+
+    if name := missing_input(loaded.model.language_model):
+        raise ConfigError(
+            f"{loaded.path} routes by the routing input {name!r}, which prompts do not have; "
+            f"call set_routing_inputs(model, {name}=...) before, or train with another router"
+        )
+
+
 def batches(
     loaded: LoadedModel, rows: Sequence[list[int]], images: Sequence[ImagesLike], batch_size: int
 ) -> Iterator[Batch]:
     """The rows of ids as batches, shortest first so that they hold little padding.
 
     Raises:
+        ConfigError: the model's router needs to know each sample's source, which a prompt does not have.
         DataError: an image cannot be read.
     """
+    _check_router(loaded)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
     batched = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shown = [_distinct(images, members) for members in batched]

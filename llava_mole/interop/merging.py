@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.common.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError, value_errors_as
 from llava_mole.interop.causal_lm import load_causal_lm
 from llava_mole.interop.lora import Lora
 from llava_mole.interop.own import OwnCheckpoint
@@ -139,9 +139,11 @@ def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path 
     from llava_mole.mole.surgery import to_lora
 
     base, _ = load_language_model(str(own.language_model))
-    model = PeftModel.from_pretrained(base, str(own.adapter_dir))
+    with value_errors_as(WeightsError):
+        model = PeftModel.from_pretrained(base, str(own.adapter_dir))
     usage = _usage(model, usage_file) if expert == "usage" else None
-    to_lora(model, directory, expert=expert, usage=usage)
+    with value_errors_as(ConfigError):
+        to_lora(model, directory, expert=expert, usage=usage)
     return describe(own, expert)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.common.errors import WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError, value_errors_as
 from llava_mole.config import AdapterConfig
 from llava_mole.interop.kinds import Found
 from llava_mole.interop.sources import Source, projector_kind
@@ -157,18 +157,19 @@ def write_experts(released: ReleasedMole, config: AdapterConfig, directory: Path
     from llava_mole.mole import MoleConfig
 
     directory.mkdir(parents=True)
-    mole = MoleConfig.from_preset(
-        config.preset,
-        r=config.rank,
-        alpha=config.alpha,
-        num_experts=config.num_experts,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=base,
-        ffn_modules=["mlp"],
-        target_modules=[*released.attention_modules, "mlp"],
-        **config.options,
-    )
+    with value_errors_as(ConfigError):
+        mole = MoleConfig.from_preset(
+            config.preset,
+            r=config.rank,
+            alpha=config.alpha,
+            num_experts=config.num_experts,
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=base,
+            ffn_modules=["mlp"],
+            target_modules=[*released.attention_modules, "mlp"],
+            **config.options,
+        )
     mole.save_pretrained(str(directory))
     tensors = {PREFIX + name: value for name, value in released.experts.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

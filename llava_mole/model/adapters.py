@@ -1,6 +1,7 @@
 """What is added to the frozen language model: nothing, plain LoRA, or the mixture of LoRA experts."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def add_adapter(
         The model unchanged for `none`, else a `PeftModel` whose adapter parameters are float32 and trainable.
 
     Raises:
-        ConfigError: an unknown option, or options that cannot learn.
+        ConfigError: options that belong to another method or another key.
+        ValueError: an unknown MoLE option, options that cannot learn, or a model without a place for the adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -67,21 +69,27 @@ def add_adapter(
     return get_peft_model(language_model, mole)
 
 
-def parameter_part(name: str) -> str:
-    """The part of the model a parameter of `LlavaMole` belongs to, for reports and parameter groups.
+_MOLE_PARTS = {".mole_router.": "router", ".mole_experts.": "experts", ".mole_lora.": "attention LoRA"}
+_ATTENTION = re.compile(r"attn|attention")
+"""In the path of an attention linear: `self_attn` (Llama), `attn` (GPT-2), `attention` (GPT-NeoX, Falcon)."""
 
-    One of `vision tower`, `projector`, `router`, `experts`, `attention LoRA`, `FFN LoRA`, `language model`.
+
+def parameter_part(name: str) -> str:
+    """The part of the model that the parameter `name` of a `LlavaMole` belongs to, for reports and parameter groups.
+
+    One of `vision tower`, `projector`, `router`, `experts`, `attention LoRA`, `FFN LoRA`, `language model`. MoLE's
+    parameters are told apart by the container that holds them, plain LoRA's by the path of their linear.
     """
     if name.startswith("vision_tower."):
         return "vision tower"
     if name.startswith("projector."):
         return "projector"
-    if ".mole_router" in name:
-        return "router"
-    if ".mole_" in name:
-        return "attention LoRA" if "attn" in name else "experts"
-    if ".lora_" in name:
-        return "attention LoRA" if "attn" in name else "FFN LoRA"
+    for container, part in _MOLE_PARTS.items():
+        if container in name:
+            return part
+    linear, lora, _ = name.partition(".lora_")
+    if lora:
+        return "attention LoRA" if _ATTENTION.search(linear) else "FFN LoRA"
     return "language model"
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from llava_mole.common.errors import CheckpointError, WeightsError
+from llava_mole.common.errors import CheckpointError, ConfigError, WeightsError, value_errors_as
 from llava_mole.common.log import get_logger
 from llava_mole.config import AdapterConfig, ModelConfig, Quantization, RunConfig, load_config
 from llava_mole.data.images import ImageProcessor
@@ -86,17 +86,22 @@ def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
 
 
 def attach_adapter(model: LlavaMole, config: AdapterConfig) -> None:
-    """Add the configured adapter to the model's language model, in place."""
-    model.language_model = add_adapter(
-        model.language_model,
-        config.method,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        num_experts=config.num_experts,
-        preset=config.preset,
-        options=config.options,
-    )
+    """Add the configured adapter to the model's language model, in place.
+
+    Raises:
+        ConfigError: an unknown option, options that cannot learn, or a language model without a place for the adapter.
+    """
+    with value_errors_as(ConfigError):
+        model.language_model = add_adapter(
+            model.language_model,
+            config.method,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            num_experts=config.num_experts,
+            preset=config.preset,
+            options=config.options,
+        )
 
 
 def load_projector(projector: nn.Sequential, source: str | Path) -> None:
@@ -143,7 +148,7 @@ def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
     path = checkpoint / ADAPTER_DIR / "adapter_model.safetensors"
     try:
         result: Any = set_peft_model_state_dict(model.language_model, load_file(path))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this run's adapter: {' '.join(str(error).split())}") from None
     if result.unexpected_keys:
         raise CheckpointError(f"{path} has parameters this run's adapter has not: {result.unexpected_keys[:3]}")
@@ -277,4 +282,5 @@ def _load_adapter(language_model: nn.Module, directory: Path) -> nn.Module:
 
     import llava_mole.mole  # noqa: F401  registers the MOLE adapter type with PEFT
 
-    return PeftModel.from_pretrained(language_model, str(directory))
+    with value_errors_as(WeightsError):
+        return PeftModel.from_pretrained(language_model, str(directory))

@@ -5,17 +5,17 @@ Importing this package registers the method, which `PeftModel.from_pretrained` n
 
 from llava_mole.mole.config import PRESETS, MoleConfig
 from llava_mole.mole.layer import MoleLinear, MoleMlp
-from llava_mole.mole.loss import (
-    balance_loss,
+from llava_mole.mole.loss import balance_loss, mole_after_step, mole_auxiliary_loss, mole_drop_step, z_loss
+from llava_mole.mole.model import (
+    MoleModel,
+    active_config,
     collect_routing,
-    mole_after_step,
-    mole_auxiliary_loss,
-    mole_drop_step,
-    mole_let_non_finite_pass,
+    disable_finite_check,
+    find_tuner,
+    missing_input,
+    register_mole,
     set_routing_inputs,
-    z_loss,
 )
-from llava_mole.mole.model import MoleModel, active_config, find_tuner, register_mole
 from llava_mole.mole.routing import Routing, RoutingInputs, RoutingMeter, choice_counts, routing_load
 
 register_mole()
@@ -33,11 +33,12 @@ __all__ = [
     "balance_loss",
     "choice_counts",
     "collect_routing",
+    "disable_finite_check",
     "find_tuner",
+    "missing_input",
     "mole_after_step",
     "mole_auxiliary_loss",
     "mole_drop_step",
-    "mole_let_non_finite_pass",
     "register_mole",
     "routing_load",
     "set_routing_inputs",

@@ -1,12 +1,10 @@
-"""`MoleConfig`: every option of a mixture of LoRA experts, its presets, and the combinations that cannot work."""
+"""`MoleConfig`: every option of a mixture of LoRA experts, its presets, and the refused combinations."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-
-from llava_mole.common.errors import ConfigError
 
 PEFT_TYPE = "MOLE"
 
@@ -20,9 +18,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "balance_layers": ("mean_of_layers", "pooled"),
     "balance_group": ("sample", "micro_batch", "global_batch"),
     "balance_tokens": ("all", "text", "supervised", "stratified"),
-    "backend": ("auto", "masked", "grouped", "gather", "loop"),
+    "backend": ("auto", "masked", "grouped", "loop"),
 }
-"""Allowed values of the options that name something."""
+"""Allowed values of the options that are names."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -40,17 +38,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shared_r": 8,
     },
 }
-"""Differences from the field defaults, which are the paper's text. `released` is what the authors' code does."""
+"""Differences from the field defaults, which follow the paper's text. `released` follows the authors' code."""
 
 
 @dataclass
 class MoleConfig(PeftConfig):
     """A sparse mixture of K LoRA experts in every FFN, with plain LoRA on the attention linears.
 
-    Field defaults are the preset `paper`. docs/mole.md explains every option with its source.
+    The field defaults are the preset `paper`. docs/mole.md explains every option and gives its source. The layers
+    keep this very object, which does not change once an adapter exists: `surgery` replaces it in all of them.
 
     Raises:
-        ConfigError: a value is not allowed, or a combination cannot learn; the message gives the reason.
+        ValueError: a value is not allowed, or a combination cannot learn; the message gives the reason.
     """
 
     r: int = field(default=32, metadata={"help": "LoRA rank of every expert and of the attention adapters."})
@@ -135,24 +134,26 @@ class MoleConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.target_parameters = None  # PEFT's matcher asks for it
+        self.target_parameters = None  # PEFT's matcher reads it
         if self.alpha is None:
             self.alpha = 2.0 * self.r if _is_number(self.r) else None
-        check_mole_config(self)
+        _check_values(self)
+        _check_choice(self)
+        _check_router_learns(self)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MoleConfig":
-        """The preset `name` (see `PRESETS`) with `overrides` on top.
+        """The preset `name` (see `PRESETS`), changed by `overrides`.
 
         Raises:
-            ConfigError: unknown preset, unknown option, or a refused combination.
+            ValueError: unknown preset, unknown option, or a refused combination.
         """
         if name not in PRESETS:
-            raise ConfigError(f"unknown MoLE preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown MoLE preset {name!r}; there are {', '.join(PRESETS)}")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in overrides:
             if key not in known:
-                raise ConfigError(f"unknown MoLE option {key!r}; the options are {', '.join(sorted(known))}")
+                raise ValueError(f"unknown MoLE option {key!r}; the options are {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **overrides})
 
     @property
@@ -177,81 +178,90 @@ class MoleConfig(PeftConfig):
         balances_globally = self.balance_group == "global_batch" and self.balance_coef > 0
         return self.has_router and (self.bias_update_rate > 0 or balances_globally)
 
-
-def check_mole_config(c: MoleConfig) -> None:
-    """Refuse values and combinations that cannot work. Raises ConfigError with the reason and what to do."""
-    for key, allowed in CHOICES.items():
-        if getattr(c, key) not in allowed:
-            raise ConfigError(f"{key} is {getattr(c, key)!r}; it must be one of {', '.join(allowed)}")
-    for key, low in (("r", 1), ("num_experts", 1), ("top_k", 1), ("num_tasks", 0), ("shared_r", 0)):
-        value = getattr(c, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"{key} is {value!r}; it must be a whole number of at least {low}")
-    if c.attention_r is not None and (not isinstance(c.attention_r, int) or c.attention_r < 1):
-        raise ConfigError(f"attention_r is {c.attention_r!r}; it must be a whole number of at least 1, or None")
-    for key in ("balance_coef", "z_loss_coef", "bias_update_rate", "alpha"):
-        if not _is_number(getattr(c, key)) or getattr(c, key) < 0:
-            raise ConfigError(f"{key} is {getattr(c, key)!r}; it must be a number that is not negative")
-    for key in ("dropout", "jitter"):
-        if not _is_number(getattr(c, key)) or not 0 <= getattr(c, key) < 1:
-            raise ConfigError(f"{key} is {getattr(c, key)!r}; it must be at least 0 and below 1")
-    if not _is_number(c.temperature) or c.temperature <= 0:
-        raise ConfigError(f"temperature is {c.temperature!r}; it must be above 0")
-    if c.top_k > c.num_experts:
-        raise ConfigError(f"top_k is {c.top_k} but num_experts is {c.num_experts}; a token cannot use more than all")
-    _check_gate(c)
-    _check_router_learns(c)
+    @property
+    def required_input(self) -> str | None:
+        """The routing input without which no forward pass is possible: `experts`, `task`, `source` or None."""
+        if self.num_experts == 1:
+            return None
+        by_granularity = {"given": "experts", "task": "task"}.get(self.granularity)
+        return by_granularity or ("source" if self.router == "oracle" else None)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_gate(c: MoleConfig) -> None:
+def _is_count(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _check_values(c: MoleConfig) -> None:
+    """Raise ValueError for an option outside its range."""
+    for key, allowed in CHOICES.items():
+        if getattr(c, key) not in allowed:
+            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be one of {', '.join(allowed)}")
+    for key, low in (("r", 1), ("num_experts", 1), ("top_k", 1), ("num_tasks", 0), ("shared_r", 0)):
+        if not _is_count(getattr(c, key), low):
+            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be a whole number of at least {low}")
+    if c.attention_r is not None and not _is_count(c.attention_r, 1):
+        raise ValueError(f"attention_r is {c.attention_r!r}; it must be a whole number of at least 1, or None")
+    for key in ("balance_coef", "z_loss_coef", "bias_update_rate", "alpha"):
+        if not _is_number(getattr(c, key)) or getattr(c, key) < 0:
+            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be a number that is not negative")
+    for key in ("dropout", "jitter"):
+        if not _is_number(getattr(c, key)) or not 0 <= getattr(c, key) < 1:
+            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be at least 0 and below 1")
+    if not _is_number(c.temperature) or c.temperature <= 0:
+        raise ValueError(f"temperature is {c.temperature!r}; it must be above 0")
+    if c.top_k > c.num_experts:
+        raise ValueError(f"top_k is {c.top_k} but num_experts is {c.num_experts}; top_k cannot be larger")
+
+
+def _check_choice(c: MoleConfig) -> None:
+    """Raise ValueError where the options contradict each other about which experts a token uses, or their weight."""
     if c.mode == "dense" and c.expert_scale in ("straight_through", "topk_renorm"):
-        raise ConfigError(
+        raise ValueError(
             f"expert_scale {c.expert_scale!r} has no meaning in mode 'dense', where the softmax already weighs every "
             "expert; use 'none', 'prob' or 'prob_times_k'"
         )
     if c.mode == "dense" and c.top_k != 1:
-        raise ConfigError(f"top_k is {c.top_k} in mode 'dense', which uses all experts; leave it at 1")
+        raise ValueError(f"top_k is {c.top_k} in mode 'dense', which uses all experts; leave it at 1")
     if c.mode == "sparse" and c.expert_scale == "topk_renorm" and c.top_k == 1 and c.num_experts > 1:
-        raise ConfigError(
+        raise ValueError(
             "expert_scale 'topk_renorm' with top_k 1 makes the weight exactly 1 and the router's gradient exactly 0; "
             "use 'straight_through' (same output, real gradient), 'prob', or top_k >= 2"
         )
     if c.granularity == "task" and c.num_tasks < 1 and c.router == "learned":
-        raise ConfigError("granularity 'task' needs num_tasks, the number of task ids")
-    fixed = c.router != "learned" or c.granularity == "given"
+        raise ValueError("granularity 'task' needs num_tasks, the number of task ids")
     if c.router != "learned" and c.granularity != "token":
-        raise ConfigError(
+        raise ValueError(
             f"router {c.router!r} is a control that replaces token routing; granularity must be 'token', "
             f"not {c.granularity!r}"
         )
-    if fixed and (c.mode == "dense" or c.expert_scale != "none") and not (c.granularity == "given"):
-        raise ConfigError(
-            f"router {c.router!r} has no probabilities; use mode 'sparse' and expert_scale 'none' with it"
-        )
-    if c.router in ("random", "oracle") and c.top_k != 1:
-        raise ConfigError(f"router {c.router!r} chooses one expert; top_k must be 1, not {c.top_k}")
+    if c.router != "learned" and (c.mode == "dense" or c.expert_scale != "none"):
+        raise ValueError(f"router {c.router!r} has no probabilities; use mode 'sparse' and expert_scale 'none' with it")
+    if c.router not in ("learned", "hash") and c.top_k != 1:
+        raise ValueError(f"router {c.router!r} chooses one expert; top_k must be 1, not {c.top_k}")
     if c.granularity == "given" and c.expert_scale != "none":
-        raise ConfigError("granularity 'given' brings its own weights; expert_scale must be 'none'")
+        raise ValueError("granularity 'given' brings its own weights; expert_scale must be 'none'")
     if c.shared_scale == "complement" and (c.mode != "sparse" or c.top_k != 1 or not c.has_router):
-        raise ConfigError("shared_scale 'complement' is 1 - p of the chosen expert: it needs a sparse top-1 router")
+        raise ValueError("shared_scale 'complement' is 1 - p of the chosen expert: it needs a sparse top-1 router")
     if c.shared_scale == "complement" and c.shared_r == 0:
-        raise ConfigError("shared_scale 'complement' needs a shared expert: set shared_r")
+        raise ValueError("shared_scale 'complement' needs a shared expert: set shared_r")
 
 
 def _check_router_learns(c: MoleConfig) -> None:
+    """Raise ValueError where nothing would train the router, or balancing would work against it."""
     if c.balance_group == "sample" and c.granularity in ("sequence", "task") and c.balance_coef > 0 and c.router_trains:
-        raise ConfigError(
+        raise ValueError(
             f"balance_group 'sample' with granularity {c.granularity!r}: all tokens of a sample share one expert, so "
-            "balancing within the sample only flattens the gate; use 'micro_batch' or 'global_batch', or balance_coef 0"
+            "balancing within the sample only flattens the router's probabilities; use 'micro_batch' or "
+            "'global_batch', or balance_coef 0"
         )
     if c.router_trains and c.mode == "sparse" and c.expert_scale == "none" and c.balance_coef == 0:
-        raise ConfigError(
+        raise ValueError(
             "expert_scale 'none' with balance_coef 0: nothing gives the router a gradient; use 'straight_through', a "
             "balance_coef above 0, or train_router=False for a fixed random router"
         )
     if c.bias_update_rate > 0 and not (c.has_router and c.mode == "sparse"):
-        raise ConfigError("bias_update_rate shifts a sparse router's choice; this configuration has none")
+        raise ValueError("bias_update_rate shifts a sparse router's choice; this configuration has none")

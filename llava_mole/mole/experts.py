@@ -1,49 +1,51 @@
-"""The trainable parts: stacked LoRA experts of an FFN, and a plain LoRA pair for a linear.
+"""The trainable parts, and an FFN or a linear with them: stacked LoRA experts, and a plain LoRA pair.
 
 The experts of one projection are one Parameter each for A and B. With a module per expert, ZeRO-1/2 reduces wrong
 gradients without an error as soon as ranks use different experts, because its buckets follow the order in which
-autograd reaches the parameters; a stacked Parameter always receives its whole gradient.
+autograd reaches the parameters. A stacked Parameter always receives its whole gradient.
 
-Shape legend: K experts, r rank, I input width, O output width.
+Shape legend: T tokens, D hidden size, K experts, k experts a token uses, J experts a token is computed for (K or k),
+R rank, N = K R, I input size, O output size.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.ffn import FfnLayout, activate
 from llava_mole.mole.kernels import (
     Backend,
-    Dense,
-    Gathered,
-    GroupedGemm,
-    Masked,
-    Pairs,
-    Slices,
     activate_and_shrink,
+    dense,
     expand,
+    group_by_expert,
     inverse,
+    masked,
     permute,
     shrink,
 )
-from llava_mole.mole.router import Gate
+from llava_mole.mole.router import ExpertWeights
+
+DENSE = Backend(dense)
 
 
 def _pair(lead: tuple[int, ...], in_width: int, out_width: int, device, dtype) -> tuple[nn.Parameter, nn.Parameter]:
     a = nn.Parameter(torch.empty(*lead, in_width, device=device, dtype=dtype))
     b = nn.Parameter(torch.zeros(*lead, out_width, device=device, dtype=dtype))
-    # The bound of kaiming_uniform_(a=sqrt(5)) over fan-in `in_width`, PEFT's initialisation of lora_A; the function
-    # itself would take r * in_width for the fan-in of a stacked tensor.
+    # The bound of kaiming_uniform_(a=sqrt(5)) for a fan-in of `in_width`, as PEFT initialises lora_A. The function
+    # itself would take r * in_width as the fan-in of a stacked tensor.
     nn.init.uniform_(a, -1 / math.sqrt(in_width), 1 / math.sqrt(in_width))
     return a, b
 
 
 class LoraPair(nn.Module):
-    """Plain LoRA of one linear: `A` `[r, I]`, `B` `[r, O]` (PEFT's lora_B transposed); B starts at zero."""
+    """Plain LoRA of one linear: `A` `[R, I]` and `B` `[R, O]` (PEFT's lora_B transposed). B starts at zero."""
 
     def __init__(self, in_width: int, out_width: int, r: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,32 +53,22 @@ class LoraPair(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """K LoRA experts for each projection of one FFN: `<name>_A` `[K, r, I]` and `<name>_B` `[K, r, O]`.
+    """K LoRA experts for each projection of one FFN: `<name>_A` `[K, R, I]` and `<name>_B` `[K, R, O]`.
 
-    With `shared_r` there is one more pair a projection that every token uses: `<name>_shared_A` `[shared_r, I]`,
-    `<name>_shared_B` `[shared_r, O]`.
+    With `shared_r` each projection has one more pair, which every token uses: `<name>_shared_A` `[shared_r, I]` and
+    `<name>_shared_B` `[shared_r, O]`. `widths` maps projections to their input and output size.
     """
 
     def __init__(
-        self,
-        widths: dict[str, tuple[int, int]],
-        num_experts: int,
-        r: int,
-        *,
-        shared_r: int = 0,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, widths: dict[str, tuple[int, int]], config: MoleConfig, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.r = r
-        self.shared_r = shared_r
         for name, (in_width, out_width) in widths.items():
-            a, b = _pair((num_experts, r), in_width, out_width, device, dtype)
+            a, b = _pair((config.num_experts, config.r), in_width, out_width, device, dtype)
             self.register_parameter(f"{name}_A", a)
             self.register_parameter(f"{name}_B", b)
-            if shared_r:
-                a, b = _pair((shared_r,), in_width, out_width, device, dtype)
+            if config.shared_r:
+                a, b = _pair((config.shared_r,), in_width, out_width, device, dtype)
                 self.register_parameter(f"{name}_shared_A", a)
                 self.register_parameter(f"{name}_shared_B", b)
 
@@ -89,145 +81,128 @@ class ExpertStack(nn.Module):
         return getattr(self, f"{name}_shared_A"), getattr(self, f"{name}_shared_B")
 
 
+def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scaling: float, dropout: float) -> Tensor:
+    """`base(x) + s B A dropout(x)`: plain LoRA, with one pass over x and one over the output."""
+    y_TO = base(x_TI)
+    x_TI = (F.dropout(x_TI, dropout) if dropout else x_TI).to(y_TO.dtype)
+    a_1RI, b_1RO = a_RI.unsqueeze(0), b_RO.unsqueeze(0)
+    if torch.compiler.is_compiling():
+        return y_TO + all_experts_delta(x_TI, a_1RI, b_1RO, None, scaling)
+    (h_T1R,) = shrink(DENSE, scaling, x_TI, [a_1RI])
+    return expand(DENSE, y_TO, h_T1R, b_1RO)
+
+
 MASKED_WIDTH_LIMIT = 256
-"""Largest K r for which a GPU computes all experts: below it plain LoRA waits for memory, so arithmetic is free."""
+"""Largest K R for which a GPU computes all experts: plain LoRA waits for memory there, so arithmetic is free."""
 
 
-def choose_backend(requested: str, gate: Gate | None, num_experts: int, r: int, x: Tensor) -> str:
-    """The name of the backend for tokens `x` `[T, D]`: what was requested, or the documented rule.
+def choose_backend(requested: str, weights: ExpertWeights | None, num_experts: int, r: int, x_TD: Tensor) -> str:
+    """The name of the backend for the tokens `x_TD`: the one requested, or for `auto` the documented rule.
 
-    All experts (dense gate, one expert): `dense`. CPU: `grouped`, since products of rank width are bound by
-    arithmetic there. GPU: `gather` while 3 k T < K, `masked` while K r is at most `MASKED_WIDTH_LIMIT`, `grouped`
-    above (bfloat16, top 1 and widths in multiples of 8; else `masked`).
+    If every token uses all experts (mode `dense`, K = 1): `dense`. CPU: `grouped`, because products of rank size are
+    bound by arithmetic there. GPU: `masked` while K R is at most `MASKED_WIDTH_LIMIT`, `grouped` above (in bfloat16
+    with top 1 and a rank in multiples of 8; else `masked`).
     """
-    if gate is None or gate.index is None:
+    if weights is None or weights.index is None:
         return "loop" if requested == "loop" else "dense"
     if requested != "auto":
         return requested
-    if x.device.type == "cpu":
+    if x_TD.device.type == "cpu":
         return "grouped"
-    picks = gate.index.shape[-1]
-    if 3 * picks * x.shape[0] < num_experts:
-        return "gather"
-    fits = picks == 1 and x.dtype == torch.bfloat16 and r % 8 == 0
+    fits = weights.index.shape[-1] == 1 and x_TD.dtype == torch.bfloat16 and r % 8 == 0
     return "grouped" if num_experts * r > MASKED_WIDTH_LIMIT and fits else "masked"
 
 
-def build_backend(name: str, gate: Gate | None, num_experts: int, x: Tensor) -> Backend:
-    """The backend `name` for one FFN's tokens; `grouped` sorts them (top 1) or gathers pairs (k > 1)."""
-    if name == "dense" or gate is None or gate.index is None:
-        return Dense()
-    index = gate.index.to(torch.uint8)
+def build_backend(name: str, weights: ExpertWeights | None, num_experts: int) -> Backend:
+    """The backend `name` for the tokens of one FFN."""
+    if name == "dense" or weights is None or weights.index is None:
+        return DENSE
     if name == "masked":
-        return Masked(index, num_experts)
-    if name == "gather":
-        return Gathered(index)
-    if index.shape[-1] > 1:
-        return Pairs(index, num_experts)
-    expert_T = gate.index.squeeze(-1)
-    order = expert_T.argsort(stable=True).int()
-    experts = torch.arange(num_experts, device=x.device)
-    ends = (expert_T.unsqueeze(-1) <= experts).sum(dim=0, dtype=torch.int32)
-    return GroupedGemm(order, ends) if x.is_cuda and x.dtype == torch.bfloat16 else Slices(order, ends)
-
-
-def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scaling: float, dropout: float) -> Tensor:
-    """`base(x) + s B A dropout(x)`: plain LoRA, one pass over x and one over the output."""
-    y = base(x_TI)
-    x_TI = F.dropout(x_TI, dropout) if dropout else x_TI
-    if torch.compiler.is_compiling():
-        return y + expert_delta(x_TI.to(y.dtype), a_RI.unsqueeze(0), b_RO.unsqueeze(0), None, scaling)
-    (h,) = shrink(Dense(), scaling, x_TI.to(y.dtype), [a_RI.unsqueeze(0)])
-    return expand(Dense(), y, h, b_RO.unsqueeze(0))
+        return Backend(partial(masked, num_experts=num_experts), (weights.index.to(torch.uint8),))
+    return group_by_expert(weights.index, num_experts)
 
 
 @dataclass(frozen=True)
 class ExpertMix:
-    """The experts of one FFN for one forward pass: who goes where, at what weight.
+    """The experts of one FFN in one forward pass, and their weights.
 
-    `shared_weight` is `[T, 1]`, or None for 1.
+    `weights` is None for one expert. `shared_weight` is `[T, 1]`, or None for 1. `dropout` is 0 in evaluation.
     """
 
     experts: ExpertStack
-    gate: Gate | None
+    config: MoleConfig
+    weights: ExpertWeights | None
     shared_weight: Tensor | None
-    scaling: float
     dropout: float
-    backend: str
 
 
 def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
-    """`down(act(gate(x)) * up(x))` where each projection adds the experts of its own input (Eq. 5), `[T, D]`."""
-    name = choose_backend(mix.backend, mix.gate, mix.experts.num_experts, mix.experts.r, x_TD)
+    """`down(act(gate(x)) * up(x))`, `[T, D]`, where each projection adds the experts of its own input (Eq. 5)."""
+    config = mix.config
+    name = choose_backend(config.backend, mix.weights, config.num_experts, config.r, x_TD)
     if name == "loop" or torch.compiler.is_compiling():
         return _composed_ffn(base, layout, x_TD, mix, loop=name == "loop")
-    backend = build_backend(name, mix.gate, mix.experts.num_experts, x_TD)
-    weight = None if mix.gate is None else mix.gate.weight
-    shared_weight = mix.shared_weight
-    source = None
-    order = getattr(backend, "order", None)
-    if order is not None and x_TD.shape[0] == 1:
-        order = None  # one token needs no sorting
+    backend = build_backend(name, mix.weights, config.num_experts)
+    weight, shared_weight = None if mix.weights is None else mix.weights.weight, mix.shared_weight
+    source, order = None, backend.order if x_TD.shape[0] > 1 else None  # one token needs no sorting
     if order is not None:
         source = None if mix.dropout else x_TD
         x_TD = permute(x_TD, order)
         weight = None if weight is None else permute(weight, order)
         shared_weight = None if shared_weight is None else permute(shared_weight, order)
-    low = _LowRank(backend, mix, weight, shared_weight)
+    projections = _Projections(backend, mix, weight, shared_weight)
 
     inputs = [layout.up] if layout.gate is None else [layout.gate, layout.up]
     outputs = [getattr(base, projection)(x_TD) for projection in inputs]
-    outputs = low.add(inputs, outputs, x_TD, source)
-    gated = outputs[0] if layout.gate is not None else None
+    outputs = projections.add_experts(inputs, outputs, x_TD, source)
     act = getattr(base, layout.activation)
-    if layout.fused or mix.dropout or mix.experts.shared_r or _owns_parameters(act):
-        hidden = activate(layout, base, outputs[-1], gated)
-        y = low.add([layout.down], [getattr(base, layout.down)(hidden)], hidden, None)[0]
+    if layout.fused or mix.dropout or config.shared_r or _owns_parameters(act):
+        hidden = activate(layout, base, outputs[-1], outputs[0] if layout.gate is not None else None)
+        (y_TD,) = projections.add_experts([layout.down], [getattr(base, layout.down)(hidden)], hidden, None)
     else:
-        y = low.down(base, layout.down, act, *outputs)
-    return y if order is None else permute(y, inverse(order))
+        y_TD = projections.down(base, layout.down, act, *outputs)
+    return y_TD if order is None else permute(y_TD, inverse(order))
 
 
 @dataclass(frozen=True)
-class _LowRank:
-    """Adds experts to the outputs of projections that share an input."""
+class _Projections:
+    """Adds the experts to the outputs of an FFN's projections; tokens and weights in the order of the backend."""
 
     backend: Backend
     mix: ExpertMix
-    weight: Tensor | None
-    shared_weight: Tensor | None
+    weight_TJ: Tensor | None
+    shared_weight_T1: Tensor | None
 
-    def weigh(self, h_TN: Tensor) -> Tensor:
-        """The gate in rank space: r numbers a token and expert."""
-        if self.weight is None:
-            return h_TN
-        weight = self.weight.to(h_TN.dtype)
-        return (h_TN.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(1)
-
-    def add(self, names: list[str], outputs: list[Tensor], x: Tensor, source: Tensor | None) -> list[Tensor]:
-        mix, experts = self.mix, self.mix.experts
-        x = F.dropout(x, mix.dropout) if mix.dropout else x
+    def add_experts(self, names: list[str], outputs: list[Tensor], x: Tensor, source: Tensor | None) -> list[Tensor]:
+        """The outputs of the projections `names`, which all read `x`, plus their experts. See `shrink` for `source`."""
+        experts, scaling = self.mix.experts, self.mix.config.scaling
+        x = F.dropout(x, self.mix.dropout) if self.mix.dropout else x
         x = x.to(outputs[0].dtype)
         source = None if source is None else source.to(x.dtype)
-        hs = shrink(self.backend, mix.scaling, x, [experts.pair(name)[0] for name in names], source)
+        hs = shrink(self.backend, scaling, x, [experts.pair(name)[0] for name in names], source)
         outputs = [
-            expand(self.backend, y, self.weigh(h), experts.pair(name)[1])
+            expand(self.backend, y, self._weigh(h), experts.pair(name)[1])
             for name, y, h in zip(names, outputs, hs, strict=True)
         ]
-        if not experts.shared_r:
+        if not self.mix.config.shared_r:
             return outputs
         pairs = [experts.shared_pair(name) for name in names]
-        hs = shrink(Dense(), mix.scaling, x, [a.unsqueeze(0) for a, _ in pairs])
-        if self.shared_weight is not None:
-            hs = tuple(h * self.shared_weight.to(h.dtype) for h in hs)
-        return [expand(Dense(), y, h, b.unsqueeze(0)) for y, h, (_, b) in zip(outputs, hs, pairs, strict=True)]
+        hs = shrink(DENSE, scaling, x, [a.unsqueeze(0) for a, _ in pairs])
+        if self.shared_weight_T1 is not None:
+            hs = tuple(h * self.shared_weight_T1.to(h.dtype).unsqueeze(-1) for h in hs)
+        return [expand(DENSE, y, h, b.unsqueeze(0)) for y, h, (_, b) in zip(outputs, hs, pairs, strict=True)]
 
     def down(
         self, base: nn.Module, name: str, act: Callable[[Tensor], Tensor], first: Tensor, up: Tensor | None = None
     ) -> Tensor:
-        a, b = self.mix.experts.pair(name)
-        hidden, h = activate_and_shrink(self.backend, self.mix.scaling, act, first, up, a)
-        return expand(self.backend, getattr(base, name)(hidden), self.weigh(h), b)
+        """The down projection of `act(first) * up`, plus its experts, without keeping the activation in memory."""
+        a_KRI, b_KRO = self.mix.experts.pair(name)
+        hidden, h = activate_and_shrink(self.backend, self.mix.config.scaling, act, first, up, a_KRI)
+        return expand(self.backend, getattr(base, name)(hidden), self._weigh(h), b_KRO)
+
+    def _weigh(self, h_TJR: Tensor) -> Tensor:
+        """The weights applied in rank space, where they cost R numbers for each token and expert."""
+        return h_TJR if self.weight_TJ is None else h_TJR * self.weight_TJ.to(h_TJR.dtype).unsqueeze(-1)
 
 
 def _owns_parameters(act: Callable) -> bool:
@@ -235,16 +210,16 @@ def _owns_parameters(act: Callable) -> bool:
 
 
 def _composed_ffn(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix, loop: bool) -> Tensor:
-    """The same from differentiable operations alone: what `torch.compile` traces, and the `loop` reference."""
-    delta = _loop_delta if loop else expert_delta
+    """The same from differentiable operations alone: what `torch.compile` traces, and the reference `loop`."""
+    delta, scaling = loop_delta if loop else all_experts_delta, mix.config.scaling
 
     def project(name: str, x: Tensor) -> Tensor:
         y = getattr(base, name)(x)
         x = (F.dropout(x, mix.dropout) if mix.dropout else x).to(y.dtype)
-        y = y + delta(x, *mix.experts.pair(name), mix.gate, mix.scaling)
-        if mix.experts.shared_r:
+        y = y + delta(x, *mix.experts.pair(name), mix.weights, scaling)
+        if mix.config.shared_r:
             a, b = mix.experts.shared_pair(name)
-            shared = expert_delta(x, a.unsqueeze(0), b.unsqueeze(0), None, mix.scaling)
+            shared = all_experts_delta(x, a.unsqueeze(0), b.unsqueeze(0), None, scaling)
             y = y + (shared if mix.shared_weight is None else shared * mix.shared_weight.to(y.dtype))
         return y
 
@@ -252,31 +227,35 @@ def _composed_ffn(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertM
     return project(layout.down, activate(layout, base, project(layout.up, x_TD), gate))
 
 
-def gate_matrix(gate: Gate, num_experts: int, like: Tensor) -> Tensor:
-    """The gate as `[T, K]` in the dtype of `like`: zero for experts that were not chosen."""
-    if gate.index is None:
-        assert gate.weight is not None
-        return gate.weight.to(like.dtype)
-    weight = torch.ones_like(gate.index, dtype=like.dtype) if gate.weight is None else gate.weight.to(like.dtype)
-    zeros = torch.zeros(gate.index.shape[0], num_experts, dtype=like.dtype, device=like.device)
-    return zeros.scatter(-1, gate.index, weight)
-
-
-def expert_delta(x_TI: Tensor, a_KRI: Tensor, b_KRO: Tensor, gate: Gate | None, scaling: float) -> Tensor:
-    """`s B'((A' x) * rep(G, r))`, `[T, O]`, by two products over all experts; without a gate (K = 1) plain LoRA."""
+def all_experts_delta(
+    x_TI: Tensor, a_KRI: Tensor, b_KRO: Tensor, weights: ExpertWeights | None, scaling: float
+) -> Tensor:
+    """`s B'((A' x) * rep(G, R))`, `[T, O]`, by two products over all experts; plain LoRA without weights (K = 1)."""
     num_experts, rank, _ = a_KRI.shape
-    a, b = a_KRI.flatten(0, 1).to(x_TI.dtype), b_KRO.flatten(0, 1).to(x_TI.dtype)
-    h_TN = x_TI @ a.T * scaling
-    if gate is not None:
-        h_TN = (h_TN.unflatten(-1, (num_experts, rank)) * gate_matrix(gate, num_experts, h_TN).unsqueeze(-1)).flatten(1)
-    return h_TN @ b
+    a_NI, b_NO = a_KRI.flatten(0, 1).to(x_TI.dtype), b_KRO.flatten(0, 1).to(x_TI.dtype)
+    h_TN = x_TI @ a_NI.T * scaling
+    if weights is not None:
+        weight_TK1 = weight_matrix(weights, num_experts, h_TN).unsqueeze(-1)
+        h_TN = (h_TN.unflatten(-1, (num_experts, rank)) * weight_TK1).flatten(1)
+    return h_TN @ b_NO
 
 
-def _loop_delta(x_TI: Tensor, a_KRI: Tensor, b_KRO: Tensor, gate: Gate | None, scaling: float) -> Tensor:
-    """The same, one whole expert after the other, as in the equations: the reference the others are tested against."""
-    total = x_TI.new_zeros(x_TI.shape[0], b_KRO.shape[-1])
-    gate_TK = None if gate is None else gate_matrix(gate, a_KRI.shape[0], x_TI)
-    for k, (a, b) in enumerate(zip(a_KRI.to(x_TI.dtype), b_KRO.to(x_TI.dtype), strict=True)):
-        delta = scaling * (x_TI @ a.T) @ b
-        total = total + (delta if gate_TK is None else delta * gate_TK[:, k : k + 1])
-    return total
+def loop_delta(x_TI: Tensor, a_KRI: Tensor, b_KRO: Tensor, weights: ExpertWeights | None, scaling: float) -> Tensor:
+    """The same, `[T, O]`, one expert after the other as in the equations: the reference for the other backends."""
+    y_TO = x_TI.new_zeros(x_TI.shape[0], b_KRO.shape[-1])
+    weight_TK = None if weights is None else weight_matrix(weights, a_KRI.shape[0], x_TI)
+    for k, (a_RI, b_RO) in enumerate(zip(a_KRI.to(x_TI.dtype), b_KRO.to(x_TI.dtype), strict=True)):
+        delta_TO = scaling * (x_TI @ a_RI.T) @ b_RO
+        y_TO = y_TO + (delta_TO if weight_TK is None else delta_TO * weight_TK[:, k : k + 1])
+    return y_TO
+
+
+def weight_matrix(weights: ExpertWeights, num_experts: int, like: Tensor) -> Tensor:
+    """The weights as G `[T, K]` in the dtype of `like`: zero for experts that were not chosen."""
+    index, weight = weights.index, weights.weight
+    if index is None:
+        assert weight is not None
+        return weight.to(like.dtype)
+    weight = torch.ones_like(index, dtype=like.dtype) if weight is None else weight.to(like.dtype)
+    zeros_TK = torch.zeros(index.shape[0], num_experts, dtype=like.dtype, device=like.device)
+    return zeros_TK.scatter(-1, index, weight)

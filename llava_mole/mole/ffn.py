@@ -1,8 +1,10 @@
-"""Which FFNs can carry experts, and how their forward is composed.
+"""Which FFNs can carry experts, and how their forward pass is composed.
 
 The wrapper calls an FFN's linears as modules, so quantized linears work, but composes them itself, because the
-experts of each projection act on that projection's own input. `check_composition` proves on one random token that
-the composition is the FFN's own forward.
+experts of each projection act on that projection's own input. `check_composition` verifies on one random token that
+the composition equals the FFN's own forward pass.
+
+Here "gate" always means the gate projection of the FFN.
 """
 
 from dataclasses import dataclass
@@ -10,15 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava_mole.common.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class FfnLayout:
     """Attribute names of an FFN's parts.
 
-    With `gate`: `down(act(gate(x)) * up(x))`. Without: `down(act(up(x)))`. With `fused`, `up` yields gate and up
-    side by side (Phi-3). `dropout` is applied to the output where the FFN has one (GPT-2).
+    With `gate`: `down(act(gate(x)) * up(x))`. Without: `down(act(up(x)))`. With `fused`, the linear `up` computes gate
+    and up side by side (Phi-3). `dropout`, if the FFN has one, is applied to the output (GPT-2).
     """
 
     up: str
@@ -58,12 +58,12 @@ FAMILY_ATTENTION = {
     "phi3": ["qkv_proj", "o_proj"],
     "falcon": ["query_key_value", "self_attention.dense"],
 }
-"""Families whose attention linears are called otherwise; keyed by `config.model_type`."""
+"""Attention linears of families that use other names, by `config.model_type`."""
 
 
 def linear_widths(linear: nn.Module) -> tuple[int, int] | None:
-    """`(input width, output width)` of a linear-like module, or None where it is none."""
-    for names in (("in_features", "out_features"), ("nx", "nf")):  # nx, nf: transformers' Conv1D, of GPT-2
+    """`(input width, output width)` of a linear-like module, or None for any other module."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # nx, nf: transformers' Conv1D, as in GPT-2
         found = [getattr(linear, name, None) for name in names]
         if all(isinstance(width, int) for width in found):
             return found[0], found[1]  # type: ignore[return-value]
@@ -71,7 +71,7 @@ def linear_widths(linear: nn.Module) -> tuple[int, int] | None:
 
 
 def find_layout(module: nn.Module) -> FfnLayout | None:
-    """The layout of `module` if its parts carry the usual names, else None."""
+    """The layout of `module` if its parts have names of a known family, else None."""
     children = dict(module.named_children())
     for gate, up, down in _LINEARS:
         names = [name for name in (gate, up, down) if name]
@@ -87,24 +87,28 @@ def find_layout(module: nn.Module) -> FfnLayout | None:
 
 
 def layout_from_names(names: dict[str, str], module: nn.Module, where: str) -> FfnLayout:
-    """The layout a user spelled out. Raises ConfigError for an unknown role or an attribute `module` lacks."""
+    """The layout that the user spelled out as `ffn_projections`.
+
+    Raises:
+        ValueError: an unknown or missing role, or an attribute that `module` does not have; `where` names the module.
+    """
     roles = ("gate", "up", "down", "activation", "dropout")
     for role in names:
         if role not in roles:
-            raise ConfigError(f"ffn_projections has the role {role!r}; the roles are {', '.join(roles)}")
+            raise ValueError(f"ffn_projections has the role {role!r}; the roles are {', '.join(roles)}")
     for role in ("up", "down", "activation"):
         if role not in names:
-            raise ConfigError(f"ffn_projections lacks the role {role!r}")
+            raise ValueError(f"ffn_projections lacks the role {role!r}")
     for role, name in names.items():
         if not hasattr(module, name):
-            raise ConfigError(
-                f"ffn_projections.{role} is {name!r}, but {where} ({type(module).__name__}) has no such part"
+            raise ValueError(
+                f"ffn_projections.{role} is {name!r}, but {where} ({type(module).__name__}) has no such attribute"
             )
     return FfnLayout(names["up"], names["down"], names["activation"], names.get("gate"), dropout=names.get("dropout"))
 
 
 def activate(layout: FfnLayout, ffn: nn.Module, up: Tensor, gate: Tensor | None) -> Tensor:
-    """The input of the down projection, from the outputs of the others."""
+    """The input of the down projection, computed from the outputs of the other projections."""
     act = getattr(ffn, layout.activation)
     if layout.fused:
         gate, up = up.chunk(2, dim=-1)
@@ -112,9 +116,9 @@ def activate(layout: FfnLayout, ffn: nn.Module, up: Tensor, gate: Tensor | None)
 
 
 def check_composition(layout: FfnLayout, ffn: nn.Module, where: str) -> None:
-    """Raise ConfigError unless the composed forward of `ffn` equals its own, on one random token.
+    """Raise ValueError unless the composed forward pass of `ffn` equals its own, on one random token.
 
-    Weights that cannot compute here (meta device, integers of a quantized linear) leave the check out.
+    The check is skipped for weights that cannot compute here (meta device, the integers of a quantized linear).
     """
     weights = [getattr(getattr(ffn, name), "weight", None) for name in layout.projections]
     if any(w is None or w.device.type == "meta" or not w.is_floating_point() or w.numel() == 0 for w in weights):
@@ -133,12 +137,12 @@ def check_composition(layout: FfnLayout, ffn: nn.Module, where: str) -> None:
             gate = None if layout.gate is None else getattr(ffn, layout.gate)(x)
             composed = getattr(ffn, layout.down)(activate(layout, ffn, getattr(ffn, layout.up)(x), gate))
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"{where} ({type(ffn).__name__}) cannot be called with one tensor: {error}") from None
+        raise ValueError(f"{where} ({type(ffn).__name__}) cannot be called with one tensor: {error}") from None
     finally:
         ffn.train(was_training)
     if not isinstance(expected, Tensor) or not torch.allclose(expected, composed, rtol=1e-2, atol=1e-3):
         form = "down(act(up(x)))" if layout.gate is None else "down(act(gate(x)) * up(x))"
-        raise ConfigError(
-            f"{where} ({type(ffn).__name__}) computes something else than {form}, so experts cannot be placed in it; "
-            "leave it out with exclude_modules"
+        raise ValueError(
+            f"{where} ({type(ffn).__name__}) does not compute {form}, so experts cannot be placed in it; "
+            "exclude it with exclude_modules"
         )

@@ -1,35 +1,37 @@
-"""The balance loss (Eq. 6-8) in all its readings, and the z-loss: pure functions of logits, choices and masks.
+"""The balance loss (Eq. 6-8) in all its readings and the z-loss, from logits to the term that a trainer adds.
+
+`balance_loss` and `z_loss` are pure functions of logits, choices and masks; `mole_auxiliary_loss` reads them from a
+model and applies its coefficients.
 
 Shape legend: L layers, B samples, S positions, K experts, k experts a token uses, M token sets.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from llava_mole.common.distributed import all_reduce_sum
-from llava_mole.common.errors import ConfigError
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import MoleMlp
-from llava_mole.mole.model import active_config, find_tuner
+from llava_mole.mole.model import active_config, collect_routing, find_tuner
 from llava_mole.mole.routing import Routing, choice_counts
 
 
 def token_sets(
     which: str, token_mask: Tensor, supervised_mask: Tensor | None = None, image_mask: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The bool masks `[B, S]` over which `balance_tokens=which` balances; two (image, text) for `stratified`.
+    """The masks, bool `[B, S]`, of the tokens that `balance_tokens=which` balances: image and text for `stratified`.
 
     Raises:
-        ConfigError: the choice needs a mask that was not given.
+        ValueError: `which` needs a mask that was not given.
     """
     if which == "all":
         return (token_mask,)
     if which == "supervised":
         if supervised_mask is None:
-            raise ConfigError("balance_tokens 'supervised' needs supervised_mask")
+            raise ValueError("balance_tokens 'supervised' needs supervised_mask")
         return (token_mask & supervised_mask,)
     if image_mask is None:
-        raise ConfigError(f"balance_tokens {which!r} needs image_mask")
+        raise ValueError(f"balance_tokens {which!r} needs image_mask")
     text = token_mask & ~image_mask
     return (text,) if which == "text" else (token_mask & image_mask, text)
 
@@ -44,24 +46,25 @@ def balance_loss(
     sample_weights: Tensor | None = None,
     global_load: Tensor | None = None,
 ) -> Tensor:
-    """`sum_j f_j P_j` over the tokens of `token_mask` (bool `[B, S]`); a float32 scalar, NOT times `balance_coef`.
+    """`sum_j f_j P_j` over the tokens of `token_mask` (bool `[B, S]`); a float32 scalar without `balance_coef`.
 
-    f_j is the share of tokens that chose expert j (a constant), P_j the mean probability of j. Padding is whatever
-    `token_mask` leaves out. The minimum is 1 / K with `scale='mean'`.
+    f_j is the share of tokens that chose expert j (a constant), P_j the mean probability of j. `token_mask` is false
+    at padding. With `scale='mean'` a uniform load gives 1 / K. A sample or batch without tokens contributes 0.
 
     Args:
-        scale: `mean`: as above. `switch`: times K. `raw`: counts times summed probabilities, Eq. 7-8 to the letter,
+        scale: `mean`: as above. `switch`: times K. `raw`: counts times summed probabilities, Eq. 7-8 read literally,
             which grows with the square of the number of tokens.
-        layers: `mean_of_layers`: one product a layer, averaged. `pooled`: f and P over the tokens of all layers
-            together, so that layers may cancel (released code).
-        group: which tokens share f and P. `sample`: one loss a sample, averaged with `sample_weights`.
+        layers: `mean_of_layers`: one product per layer, averaged. `pooled`: f and P over the tokens of all layers
+            together, so that imbalances of different layers can cancel (released code).
+        group: which tokens share f and P. `sample`: one loss per sample, averaged with `sample_weights`.
             `micro_batch`: all tokens given. `global_batch`: f from `global_load`; P is the mean over samples.
-        sample_weights: `[B]`; None means 1 / B each. A trainer that sums over micro-batches and averages over ranks
-            passes weights whose total over the global batch is right, and the result does not depend on how samples
-            are split. In `micro_batch` their sum multiplies the loss.
-        global_load: for `global_batch`, tokens per layer and expert `[L, K]`; zeros stand for a uniform load.
+        sample_weights: `[B]`; None means 1 / B each. The result does not depend on how samples are split over
+            micro-batches and ranks if the weights add up over the global batch. In `micro_batch` their sum
+            multiplies the loss.
+        global_load: for `global_batch`, tokens per layer and expert `[L, K]`; zeros mean a uniform load.
 
-    A sample or batch without tokens contributes 0.
+    Raises:
+        ValueError: `global_batch` without `global_load`.
     """
     if not routing.logits:
         return torch.zeros((), device=token_mask.device)
@@ -74,7 +77,7 @@ def balance_loss(
     num_layers, _, num_experts = counts_LBK.shape
     if group == "global_batch":
         if global_load is None:
-            raise ConfigError("balance_group 'global_batch' needs global_load")
+            raise ValueError("balance_group 'global_batch' needs global_load")
         return _global_balance(probs_LBK, tokens_B, weights_B, global_load, scale, layers)
     if group == "micro_batch":
         counts_LBK, probs_LBK = counts_LBK.sum(1, keepdim=True), probs_LBK.sum(1, keepdim=True)
@@ -113,7 +116,7 @@ def _global_balance(
 def z_loss(routing: Routing, token_mask: Tensor, sample_weights: Tensor | None = None) -> Tensor:
     """Mean of `logsumexp(logits)^2` over a sample's tokens and all layers, summed with `sample_weights` (None: 1 / B).
 
-    A float32 scalar, NOT times `z_loss_coef`. `token_mask` is bool `[B, S]`.
+    A float32 scalar without `z_loss_coef`. `token_mask` is bool `[B, S]`.
     """
     if not routing.logits:
         return torch.zeros((), device=token_mask.device)
@@ -122,24 +125,6 @@ def z_loss(routing: Routing, token_mask: Tensor, sample_weights: Tensor | None =
     tokens_B = mask.sum(dim=1)
     value_B = (squares_BS * mask).sum(dim=1) / tokens_B.clamp(min=1)
     return (value_B * _sample_weights(sample_weights, tokens_B)).sum()
-
-
-def collect_routing(model: nn.Module) -> Routing:
-    """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
-
-    Call it once after a forward pass. The logits carry their graph, so what is computed from them trains the router.
-    """
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, MoleMlp) and module.routing.logits is not None
-    ]
-    return Routing(
-        names=tuple(name for name, _ in layers),
-        logits=tuple(module.routing.logits for _, module in layers if module.routing.logits is not None),
-        index=tuple(module.routing.index for _, module in layers if module.routing.index is not None),
-        layers=tuple(module for _, module in layers),
-    )
 
 
 def mole_auxiliary_loss(
@@ -151,36 +136,35 @@ def mole_auxiliary_loss(
     sample_weights: Tensor | None = None,
     routing: Routing | None = None,
 ) -> Tensor:
-    """Balance loss and z-loss of the latest forward pass, times their coefficients: add it to the LM loss as it is.
+    """Balance loss and z-loss of the latest forward pass, times their coefficients: the term to add to the LM loss.
 
     Args:
-        model: what ran the forward pass.
-        token_mask: bool `[B, S]`, false on padding.
+        model: the model that ran the forward pass.
+        token_mask: bool `[B, S]`, false at padding.
         supervised_mask: bool `[B, S]`, for `balance_tokens='supervised'`.
         image_mask: bool `[B, S]`, for `balance_tokens` `text` and `stratified`.
-        sample_weights: `[B]`, see `loss.balance_loss`; None averages over the samples given. It must be divided by
-            the accumulation steps like the LM loss, never multiplied by the world size.
-        routing: what `collect_routing` gave, if it was unpacked: then B and S are those of the unpacked samples.
+        sample_weights: `[B]`, see `balance_loss`; None averages over the samples given. Divide them by the
+            accumulation steps like the LM loss, and never multiply them by the world size.
+        routing: from `collect_routing`, if it was unpacked; B and S are then those of the unpacked samples.
 
     Returns:
-        A scalar; 0 without MoLE, for one expert, and where no router with parameters chooses.
+        A scalar; 0 without MoLE, for one expert, and if no router with parameters chooses.
 
     Raises:
-        ConfigError: a mask is missing or has the wrong shape, or the logits carry no gradient in training
-            (re-entrant gradient checkpointing, which would leave the router untrained), or the layers were injected
-            without their tuner.
+        ValueError: a mask is missing or has the wrong shape, the logits carry no gradient in training (re-entrant
+            gradient checkpointing, which would leave the router untrained), or the layers have no tuner.
     """
     config = active_config(model)
     routing = collect_routing(model) if routing is None else routing
     if config is None and routing.logits:
-        raise ConfigError(
+        raise ValueError(
             "this model has MoLE layers but not their tuner, so their coefficients are unknown: use get_peft_model "
             "instead of inject_adapter_in_model, or balance_loss with your own coefficient"
         )
     if config is None or not routing.logits or not config.has_router:
         return torch.zeros((), device=token_mask.device)
     if token_mask.shape != routing.logits[0].shape[:2]:
-        raise ConfigError(
+        raise ValueError(
             f"token_mask has shape {tuple(token_mask.shape)}, but the routed batch is "
             f"{tuple(routing.logits[0].shape[:2])} samples x positions"
         )
@@ -208,8 +192,21 @@ def mole_auxiliary_loss(
     return loss
 
 
+def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
+    if not config.router_trains or not routing.layers[0].training:
+        return
+    routers = [layer.router(layer.current_adapter()) for layer in routing.layers]
+    for name, logits, router in zip(routing.names, routing.logits, routers, strict=True):
+        if router is not None and router.weight.requires_grad and not logits.requires_grad:
+            raise ValueError(
+                f"{name}: the router's logits carry no gradient. Re-entrant gradient checkpointing does this and would "
+                "leave the router untrained: use gradient_checkpointing_kwargs={'use_reentrant': False} (or run the "
+                "forward pass outside torch.no_grad)"
+            )
+
+
 def _set_weights(masks: tuple[Tensor, ...], sample_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Sample weights of each token set: modalities a sample has share its weight equally."""
+    """Sample weights of each token set: the modalities of a sample share its weight equally."""
     if len(masks) == 1:
         return (sample_weights,)
     present = torch.stack([mask.any(dim=1) for mask in masks]).float()
@@ -234,73 +231,25 @@ def _count(model: nn.Module, routing: Routing, masks: tuple[Tensor, ...]) -> Non
 
 
 def mole_after_step(model: nn.Module) -> None:
-    """Finish an optimizer step: sum the step's expert counts over ranks, keep them, move loss-free biases.
+    """Finish an optimizer step: sum its expert counts over all ranks, store them, and move the loss-free biases.
 
-    Call it on every rank after each optimizer step. It is needed by `balance_group='global_batch'` and
-    `bias_update_rate`; otherwise it does nothing. The `global_batch` loss of a step weighs by the load of the step
-    before: that makes it independent of how the samples are spread over ranks and accumulation, at no second pass.
+    Call it on every rank after each optimizer step. `balance_group='global_batch'` and `bias_update_rate` need it;
+    otherwise it does nothing. The `global_batch` loss of a step weighs by the load of the step before. That makes it
+    independent of how samples are spread over ranks and accumulation steps, without a second pass.
     """
     tuner = find_tuner(model)
     if tuner is None or tuner.pending_counts is None:
         return
-    counts_LMK = all_reduce_sum(tuner.pending_counts)
-    tuner.pending_counts = None
+    counts_LMK, tuner.pending_counts = tuner.pending_counts, None
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts_LMK)
     states = [m.current_state() for m in model.modules() if isinstance(m, MoleMlp)]
     for state, counts_MK in zip([s for s in states if s is not None], counts_LMK, strict=True):
         state.step(counts_MK)
 
 
 def mole_drop_step(model: nn.Module) -> None:
-    """Forget the expert counts of an optimizer step that is not taken. Call it instead of `mole_after_step`."""
+    """Forget the expert counts of a skipped optimizer step. Call it instead of `mole_after_step`."""
     tuner = find_tuner(model)
     if tuner is not None:
         tuner.pending_counts = None
-
-
-def mole_let_non_finite_pass(model: nn.Module) -> None:
-    """Let NaN and infinity in a router's logits run on into the loss, as they do on a GPU, instead of raising.
-
-    For training loops, which check the loss: an exception in the forward pass of one rank would leave the others
-    waiting for its gradients.
-    """
-    tuner = find_tuner(model)
-    if tuner is not None:
-        tuner.routing_inputs.check_finite = False
-
-
-def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
-    """Tell gates what they cannot see: `experts`, `source`, `task`, `prompt_mask` (see `record.RoutingInputs`).
-
-    Call it before the forward pass; it holds for later passes too, until called again. Without MoLE it does nothing.
-
-    Raises:
-        ConfigError: unknown name, or an expert, source or task id outside its range.
-    """
-    tuner = find_tuner(model)
-    config = active_config(model)
-    if tuner is None or config is None:
-        return
-    limits = {"experts": config.num_experts, "source": config.num_experts, "task": config.num_tasks}
-    used = {"experts": config.granularity == "given", "source": config.router == "oracle"}
-    used["task"] = config.granularity == "task"
-    for name, limit in limits.items():
-        value = values.get(name)
-        if value is None or not used[name] or value.is_floating_point() or value.numel() == 0:
-            continue
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= limit:
-            raise ConfigError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
-    tuner.routing_inputs.update(**values)
-
-
-def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
-    if not config.router_trains or not routing.layers[0].training:
-        return
-    routers = [layer.router(layer.current_adapter()) for layer in routing.layers]
-    for name, logits, router in zip(routing.names, routing.logits, routers, strict=True):
-        if router is not None and router.weight.requires_grad and not logits.requires_grad:
-            raise ConfigError(
-                f"{name}: the router's logits carry no gradient. Re-entrant gradient checkpointing does this and would "
-                "leave the router untrained: use gradient_checkpointing_kwargs={'use_reentrant': False} (or run the "
-                "forward pass outside torch.no_grad)"
-            )

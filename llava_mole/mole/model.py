@@ -1,4 +1,7 @@
-"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them."""
+"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them, and registers the method.
+
+Below it: the functions that find the tuner in a model and pass routing inputs and results in and out.
+"""
 
 import hashlib
 from typing import Any
@@ -8,21 +11,20 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.mole import ffn
 from llava_mole.mole.config import PEFT_TYPE, MoleConfig
-from llava_mole.mole.layer import AdaptedLayer, FfnOptions, MoleLinear, MoleMlp
-from llava_mole.mole.router import GateOptions
-from llava_mole.mole.routing import RoutingInputs
+from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
+from llava_mole.mole.routing import Routing, RoutingInputs
 
 _SAMPLE = 64
+"""Values of each parameter that the fingerprint of a base model covers."""
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
     """sha256 (16 hex digits) over shapes and a sample of the embedding and of every one-dimensional float parameter.
 
-    Those stay unquantized in 4-bit and 8-bit models, and their values are compared after rounding to bfloat16.
-    None where weights cannot be read (meta device, parameters partitioned over ranks).
+    These stay unquantized in 4-bit and 8-bit models; their values are rounded to bfloat16 first. None if weights
+    cannot be read (meta device, parameters partitioned over ranks).
     """
     digest = hashlib.sha256()
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
@@ -42,11 +44,11 @@ def base_fingerprint(model: nn.Module) -> str | None:
 class MoleModel(BaseTuner):
     """A causal LM with LoRA experts in its FFNs and plain LoRA on its attention linears.
 
-    Made by `peft.get_peft_model(model, MoleConfig(...))`.
+    `peft.get_peft_model(model, MoleConfig(...))` builds it.
 
     Raises:
-        ConfigError: no FFN or attention linear of a known shape was found, or a named one cannot be adapted.
-        WeightsError: an adapter is loaded that does not fit the model or was trained on another base.
+        ValueError: no FFN of a known structure was found, a named module cannot be adapted, or an adapter is loaded
+            that does not fit the model or was trained on another base.
     """
 
     prefix = "mole_"
@@ -65,7 +67,7 @@ class MoleModel(BaseTuner):
             model.register_forward_pre_hook(self._note_decoding, with_kwargs=True)
 
     def _note_decoding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Tell sequence gates whether this pass continues a cached prompt, and which positions are padding."""
+        """Tell sequence routers whether this pass continues a cached prompt, and which positions are padding."""
         cache = kwargs.get("past_key_values")
         self.routing_inputs.decoding = cache is not None and int(cache.get_seq_length()) > 0
         mask = kwargs.get("attention_mask")
@@ -82,12 +84,12 @@ class MoleModel(BaseTuner):
         for key in ("attention_modules", "ffn_modules"):
             for name in getattr(peft_config, key):
                 if not _any_matches(names, name):
-                    raise ConfigError(
-                        f"{key} names {name!r}, but no module of {type(self.model).__name__} is called so"
+                    raise ValueError(
+                        f"{key} names {name!r}, but no module of {type(self.model).__name__} has that name"
                     )
         if not peft_config.ffn_modules:
-            raise ConfigError(
-                f"no FFN of a known structure in {type(self.model).__name__}: name it with ffn_modules and its linears "
+            raise ValueError(
+                f"no FFN of a known structure in {type(self.model).__name__}; name it with ffn_modules and its linears "
                 "with ffn_projections (see docs/mole.md)"
             )
         peft_config.target_modules = [*peft_config.attention_modules, *peft_config.ffn_modules]
@@ -105,20 +107,17 @@ class MoleModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, MoleConfig)
         assert peft_config.ffn_modules is not None
-        if isinstance(target, MoleMlp):
-            add_experts(target, adapter_name, peft_config)
-        elif isinstance(target, MoleLinear):
-            _add_lora(target, adapter_name, peft_config)
+        layer: MoleMlp | MoleLinear
+        if isinstance(target, MoleMlp | MoleLinear):
+            layer = target
         elif any(_matches(current_key, name) for name in peft_config.ffn_modules):
-            mlp = MoleMlp(target, self._layout(target, peft_config, current_key), self.routing_inputs)
-            add_experts(mlp, adapter_name, peft_config)
-            setattr(parent, target_name, mlp)
+            layer = MoleMlp(target, self._layout(target, peft_config, current_key), self.routing_inputs)
         else:
             if ffn.linear_widths(target) is None:
-                raise ConfigError(f"attention_modules: {current_key} is a {type(target).__name__}, not a linear")
-            linear = MoleLinear(target)
-            _add_lora(linear, adapter_name, peft_config)
-            setattr(parent, target_name, linear)
+                raise ValueError(f"attention_modules: {current_key} is a {type(target).__name__}, not a linear")
+            layer = MoleLinear(target)
+        layer.add_adapter(adapter_name, peft_config)
+        setattr(parent, target_name, layer)
 
     def _layout(self, module: nn.Module, config: MoleConfig, where: str) -> ffn.FfnLayout:
         if config.ffn_projections is not None:
@@ -126,9 +125,9 @@ class MoleModel(BaseTuner):
         else:
             found = ffn.find_layout(module)
             if found is None:
-                raise ConfigError(
-                    f"{where} ({type(module).__name__}) is no FFN of a known structure; name its parts with "
-                    "ffn_projections, or leave it out with exclude_modules"
+                raise ValueError(
+                    f"{where} ({type(module).__name__}) is not an FFN of a known structure: name its parts with "
+                    "ffn_projections, or exclude it with exclude_modules"
                 )
             layout = found
         first = not any(isinstance(m, MoleMlp) and type(m.base_layer) is type(module) for m in self.model.modules())
@@ -163,10 +162,10 @@ class MoleModel(BaseTuner):
         assert isinstance(config, MoleConfig)
         found = base_fingerprint(_base_model(model)) if config.base_fingerprint else None
         if found is not None and found != config.base_fingerprint:
-            raise WeightsError(
+            raise ValueError(
                 f"this adapter was trained on another base model (fingerprint {config.base_fingerprint}, this model "
                 f"has {found}); load it on {config.base_model_name_or_path or 'its own base'}, or remove "
-                "base_fingerprint from adapter_config.json if you know better"
+                "base_fingerprint from adapter_config.json if the two are the same"
             )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_fits(model, adapter_name, remapped)
@@ -175,7 +174,7 @@ class MoleModel(BaseTuner):
 
 def _base_model(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside a PeftModel or tuner."""
-    tuner = next((m for m in model.modules() if isinstance(m, MoleModel)), None)
+    tuner = find_tuner(model)
     return model if tuner is None else tuner.model
 
 
@@ -188,7 +187,7 @@ def _any_matches(keys: list[str], name: str) -> bool:
 
 
 def _find_ffns(model: nn.Module) -> list[str]:
-    """Name endings of the modules that have an FFN's structure; experts of a sparse base model are none."""
+    """Name endings of the modules that have an FFN's structure, without the experts of a sparse base model."""
     endings: dict[str, None] = {}
     for name, module in model.named_modules():
         if isinstance(module, MoleMlp) or (".base_layer" not in name and ffn.find_layout(module) is not None):
@@ -198,46 +197,8 @@ def _find_ffns(model: nn.Module) -> list[str]:
     return list(endings)
 
 
-def add_experts(mlp: MoleMlp, adapter_name: str, config: MoleConfig) -> None:
-    gate = GateOptions(
-        num_experts=config.num_experts,
-        mode=config.mode,
-        top_k=config.top_k,
-        granularity=config.granularity,
-        router=config.router,
-        expert_scale=config.expert_scale,
-        temperature=config.temperature,
-        jitter=config.jitter,
-        detach_input=config.router_detach_input,
-    )
-    options = FfnOptions(
-        gate=gate,
-        r=config.r,
-        scaling=config.scaling,
-        dropout=config.dropout,
-        shared_r=config.shared_r,
-        shared_scale=config.shared_scale,
-        backend=config.backend,
-    )
-    mlp.add_adapter(
-        adapter_name,
-        options,
-        router_bias=config.router_bias,
-        num_tasks=config.num_tasks,
-        has_router=config.has_router,
-        router_trains=config.router_trains,
-        count_sets=2 if config.balance_tokens == "stratified" else 1,
-        counts=config.counts_load,
-        bias_update_rate=config.bias_update_rate,
-    )
-
-
-def _add_lora(linear: MoleLinear, adapter_name: str, config: MoleConfig) -> None:
-    linear.add_adapter(adapter_name, r=config.attention_r or config.r, scaling=config.scaling, dropout=config.dropout)
-
-
 def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Raise WeightsError for the first tensor of an adapter that is missing, unexpected or of another shape."""
+    """Raise ValueError for the first tensor of an adapter that is missing, unexpected or of the wrong shape."""
     own = {
         key: value
         for key, value in model.state_dict().items()
@@ -245,43 +206,15 @@ def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tenso
     }
     for key, value in own.items():
         if key not in state_dict:
-            raise WeightsError(f"the adapter has no tensor {key}; its files are incomplete or its config was changed")
+            raise ValueError(f"the adapter has no tensor {key}; its files are incomplete or its config was changed")
         if state_dict[key].shape != value.shape:
-            raise WeightsError(
+            raise ValueError(
                 f"{key} is {tuple(state_dict[key].shape)} in the adapter's file but {tuple(value.shape)} in this "
                 "model: hidden size, rank or number of experts differ"
             )
     for key in state_dict:
         if ".mole_" in key and key not in own:
-            raise WeightsError(f"the adapter holds {key}, which this model has no place for; is it another base model?")
-
-
-_TABLES = {
-    "PEFT_TYPE_TO_CONFIG_MAPPING": MoleConfig,
-    "PEFT_TYPE_TO_TUNER_MAPPING": MoleModel,
-    "PEFT_TYPE_TO_PREFIX_MAPPING": MoleModel.prefix,
-}
-
-
-def register_mole() -> None:
-    """Enter MoLE in PEFT's tables; calling it again changes nothing.
-
-    PEFT's own `register_peft_method` accepts only names in its `PeftType` enumeration. That is a string enumeration,
-    so its tables look a plain string up just as well.
-
-    Raises:
-        ImportError: PEFT keeps no such tables any more.
-    """
-    import peft.mapping
-
-    for table, value in _TABLES.items():
-        mapping = getattr(peft.mapping, table, None)
-        if not isinstance(mapping, dict):
-            raise ImportError(
-                f"peft {peft.__version__} has no table peft.mapping.{table}, where MoLE registers itself; "
-                "install a version of peft that this package names in its dependencies"
-            )
-        mapping[PEFT_TYPE] = value
+            raise ValueError(f"the adapter has a tensor {key}, but this model does not; is it another base model?")
 
 
 def find_tuner(model: nn.Module) -> MoleModel | None:
@@ -297,3 +230,89 @@ def active_config(model: nn.Module) -> MoleConfig | None:
     names = tuner.active_adapters
     config = tuner.peft_config.get(names[0]) if names else None
     return config if isinstance(config, MoleConfig) else None
+
+
+def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
+    """Set the facts about a batch that the routers need; `RoutingInputs` lists them.
+
+    Call it before the forward pass. The values hold for later passes too, until the next call. Without MoLE it does
+    nothing.
+
+    Raises:
+        ValueError: unknown name, or an expert, source or task id outside its range.
+    """
+    tuner, config = find_tuner(model), active_config(model)
+    if tuner is None or config is None:
+        return
+    name = config.required_input
+    value = None if name is None else values.get(name)
+    if value is not None and not value.is_floating_point() and value.numel() > 0:
+        limit = config.num_tasks if name == "task" else config.num_experts
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
+    tuner.routing_inputs.update(**values)
+
+
+def missing_input(model: nn.Module) -> str | None:
+    """The routing input (`experts`, `source` or `task`) that the active adapter needs and that is not set, or None."""
+    tuner, config = find_tuner(model), active_config(model)
+    name = None if config is None else config.required_input
+    return name if tuner is not None and name is not None and getattr(tuner.routing_inputs, name) is None else None
+
+
+def disable_finite_check(model: nn.Module) -> None:
+    """Let NaN and infinity in a router's logits reach the loss, as they do on a GPU, instead of raising.
+
+    For training loops that check the loss: an exception in the forward pass of one rank would leave the other ranks
+    waiting for its gradients.
+    """
+    tuner = find_tuner(model)
+    if tuner is not None:
+        tuner.routing_inputs.check_finite = False
+
+
+def collect_routing(model: nn.Module) -> Routing:
+    """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
+
+    Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
+    """
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, MoleMlp) and module.routing.logits is not None
+    ]
+    return Routing(
+        names=tuple(name for name, _ in layers),
+        logits=tuple(module.routing.logits for _, module in layers if module.routing.logits is not None),
+        index=tuple(module.routing.index for _, module in layers if module.routing.index is not None),
+        layers=tuple(module for _, module in layers),
+    )
+
+
+_TABLES = {
+    "PEFT_TYPE_TO_CONFIG_MAPPING": MoleConfig,
+    "PEFT_TYPE_TO_TUNER_MAPPING": MoleModel,
+    "PEFT_TYPE_TO_PREFIX_MAPPING": MoleModel.prefix,
+}
+
+
+def register_mole() -> None:
+    """Enter MoLE in PEFT's tables; calling it again changes nothing.
+
+    PEFT's own `register_peft_method` accepts only members of its `PeftType` enumeration. Those are strings, so its
+    tables find a plain string just as well.
+
+    Raises:
+        ImportError: this version of PEFT has no such tables.
+    """
+    import peft.mapping
+
+    for table, value in _TABLES.items():
+        mapping = getattr(peft.mapping, table, None)
+        if not isinstance(mapping, dict):
+            raise ImportError(
+                f"peft {peft.__version__} has no table peft.mapping.{table}, in which MoLE registers itself; install "
+                "another version, such as 0.21"
+            )
+        mapping[PEFT_TYPE] = value

@@ -1,4 +1,4 @@
-"""What a forward pass leaves behind about its routing, and what it may need to know from outside.
+"""Routing of a forward pass: the inputs it may need, the record it leaves behind, and statistics of that record.
 
 Shape legend: L layers with experts, B samples, S positions, K experts, k experts a token uses.
 """
@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_mole.common.errors import ConfigError
-
 
 class RoutingSlot:
-    """Holds the latest routing of one FFN: float32 `logits` `[B, S, K]` with their graph, int64 `index` `[B, S, k]`.
+    """The latest routing of one FFN: float32 `logits` `[B, S, K]` with their graph, int64 `index` `[B, S, k]`.
 
-    `prompt_logits` `[B, K]` are kept for the decoding steps of granularity `sequence`.
-    Assigned by each forward pass, never appended to, and left alone by the recomputation of a checkpointed layer.
-    Copies and pickles of a model start with an empty slot: graph tensors can be neither copied nor pickled.
+    `prompt_logits` `[B, K]` are kept for the decoding steps of granularity `sequence`. Each forward pass replaces the
+    values; the recomputation of a checkpointed layer does not. Copies and pickles of a model start with an empty
+    slot, because tensors of a graph can be neither copied nor pickled.
     """
 
     def __init__(self) -> None:
@@ -34,38 +32,40 @@ class RoutingSlot:
 
 @dataclass
 class RoutingInputs:
-    """Facts about the batch that some gates need; all optional, all on the model's device.
+    """Facts about the batch that some routers need; all optional, all on the model's device.
 
-    `experts`: for granularity `given`, int64 `[B]` or `[B, S]` (expert of a sample or token), or float weights
-    `[B, K]` or `[B, S, K]`. `source`: int64 `[B]`, for router `oracle` the expert of each sample. `task`: int64
-    `[B]`, for granularity `task`. `prompt_mask`: bool `[B, S]`, for granularity `sequence` the positions to average
-    over, which must not include answers. Where rows hold several samples, `source` and `task` are `[B, S]` too, and
-    `sample_index` int64 `[B, S]` numbers the sample of each position from 0. `decoding` (a cached prompt is being
-    continued) and `attention_mask` are noted by the model itself. Whatever is set stays until replaced, because
-    recomputation in the backward pass needs it again.
+    They stay until they are replaced, because recomputation in the backward pass needs them again.
     """
 
     experts: Tensor | None = None
+    """For granularity `given`: the expert of each sample or token, int64 `[B]` or `[B, S]`, or the weights of all
+    experts, float `[B, K]` or `[B, S, K]`."""
     source: Tensor | None = None
+    """For router `oracle`: the expert of each sample, int64 `[B]`; `[B, S]` where rows hold several samples."""
     task: Tensor | None = None
+    """For granularity `task`: the task of each sample, int64 `[B]`; `[B, S]` where rows hold several samples."""
     prompt_mask: Tensor | None = None
+    """For granularity `sequence`: the positions to average over, bool `[B, S]`. They must not include answers."""
     sample_index: Tensor | None = None
+    """Where rows hold several samples: the sample of each position, counted from 0, int64 `[B, S]`."""
     decoding: bool = False
+    """Whether the pass continues a cached prompt; set by the model itself."""
     attention_mask: Tensor | None = None
+    """False at padding, `[B, S]`; set by the model itself."""
     check_finite: bool = True
-    """Whether logits that are not finite raise; see `mole_let_non_finite_pass`."""
+    """Whether logits that are not finite raise; see `disable_finite_check`."""
 
     def update(self, **values: Tensor | None) -> None:
-        """Replace every field; those not named become None. Raises ConfigError for an unknown name."""
+        """Replace all inputs; those not named become None. Raises ValueError for an unknown name."""
         names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "check_finite"}
         for name in values:
             if name not in names:
-                raise ConfigError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")
+                raise ValueError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")
         for name in names:
             setattr(self, name, values.get(name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingInputs":
-        # All layers share one object: a copied model must share one again, but not with the original.
+        # All layers share one object. Those of a copied model must share one too, but not with the original.
         copy = RoutingInputs()
         memo[id(self)] = copy
         return copy
@@ -73,10 +73,10 @@ class RoutingInputs:
 
 @dataclass(frozen=True)
 class Routing:
-    """The routing of the latest forward pass of a model.
+    """The routing of a model's latest forward pass, layer by layer.
 
-    `logits[l]` is `[B, S, K]` in float32 with its graph, `index[l]` int64 `[B, S, k]`, for the L layers called
-    `names[l]`. `layers` are the FFN wrappers themselves.
+    `logits[l]` is float32 `[B, S, K]` with its graph and `index[l]` int64 `[B, S, k]`, for the L layers called
+    `names[l]`. `layers` holds the `MoleMlp` modules themselves.
     """
 
     names: tuple[str, ...]
@@ -85,10 +85,10 @@ class Routing:
     layers: tuple[Any, ...]
 
     def unpack(self, positions_NM: Tensor) -> "Routing":
-        """The same routing with one row a sample, where rows held several.
+        """The same routing with one row per sample, for rows that hold several samples.
 
-        `positions_NM` is int64 `[N, M]`: for each of N samples the positions of its tokens in the flattened `[B S]`
-        rows, padded to M with any valid position; masks say which count.
+        `positions_NM` is int64 `[N, M]`: for each of N samples, the positions of its tokens in the flattened `[B S]`
+        rows, padded to M with any valid position. Masks decide which positions count.
         """
         return replace(
             self,
@@ -98,22 +98,30 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        """K; 0 where the model has no experts."""
+        """K; 0 for a model without experts."""
         return self.logits[0].shape[-1] if self.logits else 0
 
 
 def in_backward() -> bool:
-    """Whether this thread is inside a backward pass: then a forward is the recomputation of a checkpointed layer."""
+    """Whether this thread runs a backward pass; a forward pass is then the recomputation of a checkpointed layer."""
     return torch._C._current_graph_task_id() != -1
 
 
 def in_reentrant_checkpoint() -> bool:
-    """Whether a recomputation is that of a re-entrant checkpoint, which runs without saved-tensor hooks."""
+    """Whether the recomputation belongs to a re-entrant checkpoint, which runs without saved-tensor hooks."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
+def choice_counts(routing: Routing, mask: Tensor) -> Tensor:
+    """Number of tokens of `mask` (bool `[B, S]`) that use each expert, int64 `[L, B, K]`."""
+    index = torch.stack(routing.index)
+    counts = torch.zeros(*index.shape[:2], routing.num_experts, dtype=torch.int64, device=index.device)
+    ones = mask.to(torch.int64).unsqueeze(-1).expand(index.shape[1:]).flatten(1)
+    return counts.scatter_add_(-1, index.flatten(2), ones.unsqueeze(0).expand(index.shape[0], -1, -1))
+
+
 def routing_load(routing: Routing, mask: Tensor) -> Tensor:
-    """Share of the tokens of `mask` (bool `[B, S]`) each expert got, float32 `[L, K]`; rows sum to 1, or are 0."""
+    """Each expert's share of the tokens of `mask` (bool `[B, S]`), float32 `[L, K]`; rows sum to 1, or are 0."""
     return _share(choice_counts(routing, mask).sum(dim=1))
 
 
@@ -132,11 +140,21 @@ def routing_margin(routing: Routing, mask: Tensor) -> Tensor:
     return _masked_mean(best[..., 0] - best[..., 1], mask)
 
 
-class RoutingMeter:
-    """Adds up expert counts over forward passes, by modality and by source.
+def _share(counts_LK: Tensor) -> Tensor:
+    counts = counts_LK.to(torch.float32)
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
 
-    `counts` is int64 `[modality, source, L, K]` on the model's device, modality 0 text and 1 image; None before the
-    first update. Nothing is computed unless `update` is called, so evaluation pays only where it asks.
+
+def _masked_mean(values_LBS: Tensor, mask: Tensor) -> Tensor:
+    weight = mask.to(values_LBS.dtype)
+    return ((values_LBS * weight).sum(dim=(1, 2)) / weight.sum().clamp(min=1)).to(torch.float32)
+
+
+class RoutingMeter:
+    """Expert counts summed over forward passes, by modality and by source.
+
+    `counts` is int64 `[modality, source, L, K]` on the model's device, with modality 0 for text and 1 for image; None
+    before the first update.
     """
 
     def __init__(self, num_sources: int = 1) -> None:
@@ -169,17 +187,18 @@ class RoutingMeter:
         Raises:
             ValueError: nothing was counted yet.
         """
-        if self.counts is None:
-            raise ValueError("no routing was counted yet: call update after a forward pass")
-        counts = self.counts if modality is None else self.counts[["text", "image"].index(modality)].unsqueeze(0)
+        counts = self._counted()
+        counts = counts if modality is None else counts[["text", "image"].index(modality)].unsqueeze(0)
         counts = counts if source is None else counts[:, source : source + 1]
         return _share(counts.sum(dim=(0, 1)))
 
     def source_information(self) -> Tensor:
-        """Mutual information between expert and source in each layer, in nats, float32 `[L]`: 0 where sources share."""
-        if self.counts is None:
-            raise ValueError("no routing was counted yet: call update after a forward pass")
-        joint = self.counts.sum(dim=0).movedim(0, -1).to(torch.float32)
+        """Mutual information of expert and source in each layer, in nats, float32 `[L]`; 0 if sources route alike.
+
+        Raises:
+            ValueError: nothing was counted yet.
+        """
+        joint = self._counted().sum(dim=0).movedim(0, -1).to(torch.float32)
         joint = joint / joint.sum(dim=(1, 2), keepdim=True).clamp(min=1)
         product = joint.sum(dim=1, keepdim=True) * joint.sum(dim=2, keepdim=True)
         ratio = torch.where(joint > 0, joint / product.clamp(min=1e-30), torch.ones_like(joint))
@@ -189,20 +208,7 @@ class RoutingMeter:
         """Forget all counts."""
         self.counts = None
 
-
-def _share(counts_LK: Tensor) -> Tensor:
-    counts = counts_LK.to(torch.float32)
-    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _masked_mean(values_LBS: Tensor, mask: Tensor) -> Tensor:
-    weight = mask.to(values_LBS.dtype)
-    return ((values_LBS * weight).sum(dim=(1, 2)) / weight.sum().clamp(min=1)).to(torch.float32)
-
-
-def choice_counts(routing: Routing, mask: Tensor) -> Tensor:
-    """Tokens of `mask` (bool `[B, S]`) that use each expert, int64 `[L, B, K]`."""
-    index = torch.stack(routing.index)
-    counts = torch.zeros(*index.shape[:2], routing.num_experts, dtype=torch.int64, device=index.device)
-    ones = mask.to(torch.int64).unsqueeze(-1).expand(index.shape[1:]).flatten(1)
-    return counts.scatter_add_(-1, index.flatten(2), ones.unsqueeze(0).expand(index.shape[0], -1, -1))
+    def _counted(self) -> Tensor:
+        if self.counts is None:
+            raise ValueError("no routing was counted yet: call update after a forward pass")
+        return self.counts

@@ -1,8 +1,10 @@
-"""Expert surgery: experts out of and into plain LoRAs, more experts, fewer experts. docs/mole.md says what is exact.
+"""Expert surgery: export experts as plain LoRAs, build experts from LoRAs, add and remove experts.
 
-Every function changes Parameters, so build the optimizer afterwards.
+docs/mole.md says which of these are exact. `from_loras`, `grow` and `prune` create new Parameters, so build the
+optimizer afterwards.
 """
 
+import copy
 import json
 import os
 import re
@@ -16,9 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.layer import MoleLinear, MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
 from llava_mole.mole.model import MoleModel, find_tuner
 
 PLAIN = {
@@ -27,14 +28,14 @@ PLAIN = {
     "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "monteclora_config": None,
     "use_qalora": False, "use_bdlora": None,
 }  # fmt: skip
-"""What a plain adapter has; another value means other weights than A and B, or another arithmetic."""
+"""Values of a plain adapter; any other value means weights besides A and B, or a different computation."""
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""`init_lora_weights` that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take their first
-pairs out of it, and PEFT does so again whenever such an adapter is loaded."""
+"""`init_lora_weights` that leave the base unchanged. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract their
+initial pairs from it, and PEFT does so again whenever such an adapter is loaded."""
 
 
 def not_plain(config: Mapping[str, Any]) -> list[str]:
-    """Every value, as `key value`, that makes the adapter more than pairs A `[r, in]` and B `[out, r]`."""
+    """The values, as `key value`, that make an adapter more than pairs A `[r, in]` and B `[out, r]`; empty if plain."""
     if config.get("peft_type") != "LORA":
         return [f"peft_type {config.get('peft_type')!r}"]
     odd = [f"{key} {config[key]!r}" for key, plain in PLAIN.items() if config.get(key, plain) not in (plain, [])]
@@ -50,7 +51,7 @@ def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """What `rank_pattern` or `alpha_pattern` has for the module at `path`; the first key that fits counts."""
+    """The value of `rank_pattern` or `alpha_pattern` for the module at `path`; the first key that matches counts."""
     for name, value in patterns.items():
         if path == name or path.endswith(f".{name}") or re.fullmatch(ending(name), path):
             return value
@@ -58,7 +59,7 @@ def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> f
 
 
 def ending(name: str) -> str:
-    """PEFT's regular expression for a key of a pattern: it matches the end of a module's path."""
+    """PEFT's regular expression for a key of a pattern; it matches the end of a module's path."""
     return rf"(.*\.)?({name})"
 
 
@@ -75,19 +76,19 @@ def to_lora(
 ) -> Path:
     """Write a plain PEFT LoRA made of the experts of `model` to `directory`.
 
+    The LoRA equals the mixture with every token routed to `expert`, or with these fixed weights. It only approximates
+    a mixture that routes token by token.
+
     Args:
         model: a model with a MoLE adapter.
         directory: receives `adapter_config.json` and `adapter_model.safetensors`.
         expert: the number of one expert (rank r in the FFN); `uniform`, the mean of all (rank K r); `usage`, their
             mean weighted by `usage`.
-        usage: for `usage`: share of tokens by layer and expert `[L, K]`, as `routing_load` gives it.
+        usage: for `usage`, the share of tokens by layer and expert, `[L, K]`, as `routing_load` returns it.
         adapter_name: which adapter.
 
-    Exact: the LoRA equals the mixture whose every token is routed to `expert`, or given the weights. It only
-    approximates a mixture that routes token by token.
-
     Raises:
-        ConfigError: no such expert or adapter, or `usage` is missing or of the wrong shape.
+        ValueError: no such expert or adapter, or `usage` is missing or has the wrong shape.
     """
     tuner, config = _adapter(model, adapter_name)
     ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
@@ -130,26 +131,25 @@ def from_loras(
     attention: str = "mean",
     **options: Any,
 ) -> PeftModel:
-    """Put a MoLE adapter on `model` whose FFN experts are the LoRAs in `directories`, in their order.
+    """Add a MoLE adapter to `model` whose FFN experts are the LoRAs in `directories`, in their order.
+
+    Expert k's update of every FFN linear is exactly that of LoRA k. The attention LoRA is shared, so a token routed
+    to expert k sees LoRA k's FFN with the mean attention: an approximation of LoRA k. The router is new.
 
     Args:
         model: the base model the LoRAs were trained on.
-        directories: saved PEFT LoRAs; ranks may differ (padded with zeros) and so may alpha (folded into B).
-        attention: what the shared attention LoRA becomes: the `mean` of all (rank K r), the `first`, or `none`.
+        directories: saved PEFT LoRAs; their ranks may differ (padded with zeros), and their alphas (folded into B).
+        attention: the shared attention LoRA: the `mean` of all (rank K r), the `first`, or `none`.
         options: further options of `MoleConfig`; `r` and `num_experts` follow from the LoRAs.
 
-    Exact: expert k's update of every FFN linear is LoRA k's. With several LoRAs the attention part is shared, so a
-    token routed to expert k sees LoRA k's FFN with the mean attention: an approximation of LoRA k. The router is new.
-
     Raises:
-        ConfigError: an unknown choice of `attention`.
-        WeightsError: a directory holds no plain LoRA, or its tensors do not fit the model.
+        ValueError: an unknown `attention`, a directory without a plain LoRA, or tensors that do not fit the model.
     """
     if attention not in ("mean", "first", "none"):
-        raise ConfigError(f"attention is {attention!r}; it must be mean, first or none")
+        raise ValueError(f"attention is {attention!r}; it must be mean, first or none")
     loras = [_read_lora(Path(directory)) for directory in directories]
     if not loras:
-        raise ConfigError("from_loras needs at least one directory")
+        raise ValueError("from_loras needs at least one directory")
     r = max(pair[0].shape[0] for lora in loras for pair in lora.values())
     count = len(loras)
     attention_r = r * count if attention == "mean" else r
@@ -176,65 +176,74 @@ def from_loras(
                 _fill(pair.A, pair.B, chosen, share / config.scaling, name)
     lost = sorted(set().union(*loras) - used)
     if lost:
-        raise WeightsError(f"the LoRAs adapt {lost[0]}, where this MoLE has no place; name it in attention_modules")
+        raise ValueError(f"the LoRAs adapt {lost[0]}, which this MoLE does not; name it in attention_modules")
     return mole
 
 
 def grow(model: nn.Module, num_experts: int, *, noise: float = 0.0, adapter_name: str = "default") -> None:
     """Add experts up to `num_experts`, as copies of the present ones in turn.
 
-    `noise` is the standard deviation, relative to each tensor's own, of what is added to the copies' B and router
-    rows. Exact without noise for sparse top-1 gates whose weight does not depend on K: a tie goes to the first, so
-    the copy waits unused until noise or training separates them.
+    `noise` is the standard deviation, relative to each tensor's own, of the noise added to the copies' B and router
+    rows. Without noise the output does not change for sparse top-1 routing with weights that do not depend on K: the
+    first expert wins a tie, so a copy stays unused until noise or training separates the two.
 
     Raises:
-        ConfigError: fewer experts than now, or no router to grow.
+        ValueError: not more experts than now, or no router to grow.
     """
     tuner, config = _adapter(model, adapter_name)
     if num_experts <= config.num_experts:
-        raise ConfigError(f"grow to {num_experts} experts: the adapter has {config.num_experts} already; use prune")
+        raise ValueError(f"grow to {num_experts} experts: the adapter has {config.num_experts} already; use prune")
     if not config.has_router:
-        raise ConfigError("grow needs an adapter with a router, so with at least two experts")
+        raise ValueError("grow needs an adapter with a router, hence with at least two experts")
     index = torch.arange(num_experts) % config.num_experts
     for _, ffn in _layers(tuner.model, MoleMlp, adapter_name):
         ffn.select_experts(adapter_name, index, first_new=config.num_experts, noise=noise)
-    config.num_experts = num_experts
+    _replace_config(tuner, config, adapter_name, num_experts)
 
 
 def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: str = "default") -> None:
-    """Keep the `num_experts` most used experts of each layer; `usage` is `[L, K]`, as `routing_load` gives it.
+    """Keep the `num_experts` most used experts of each layer; `usage` is `[L, K]`, as `routing_load` returns it.
 
-    Exact for tokens whose expert stays (sparse top 1 with a weight that is constant); the others go to the best
-    remaining expert. `num_experts` must be at least 2, so that the router stays one.
+    The output does not change for tokens whose expert stays (sparse top 1 with a constant weight); the other tokens
+    go to the best remaining expert. `num_experts` must be at least 2, because one expert has no router.
 
     Raises:
-        ConfigError: a number of experts that cannot be kept, or `usage` of the wrong shape.
+        ValueError: an impossible number of experts, or `usage` of the wrong shape.
     """
     tuner, config = _adapter(model, adapter_name)
     ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
     if not 2 <= num_experts < config.num_experts:
-        raise ConfigError(f"prune to {num_experts} experts: it must be 2 to {config.num_experts - 1}")
+        raise ValueError(f"prune to {num_experts} experts: it must be 2 to {config.num_experts - 1}")
     if usage.shape != (len(ffns), config.num_experts):
-        raise ConfigError(f"usage is {tuple(usage.shape)}; it must be [{len(ffns)}, {config.num_experts}]")
+        raise ValueError(f"usage is {tuple(usage.shape)}; it must be [{len(ffns)}, {config.num_experts}]")
     for (_, ffn), used_K in zip(ffns, usage, strict=True):
         keep = used_K.argsort(descending=True, stable=True)[:num_experts].sort().values
         ffn.select_experts(adapter_name, keep.cpu(), first_new=num_experts, noise=0.0)
-    config.num_experts = num_experts
+    _replace_config(tuner, config, adapter_name, num_experts)
 
 
 def _adapter(model: nn.Module, adapter_name: str) -> tuple[MoleModel, MoleConfig]:
     tuner = find_tuner(model)
     if tuner is None:
-        raise ConfigError(f"{type(model).__name__} has no MoLE adapter")
+        raise ValueError(f"{type(model).__name__} has no MoLE adapter")
     config = tuner.peft_config.get(adapter_name)
     if not isinstance(config, MoleConfig):
-        raise ConfigError(f"no adapter {adapter_name!r}; there are {', '.join(tuner.peft_config)}")
+        raise ValueError(f"no adapter {adapter_name!r}; there are {', '.join(tuner.peft_config)}")
     return tuner, config
 
 
-def _layers(model: nn.Module, kind: type[MoleMlp] | type[MoleLinear], adapter_name: str) -> Iterator[tuple[str, Any]]:
+def _replace_config(tuner: MoleModel, config: MoleConfig, adapter_name: str, num_experts: int) -> None:
+    """Give the tuner and its layers a copy of `config` with `num_experts`."""
+    changed = copy.copy(config)
+    changed.num_experts = num_experts
+    tuner.peft_config[adapter_name] = changed
+    for _, layer in _layers(tuner.model, AdaptedLayer, adapter_name):
+        layer.configs[adapter_name] = changed
+
+
+def _layers(model: nn.Module, kind: type[AdaptedLayer], adapter_name: str) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, kind) and adapter_name in module.adapter_options:
+        if isinstance(module, kind) and adapter_name in module.configs:
             yield name, module
 
 
@@ -245,22 +254,22 @@ def _expert_weights(expert: int | str, usage: Tensor | None, layers: int, num_ex
     if expert == "usage":
         if usage is None or usage.shape != (layers, num_experts):
             shape = None if usage is None else tuple(usage.shape)
-            raise ConfigError(f"expert='usage' needs usage of shape [{layers}, {num_experts}], not {shape}")
+            raise ValueError(f"expert='usage' needs usage of shape [{layers}, {num_experts}], not {shape}")
         total = usage.float().sum(dim=-1, keepdim=True)
         if not (torch.isfinite(usage).all() and (usage >= 0).all() and (total > 0).all()):
-            raise ConfigError("expert='usage' needs usage from 0 on, and in every layer an expert that was used")
+            raise ValueError("expert='usage' needs usage of at least 0, and in every layer an expert that was used")
         return usage.float() / total
     if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_experts:
-        raise ConfigError(f"expert is {expert!r}; it must be 0 to {num_experts - 1}, 'uniform' or 'usage'")
+        raise ValueError(f"expert is {expert!r}; it must be 0 to {num_experts - 1}, 'uniform' or 'usage'")
     return torch.nn.functional.one_hot(torch.full((layers,), expert), num_experts).float()
 
 
 def _fold(ffn: MoleMlp, adapter_name: str, projection: str, weights: dict[int, float]) -> tuple[Tensor, Tensor]:
-    """The experts in `weights` below each other, the weight in B: `[N, I]`, `[N, O]`; the shared expert last."""
+    """The experts in `weights` stacked along the rank, the weight in B: `[N, I]`, `[N, O]`; the shared expert last."""
     experts = ffn.experts(adapter_name)
     a_KRI, b_KRO = (t.detach() for t in experts.pair(projection))
     parts = [(a_KRI[k], b_KRO[k] * w) for k, w in weights.items()]
-    if experts.shared_r:
+    if ffn.configs[adapter_name].shared_r:
         a, b = experts.shared_pair(projection)
         parts.append((a.detach(), b.detach()))
     return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
@@ -276,30 +285,30 @@ def _read_lora(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     files = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     for file in files:
         if not file.is_file():
-            raise WeightsError(f"{file} does not exist; from_loras reads directories that PEFT saved a LoRA in")
+            raise ValueError(f"{file} does not exist; from_loras reads directories in which PEFT saved a LoRA")
     try:
         raw = json.loads(files[0].read_text(encoding="utf-8"))
-        if odd := not_plain(raw):
-            raise WeightsError(f"{files[0]}: {', '.join(odd)}; experts are made of plain LoRA pairs")
+        odd = not_plain(raw)
         tensors = load_file(files[1])
         pairs = {}
         for key, a in tensors.items():
-            if not key.endswith(".lora_A.weight"):
-                continue
-            path = key.removesuffix(".lora_A.weight")
-            b = tensors[f"{path}.lora_B.weight"]
-            path = path.removeprefix(_PREFIX)
-            pairs[path] = (a, b.T * scaling(raw, path, a.shape[0]))
-        return pairs
+            if not odd and key.endswith(".lora_A.weight"):
+                path = key.removesuffix(".lora_A.weight")
+                b = tensors[f"{path}.lora_B.weight"]
+                path = path.removeprefix(_PREFIX)
+                pairs[path] = (a, b.T * scaling(raw, path, a.shape[0]))
     except (ValueError, KeyError, TypeError, AttributeError, re.error, SafetensorError) as error:
-        raise WeightsError(f"{directory} does not hold a LoRA as PEFT saves it ({error!r}); save it again") from None
+        raise ValueError(f"{directory} does not hold a LoRA as PEFT saves it ({error!r}); save it again") from None
+    if odd:
+        raise ValueError(f"{files[0]}: {', '.join(odd)}; experts are made of plain LoRA pairs")
+    return pairs
 
 
 def _fill(a_RI: Tensor, b_RO: Tensor, pairs: list[tuple[Tensor, Tensor]], factor: float, where: str) -> None:
-    """Write LoRA pairs below each other into A and B; rows left over keep A and get B = 0, so they add nothing."""
+    """Write LoRA pairs, stacked along the rank, into A and B. The remaining rows of B are 0, so they add nothing."""
     a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
     if a.shape[1] != a_RI.shape[1] or b.shape[1] != b_RO.shape[1] or a.shape[0] > a_RI.shape[0]:
-        raise WeightsError(f"{where}: the LoRA is {tuple(a.shape)} and {tuple(b.shape)}, which does not fit the model")
+        raise ValueError(f"{where}: the LoRA is {tuple(a.shape)} and {tuple(b.shape)}, which does not fit the model")
     b_RO.zero_()
     a_RI[: a.shape[0]].copy_(a)
     b_RO[: b.shape[0]].copy_(b * factor)

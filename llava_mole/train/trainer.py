@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from llava_mole.common.distributed import all_gather_objects, all_reduce_sum
-from llava_mole.common.errors import UserError
+from llava_mole.common.errors import ConfigError, UserError, value_errors_as
 from llava_mole.common.log import get_logger
 from llava_mole.config import RunConfig
 from llava_mole.constants import IMAGE_TOKEN_INDEX
@@ -29,10 +29,10 @@ from llava_mole.model.flops import model_shape
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import (
     collect_routing,
+    disable_finite_check,
     mole_after_step,
     mole_auxiliary_loss,
     mole_drop_step,
-    mole_let_non_finite_pass,
     set_routing_inputs,
 )
 from llava_mole.train.checkpointing import CheckpointWriter, Progress, save_together, write_summary
@@ -97,7 +97,7 @@ class Trainer:
             self.config, self.runtime, self.model, self.optimizer, self.dataset, self.pad_token_id, self.total_steps
         )
         self.guard = StepGuard(self.config, self.runtime, self.progress, self.dataset.source_names, self.stop)
-        mole_let_non_finite_pass(self.model.language_model)
+        disable_finite_check(self.model.language_model)
 
     def run(self) -> None:
         """Train from `progress.step` to the last step, saving on the way and at the end.
@@ -183,7 +183,8 @@ class Trainer:
         train = self.config.train
         loss_mask, targets = next_token_targets(batch["labels"])
         if self.config.adapter.method == "mole":
-            set_routing_inputs(self.model.language_model, **routing_inputs(batch))
+            with value_errors_as(ConfigError):  # more sources than experts or tasks
+                set_routing_inputs(self.model.language_model, **routing_inputs(batch))
         losses = self.engine(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from llava_mole.common.distributed import all_reduce_sum, get_rank, get_world_size
-from llava_mole.common.errors import PromptError
+from llava_mole.common.errors import ConfigError, PromptError, value_errors_as
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import plain
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
@@ -84,7 +84,8 @@ class Validator:
         on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         loss_mask, targets = next_token_targets(on_device["labels"])
         if self._routes:
-            set_routing_inputs(model.language_model, **routing_inputs(on_device))
+            with value_errors_as(ConfigError):
+                set_routing_inputs(model.language_model, **routing_inputs(on_device))
         losses = model(
             input_ids=on_device["input_ids"],
             attention_mask=on_device["attention_mask"],

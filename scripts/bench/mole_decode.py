@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", help="values of K")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--width", type=int, help="hidden size; the FFN is 2.6875 times as wide")
-    parser.add_argument("--backends", nargs="+", default=["auto", "gather", "masked"])
+    parser.add_argument("--backends", nargs="+", default=["auto", "masked"])
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", help="values of K")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--width", type=int, help="hidden size; the FFN is 2.6875 times as wide")
-    parser.add_argument("--backends", nargs="+", default=["auto"], help="auto, masked, grouped, gather, loop")
+    parser.add_argument("--backends", nargs="+", default=["auto"], help="auto, masked, grouped, loop")
     parser.add_argument("--no-dense", action="store_true", help="leave the loop and the dense variants out")
     args = parser.parse_args()
     if args.threads:

@@ -23,8 +23,8 @@ def parameters() -> dict[str, torch.nn.Parameter]:
     names = [
         "projector.0.weight",
         "projector.0.bias",
-        "language_model.layers.0.self_attn.q_proj.mole_A.default",
-        "language_model.layers.0.mlp.mole_gate_A.default",
+        "language_model.layers.0.self_attn.q_proj.mole_lora.default.A",
+        "language_model.layers.0.mlp.mole_experts.default.gate_proj_A",
         "language_model.layers.0.mlp.mole_router.default.weight",
     ]
     return {n: torch.nn.Parameter(torch.zeros(2) if n.endswith("bias") else torch.zeros(2, 2)) for n in names}
@@ -47,6 +47,6 @@ def test_decay_spares_experts_routers_and_biases() -> None:
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert {name for name, p in named.items() if id(p) in decayed} == {
         "projector.0.weight",
-        "language_model.layers.0.self_attn.q_proj.mole_A.default",
+        "language_model.layers.0.self_attn.q_proj.mole_lora.default.A",
     }
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)

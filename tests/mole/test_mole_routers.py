@@ -1,4 +1,4 @@
-"""Gates other than the learned token router: sequence, task, given, the controls, and the extras of the router."""
+"""Routers other than the learned token router: sequence, task, given, the controls, and the router's extras."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from llava_mole.common.errors import ConfigError
 from llava_mole.mole import MoleConfig, MoleMlp, collect_routing, mole_auxiliary_loss, set_routing_inputs
 
 Make = Callable[[], LlamaForCausalLM]
@@ -46,10 +45,10 @@ def test_given_experts_by_sample_by_token_and_as_weights(tiny_llama: Make, rando
     assert not torch.allclose(expected[0], single(tiny_llama, randomized, 1)[0], atol=1e-3)
     for wrong in (torch.tensor([[0] * 8] * 2), torch.rand(2, 9, 2)):
         set_routing_inputs(model, experts=wrong)
-        with pytest.raises(ConfigError, match="is needed"):
+        with pytest.raises(ValueError, match="is needed"):
             model(IDS)
     set_routing_inputs(model)
-    with pytest.raises(ConfigError, match="experts="):
+    with pytest.raises(ValueError, match="experts="):
         model(IDS)
 
 
@@ -110,7 +109,7 @@ def test_sequence_routing_uses_the_prompt_only(tiny_llama: Make, randomized: Ran
         torch.testing.assert_close(ours, old)
         assert (ours == ours[:, :1]).all(), "one decision a sample"
     set_routing_inputs(model)
-    with pytest.raises(ConfigError, match="let tokens see later ones"):
+    with pytest.raises(ValueError, match="let tokens see later ones"):
         model.train()(IDS)
 
 
