@@ -55,6 +55,15 @@ class CheckpointError(UserError):
 
 
 @contextlib.contextmanager
+def value_errors_as(kind: type[UserError]) -> Iterator[None]:
+    """Turn a ValueError of the block into `kind`: the door between commands and `mole/` or PEFT, which raise it."""
+    try:
+        yield
+    except ValueError as error:
+        raise kind(str(error)) from error
+
+
+@contextlib.contextmanager
 def one_line(advice: str) -> Iterator[None]:
     """What the system refuses within the block, or a worker process that was killed, becomes a DataError.
 

@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     imports.add_argument("--vision-tower-name", metavar="NAME", help="open_clip model name of a file without config")
     imports.add_argument("--template", help="conversation template (default: vicuna_v1; plain for a projector)")
-    imports.add_argument("--image-aspect-ratio", choices=("pad", "square"), help="default: as recorded, or pad")
+    imports.add_argument(
+        "--image-aspect-ratio",
+        choices=("pad", "square"),
+        help="how images become square (default: as recorded, or pad)",
+    )
     imports.add_argument("--select-layer", type=int, metavar="N", help="tower layer (default: as recorded, or -2)")
     imports.add_argument("--alpha", type=float, help="LoRA alpha of the authors' .pt (default: 2 r)")
     imports.add_argument("--mode", choices=("sparse", "dense"), default="sparse", help="mode of the authors' .pt")

@@ -67,15 +67,11 @@ def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]
     if out.suffix not in (".bin", ".safetensors"):
         raise ConfigError(f"--out {out}: a projector's file ends in .bin (LLaVA's names) or .safetensors (ours)")
     check_out(out, overwrite=options.overwrite, inputs=[path], is_file=True)
-    if find_kind(path).kind in ("run", "checkpoint"):
-        state = read_projector(resolve_checkpoint(path))
-        kind = "linear" if set(state) == {"0.weight", "0.bias"} else "mlp"
-    else:
-        source = read_source(path)
-        state, kind = source.projector, source.projector_kind
+    is_own = find_kind(path).kind in ("run", "checkpoint")
+    state = read_projector(resolve_checkpoint(path)) if is_own else read_source(path).projector
     with publish(out, overwrite=options.overwrite, inputs=[path], is_file=True) as temporary:
         if out.suffix == ".bin":
-            save_pickle(llava_projector(state, kind), temporary, LLAVA_PROJECTOR)
+            save_pickle(llava_projector(state), temporary, LLAVA_PROJECTOR)
         else:
             save_tensors(state, temporary, PROJECTOR_PREFIX)
     return []
@@ -146,7 +142,7 @@ class _Export:
             grow: embedding matrices that get more rows: name -> (number of rows, row that the new ones copy).
         """
         own, dtype = self.own, self.options.dtype
-        projector = llava_projector(own.projector, own.config.model.projector)
+        projector = llava_projector(own.projector)
         merged: dict[str, torch.Tensor] = {}
         if merge and self.lora is not None:
             merged, self.difference = merge_lora(own, self.adapter, dtype)
@@ -181,8 +177,7 @@ def _write_llava_lora(export: _Export) -> None:
     if export.lora is None:
         raise ConfigError(f"{own.path} has no adapter; export it with --to llava")
     write_lora(export.lora, export.folder, str(own.language_model))
-    state = llava_projector(own.projector, own.config.model.projector)
-    save_pickle(state, export.folder / NON_LORA_FILE, WRAPPER + LLAVA_PROJECTOR)
+    save_pickle(llava_projector(own.projector), export.folder / NON_LORA_FILE, WRAPPER + LLAVA_PROJECTOR)
     _write_llava_config(export)
 
 
@@ -208,7 +203,7 @@ def _write_peft(export: _Export) -> None:
         shutil.copyfile(file, export.folder / file.name)
     own = export.own
     try:
-        state = llava_projector(own.projector, own.config.model.projector)
+        state = llava_projector(own.projector)
     except ConfigError:
         shutil.copyfile(own.path / OWN_PROJECTOR_FILE, export.folder / OWN_PROJECTOR_FILE)
     else:
@@ -249,7 +244,6 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
     check_out(out, overwrite=options.overwrite, inputs=inputs)
     own = open_own(path, options.model_base)
     inputs += [own.path, own.language_model, own.tower.weights]
-    check_out(out, overwrite=options.overwrite, inputs=inputs)
     expert = None if options.expert is None else parse_expert(options.expert)
     if expert is not None and own.method != "mole":
         raise ConfigError(f"--expert is for mixtures of experts; {own.path} has adapter.method {own.method!r}")

@@ -1,5 +1,7 @@
 """The files of a `llava-hf` checkpoint beside its weights: configuration, tokenizer, processor, chat template."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,31 @@ from llava_mole.data.tokenization import load_tokenizer
 from llava_mole.interop.own import OwnCheckpoint
 from llava_mole.interop.towers import clip_vision_config, image_processor
 from llava_mole.model.builder import TOKENIZER_DIR
+
+JINJA = """
+{%- for message in messages -%}
+  {%- set parts = namespace(image='', text='') -%}
+  {%- if message['content'] is string -%}
+    {%- set parts.text = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] == 'image' -%} {%- set parts.image = t.image -%}
+      {%- else -%} {%- set parts.text = parts.text + part['text'] -%}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- if t.strip -%} {%- set parts.text = parts.text | trim -%} {%- endif -%}
+  {{- t.system if loop.first -}}
+  {%- if message['role'] == 'user' -%}
+    {{- t.between_rounds if not loop.first -}}
+    {{- t.user_start + (t.first_text_prefix if loop.first else '') + parts.image + parts.text + t.user_end -}}
+  {%- else -%}
+    {{- t.answer_marker + t.answer_start + parts.text + t.answer_end -}}
+  {%- endif -%}
+{%- endfor -%}
+{{- t.answer_marker if add_generation_prompt -}}
+"""
+"""Renders a conversation; `t` holds the texts of a `Template`."""
 
 
 def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:
@@ -110,30 +137,6 @@ def chat_template(template: Template, separator: str = "\n") -> str | None:
     """
     if template.caption:
         return None
-
-    def quoted(text: str) -> str:
-        return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-
-    fields = ("system", "first_text_prefix", "between_rounds", "user_start", "user_end", "answer_marker")
-    strings = {name: quoted(getattr(template, name)) for name in (*fields, "answer_start", "answer_end")}
-    trim = "{%- set parts.text = parts.text | trim -%}" if template.strip else ""
-    text = (
-        "{%- set image = '" + DEFAULT_IMAGE_TOKEN + "' -%}"
-        "{%- for message in messages -%}"
-        "{%- set parts = namespace(image='', text='') -%}"
-        "{%- if message['content'] is string -%}{%- set parts.text = message['content'] -%}{%- else -%}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{%- set parts.image = image + " + quoted(separator) + " -%}"
-        "{%- else -%}{%- set parts.text = parts.text + part['text'] -%}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}" + trim + "{%- if loop.first -%}{{ SYSTEM }}{%- endif -%}"
-        "{%- if message['role'] == 'user' -%}"
-        "{%- if not loop.first -%}{{ BETWEEN_ROUNDS }}{%- endif -%}"
-        "{{ USER_START }}{%- if loop.first -%}{{ FIRST_TEXT_PREFIX }}{%- endif -%}"
-        "{{ parts.image + parts.text }}{{ USER_END }}"
-        "{%- else -%}{{ ANSWER_MARKER + ANSWER_START + parts.text + ANSWER_END }}{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ ANSWER_MARKER }}{%- endif -%}"
-    )
-    for name in sorted(strings, key=len, reverse=True):
-        text = text.replace(name.upper(), strings[name])
-    return text
+    fields = {**asdict(template), "image": DEFAULT_IMAGE_TOKEN + separator}
+    used = {name: value for name, value in fields.items() if f"t.{name}" in JINJA}
+    return "{%- set t = " + json.dumps(used) + " -%}" + JINJA

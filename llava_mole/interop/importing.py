@@ -86,9 +86,9 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
     adapter = AdapterConfig()
     write_adapter: Callable[[Path, str], None] | None = None
     if released is not None:
-        check_experts(released, skeleton.linears())
-        check_base_weights(released, inside.weights if inside else open_weights(base_dir), base_dir)
         adapter = released.adapter_config(options.alpha, options.mode)
+        check_experts(released, adapter, skeleton)
+        check_base_weights(released, inside.weights if inside else open_weights(base_dir), base_dir)
         write_adapter = partial(write_experts, released, adapter)
     elif found.kind == "llava-lora":
         lora = read_lora(found.path, skeleton.linears())
@@ -229,7 +229,11 @@ def _write(
     """
     language_model = base_dir or directory / LANGUAGE_MODEL_DIR
     tokenizer = load_tokenizer(str(language_model))
-    name, weights = config.model.vision_tower.name, config.model.vision_tower.weights
+    name, out = config.model.vision_tower.name, Path(config.train.output_dir)
+
+    def recorded(path: str) -> str:
+        is_beside = Path(path).is_relative_to(out)
+        return f"../{Path(path).relative_to(out)}" if is_beside else str(Path(path).resolve())
 
     def write_files(checkpoint: Path) -> None:
         save_config(config, checkpoint / CONFIG_FILE)
@@ -238,10 +242,6 @@ def _write(
         if write_adapter is not None:
             write_adapter(checkpoint / ADAPTER_DIR, config.model.language_model)
 
-    if tower.state is not None:
-        weights, name = (f"../{VISION_TOWER_DIR}/{file}" for file in (TOWER_WEIGHTS, TOWER_CONFIG))
-    else:
-        weights, name = str(Path(weights).resolve()), str(Path(name).resolve()) if name.endswith(".json") else name
     fields = {
         "version": __version__,
         "stage": config.stage,
@@ -255,9 +255,9 @@ def _write(
             "vision_tower": tower.fingerprint(),
         },
         "paths": {
-            "language_model": str(base_dir.resolve()) if base_dir else f"../{LANGUAGE_MODEL_DIR}",
-            "vision_tower_weights": weights,
-            "vision_tower_config": name,
+            "language_model": recorded(config.model.language_model),
+            "vision_tower_weights": recorded(config.model.vision_tower.weights),
+            "vision_tower_config": recorded(name) if name.endswith(".json") else name,
         },
     }
     write_checkpoint(directory / "checkpoint-0", write_files, fields)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llava_mole.common.errors import ConfigError, WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError, value_errors_as
 from llava_mole.interop.own import OwnCheckpoint
 from llava_mole.model.language_model import load_language_model
 
@@ -90,11 +90,13 @@ def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path 
     from llava_mole.mole.surgery import to_lora
 
     base, _ = load_language_model(str(own.language_model))
-    model = PeftModel.from_pretrained(base, str(own.adapter_dir))
+    with value_errors_as(WeightsError):
+        model = PeftModel.from_pretrained(base, str(own.adapter_dir))
     usage = None
     if expert == "usage":
         usage = _counted_usage(model) if usage_file is None else _read_usage(usage_file)
-    to_lora(model, directory, expert=expert, usage=usage)
+    with value_errors_as(ConfigError):
+        to_lora(model, directory, expert=expert, usage=usage)
     means = {"uniform": "the mean of its experts", "usage": "the mean of its experts, weighted by their use"}
     return (
         f"APPROXIMATION: a mixture of {own.config.adapter.num_experts} LoRA experts, each token routed to its own, "

@@ -89,10 +89,9 @@ def read_projector(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PROJECTOR_PREFIX): weights[name].clone() for name in weights}
 
 
-def llava_projector(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+def llava_projector(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The projector in LLaVA's names, without prefix. Raises ConfigError for a kind that LLaVA lacks."""
-    if kind == "linear":
-        return {name.removeprefix("0."): value for name, value in state.items()}
     if any(not name.endswith((".weight", ".bias")) for name in state):
-        raise ConfigError(f"projector {kind!r} has learned vectors around an image, for which LLaVA has no place")
-    return state
+        raise ConfigError("the projector has learned vectors around an image, for which LLaVA has no place")
+    is_linear = set(state) == {"0.weight", "0.bias"}
+    return {name.removeprefix("0."): value for name, value in state.items()} if is_linear else state

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from llava_mole.common.errors import WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError, value_errors_as
 from llava_mole.common.text import count_of, shorten
 from llava_mole.config import AdapterConfig
+from llava_mole.interop.causal_lm import Skeleton
 from llava_mole.interop.kinds import Found
 from llava_mole.interop.lora import ADAPTER_FILES
 from llava_mole.interop.names import BUFFERS, WRAPPER
@@ -162,26 +163,19 @@ def _source(found: Found, weights: Weights, adaptor: dict[str, str], tower: dict
     )
 
 
-def check_experts(released: ReleasedMole, linears: Mapping[str, tuple[int, int]]) -> None:
-    """Raise WeightsError if adapter tensors are missing, unexpected, not finite or do not fit the language model.
+def check_experts(released: ReleasedMole, config: AdapterConfig, skeleton: Skeleton) -> None:
+    """Raise WeightsError if tensors are missing, unexpected, of another shape or not finite.
 
-    `linears` maps the path of each linear of the language model to (out, in).
+    The adapter is put on the skeleton's model, in place, to find out which tensors it has there.
     """
-    k, r = released.num_experts, released.rank
-    needed: dict[str, tuple[int, ...]] = {}
-    for path, (out, inner) in linears.items():
-        parent, _, leaf = path.rpartition(".")
-        if parent.endswith(".mlp"):
-            needed[f"{parent}.mole_experts.{leaf}_A"] = (k, r, inner)
-            needed[f"{parent}.mole_experts.{leaf}_B"] = (k, r, out)
-            if k > 1 and leaf == "gate_proj":
-                needed[f"{parent}.mole_router.weight"] = (k, inner)
-                needed[f"{parent}.mole_router.bias"] = (k,)
-        elif leaf in released.attention_modules:
-            needed[f"{path}.mole_lora.A"], needed[f"{path}.mole_lora.B"] = (r, inner), (r, out)
-    found = {name: tuple(value.shape) for name, value in released.experts.items()}
-    check_shapes(released.source.found.path, found, needed)
-    check_finite(released.source.found.path, {**released.experts, **released.source.projector})
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    file = released.source.found.path
+    with value_errors_as(ConfigError), torch.device("meta"):
+        model = get_peft_model(skeleton.model, _mole_config(released, config))
+    needed = {n.removeprefix(WRAPPER): tuple(v.shape) for n, v in get_peft_model_state_dict(model).items()}
+    check_shapes(file, {name: tuple(value.shape) for name, value in released.experts.items()}, needed)
+    check_finite(file, {**released.experts, **released.source.projector})
 
 
 def check_base_weights(released: ReleasedMole, base: Weights, where: Path) -> None:
@@ -204,20 +198,23 @@ def check_base_weights(released: ReleasedMole, base: Weights, where: Path) -> No
 
 def write_experts(released: ReleasedMole, config: AdapterConfig, directory: Path, base: str) -> None:
     """Write a MoLE adapter as PEFT does. `base` is the language model's directory."""
+    directory.mkdir(parents=True)
+    mole = _mole_config(released, config)
+    mole.base_model_name_or_path, mole.inference_mode = base, True
+    mole.save_pretrained(str(directory))
+    save_tensors(released.experts, directory / ADAPTER_FILES[0], WRAPPER)
+
+
+def _mole_config(released: ReleasedMole, config: AdapterConfig) -> Any:
     from llava_mole.mole import MoleConfig
 
-    directory.mkdir(parents=True)
-    mole = MoleConfig.from_preset(
+    return MoleConfig.from_preset(
         config.preset,
         r=config.rank,
         alpha=config.alpha,
         num_experts=config.num_experts,
         task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=base,
         ffn_modules=["mlp"],
         target_modules=[*released.attention_modules, "mlp"],
         **config.options,
     )
-    mole.save_pretrained(str(directory))
-    save_tensors(released.experts, directory / ADAPTER_FILES[0], WRAPPER)
