@@ -126,11 +126,9 @@ class _Export:
         self,
         rename: Callable[[str, str], str],
         tower: Mapping[str, torch.Tensor],
-        *,
-        merge: bool = True,
         grow: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
-        """Write language model, projector and tower as one set of shards.
+        """Write language model (LoRA merged unless `unmerged`), projector and tower as one set of shards.
 
         `LlavaForConditionalGeneration.save_pretrained` is not used for llava-hf: it holds the whole model in memory,
         and its names depend on the version of transformers.
@@ -138,20 +136,19 @@ class _Export:
         Args:
             rename: (part, name in the part) -> name in the file; the parts are language_model, projector and tower.
             tower: tensors of the tower in Hugging Face's names; may be empty.
-            merge: merge the LoRA, if there is one.
             grow: embedding matrices that get more rows: name -> (number of rows, row that the new ones copy).
         """
         own, dtype = self.own, self.options.dtype
         projector = llava_projector(own.projector)
         merged: dict[str, torch.Tensor] = {}
-        if merge and self.lora is not None:
+        if self.lora is not None and not self.options.unmerged:
             merged, self.difference = merge_lora(own, self.adapter, dtype)
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name in own.names:
                 tensor = own.weights[name]
                 if name in merged:
-                    tensor = merged[name].to(dtype or tensor.dtype)
+                    tensor = merged.pop(name).to(dtype or tensor.dtype)  # frees the float32 tensor
                 if grow and name in grow:
                     rows, copied = grow[name]
                     tensor = torch.cat([tensor, tensor[copied].expand(rows - tensor.shape[0], -1)])
@@ -190,7 +187,7 @@ def _write_llava_hf(export: _Export) -> None:
     config = llava_config(own, image_id)
     config.dtype = options.dtype or own.weights[own.names[0]].dtype
     grow = embeddings_to_grow(own, tokenizer, image_id)
-    export.write_weights(llava_hf_name, own.tower.hugging_face_state(), merge=not options.unmerged, grow=grow)
+    export.write_weights(llava_hf_name, own.tower.hugging_face_state(), grow)
     config.save_pretrained(str(export.folder))
     write_processor(own, tokenizer, export.folder)
     if options.unmerged and export.lora is not None:
