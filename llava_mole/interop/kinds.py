@@ -73,9 +73,6 @@ class _Directory:
     def manifest(self) -> dict[str, Any]:
         return read_object(self.path / MANIFEST) if self.has(MANIFEST) else {}
 
-    def has_format(self, start: str) -> bool:
-        return str(self.manifest.get("format")).startswith(start)
-
     @cached_property
     def config(self) -> dict[str, Any]:
         file = self.path / "config.json"
@@ -85,31 +82,27 @@ class _Directory:
         return config
 
     @cached_property
-    def has_weights(self) -> bool:
-        return bool(find_weights(self.path))
+    def weights(self) -> list[Path]:
+        return find_weights(self.path)
 
     @property
     def is_llava(self) -> bool:
         is_known = self.config.get("model_type") in LLAVA_MODEL_TYPES
         return is_known and any(key.startswith("mm_") for key in self.config)
 
-    @property
-    def is_llava_hf(self) -> bool:
-        return self.config.get("model_type") == "llava" and "text_config" in self.config
-
 
 _RULES: tuple[tuple[str, Callable[[_Directory], bool]], ...] = (
-    ("prepared", lambda d: d.has_format(PREPARED_FORMAT)),
-    ("checkpoint", lambda d: d.has_format(CHECKPOINT_FORMAT.partition("/")[0])),
+    ("prepared", lambda d: str(d.manifest.get("format")).startswith(PREPARED_FORMAT)),
+    ("checkpoint", lambda d: str(d.manifest.get("format")).startswith(CHECKPOINT_FORMAT.partition("/")[0])),
     ("run", lambda d: bool(list_checkpoints(d.path))),
     ("llava-lora", lambda d: d.has(ADAPTER_CONFIG) and (d.has(NON_LORA_FILE) or d.is_llava)),
     ("peft", lambda d: d.has(ADAPTER_CONFIG)),
-    ("llava-hf", lambda d: d.is_llava_hf),
-    ("llava", lambda d: d.is_llava and d.has_weights),
+    ("llava-hf", lambda d: d.config.get("model_type") == "llava" and "text_config" in d.config),
+    ("llava", lambda d: d.is_llava and bool(d.weights)),
     ("llava-projector", lambda d: d.is_llava and d.has(PROJECTOR_FILE)),
     ("open_clip", lambda d: find_open_clip_config(d.path) is not None),
     ("clip", lambda d: d.config.get("model_type") in CLIP_TYPES),
-    ("language-model", lambda d: bool(d.config) and d.has_weights),
+    ("language-model", lambda d: bool(d.config and d.weights)),
     ("llava-projector", lambda d: d.has(PROJECTOR_FILE)),
 )
 """Kind of a directory: that of the first rule that holds."""

@@ -45,6 +45,13 @@ BLOCK = {
 }
 FUSED = {f"attn.in_proj_{kind}": tuple(f"self_attn.{p}_proj.{kind}" for p in "qkv") for kind in ("weight", "bias")}
 """open_clip stacks query, key and value in one matrix."""
+CONFIG_NAMES = {
+    "image_size": "image_size",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "patch_size": "patch_size",
+}
+"""open_clip's `vision_cfg` key -> attribute of `CLIPVisionConfig`, for equal values."""
 
 
 @dataclass
@@ -207,11 +214,8 @@ def open_clip_config(vision: Any, where: object) -> dict[str, Any]:
         "embed_dim": vision.projection_dim,
         "quick_gelu": vision.hidden_act == "quick_gelu",
         "vision_cfg": {
-            "image_size": vision.image_size,
-            "layers": vision.num_hidden_layers,
-            "width": vision.hidden_size,
+            **{ours: getattr(vision, theirs) for ours, theirs in CONFIG_NAMES.items()},
             "head_width": vision.hidden_size // vision.num_attention_heads,
-            "patch_size": vision.patch_size,
             "mlp_ratio": vision.intermediate_size / vision.hidden_size,
         },
         "text_cfg": {},
@@ -221,18 +225,14 @@ def open_clip_config(vision: Any, where: object) -> dict[str, Any]:
 def clip_vision_config(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """Arguments of `CLIPVisionConfig` for an open_clip configuration. Raises WeightsError for other kinds of ViT."""
     cfg = config["vision_cfg"]
-    plain = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-    strange = sorted(key for key, value in cfg.items() if key not in plain and value)
+    strange = sorted(k for k, value in cfg.items() if value and k not in (*CONFIG_NAMES, "head_width", "mlp_ratio"))
     if strange or isinstance(cfg["layers"], list):
         raise WeightsError(f"{where}: vision_cfg has {', '.join(strange) or 'stages'}, which CLIPVisionModel lacks")
     width = cfg["width"]
     return {
-        "hidden_size": width,
+        **{theirs: cfg[ours] for ours, theirs in CONFIG_NAMES.items()},
         "intermediate_size": int(width * cfg.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": cfg["layers"],
         "num_attention_heads": width // cfg.get("head_width", 64),
-        "image_size": cfg["image_size"],
-        "patch_size": cfg["patch_size"],
         "projection_dim": config["embed_dim"],
         "hidden_act": "quick_gelu" if config.get("quick_gelu", False) else "gelu",
         "layer_norm_eps": 1e-5,

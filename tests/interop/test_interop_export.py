@@ -170,6 +170,8 @@ def test_full_llava_in_and_out_key_for_key(binary: bool, tmp_path: Path) -> None
 
 def test_the_dtype_written_is_the_one_that_is_loaded(lora_run: Path, tmp_path: Path) -> None:
     assert convert(lora_run, "--to", "llava", "--dtype", "float16", "--out", tmp_path / "half") == 0
+    label = json.loads((tmp_path / "half" / "llava_mole.json").read_text())
+    assert 1e-5 < label["largest_logit_difference_of_the_merge"] < 0.1, "the rounding to float16 is measured"
     to_run = ("--to", "checkpoint", "--vision-tower", tmp_path / "half" / "vision_tower", "--out", tmp_path / "run")
     assert convert(tmp_path / "half", *to_run) == 0
     load(tmp_path / "run")  # whose language model is recognised
