@@ -1,1 +1,1 @@
-"""LLaVA's, Hugging Face's, open_clip's and the MoLE authors' files: what they are, and their way in and out."""
+"""Checkpoints of LLaVA, Hugging Face, open_clip and the MoLE authors: recognised, imported and exported."""

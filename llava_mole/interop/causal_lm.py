@@ -1,44 +1,38 @@
-"""Directories of a Hugging Face causal LM: what its weights must be, writing one, its identity unloaded."""
+"""Model directories of a Hugging Face causal LM: expected tensors, writing, and the fingerprint without loading."""
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_mole.common.errors import WeightsError
-from llava_mole.interop.tensors import ShardWriter, Weights, check_shapes, open_weights, read_json, shorten
+from llava_mole.interop.names import BUFFERS
+from llava_mole.interop.tensors import Weights, check_shapes, open_weights, read_object, write_object, write_shards
 from llava_mole.model.fingerprint import fingerprint_in_order
 from llava_mole.model.language_model import check_language_model_dir, load_language_model
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 LLAVA_MODEL_TYPES = {
     "llava": ("llama", "LlamaForCausalLM"),
     "llava_llama": ("llama", "LlamaForCausalLM"),
     "llava_mistral": ("mistral", "MistralForCausalLM"),
 }
-"""`model_type` of LLaVA's config.json -> that of its language model, and its class."""
+"""`model_type` in LLaVA's config.json -> `model_type` and class of its language model."""
 LLAVA_KEYS = ("mm_", "tune_mm_", "freeze_mm_", "use_mm_proj", "unfreeze_mm_", "image_", "pretrain_mm_", "vision_tower")
-"""Keys of LLaVA's config.json that start so belong to the other parts."""
-LLAVA_TOKENIZER_KEYS = ("tokenizer_model_max_length", "tokenizer_padding_side")
+"""Prefixes of the keys in LLaVA's config.json that describe the other parts."""
+OTHER_KEYS = ("tokenizer_model_max_length", "tokenizer_padding_side", "_name_or_path", "auto_map")
 
 
 class Skeleton:
     """Names and shapes of a causal LM's tensors, from its configuration alone.
 
     Raises:
-        WeightsError: transformers knows no causal LM of this configuration.
+        WeightsError: transformers has no causal LM for this configuration.
     """
 
     def __init__(self, config: Mapping[str, Any], where: object):
@@ -49,8 +43,8 @@ class Skeleton:
             self.config = AutoConfig.for_model(config.get("model_type", ""), **values)
             with torch.device("meta"):
                 self.model: Any = AutoModelForCausalLM.from_config(self.config)
-        except Exception as error:  # transformers raises many kinds for a value that it cannot use
-            raise WeightsError(f"{where}: no causal LM: {' '.join(str(error).split())[:200]}") from None
+        except Exception as error:  # transformers raises many types for an unusable value
+            raise WeightsError(f"{where}: not a causal LM: {' '.join(str(error).split())[:200]}") from None
         self.model.tie_weights()
         first: dict[int, str] = {}
         self.same_as: dict[str, str] = {}
@@ -59,16 +53,19 @@ class Skeleton:
             self.shapes[name] = tuple(value.shape)
             self.same_as[name] = first.setdefault(id(value), name)
 
+    @classmethod
+    def of_directory(cls, directory: Path) -> "Skeleton":
+        """The skeleton that `directory/config.json` describes."""
+        return cls(read_object(directory / "config.json"), directory / "config.json")
+
     def check(self, where: object, found: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise WeightsError that lists what is missing, unexpected or of another shape; tied tensors may be absent."""
-        check_shapes(where, found, {name: s for name, s in self.shapes.items() if name in found or self._own(name)})
+        """Raise WeightsError unless `found` has these names and shapes. Tied tensors may be absent."""
+        needed = {name: s for name, s in self.shapes.items() if name in found or self.same_as[name] == name}
+        check_shapes(where, found, needed)
 
     def source(self, name: str, found: Mapping[str, Any]) -> str:
-        """The name in `found` that holds tensor `name`, which is another one where weights are tied."""
+        """The name in `found` that holds tensor `name`: another name if the weights are tied."""
         return name if name in found else self.same_as[name]
-
-    def _own(self, name: str) -> bool:
-        return self.same_as[name] == name
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Path -> (out, in) of every linear of the decoder layers."""
@@ -80,53 +77,41 @@ class Skeleton:
 
 
 def language_model_config(llava_config: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """The language model's part of LLaVA's config.json. Raises WeightsError for a model type not in the table."""
+    """The language model's part of LLaVA's config.json. Raises WeightsError for an unsupported model type."""
     kind = llava_config.get("model_type")
     if kind not in LLAVA_MODEL_TYPES:
         raise WeightsError(f"{where}: model_type {kind!r}; supported are {', '.join(LLAVA_MODEL_TYPES)}")
     model_type, architecture = LLAVA_MODEL_TYPES[kind]
-    config = {
-        key: value
-        for key, value in llava_config.items()
-        if not key.startswith(LLAVA_KEYS) and key not in (*LLAVA_TOKENIZER_KEYS, "_name_or_path", "auto_map")
-    }
+    config = {k: v for k, v in llava_config.items() if not k.startswith(LLAVA_KEYS) and k not in OTHER_KEYS}
     return {**config, "model_type": model_type, "architectures": [architecture]}
 
 
 def write_language_model(
-    directory: Path,
-    config: Mapping[str, Any],
-    names: Mapping[str, str],
-    weights: Weights,
-    tokenizer_from: Path,
+    directory: Path, config: Mapping[str, Any], names: Mapping[str, str], weights: Weights, tokenizer_from: Path
 ) -> None:
-    """Write a causal LM out of a larger checkpoint, shard by shard.
+    """Write the language model of a larger checkpoint as a model directory, shard by shard.
 
     Args:
-        directory: is created.
-        config: of the causal LM.
-        names: name in the causal LM -> name in `weights`.
-        weights: of the larger checkpoint.
+        directory: created by this function.
+        config: configuration of the language model.
+        names: name in the language model -> name in `weights`.
+        weights: tensors of the larger checkpoint.
         tokenizer_from: directory whose tokenizer is copied.
 
     Raises:
-        WeightsError: tensors missing, unexpected, of another shape or not finite.
+        WeightsError: tensors are missing, unexpected, of another shape or not finite.
     """
-    skeleton = Skeleton(config, weights)
-    skeleton.check(weights, {name: weights.shape(there) for name, there in names.items()})
+    Skeleton(config, weights).check(weights, {name: weights.shape(there) for name, there in names.items()})
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_object(directory / "config.json", config)
     copy_tokenizer(tokenizer_from, directory)
-    writer = ShardWriter(directory, "language model", weights.bytes)
-    inner = {there: name for name, there in names.items()}
-    for there in weights:
-        if there in inner:
-            writer.add(inner[there], weights[there])
-    writer.finish()
+    name_of = {there: name for name, there in names.items()}
+    tensors = ((name_of[there], weights[there]) for there in weights if there in name_of)
+    write_shards(directory, tensors, "language model", weights.bytes)
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy a tokenizer's files. Raises WeightsError where there are none."""
+    """Copy a tokenizer's files. Raises WeightsError if there are none."""
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(found):
         raise WeightsError(f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}); copy it there from the base")
@@ -135,37 +120,24 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 
 
 def fingerprint_language_model(path: Path) -> str:
-    """The fingerprint that `load_language_model` gives, read tensor by tensor.
+    """The fingerprint that `load_language_model` returns, computed tensor by tensor.
 
     Raises:
-        WeightsError: no language model, or its weights do not fit its configuration.
+        WeightsError: not a language model, or its weights do not fit its configuration.
     """
     check_language_model_dir(str(path))
     weights = open_weights(path)
-    skeleton = Skeleton(read_json(path / "config.json"), path / "config.json")
-    found = {name: weights.shape(name) for name in weights if not name.endswith("rotary_emb.inv_freq")}
+    skeleton = Skeleton.of_directory(path)
+    found = {name: weights.shape(name) for name in weights if not name.endswith(BUFFERS)}
     try:
         skeleton.check(path, found)
     except WeightsError:
-        # Some architectures are stored in other names than transformers gives its modules; it knows the way.
+        # Some architectures store other names than transformers gives its modules; only loading maps them.
         return load_language_model(str(path))[1]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in sorted(skeleton.shapes):
             tensor = weights[skeleton.source(name, found)]
-            yield name, tensor.to(skeleton.config.dtype or tensor.dtype)  # as a model is loaded, whatever is stored
+            yield name, tensor.to(skeleton.config.dtype or tensor.dtype)  # the dtype in which the model is loaded
 
     return fingerprint_in_order(tensors())
-
-
-def load_causal_lm(config: Mapping[str, Any], read: Callable[[str], torch.Tensor], names: list[str]) -> Any:
-    """A causal LM in float32, in eval mode, whose tensor `name` is `read(name)`."""
-    skeleton = Skeleton(config, "config")
-    state = {name: read(name).float() for name in names}
-    missing = [name for name in skeleton.shapes if skeleton.source(name, state) not in state]
-    if missing:
-        raise WeightsError(f"{len(missing)} tensors missing: {shorten(missing)}")
-    model = type(skeleton.model).from_pretrained(
-        None, config=skeleton.config, state_dict=state, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval()

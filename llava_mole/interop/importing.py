@@ -1,12 +1,13 @@
-"""Foreign checkpoints in: they become a run directory that every command of this package reads.
+"""Imports foreign checkpoints: they become a run directory that every command of this package reads.
 
-`OUT/checkpoint-0/` is a checkpoint as training writes it. Beside it lie, where the weights had to be rewritten,
-`OUT/language_model/` (Hugging Face's layout) and `OUT/vision_tower/` (open_clip's). What is usable where it is, stays
-there: it is named, not copied.
+`OUT/checkpoint-0/` is a checkpoint as training writes it. If weights had to be rewritten, `OUT/language_model/`
+(Hugging Face's layout) and `OUT/vision_tower/` (open_clip's) lie beside it. Parts that are usable where they are stay
+there: the checkpoint names them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,14 +28,14 @@ from llava_mole.config import (
 from llava_mole.data.tokenization import load_tokenizer
 from llava_mole.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model
 from llava_mole.interop.kinds import find_kind
-from llava_mole.interop.lora import write_lora
-from llava_mole.interop.publishing import check_target, publish
+from llava_mole.interop.lora import read_lora, write_lora
+from llava_mole.interop.publishing import check_out, publish
 from llava_mole.interop.released import check_base_weights, check_experts, read_released, write_experts
-from llava_mole.interop.sources import LanguageModelPart, Source, read_adapter, read_source
-from llava_mole.interop.tensors import check_shapes, open_weights, read_json, write_label
+from llava_mole.interop.sources import LanguageModelPart, Source, read_source
+from llava_mole.interop.tensors import check_shapes, open_weights, save_tensors, write_label
 from llava_mole.interop.towers import CONFIG_FILE as TOWER_CONFIG
 from llava_mole.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
-from llava_mole.interop.towers import Tower, open_tower, tower_fingerprint, tower_from_parts, write_open_clip
+from llava_mole.interop.towers import Tower, open_tower, tower_from_hugging_face, write_open_clip
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
 from llava_mole.model.checkpoint import write_checkpoint
 from llava_mole.model.multimodal_projector import build_projector
@@ -45,60 +46,54 @@ AspectRatio = Literal["pad", "square"]
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What a foreign checkpoint does not say, or says wrongly."""
+    """Settings that a foreign checkpoint does not record, or records wrongly."""
 
     model_base: Path | None = None
     vision_tower: Path | None = None
     vision_tower_name: str | None = None
     template: str | None = None
-    """None: `plain` for a projector of stage 1, else `vicuna_v1`, LLaVA-1.5's."""
-    aspect_ratio: AspectRatio | None = None
-    """None: as the checkpoint says, else `pad`."""
+    """None: `plain` for a projector of stage 1, otherwise LLaVA-1.5's `vicuna_v1`."""
+    image_aspect_ratio: AspectRatio | None = None
+    """None: as the checkpoint records it, otherwise `pad`."""
     select_layer: int | None = None
-    """None: as the checkpoint says, else -2."""
+    """None: as the checkpoint records it, otherwise -2."""
     alpha: float | None = None
-    """Of the authors' MoLE file; None takes 2 r."""
+    """LoRA alpha of the authors' MoLE file. None: 2 r."""
     mode: str = "sparse"
-    """Of the authors' MoLE file: `sparse` or `dense`."""
+    """Mode of the authors' MoLE file: `sparse` or `dense`."""
     overwrite: bool = False
-
-
-@dataclass
-class _Adapter:
-    config: AdapterConfig = field(default_factory=AdapterConfig)
-    write: Callable[[Path, str], None] | None = None
 
 
 def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str]:
     """Make `out` a run directory from the checkpoint at `path`.
 
     Returns:
-        What was assumed because the checkpoint does not say it, in words.
+        The assumptions made because the checkpoint does not record them, as text.
 
     Raises:
-        WeightsError: it is none of the readable kinds, a part is missing, or tensors do not fit; or `out` exists
-            and may not be replaced, as it holds something that is read.
+        WeightsError: `path` cannot be imported, a part is missing, tensors do not fit, or `out` may not be written.
     """
     inputs = [path, options.model_base, options.vision_tower]
-    check_target(out, overwrite=options.overwrite, inputs=inputs)
+    check_out(out, overwrite=options.overwrite, inputs=inputs)
     found = find_kind(path)
     released = read_released(found) if found.kind == "released-mole" else None
     source = read_source(path) if released is None else released.source
     inside, base_dir = _language_model(source, options)
-    skeleton = inside.skeleton() if inside else _skeleton_of(base_dir)
+    skeleton = inside.skeleton() if inside else Skeleton.of_directory(base_dir)
     tower = _tower(source, options)
     _check_projector(source, tower, skeleton)
     layer = _select_layer(source, tower, options)
-    adapter = _Adapter()
+    adapter = AdapterConfig()
+    write_adapter: Callable[[Path, str], None] | None = None
     if released is not None:
-        check_experts(released, skeleton.linears())
+        adapter = released.adapter_config(options.alpha, options.mode)
+        check_experts(released, adapter, skeleton)
         check_base_weights(released, inside.weights if inside else open_weights(base_dir), base_dir)
-        mole = released.adapter_config(options.alpha, options.mode)
-        adapter = _Adapter(mole, lambda directory, base: write_experts(released, mole, directory, base))
+        write_adapter = partial(write_experts, released, adapter)
     elif found.kind == "llava-lora":
-        lora = read_adapter(found, skeleton.linears())
-        plain = AdapterConfig(method="lora", rank=lora.config["r"], alpha=float(lora.config["lora_alpha"]))
-        adapter = _Adapter(plain, lambda directory, base: write_lora(lora, directory, base))
+        lora = read_lora(found.path, skeleton.linears())
+        adapter = AdapterConfig(method="lora", rank=lora.config["r"], alpha=float(lora.config["lora_alpha"]))
+        write_adapter = partial(write_lora, lora)
     with publish(out, overwrite=options.overwrite, inputs=[*inputs, base_dir, tower.weights]) as temporary:
         temporary.mkdir(parents=True)
         if inside is not None:
@@ -107,14 +102,17 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
         if tower.state is not None:
             write_open_clip(tower, temporary / VISION_TOWER_DIR)
         final = out / LANGUAGE_MODEL_DIR if inside else base_dir
-        config = _run_config(source, tower, layer, adapter.config, out, final, options)
-        _write(temporary, config, source, tower, adapter, temporary / LANGUAGE_MODEL_DIR if inside else base_dir)
+        config = _run_config(source, tower, layer, adapter, out, final, options)
+        _write(temporary, config, source, tower, write_adapter, None if inside else base_dir)
         write_label(temporary, {"converted": "to a checkpoint of llava_mole", "from": str(path.resolve())})
-    return _assumptions(source, config, options, released is not None)
+    return _assumptions(source, config, options)
 
 
 def _language_model(source: Source, options: ImportOptions) -> tuple[LanguageModelPart | None, Path]:
-    """The language model to be taken out of a checkpoint, if any; and the directory it is in."""
+    """The language model to be extracted from a checkpoint (None if it is a directory), and the directory it is in.
+
+    If `--model-base` is a full LLaVA, its tower completes a source without one.
+    """
     if source.language_model is not None:
         if options.model_base is not None:
             raise WeightsError(f"{source.found.path} holds its own language model; leave --model-base out")
@@ -127,20 +125,14 @@ def _language_model(source: Source, options: ImportOptions) -> tuple[LanguageMod
     base = find_kind(options.model_base)
     if base.kind == "language-model":
         return None, options.model_base
-    if base.kind in ("llava", "llava-hf"):
-        whole = read_source(options.model_base)
-        if not source.tower_names:
-            source.weights, source.tower_names, source.tower_config = (
-                whole.weights,
-                whole.tower_names,
-                whole.tower_config,
-            )
-        return whole.language_model, options.model_base
-    raise WeightsError(f"--model-base {options.model_base} is {base.kind!r}; needed is a language model or full LLaVA")
-
-
-def _skeleton_of(directory: Path) -> Skeleton:
-    return Skeleton(read_json(directory / "config.json"), directory / "config.json")
+    if base.kind not in ("llava", "llava-hf"):
+        raise WeightsError(
+            f"--model-base {options.model_base} is {base.kind!r}; needed is a language model or a full LLaVA"
+        )
+    whole = read_source(options.model_base)
+    if not source.tower_names:
+        source.weights, source.tower_names, source.tower_config = whole.weights, whole.tower_names, whole.tower_config
+    return whole.language_model, options.model_base
 
 
 def _tower(source: Source, options: ImportOptions) -> Tower:
@@ -156,10 +148,8 @@ def _tower(source: Source, options: ImportOptions) -> Tower:
             f"{source.found.path} holds a vision tower, but not its configuration (heads, activation); give the "
             f"directory of the tower it started from with --vision-tower ({source.tower_hint or 'a CLIP directory'})"
         )
-    own = tower_from_parts(source.tower_state(), config, source.found.path)
-    if given is not None and given.state is None and _same(own, given):
-        return given
-    return own
+    own = tower_from_hugging_face(source.tower_state(), config, source.found.path)
+    return given if given is not None and given.state is None and _same(own, given) else own
 
 
 def _same(one: Tower, other: Tower) -> bool:
@@ -171,7 +161,6 @@ def _same(one: Tower, other: Tower) -> bool:
 
 def _check_projector(source: Source, tower: Tower, skeleton: Skeleton) -> None:
     hidden = skeleton.config.get_text_config().hidden_size
-    assert source.projector_kind is not None
     with torch.device("meta"):
         expected = build_projector(source.projector_kind, tower.width, hidden).state_dict()
     found = {name: tuple(value.shape) for name, value in source.projector.items()}
@@ -179,8 +168,8 @@ def _check_projector(source: Source, tower: Tower, skeleton: Skeleton) -> None:
 
 
 def _select_layer(source: Source, tower: Tower, options: ImportOptions) -> int:
-    stated = source.select_layer if options.select_layer is None else options.select_layer
-    layer, blocks = -2 if stated is None else stated, tower.config["vision_cfg"]["layers"]
+    recorded = source.select_layer if options.select_layer is None else options.select_layer
+    layer, blocks = -2 if recorded is None else recorded, tower.config["vision_cfg"]["layers"]
     if type(layer) is not int or not 1 <= abs(layer) <= blocks:
         raise WeightsError(
             f"{source.found.path}: vision tower layer {layer!r}; allowed are -{blocks}..-1 and 1..{blocks}; give it "
@@ -198,21 +187,18 @@ def _run_config(
     language_model: Path,
     options: ImportOptions,
 ) -> RunConfig:
-    assert source.projector_kind is not None
-    if tower.state is None:
-        tower_name, tower_weights = tower.name, tower.weights
-    else:
+    """The configuration of the run; its paths are those after publishing."""
+    tower_name, tower_weights = tower.name, tower.weights
+    if tower.state is not None:
         folder = out / VISION_TOWER_DIR
         tower_name, tower_weights = str(folder / TOWER_CONFIG), folder / TOWER_WEIGHTS
-    assert tower_name is not None
-    ratio = options.aspect_ratio or source.aspect_ratio or "pad"
     return RunConfig(
         stage=cast(Any, source.stage),
         train=TrainConfig(output_dir=str(out)),
         model=ModelConfig(
             language_model=str(language_model),
             vision_tower=VisionTowerConfig(
-                name=tower_name,
+                name=cast(str, tower_name),
                 weights=str(tower_weights),
                 activation=cast(Any, tower.activation),
                 select_layer=select_layer,
@@ -223,33 +209,39 @@ def _run_config(
         data=DataConfig(
             sources={"imported": SourceConfig(annotations=f"not recorded (imported from {source.found.path})")},
             template=options.template or ("plain" if source.stage == "pretrain" else "vicuna_v1"),
-            image_aspect_ratio=cast(AspectRatio, ratio),
+            image_aspect_ratio=cast(AspectRatio, options.image_aspect_ratio or source.aspect_ratio or "pad"),
         ),
     )
 
 
 def _write(
-    directory: Path, config: RunConfig, source: Source, tower: Tower, adapter: _Adapter, language_model: Path
+    directory: Path,
+    config: RunConfig,
+    source: Source,
+    tower: Tower,
+    write_adapter: Callable[[Path, str], None] | None,
+    base_dir: Path | None,
 ) -> None:
-    """Write `checkpoint-0`. Paths of what lies beside it are relative in the manifest: the whole can be moved."""
-    from safetensors.torch import save_file
+    """Write `checkpoint-0` in `directory`.
 
+    Its manifest names the parts beside it by relative paths, so the run can be moved. `base_dir` is the directory of
+    the language model if that is not in `directory`.
+    """
+    language_model = base_dir or directory / LANGUAGE_MODEL_DIR
     tokenizer = load_tokenizer(str(language_model))
-    inside = language_model.parent == directory
-    tower_config = config.model.vision_tower
+    name, out = config.model.vision_tower.name, Path(config.train.output_dir)
+
+    def recorded(path: str) -> str:
+        is_beside = Path(path).is_relative_to(out)
+        return f"../{Path(path).relative_to(out)}" if is_beside else str(Path(path).resolve())
 
     def write_files(checkpoint: Path) -> None:
         save_config(config, checkpoint / CONFIG_FILE)
         tokenizer.save_pretrained(checkpoint / TOKENIZER_DIR)
-        save_file(
-            {PROJECTOR_PREFIX + n: v.contiguous() for n, v in source.projector.items()}, checkpoint / PROJECTOR_FILE
-        )
-        if adapter.write is not None:
-            adapter.write(checkpoint / ADAPTER_DIR, config.model.language_model)
+        save_tensors(source.projector, checkpoint / PROJECTOR_FILE, PROJECTOR_PREFIX)
+        if write_adapter is not None:
+            write_adapter(checkpoint / ADAPTER_DIR, config.model.language_model)
 
-    beside = f"../{VISION_TOWER_DIR}"
-    name = tower_config.name
-    absolute = str(Path(name).resolve()) if name.endswith(".json") else name
     fields = {
         "version": __version__,
         "stage": config.stage,
@@ -260,29 +252,29 @@ def _write(
         "imported": {"kind": source.found.kind, "path": str(source.found.path.resolve()), "tower": source.tower_hint},
         "fingerprints": {
             "language_model": fingerprint_language_model(language_model),
-            "vision_tower": tower_fingerprint(tower),
+            "vision_tower": tower.fingerprint(),
         },
         "paths": {
-            "language_model": f"../{LANGUAGE_MODEL_DIR}" if inside else str(language_model.resolve()),
-            "vision_tower_weights": f"{beside}/{TOWER_WEIGHTS}"
-            if tower.state
-            else str(Path(tower_config.weights).resolve()),
-            "vision_tower_config": f"{beside}/{TOWER_CONFIG}" if tower.state else absolute,
+            "language_model": recorded(config.model.language_model),
+            "vision_tower_weights": recorded(config.model.vision_tower.weights),
+            "vision_tower_config": recorded(name) if name.endswith(".json") else name,
         },
     }
     write_checkpoint(directory / "checkpoint-0", write_files, fields)
 
 
-def _assumptions(source: Source, config: RunConfig, options: ImportOptions, released: bool) -> list[str]:
+def _assumptions(source: Source, config: RunConfig, options: ImportOptions) -> list[str]:
     lines = []
     if options.template is None:
-        lines.append(f"template {config.data.template} (no such file states it; --template)")
+        lines.append(f"template {config.data.template} (checkpoints of this kind do not record it; --template)")
     if options.select_layer is None and source.select_layer is None:
         lines.append(f"vision tower layer {config.model.vision_tower.select_layer} (--select-layer)")
-    if options.aspect_ratio is None and source.aspect_ratio is None:
+    if options.image_aspect_ratio is None and source.aspect_ratio is None:
         lines.append(f"images: {config.data.image_aspect_ratio} (--image-aspect-ratio)")
-    elif options.aspect_ratio is None and source.found.kind == "llava-hf" and source.aspect_ratio == "square":
+    elif options.image_aspect_ratio is None and source.found.kind == "llava-hf" and source.aspect_ratio == "square":
         lines.append("images: square, as its processor crops; LLaVA-1.5 was trained with --image-aspect-ratio pad")
-    if released:
-        lines.append(f"alpha {config.adapter.alpha:g} (--alpha) and mode {options.mode} (--mode): the file has neither")
+    if source.found.kind == "released-mole":
+        lines.append(
+            f"alpha {config.adapter.alpha:g} (--alpha) and mode {options.mode} (--mode); the file records neither"
+        )
     return lines

@@ -1,23 +1,24 @@
-"""Says what a directory or file is, from what is in it; names of folders and files decide nothing."""
+"""Finds out what a directory or file is from its content; names of folders and weight files decide nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import WeightsError
+from llava_mole.common.text import count_of, shorten
 from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES
-from llava_mole.interop.lora import ADAPTER_CONFIG, is_adapter_dir
+from llava_mole.interop.lora import ADAPTER_CONFIG, ADAPTER_FILES
 from llava_mole.interop.names import split_llava
-from llava_mole.interop.tensors import SUFFIXES, Weights, find_weights, open_weights, read_json
-from llava_mole.interop.towers import CLIP_TYPES, is_open_clip_dir
+from llava_mole.interop.tensors import SUFFIXES, Weights, find_weights, open_weights, read_object
+from llava_mole.interop.towers import CLIP_TYPES, find_open_clip_config
 from llava_mole.model.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from llava_mole.model.checkpoint import MANIFEST, list_checkpoints
 
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.bin"
-OUR_PROJECTOR = "mm_projector.safetensors"
 PREPARED_FORMAT = "llava_mole.prepared/"
-RELEASED_EXPERT = ".moe_gate."
 
 KINDS = {
     "run": "a run of llava_mole",
@@ -41,23 +42,78 @@ class Found:
     """A recognised directory or file."""
 
     kind: str
-    """One of `KINDS`."""
+    """A key of `KINDS`."""
     path: Path
     config: dict[str, Any]
-    """Of `config.json`, `manifest.json` or `adapter_config.json`; empty where there is none."""
+    """Content of `config.json`, `manifest.json` or `adapter_config.json`; empty if there is none."""
 
     @property
     def files(self) -> list[Path]:
-        """The files with its weights, as far as they lie in its directory itself."""
+        """The weight files directly in the directory, or the file itself."""
         if self.path.is_file():
             return [self.path]
         if self.kind == "llava-projector":
             return [self.path / PROJECTOR_FILE]
         if self.kind == "open_clip":
             return sorted(p for p in self.path.iterdir() if p.suffix in SUFFIXES)
-        found = find_weights(self.path)
-        extra = [self.path / name for name in (NON_LORA_FILE, "adapter_model.safetensors", "adapter_model.bin")]
-        return found + [file for file in extra if file.is_file()]
+        extra = (self.path / name for name in (NON_LORA_FILE, *ADAPTER_FILES))
+        return find_weights(self.path) + [file for file in extra if file.is_file()]
+
+
+class _Directory:
+    """What the rules below ask about a directory. Its files are read on the first question about them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_object(self.path / MANIFEST) if self.has(MANIFEST) else {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        file = self.path / "config.json"
+        config = read_object(file) if file.is_file() else {}
+        if not isinstance(config.get("model_type", ""), str):
+            raise WeightsError(f"{file}: model_type {config['model_type']!r}; it must be a name")
+        return config
+
+    @cached_property
+    def weights(self) -> list[Path]:
+        return find_weights(self.path)
+
+    @property
+    def is_llava(self) -> bool:
+        is_known = self.config.get("model_type") in LLAVA_MODEL_TYPES
+        return is_known and any(key.startswith("mm_") for key in self.config)
+
+
+_RULES: tuple[tuple[str, Callable[[_Directory], bool]], ...] = (
+    ("prepared", lambda d: str(d.manifest.get("format")).startswith(PREPARED_FORMAT)),
+    ("checkpoint", lambda d: str(d.manifest.get("format")).startswith(CHECKPOINT_FORMAT.partition("/")[0])),
+    ("run", lambda d: bool(list_checkpoints(d.path))),
+    ("llava-lora", lambda d: d.has(ADAPTER_CONFIG) and (d.has(NON_LORA_FILE) or d.is_llava)),
+    ("peft", lambda d: d.has(ADAPTER_CONFIG)),
+    ("llava-hf", lambda d: d.config.get("model_type") == "llava" and "text_config" in d.config),
+    ("llava", lambda d: d.is_llava and bool(d.weights)),
+    ("llava-projector", lambda d: d.is_llava and d.has(PROJECTOR_FILE)),
+    ("open_clip", lambda d: find_open_clip_config(d.path) is not None),
+    ("clip", lambda d: d.config.get("model_type") in CLIP_TYPES),
+    ("language-model", lambda d: bool(d.config and d.weights)),
+    ("llava-projector", lambda d: d.has(PROJECTOR_FILE)),
+)
+"""Kind of a directory: that of the first rule that holds."""
+
+_FILE_RULES: tuple[tuple[str, Callable[[Weights], bool]], ...] = (
+    ("released-mole", lambda names: any(".moe_gate." in n for n in names)),
+    ("open_clip", lambda names: any(n.removeprefix("visual.").startswith("transformer.resblocks.") for n in names)),
+    ("projector", lambda names: bool(names) and all(n.startswith("mm_projector.") for n in names)),
+    ("llava-projector", lambda names: _is_projector(names)),
+)
+"""Kind of a weight file: that of the first rule that holds for its tensor names."""
 
 
 def find_kind(path: Path) -> Found:
@@ -67,72 +123,31 @@ def find_kind(path: Path) -> Found:
         WeightsError: it does not exist or is none of `KINDS`; the message says what was looked for.
     """
     if path.is_file():
-        return _of_file(path)
+        weights = open_weights(path)
+        kind = next((kind for kind, holds in _FILE_RULES if holds(weights)), None)
+        if kind is None:
+            count = count_of(len(weights), "tensor")
+            raise WeightsError(f"{path} holds {count} in an unknown layout, such as {shorten(list(weights))}")
+        return Found(kind, path, {})
     if not path.is_dir():
         what = "is neither a file nor a directory" if path.exists() else "does not exist"
         raise WeightsError(f"{path} {what}")
-    manifest_note = ""
-    if (path / MANIFEST).is_file():
-        manifest = read_json(path / MANIFEST)
-        form = str(manifest.get("format"))
-        if form.startswith(PREPARED_FORMAT):
-            return Found("prepared", path, manifest)
-        if form.startswith(CHECKPOINT_FORMAT.partition("/")[0]):
-            return Found("checkpoint", path, manifest)
-        manifest_note = f"; its {MANIFEST} has format {form!r}, not {CHECKPOINT_FORMAT!r}"
-    if list_checkpoints(path):
-        return Found("run", path, {})
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if not isinstance(config.get("model_type", ""), str):
-        raise WeightsError(f"{path / 'config.json'}: model_type {config['model_type']!r}; it must be a name")
-    if is_adapter_dir(path):
-        adapter = read_json(path / ADAPTER_CONFIG)
-        is_llava = (path / NON_LORA_FILE).is_file() or _is_llava_config(config)
-        return Found("llava-lora", path, config) if is_llava else Found("peft", path, adapter)
-    if _is_llava_hf_config(config):
-        return Found("llava-hf", path, config)
-    if _is_llava_config(config):
-        if find_weights(path):
-            return Found("llava", path, config)
-        if (path / PROJECTOR_FILE).is_file():
-            return Found("llava-projector", path, config)
-        raise WeightsError(f"{path} has a LLaVA config.json, but no weights and no {PROJECTOR_FILE}")
-    if is_open_clip_dir(path):
-        return Found("open_clip", path, config)
-    if config.get("model_type") in CLIP_TYPES:
-        return Found("clip", path, config)
-    if config and find_weights(path):
-        return Found("language-model", path, config)
-    if (path / PROJECTOR_FILE).is_file():
-        return Found("llava-projector", path, {})
-    raise WeightsError(
-        f"{path} is nothing known here: no {MANIFEST}, checkpoint-<step>, {ADAPTER_CONFIG}, {PROJECTOR_FILE} or "
-        f"config.json with weights beside it{manifest_note}"
-    )
+    directory = _Directory(path)
+    kind = next((kind for kind, holds in _RULES if holds(directory)), None)
+    if kind is None:
+        note = f"; its {MANIFEST} has format {directory.manifest.get('format')!r}" if directory.has(MANIFEST) else ""
+        raise WeightsError(
+            f"{path} is not a known kind of directory: no {MANIFEST}, checkpoint-<step>, {ADAPTER_CONFIG}, "
+            f"{PROJECTOR_FILE} or config.json with weights beside it{note}"
+        )
+    if kind in ("prepared", "checkpoint"):
+        return Found(kind, path, directory.manifest)
+    if kind == "peft":
+        return Found(kind, path, read_object(path / ADAPTER_CONFIG))
+    says_nothing = kind == "run" or (kind == "llava-projector" and not directory.is_llava)
+    return Found(kind, path, {} if says_nothing else directory.config)
 
 
-def _of_file(path: Path) -> Found:
-    weights = open_weights(path)
-    names = list(weights)
-    if any(RELEASED_EXPERT in name for name in names):
-        return Found("released-mole", path, {})
-    if any(name.removeprefix("visual.").startswith("transformer.resblocks.") for name in names):
-        return Found("open_clip", path, {})
-    if names and all(name.startswith("mm_projector.") for name in names):
-        return Found("projector", path, {})
-    if _is_projector(weights):
-        return Found("llava-projector", path, {})
-    raise WeightsError(f"{path} holds {len(names)} tensors of no known layout, such as {', '.join(names[:3])}")
-
-
-def _is_projector(weights: Weights) -> bool:
-    parts = split_llava(weights)
+def _is_projector(names: Weights) -> bool:
+    parts = split_llava(names)
     return bool(parts.projector) and not parts.tower and len(parts.language_model) <= 1
-
-
-def _is_llava_config(config: dict[str, Any]) -> bool:
-    return config.get("model_type") in LLAVA_MODEL_TYPES and any(key.startswith("mm_") for key in config)
-
-
-def _is_llava_hf_config(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "llava" and "text_config" in config

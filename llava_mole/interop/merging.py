@@ -1,106 +1,64 @@
-"""Writes a whole model as one set of shards with its LoRA merged, and proves that the merge changed nothing."""
+"""LoRA merged into the language model with its effect measured, and a mixture of experts replaced by one LoRA."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_mole.common.errors import ConfigError, WeightsError, value_errors_as
-from llava_mole.interop.causal_lm import load_causal_lm
-from llava_mole.interop.lora import Lora
 from llava_mole.interop.own import OwnCheckpoint
-from llava_mole.interop.tensors import ShardWriter, open_weights
 from llava_mole.model.language_model import load_language_model
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference of a logit between merged and unmerged, relative to the largest logit (or to 1, if that is less).
-Half precision rounds each merged weight; float32 leaves rounding of the last bits."""
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Allowed difference of a logit between merged and unmerged model, relative to the largest logit (at least 1).
+Half precision rounds each merged weight. Other dtypes are allowed `EXACT`."""
+EXACT = 1e-5
 PROBE_TOKENS = 24
-Naming = Callable[[str, str], str]
-"""(part, name in it) -> name in the file; parts are language_model, projector, tower."""
 
 
-@dataclass(frozen=True)
-class Extra:
-    """What is written besides the language model."""
+def merge_lora(
+    own: OwnCheckpoint, adapter_dir: Path, dtype: torch.dtype | None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Merge a plain LoRA into the language model with PEFT.
 
-    projector: Mapping[str, torch.Tensor]
-    tower: Mapping[str, torch.Tensor]
-    new_rows: Mapping[str, tuple[int, int]]
-    """Embedding matrices that grow: name -> (rows afterwards, row that the new ones copy)."""
-
-
-def write_model(
-    directory: Path, own: OwnCheckpoint, lora: Lora | None, extra: Extra, naming: Naming, dtype: torch.dtype | None
-) -> None:
-    """Write all tensors, shard by shard; memory stays at one shard.
+    The model is held in float32 (4 bytes a parameter). It reads the same random tokens with the adapter and after the
+    merge, whose weights are then rounded as they will be written.
 
     Args:
-        directory: exists.
         own: the checkpoint.
-        lora: to be merged into the language model's linears, or None.
-        extra: projector, tower and growing embeddings.
-        naming: gives every tensor its name.
-        dtype: of all tensors, or None to keep each as it is.
-    """
-    writer = ShardWriter(directory, "merged model" if lora else "model", own.weights.bytes)
+        adapter_dir: directory of the LoRA, saved by PEFT.
+        dtype: dtype of the weights to be written, or None for the stored dtype of each.
 
-    def add(part: str, name: str, tensor: torch.Tensor) -> None:
-        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        writer.add(naming(part, name), tensor)
-
-    for name, there in own.names.items():
-        tensor = own.weights[there]
-        path = name.removesuffix(".weight")
-        if lora is not None and path in lora.pairs:
-            wide = tensor if dtype is None else tensor.to(torch.promote_types(dtype, tensor.dtype))
-            tensor = lora.merged(path, wide)
-        if name in extra.new_rows:
-            rows, copied = extra.new_rows[name]
-            tensor = torch.cat([tensor, tensor[copied].expand(rows - tensor.shape[0], -1)])
-        add("language_model", name, tensor)
-    for part, tensors in (("projector", extra.projector), ("tower", extra.tower)):
-        for name, tensor in tensors.items():
-            add(part, name, tensor)
-    writer.finish()
-
-
-def check_merge(directory: Path, own: OwnCheckpoint, adapter_dir: Path, naming: Naming) -> float:
-    """The largest difference between the logits of the merged model in `directory` and those of base plus adapter.
-
-    Both models are loaded one after the other, in float32 (4 bytes a parameter), and read the same random tokens.
+    Returns:
+        The adapted weights by name, rounded but still in float32, and the largest absolute difference of a logit.
 
     Raises:
-        WeightsError: they differ by more than `TOLERANCE` allows for the dtype written.
+        WeightsError: the logits differ by more than the dtype's rounding explains.
     """
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    config = own.skeleton.config.to_dict()
+    loaded, _ = load_language_model(str(own.language_model))
+    base = loaded.float().eval()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, own.skeleton.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
-    base = load_causal_lm(config, lambda name: own.weights[own.names[name]], list(own.names))
-    expected = _logits(PeftModel.from_pretrained(base, str(adapter_dir)).eval(), ids)
-    del base
-    merged = open_weights(directory)
-    shapes = own.skeleton.shapes
-
-    def read(name: str) -> torch.Tensor:
-        return merged[naming("language_model", name)][: shapes[name][0]]
-
-    dtype = merged[naming("language_model", next(iter(own.names)))].dtype
-    found = _logits(load_causal_lm(config, read, list(own.names)), ids)
-    difference = float((found - expected).abs().max())
-    scale = max(1.0, float(expected.abs().max()))
-    allowed = TOLERANCE.get(dtype, 1e-5) * scale
+    ids = torch.randint(0, base.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
+    model = PeftModel.from_pretrained(base, str(adapter_dir)).eval()
+    expected = _logits(model, ids)
+    adapted = [f"{name}.weight" for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    merged: Any = model.merge_and_unload()
+    state = merged.state_dict()
+    written = dtype or own.weights[own.names[0]].dtype
+    for name, value in state.items():
+        value.copy_(value.to(dtype or own.weights[own.skeleton.source(name, own.weights)].dtype))
+    difference = float((_logits(merged, ids) - expected).abs().max())
+    allowed = TOLERANCE.get(written, EXACT) * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:
         raise WeightsError(
             f"the merged model's logits differ from the unmerged by {difference:.2e}; at most {allowed:.2e} is allowed "
-            f"for {dtype}. Nothing was written; use --dtype float32 where half precision is the reason"
+            f"for {written}. Nothing was written; use --dtype float32 if half precision is the reason"
         )
-    return difference
+    return {name: state[name] for name in adapted}, difference
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -117,22 +75,15 @@ def parse_expert(text: str) -> int | str:
     return int(text)
 
 
-def describe(own: OwnCheckpoint, expert: int | str) -> str:
-    """What the approximation is, for labels."""
-    what = {"uniform": "the mean of its experts", "usage": "the mean of its experts, weighted by their use"}.get(
-        str(expert), f"its expert {expert}"
-    )
-    return (
-        f"APPROXIMATION: a mixture of {own.config.adapter.num_experts} LoRA experts, each token routed to its own, "
-        f"replaced by one plain LoRA: {what}. Outputs differ from the mixture's."
-    )
-
-
 def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path | None, directory: Path) -> str:
-    """Write the plain LoRA to `directory`. Returns `describe`'s sentence. The language model is loaded.
+    """Write a plain LoRA in place of the mixture to `directory`. The language model is loaded for this.
+
+    Returns:
+        A sentence for labels that says what the approximation is.
 
     Raises:
-        ConfigError: no such expert, or `usage` without any record of usage.
+        ConfigError: no such expert, or `usage` without a record of usage.
+        WeightsError: `usage_file` cannot be used.
     """
     from peft import PeftModel
 
@@ -141,16 +92,21 @@ def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path 
     base, _ = load_language_model(str(own.language_model))
     with value_errors_as(WeightsError):
         model = PeftModel.from_pretrained(base, str(own.adapter_dir))
-    usage = _usage(model, usage_file) if expert == "usage" else None
+    usage = None
+    if expert == "usage":
+        usage = _counted_usage(model) if usage_file is None else _read_usage(usage_file)
     with value_errors_as(ConfigError):
         to_lora(model, directory, expert=expert, usage=usage)
-    return describe(own, expert)
+    means = {"uniform": "the mean of its experts", "usage": "the mean of its experts, weighted by their use"}
+    return (
+        f"APPROXIMATION: a mixture of {own.config.adapter.num_experts} LoRA experts, each token routed to its own, "
+        f"replaced by one plain LoRA: {means.get(str(expert), f'its expert {expert}')}. Outputs differ from the "
+        "mixture's."
+    )
 
 
-def _usage(model: torch.nn.Module, file: Path | None) -> torch.Tensor:
-    """Share of tokens `[L, K]`: of a `routing.json` of `llava-mole eval`, or the adapter's counters."""
-    if file is not None:
-        return read_usage(file)
+def _counted_usage(model: torch.nn.Module) -> torch.Tensor:
+    """Tokens per layer and expert `[L, K]` that the adapter's counters hold."""
     from llava_mole.mole import MoleMlp
 
     counters: list[Any] = [m.mole_state["default"] for m in model.modules() if isinstance(m, MoleMlp) and m.mole_state]
@@ -163,12 +119,12 @@ def _usage(model: torch.nn.Module, file: Path | None) -> torch.Tensor:
     return torch.stack(loads)
 
 
-def read_usage(file: Path) -> torch.Tensor:
-    """Share of tokens `[L, K]` over all domains of a `routing.json`. Raises WeightsError for another file."""
+def _read_usage(file: Path) -> torch.Tensor:
+    """Share of tokens per layer and expert `[L, K]`, over all domains of a `routing.json`."""
     try:
         domains = json.loads(file.read_text(encoding="utf-8"))["domains"].values()
         parts = [domain["all"] for domain in domains]
         total = sum(part["tokens"] for part in parts)
         return sum((torch.tensor(p["share"]) * (p["tokens"] / total) for p in parts), torch.zeros(()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise WeightsError(f"--usage {file} is no routing.json of `llava-mole eval` ({error!r})") from None
+        raise WeightsError(f"--usage {file} is not a routing.json of `llava-mole eval` ({error!r})") from None

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as parts on disk, for exporting: located and identified, not loaded."""
+"""Checkpoints of this package as parts on disk, for exporting: located and identified, not loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.config import RunConfig, load_config
 from llava_mole.interop.causal_lm import Skeleton, fingerprint_language_model
-from llava_mole.interop.lora import Lora, read_lora
-from llava_mole.interop.tensors import Weights, open_weights, read_json
-from llava_mole.interop.towers import Tower, open_tower, tower_fingerprint
+from llava_mole.interop.names import BUFFERS
+from llava_mole.interop.tensors import Weights, open_weights
+from llava_mole.interop.towers import Tower, open_tower
 from llava_mole.model.builder import (
     ADAPTER_DIR,
     CONFIG_FILE,
@@ -25,16 +25,16 @@ from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
 
 @dataclass
 class OwnCheckpoint:
-    """Where its parts are, and what they hold."""
+    """A checkpoint and its parts."""
 
     path: Path
     manifest: dict[str, Any]
     config: RunConfig
     language_model: Path
     weights: Weights
-    """Of the language model."""
-    names: dict[str, str]
-    """Name in the language model -> name in `weights`."""
+    """Tensors of the language model."""
+    names: list[str]
+    """Names in `weights`, without constant buffers."""
     skeleton: Skeleton
     tower: Tower
     projector: dict[str, torch.Tensor]
@@ -46,29 +46,21 @@ class OwnCheckpoint:
 
     @property
     def adapter_dir(self) -> Path:
+        """Directory of the PEFT adapter, if the checkpoint has one."""
         return self.path / ADAPTER_DIR
 
     @property
     def aspect_ratio(self) -> str:
+        """`pad` or `square`."""
         return self.config.data.image_aspect_ratio
-
-    def lora(self, directory: Path | None = None) -> Lora:
-        """Its plain LoRA, or the one in `directory`. Raises WeightsError where that is none or does not fit."""
-        return read_lora(directory or self.adapter_dir, self.skeleton.linears())
-
-
-def read_projector(path: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's projector, names without `mm_projector.`, as stored."""
-    weights = open_weights(path / PROJECTOR_FILE)
-    return {name.removeprefix(PROJECTOR_PREFIX): weights[name] for name in weights}
 
 
 def open_own(path: Path, model_base: Path | None) -> OwnCheckpoint:
-    """Open a run (its newest valid checkpoint) or a checkpoint.
+    """Open a checkpoint, or the newest valid one of a run.
 
     Raises:
-        CheckpointError: it does not verify, or the language model or tower is another than it was trained on.
-        WeightsError: a part is not where it should be, or does not fit.
+        CheckpointError: it does not verify, or was trained on another language model or tower.
+        WeightsError: a part is missing or does not fit.
     """
     checkpoint = resolve_checkpoint(path)
     manifest = read_manifest(checkpoint)
@@ -82,19 +74,24 @@ def open_own(path: Path, model_base: Path | None) -> OwnCheckpoint:
     if not tower_path.is_file():
         raise WeightsError(f"the vision tower of {checkpoint} is no longer in {tower_path}; put it back")
     tower = open_tower(tower_path, config.model.vision_tower.name)
-    check_base(checkpoint, {"language_model": fingerprint, "vision_tower": tower_fingerprint(tower)})
+    check_base(checkpoint, {"language_model": fingerprint, "vision_tower": tower.fingerprint()})
     weights = open_weights(directory)
-    skeleton = Skeleton(read_json(directory / "config.json"), directory / "config.json")
-    names = {name: name for name in weights if not name.endswith("rotary_emb.inv_freq")}
+    skeleton = Skeleton.of_directory(directory)
+    names = [name for name in weights if not name.endswith(BUFFERS)]
     skeleton.check(weights, {name: weights.shape(name) for name in names})
     projector = read_projector(checkpoint)
     return OwnCheckpoint(checkpoint, manifest, config, directory, weights, names, skeleton, tower, projector)
 
 
-def llava_projector(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """A projector in LLaVA's names, without prefix. Raises ConfigError for one that LLaVA has not."""
-    if kind == "linear":
-        return {name.removeprefix("0."): value for name, value in state.items()}
+def read_projector(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's projector as stored, named without `mm_projector.`."""
+    weights = open_weights(checkpoint / PROJECTOR_FILE)
+    return {name.removeprefix(PROJECTOR_PREFIX): weights[name].clone() for name in weights}
+
+
+def llava_projector(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The projector in LLaVA's names, without prefix. Raises ConfigError for a kind that LLaVA lacks."""
     if any(not name.endswith((".weight", ".bias")) for name in state):
-        raise ConfigError(f"projector {kind!r} has learned vectors around an image, for which LLaVA has no place")
-    return dict(state)
+        raise ConfigError("the projector has learned vectors around an image, for which LLaVA has no place")
+    is_linear = set(state) == {"0.weight", "0.bias"}
+    return {name.removeprefix("0."): value for name, value in state.items()} if is_linear else state

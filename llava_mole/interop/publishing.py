@@ -1,56 +1,42 @@
-"""Puts a result in its place whole or not at all, and decides what it may replace there."""
+"""Decides what a conversion may replace, and puts its result in place whole or not at all."""
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llava_mole.common.errors import UserError, WeightsError
+from llava_mole.common.files import atomic_path
 from llava_mole.interop.kinds import KINDS, find_kind
-from llava_mole.interop.tensors import LABEL_FILE, fsync
+from llava_mole.interop.tensors import LABEL_FILE
 
 
 @contextmanager
 def publish(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], is_file: bool = False) -> Iterator[Path]:
-    """A temporary path that becomes `out` when the block ends without an error, and is removed when it does not.
+    """Yield a temporary path that becomes `out` if the block ends without an error, and is removed otherwise.
 
     Raises:
-        WeightsError: `out` must not be written to; see `check_target`, which takes the same arguments.
-        OSError: the disk is full, or cannot be written.
+        WeightsError: `out` may not be written; see `check_out`, which takes the same arguments.
+        OSError: the disk is full or cannot be written.
     """
-    check_target(out, overwrite=overwrite, inputs=inputs, is_file=is_file)
-    out = out.resolve()  # a link stays, and what it leads to is written
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
-    old = out.parent / f".old-{out.name}-{os.getpid()}"
-    _remove(temporary)
+    check_out(out, overwrite=overwrite, inputs=inputs, is_file=is_file)
     try:
-        yield temporary
-        for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
-            fsync(path)
-        if out.is_dir():
-            os.replace(out, old)
-        os.replace(temporary, out)
-        fsync(out.parent)
-        _remove(old)
-    except BaseException as error:
-        _remove(temporary)
-        if old.exists() and not out.exists():
-            os.replace(old, out)
+        with atomic_path(out.resolve()) as temporary:  # resolved: a link stays, and its target is written
+            yield temporary
+    except Exception as error:
         if "(os error " in str(error) and not isinstance(error, UserError):
             raise OSError(str(error)) from None  # it came through safetensors or tokenizers, which are Rust
         raise
 
 
-def check_target(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], is_file: bool = False) -> None:
-    """Raise WeightsError where `out` must not be written to; called before hours of work, too.
+def check_out(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], is_file: bool = False) -> None:
+    """Raise WeightsError if `out` may not be written. Call it also before hours of work.
 
     Args:
-        out: what is to be written.
-        overwrite: whether what a conversion has written there may be replaced.
-        inputs: what the conversion reads, as far as it is known; None for what is not given.
-        is_file: whether a projector's file is to be written; else a directory.
+        out: path of the result.
+        overwrite: whether the result of an earlier conversion may be replaced.
+        inputs: paths that the conversion reads, as far as they are known; None is skipped.
+        is_file: whether the result is a projector's file; otherwise it is a directory.
     """
     if not out.exists():
         return
@@ -61,38 +47,34 @@ def check_target(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], i
         raise WeightsError(f"--out {out} holds {held}, which is read; give another --out")
     if out.is_file() != is_file:
         found, needed = ("directory", "file") if is_file else ("file", "directory")
-        raise WeightsError(f"{out} is a {found}, but a {needed} is to be written; give another --out")
+        raise WeightsError(f"{out} is a {found}, but the result is a {needed}; give another --out")
     if is_file:
         _check_file(out)
     elif any(out.iterdir()) and not (out / LABEL_FILE).is_file():
         raise WeightsError(
-            f"{out} is a directory that no conversion has written (no {LABEL_FILE}); it stays: remove it"
+            f"{out} is a directory that no conversion has written (no {LABEL_FILE}); remove it, or give another --out"
         )
 
 
 def _check_file(out: Path) -> None:
-    """A file has no label; a projector is the only one that a conversion writes."""
+    """Raise WeightsError unless the file is a projector: files have no label, and conversions write no other file."""
     try:
         kind = find_kind(out).kind
         problem = None if kind in ("projector", "llava-projector") else f"it is {KINDS[kind]}"
-    except WeightsError as error:
+    except UserError as error:
         problem = str(error)
     if problem is not None:
         raise WeightsError(
-            f"{out} is no projector's file, so no conversion has written it; it stays: give another --out ({problem})"
+            f"{out} is not a projector's file, so no conversion has written it; give another --out ({problem})"
         )
 
 
 def _is_within(path: Path, directory: Path) -> bool:
-    """Also where a link inside the directory leads out of it: the link would be gone."""
+    """Whether the path, with or without its links followed, is at or below the directory, likewise.
+
+    A link inside the directory that leads out of it counts, because replacing the directory would remove the link.
+    """
     places = directory.resolve(), Path(os.path.abspath(directory))
     return any(
         spelled.is_relative_to(place) for spelled in (path.resolve(), Path(os.path.abspath(path))) for place in places
     )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

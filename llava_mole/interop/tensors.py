@@ -1,9 +1,9 @@
-"""Reads tensors by name from weight files of any size, one at a time."""
+"""Weight files: tensors read by name one at a time, checked, and written shard by shard."""
 
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,27 @@ from tqdm import tqdm
 
 from llava_mole import __version__
 from llava_mole.common.errors import WeightsError
+from llava_mole.common.files import read_json
+from llava_mole.common.text import count_of, shorten
 
 ENTRY_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-"""What a model directory is read from, in transformers' order."""
+"""The files a model directory may be read from, in transformers' order of preference."""
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+LABEL_FILE = "llava_mole.json"
+LABEL_FORMAT = "llava_mole.converted/1"
+SHARD_BYTES = 1_000_000_000
+"""Largest shard written. A shard is collected in memory first, so this bounds the memory of a conversion."""
 SHOWN = 5
-"""How many names an error lists before it only counts."""
+"""Number of names that an error lists before it only counts."""
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Name -> tensor over one or several files. A tensor is read when it is asked for; only one file is open.
+    """Tensors by name, over one or several files. A tensor is read on access; one file is open at a time.
 
     Raises:
-        WeightsError: a file is absent or unreadable, holds more than tensors, or two files hold the same name.
+        WeightsError: a file is missing or unreadable, holds more than tensors, or two files hold the same name.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -35,47 +41,98 @@ class Weights(Mapping[str, torch.Tensor]):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: tuple[Path, Any] | None = None
         for file in self.files:
-            for name, shape in _shapes(self._handle(file)).items():
+            handle = self._handle(file)
+            for name in handle.keys():
                 if name in self._file_of:
                     raise WeightsError(f"{file} and {self._file_of[name]} both hold {name}; remove one of the files")
-                self._file_of[name], self._shapes[name] = file, shape
+                header = handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape()
+                self._file_of[name], self._shapes[name] = file, tuple(header)
 
     def _handle(self, file: Path) -> Any:
         if self._open is None or self._open[0] != file:
-            self._open = (file, open_file(file))
+            self._open = (file, _open_file(file))
         return self._open[1]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         handle = self._handle(self._file_of[name])
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
     def __iter__(self) -> Iterator[str]:
-        """Names in the files' order, so that reading them all opens each file once."""
+        """Yield the names file by file, so that reading all tensors in this order opens each file once."""
         return iter(self._file_of)
 
     def __len__(self) -> int:
         return len(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Read from the header, not from the values."""
+        """The tensor's shape, from the file's header."""
         return self._shapes[name]
 
     @property
     def bytes(self) -> int:
-        """Size of the files."""
+        """Size of the files together."""
         return sum(file.stat().st_size for file in self.files)
 
     def __str__(self) -> str:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
 
-def open_file(path: Path) -> Any:
-    """A `safe_open` handle, or the dict of a `.bin`/`.pt` file, which is memory-mapped where its format allows it.
-
-    Pickles are read with `weights_only=True`: nothing in them is executed.
+def open_weights(path: Path) -> Weights:
+    """The weights in a file or a model directory.
 
     Raises:
-        WeightsError: no such file, not readable, or more in it than tensors.
+        WeightsError: there are none, a file is unreadable, or a shard lacks a tensor that the index names.
+    """
+    files = [path] if path.is_file() else find_weights(path)
+    if not files:
+        raise WeightsError(f"{path} holds no weights; looked for {', '.join(ENTRY_FILES)}")
+    weights = Weights(files)
+    entry = None if path.is_file() else _entry(path)
+    if entry is not None and entry.suffix == ".json":
+        check_names(path, weights, _weight_map(entry), "its index names")
+    return weights
+
+
+def find_weights(directory: Path) -> list[Path]:
+    """The weight files of a Hugging Face model directory; empty if it has none.
+
+    A directory may hold several formats, for example after saving twice. Like transformers, this takes the first of
+    `ENTRY_FILES`.
+
+    Raises:
+        WeightsError: the index is malformed or names files that do not exist.
+    """
+    file = _entry(directory)
+    if file is None or file.suffix != ".json":
+        return [] if file is None else [file]
+    files = sorted({str(name) for name in _weight_map(file).values()})
+    bad = [name for name in files if Path(name).name != name]
+    if bad:
+        raise WeightsError(f"{file} names {bad[0]!r}, which is not a file beside it")
+    absent = [name for name in files if not (directory / name).is_file()]
+    if absent:
+        raise WeightsError(f"{directory} lacks {len(absent)} of {len(files)} shards: {shorten(absent)}")
+    return [directory / name for name in files]
+
+
+def _entry(directory: Path) -> Path | None:
+    return next((directory / name for name in ENTRY_FILES if (directory / name).is_file()), None)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} has no weight_map; download it again")
+    return weight_map
+
+
+def _open_file(path: Path) -> Any:
+    """A `safe_open` handle, or the state dict of a `.bin` or `.pt` file.
+
+    Pickles are read with `weights_only=True`, so no code in them runs, and memory-mapped if their format allows it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -87,212 +144,135 @@ def open_file(path: Path) -> Any:
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path} is not a readable safetensors file ({error}); download it again") from None
     if path.suffix not in SUFFIXES:
-        raise WeightsError(f"{path} is no weight file; its name must end in {', '.join(SUFFIXES)}")
-    state = load_pickle(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path} is no state dict: {type(state).__name__} is none")
-    strange = [str(n) for n, value in state.items() if not (isinstance(n, str) and isinstance(value, torch.Tensor))]
-    if strange:
-        raise WeightsError(f"{path} is no state dict: {shorten(strange)} is no tensor with a name")
-    return state
-
-
-def load_pickle(path: Path) -> Any:
-    """What a torch file holds. Raises WeightsError where that is more than tensors and plain containers."""
+        raise WeightsError(f"{path} is not a weight file; its name must end in {', '.join(SUFFIXES)}")
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: no zip archive, which memory-mapping needs
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; each means that the file is cut short or holds code
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6: not a zip archive, so it cannot be memory-mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types; each means that the file is cut short or holds code
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(
             f"{path} is damaged or holds more than tensors, which is never executed here; convert it to safetensors "
-            f"where you trust it ({reason})"
+            f"if you trust it ({reason})"
         ) from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path} is not a state dict but a {type(state).__name__}")
+    strange = [str(n) for n, value in state.items() if not (isinstance(n, str) and isinstance(value, torch.Tensor))]
+    if strange:
+        raise WeightsError(f"{path} is not a state dict: no named tensor at {shorten(strange)}")
+    return state
 
 
-def find_weights(directory: Path) -> list[Path]:
-    """The weight files of a Hugging Face model directory; empty where it has none.
-
-    Where there are several forms, as after saving twice, it is the one that transformers loads.
-
-    Raises:
-        WeightsError: an index names files that are not there, or is no index.
-    """
-    file = _entry(directory)
-    if file is None or file.suffix != ".json":
-        return [] if file is None else [file]
-    files = sorted({str(name) for name in _weight_map(file).values()})
-    bad = [name for name in files if Path(name).name != name]
-    if bad:
-        raise WeightsError(f"{file} names {bad[0]!r}, which is no file beside it")
-    absent = [name for name in files if not (directory / name).is_file()]
-    if absent:
-        raise WeightsError(f"{directory} lacks {len(absent)} of {len(files)} shards: {shorten(absent)}")
-    return [directory / name for name in files]
-
-
-def open_weights(path: Path) -> Weights:
-    """The weights in a file or model directory. Raises WeightsError, also where a shard lacks what its index names."""
-    files = [path] if path.is_file() else find_weights(path)
-    if not files:
-        raise WeightsError(f"{path} holds no weights; looked for {', '.join(ENTRY_FILES)}")
-    weights = Weights(files)
-    entry = None if path.is_file() else _entry(path)
-    if entry is not None and entry.suffix == ".json":
-        check_names(path, weights, _weight_map(entry), "its index names")
-    return weights
-
-
-def _entry(directory: Path) -> Path | None:
-    return next((directory / name for name in ENTRY_FILES if (directory / name).is_file()), None)
-
-
-def _weight_map(index: Path) -> dict[str, Any]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{index} has no weight_map; download it again")
-    return weight_map
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises WeightsError where the file is absent or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not readable JSON: {error}") from None
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises DataError if the file is unreadable, WeightsError for another JSON value."""
+    value = read_json(path)
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
-def shorten(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def two_spellings(one: str, other: str) -> str:
-    """What is wrong with a file that names one tensor twice: which of them counts, nobody can say."""
+def spelled_twice(one: str, other: str) -> str:
+    """Error text for a tensor stored under two names."""
     return f"{one} and {other} are one tensor in two spellings; remove one of them"
 
 
 def check_names(where: object, found: Mapping[str, Any], needed: Mapping[str, Any], who: str = "needed are") -> None:
-    """Raise WeightsError that lists names that are missing or unexpected."""
+    """Raise WeightsError if names are missing or unexpected, and list them."""
     missing, unexpected = [n for n in needed if n not in found], [n for n in found if n not in needed]
-    problems = [f"{len(missing)} missing: {shorten(missing)}"] if missing else []
-    problems += [f"{len(unexpected)} unexpected: {shorten(unexpected)}"] if unexpected else []
+    problems = [f"{len(missing)} missing: {shorten(missing, SHOWN)}"] if missing else []
+    problems += [f"{len(unexpected)} unexpected: {shorten(unexpected, SHOWN)}"] if unexpected else []
     if problems:
-        raise WeightsError(f"{where} does not fit ({who} {len(needed)} tensors): {'; '.join(problems)}")
+        raise WeightsError(f"{where} does not fit ({who} {count_of(len(needed), 'tensor')}): {'; '.join(problems)}")
 
 
 def check_shapes(where: object, found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise WeightsError that lists names that are missing or unexpected, or tensors of another shape, with both."""
+    """Raise WeightsError if names are missing or unexpected or shapes differ, and list them."""
     check_names(where, found, needed)
     other = [f"{n} is {tuple(found[n])}, needed is {tuple(needed[n])}" for n in needed if found[n] != needed[n]]
     if other:
-        raise WeightsError(f"{where} does not fit: {len(other)} tensors of another shape: {shorten(other)}")
+        count = count_of(len(other), "tensor")
+        raise WeightsError(f"{where} does not fit: {count} of another shape: {shorten(other, SHOWN)}")
 
 
 def check_finite(where: object, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise WeightsError that lists tensors with values that are not finite."""
+    """Raise WeightsError if tensors have values that are not finite, and list them."""
     broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise WeightsError(f"{where} has values that are not finite, in {shorten(broken)}; download it again")
 
 
-def _shapes(handle: Any) -> dict[str, tuple[int, ...]]:
-    if isinstance(handle, dict):
-        return {name: tuple(value.shape) for name, value in handle.items()}
-    return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-
-
-LABEL_FILE = "llava_mole.json"
-FORMAT = "llava_mole.converted/1"
-SHARD_BYTES = 1_000_000_000
-"""A shard is kept in memory until it is full, so this bounds the memory of a conversion."""
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object into a directory that is not yet published. Raises OSError."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_label(directory: Path, fields: dict[str, Any]) -> None:
-    """Write `llava_mole.json`: where the files of a directory come from and whether they are exact."""
-    text = json.dumps({"format": FORMAT, "version": __version__, **fields}, indent=1) + "\n"
-    (directory / LABEL_FILE).write_text(text, encoding="utf-8")
+    """Write `llava_mole.json`: where a directory's files come from and whether they are exact."""
+    write_object(directory / LABEL_FILE, {"format": LABEL_FORMAT, "version": __version__, **fields})
 
 
-def save_pickle(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a small `.bin` file. Raises OSError where torch would make something else of a full disk."""
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, prefix: str = "") -> None:
+    """Write a `.safetensors` file, with `prefix` before every name."""
+    from safetensors.torch import save_file
+
+    save_file({prefix + name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def save_pickle(tensors: Mapping[str, torch.Tensor], path: Path, prefix: str) -> None:
+    """Write a small `.bin` file, with `prefix` before every name. Raises OSError, which torch.save would hide."""
     buffer = io.BytesIO()
-    torch.save(tensors, buffer)
+    torch.save({prefix + name: value for name, value in tensors.items()}, buffer)
     path.write_bytes(buffer.getbuffer())
 
 
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], label: str, total: int) -> None:
+    """Write `model.safetensors`, or numbered shards and their index if the tensors take more than `SHARD_BYTES`.
 
-
-class ShardWriter:
-    """Writes tensors as `model.safetensors`, or as numbered shards with an index where they are more than one shard.
+    The files are those of `huggingface_hub.save_torch_state_dict`. That function takes a whole state dict, so all
+    merged or cast tensors would be in memory at once (13.5 GB for a 7B model in half precision). This one takes an
+    iterator and holds one shard.
 
     Args:
-        directory: exists; receives the files.
-        label: of the progress bar, which counts bytes.
-        total: bytes to come, for the bar; None where unknown.
-        shard_bytes: size of a shard, held in memory until it is full.
+        directory: an existing directory.
+        tensors: names and tensors, for example read one by one from other files.
+        label: label of the progress bar.
+        total: expected number of bytes, for the progress bar.
+
+    Raises:
+        WeightsError: a tensor has values that are not finite.
     """
+    names: list[list[str]] = []
+    written = 0
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        for shard in _shards(tensors, bar):
+            save_tensors(shard, directory / f"shard-{len(names)}")
+            names.append(list(shard))
+            written += sum(tensor.nbytes for tensor in shard.values())
+    count = len(names)
+    files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    files = files if count > 1 else [ENTRY_FILES[0]]
+    for number, file in enumerate(files):
+        os.replace(directory / f"shard-{number}", directory / file)
+    if count > 1:
+        weight_map = {name: file for file, shard_names in zip(files, names, strict=True) for name in shard_names}
+        index = {"metadata": {"total_size": written}, "weight_map": dict(sorted(weight_map.items()))}
+        write_object(directory / ENTRY_FILES[1], index)
 
-    def __init__(self, directory: Path, label: str, total: int | None = None, *, shard_bytes: int = SHARD_BYTES):
-        self._directory = directory
-        self._limit = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
-        self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor. Raises WeightsError where it has values that are not finite."""
+def _shards(tensors: Iterable[tuple[str, torch.Tensor]], bar: Any) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{name} has values that are not finite; download or train the weights again")
-        if self._pending and self._pending_bytes + tensor.nbytes > self._limit:
-            self._flush()
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
         # A copy: memory-mapped views would keep their file's pages, and safetensors refuses shared storage.
-        self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._pending_bytes += tensor.nbytes
-        self._total += tensor.nbytes
-        self._bar.update(tensor.nbytes)
-
-    def finish(self) -> None:
-        """Write the last shard and the index."""
-        self._flush()
-        self._bar.close()
-        count = len(self._shards)
-        if count == 1:
-            os.replace(self._shard(1), self._directory / "model.safetensors")
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            os.replace(self._shard(number), self._directory / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
-
-    def _shard(self, number: int) -> Path:
-        return self._directory / f"shard-{number}.safetensors"
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        if self._pending:
-            self._shards.append(list(self._pending))
-            save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
-        self._pending, self._pending_bytes = {}, 0
+        shard[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+        bar.update(tensor.nbytes)
+    yield shard

@@ -47,7 +47,7 @@ def test_other_directories_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["inspect", str(tmp_path / "nowhere")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path)]) == 2
-    assert "is nothing known here: no manifest.json, checkpoint-<step>," in capsys.readouterr().err
+    assert "is not a known kind of directory: no manifest.json, checkpoint-<step>," in capsys.readouterr().err
 
 
 def test_sizes_and_counts(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from worlds.interop_tools import close, convert, load, our_logits, refused
 from worlds.tiny_models import make_language_model
 
 from llava_mole import cli
-from llava_mole.interop import publishing
+from llava_mole.interop import tensors
 from llava_mole.interop.causal_lm import fingerprint_language_model
 from llava_mole.interop.tensors import open_weights
 from llava_mole.model.language_model import load_language_model
@@ -87,17 +87,17 @@ NORM = "model.layers.1.input_layernorm.weight"
         (
             "llava/model.safetensors",
             {"model.image_newline": torch.ones(1)},
-            "1 unexpected tensors: model.image_newline",
+            "1 unexpected tensor: model.image_newline",
         ),
         ("llava/model.safetensors", {NORM: torch.ones(7)}, f"{NORM} is (7,), needed is (32,)"),
         ("llava/model.safetensors", {NORM: torch.full((32,), torch.nan)}, f"{NORM} has values that are not finite"),
         ("llava/model.safetensors", {PROJECTOR: None}, "no linear or mlp<N>x_gelu projector"),
         ("llava/model.safetensors", {PROJECTOR: torch.ones(5)}, "2.bias is (5,), needed is (32,)"),
-        ("p.bin", {"model.embed_tokens.weight": torch.ones(3, 2)}, "1 unexpected tensors beside the projector"),
+        ("p.bin", {"model.embed_tokens.weight": torch.ones(3, 2)}, "1 unexpected tensor beside the projector"),
         (
             "lora/non_lora_trainables.bin",
             {"base_model.model.lm_head.weight": torch.ones(3, 2)},
-            "1 unexpected tensors beside the projector: base_model.model.lm_head.weight",
+            "1 unexpected tensor beside the projector: base_model.model.lm_head.weight",
         ),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_list_of_many_is_shortened(world: Path, capsys: pytest.CaptureFixture[
         ("mm_use_im_start_end", True, "mm_use_im_start_end True"),
         ("mm_vision_select_layer", 99, "vision tower layer 99; allowed are -3..-1 and 1..3"),
         ("mm_vision_select_layer", [-2, -5], "vision tower layer [-2, -5]; allowed are"),
-        ("hidden_size", "wide", "no causal LM"),
+        ("hidden_size", "wide", "not a causal LM"),
         ("mm_patch_merge_type", "spatial_unpad", "mm_patch_merge_type 'spatial_unpad'"),
     ],
 )
@@ -160,7 +160,7 @@ def test_adapters_of_another_shape_or_place_are_refused(world: Path, capsys: pyt
         ({name: torch.zeros(4, 9)}, "model.layers.0.mlp.up_proj.lora_A is (4, 9), needed is (4, 32)"),
         (
             {"base_model.model.model.vision_tower.vision_tower.x.q_proj.lora_A.weight": torch.zeros(4, 9)},
-            "1 tensors adapt no linear of the language model",
+            "the language model has no linear for 1 tensor",
         ),
     ):
         save_file({n: v for n, v in {**good, **changes}.items() if v is not None}, file)
@@ -174,7 +174,14 @@ def test_adapters_of_another_shape_or_place_are_refused(world: Path, capsys: pyt
     assert convert(world / "lora", *options, "--out", world / "new") == 0
     close(our_logits(load(world / "old"))[0], our_logits(load(world / "new"))[0])
     (world / "lora" / "non_lora_trainables.bin").unlink()
-    refused(capsys, "no non_lora_trainables.bin, which LLaVA writes at the end", world / "lora", *options, "--out", "x")
+    refused(
+        capsys,
+        "no non_lora_trainables.bin, which LLaVA writes only at the end",
+        world / "lora",
+        *options,
+        "--out",
+        "x",
+    )
 
 
 def test_a_missing_part_is_named(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +241,7 @@ def test_a_full_disk_leaves_nothing(source: str, target: str, world: Path, capsy
 def test_many_shards_keep_every_tensor(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--to", "checkpoint", "--vision-tower", world / "clip")
     assert convert(world / "llava", *options, "--out", world / "one") == 0
-    monkeypatch.setattr(publishing.ShardWriter.__init__, "__kwdefaults__", {"shard_bytes": 40_000})
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 40_000)
     assert convert(world / "llava", *options, "--out", world / "many") == 0
     names = sorted(path.name for path in (world / "many" / "language_model").glob("*.safetensors"))
     assert len(names) >= 3
@@ -278,7 +285,7 @@ def test_an_incomplete_llava_hf_is_refused(tmp_path: Path, capsys: pytest.Captur
     refused(capsys, f"1 missing: {removed}", tmp_path / "hf", *to)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     for key, value, message in (
-        ("text_config", {"model_type": "no-such"}, "is no configuration of LLaVA"),
+        ("text_config", {"model_type": "no-such"}, "is not a LLaVA configuration"),
         ("vision_feature_select_strategy", "full", "needed are one layer and 'default'"),
         ("projector_hidden_act", "relu", "needed is 'gelu' with bias"),
     ):

@@ -124,14 +124,14 @@ def test_a_prepared_data_set(inspected, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"readme.txt": "hello"}, "is nothing known here"),
-        ({"config.json": "{"}, "is not readable JSON"),
+        ({"readme.txt": "hello"}, "is not a known kind of directory"),
+        ({"config.json": "{"}, "is not valid JSON"),
         ({"config.json": "[]"}, "holds a JSON list, not an object"),
-        ({"config.json": json.dumps({"model_type": "llama"})}, "is nothing known here"),
+        ({"config.json": json.dumps({"model_type": "llama"})}, "is not a known kind of directory"),
         ({"manifest.json": json.dumps({"format": "other/9"})}, "has format 'other/9'"),
         ({"config.json": json.dumps({"model_type": ["llama"]})}, "model_type ['llama']; it must be a name"),
-        ({"config.json": "[" * 100_000}, "is not readable JSON"),
-        ({"checkpoint-\u00b2/x": ""}, "is nothing known here"),
+        ({"config.json": "[" * 100_000}, "is not valid JSON"),
+        ({"checkpoint-\u00b2/x": ""}, "is not a known kind of directory"),
         (
             {"model.safetensors": "junk", "config.json": json.dumps({"model_type": "llama"})},
             "not a readable safetensors",

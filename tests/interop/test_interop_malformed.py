@@ -18,6 +18,7 @@ from llava_mole.interop.released import read_released
 from llava_mole.interop.sources import read_source
 from llava_mole.model.builder import load_projector
 from llava_mole.model.multimodal_projector import build_projector
+from llava_mole.mole.surgery import scaling
 
 LINEARS = {"model.layers.0.mlp.up_proj": (3, 2)}
 A, B = ("base_model.model.model.layers.0.mlp.up_proj.lora_" + half for half in "AB")
@@ -100,10 +101,10 @@ def test_a_released_projector_of_one_linear_gets_its_number(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({0: torch.ones(1), 1: torch.ones(1)}, "is no state dict: 0, 1 "),
-        ({"mm_projector.0.weight": torch.ones(1), "epoch": 3}, "is no state dict: epoch "),
-        ({"state_dict": {7: "x"}}, "is no state dict: 7 "),
-        ([torch.ones(1)], "is no state dict: list "),
+        ({0: torch.ones(1), 1: torch.ones(1)}, "is not a state dict: no named tensor at 0, 1$"),
+        ({"mm_projector.0.weight": torch.ones(1), "epoch": 3}, "is not a state dict: no named tensor at epoch$"),
+        ({"state_dict": {7: "x"}}, "is not a state dict: no named tensor at 7$"),
+        ([torch.ones(1)], "is not a state dict but a list$"),
     ],
 )
 def test_a_file_of_something_else_is_refused(state: Any, message: str, tmp_path: Path) -> None:
@@ -128,13 +129,13 @@ def test_strange_names_in_a_projector_are_refused(name: str, tmp_path: Path) -> 
         ("r", True, "r True; needed"),
         ("lora_alpha", "16", "lora_alpha '16'; needed is a number"),
         ("lora_alpha", [16], r"lora_alpha \[16\]; needed"),
-        ("target_modules", "up_proj(", r"target_modules 'up_proj\(' is no regular expression"),
+        ("target_modules", "up_proj(", r"target_modules 'up_proj\(' is not a regular expression"),
         ("target_modules", {"up_proj": 1}, "target_modules .* needed are names or a regular expression"),
         ("target_modules", ["up_proj", 3], "target_modules .* needed are names"),
-        ("rank_pattern", {"up_proj(": 4}, r"rank_pattern 'up_proj\(' is no regular expression"),
+        ("rank_pattern", {"up_proj(": 4}, r"rank_pattern 'up_proj\(' is not a regular expression"),
         ("rank_pattern", {"up_proj": "4"}, "rank_pattern up_proj '4'; needed is a whole number"),
         ("rank_pattern", [4], r"rank_pattern \[4\]; needed is an object"),
-        ("alpha_pattern", {"*": 4}, r"alpha_pattern '\*' is no regular expression"),
+        ("alpha_pattern", {"*": 4}, r"alpha_pattern '\*' is not a regular expression"),
         ("alpha_pattern", {"up_proj": None}, "alpha_pattern up_proj None; needed is a number"),
         ("lora_alpha", float("nan"), "lora_alpha nan; needed is a number"),
         ("lora_dropout", "x", "lora_dropout 'x'; needed is a number"),
@@ -155,7 +156,7 @@ def test_a_lora_configuration_that_makes_no_sense_is_refused(
     with pytest.raises(WeightsError, match=f"adapter_config.json: {message}"):
         read_lora(tmp_path, LINEARS)
     write_adapter(tmp_path, LORA, PAIR)
-    assert read_lora(tmp_path, LINEARS).scaling("model.layers.0.mlp.up_proj") == 2
+    assert scaling(read_lora(tmp_path, LINEARS).config, "model.layers.0.mlp.up_proj", 1) == 2
 
 
 def test_what_an_adapter_excludes_is_not_missing(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_released_vectors_around_the_image_are_in_the_sequence(tmp_path: Path) -
         ("drop mlp.router.bias", "2 missing: model.layers.0.mlp.mole_router.bias"),
         ("drop mlp.moe_up.1.lora_B", "2 experts missing: model.layers.0.mlp.mole_experts.up_proj_B, expert 1"),
         ("drop self_attn.k_proj.lora_A.default.weight", "2 missing: model.layers.0.self_attn.k_proj.mole_lora.A"),
-        ("add optimizer.step", "1 unexpected tensors: optimizer.step"),
+        ("add optimizer.step", "1 unexpected tensor: optimizer.step"),
         ("other base", "differs from model.layers.0.mlp"),
     ],
 )

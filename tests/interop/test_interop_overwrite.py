@@ -62,7 +62,7 @@ def test_only_a_projector_file_is_replaced(projector: Path, tmp_path: Path, caps
     before = snapshot(tmp_path)
     to = (projector, "--to", "projector", "--overwrite", "--out")
     for file in (foreign, damaged):
-        refused(capsys, f"{file} is no projector's file, so no conversion has written it", *to, file)
+        refused(capsys, f"{file} is not a projector's file, so no conversion has written it", *to, file)
     refused(capsys, f"--out {projector} holds {projector}, which is read", *to, projector)
     refused(capsys, "holds", *to[:-1], "--out", tmp_path / "clip" / ".." / "p.bin")
     assert convert(*to[:3], "--out", ours) == 0

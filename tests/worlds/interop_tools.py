@@ -1,4 +1,4 @@
-"""What the tests of model/interop share: the command, an example batch, and logits of either side."""
+"""Shared by the tests of interop: the command, an example batch, and the logits of both sides."""
 
 from pathlib import Path
 from typing import Any
