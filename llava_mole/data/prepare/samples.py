@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
+from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, place_image_first
 from llava_mole.data.prepare.defects import Action, Defects, SkipRecord
@@ -133,7 +133,9 @@ def check_turns(turns: Sequence[Turn], images: int, where: str, defects: Defects
     if markers > images == 1 and markers in counts:
         defects.add("marker-again", where, f"{markers} markers in one turn for one image", "repaired")
     elif markers != images:
-        raise SkipRecord("marker", f"{markers} {DEFAULT_IMAGE_TOKEN} markers for {images} images")
+        raise SkipRecord(
+            "marker", f"{count_of(markers, f'{DEFAULT_IMAGE_TOKEN} marker')} for {count_of(images, 'image')}"
+        )
     return tuple(turns) if images != 1 or _is_in_front(turns[0].text) else place_image_first(turns)
 
 
