@@ -24,15 +24,8 @@ LARGEST_RATIO = 200
 _SMALL = 64 << 20
 """Unpacked bytes that are never a bomb."""
 _BLOCK = 1 << 20
-_DAMAGE = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-)
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
+           RuntimeError)  # fmt: skip
 _DATA_FILTER = (
     {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 )  # Python before 3.10.12 and 3.11.4 has none
@@ -42,16 +35,6 @@ ARROW_BATCH_ROWS = 64
 """Rows of a parquet or Arrow file in memory at a time: they may hold images of megabytes."""
 
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test|testing)(?:[^a-z]|$)")
-_SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 
 
 def unpack_archives(raw: Path, folder: Path) -> None:
@@ -180,7 +163,9 @@ def _bomb(archive: Path, total: int) -> DataError:
 def split_of(name: str) -> Split:
     """The split that a file or folder name mentions; `train` if it mentions none."""
     match = _SPLIT.search(name.lower())
-    return _SPLIT_NAMES[match[1]] if match else "train"
+    if match is None or match[1].startswith("train"):
+        return "train"
+    return "test" if match[1].startswith("test") else "val"
 
 
 def find_one(raw: Path, names: Sequence[str], what: str) -> Path:

@@ -28,19 +28,8 @@ LARGEST = 1 << 30
 """Most bytes of a pickle; PathVQA's have two million."""
 
 # The unpickler's errors for damage, depending on where it is.
-_REFUSALS = (
-    pickle.UnpicklingError,
-    EOFError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-)
+_REFUSALS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError, TypeError,
+             OverflowError, MemoryError, RecursionError)  # fmt: skip
 
 
 class _PlainUnpickler(pickle.Unpickler):
