@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llava_mole import __version__, cli
-from llava_mole.data.prepare import cli as prepare
+from llava_mole.data.prepare.sources.registry import MODULES, get_module
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -35,7 +35,8 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_has_its_module() -> None:
-    for module, _ in [*cli.SUBCOMMANDS.values(), *prepare.SOURCES.values()]:
+    sources = [(get_module(name).__name__, name) for name in MODULES]
+    for module, _ in [*cli.SUBCOMMANDS.values(), *sources]:
         assert importlib.util.find_spec(module) is not None, module
 
 

@@ -1,14 +1,11 @@
 """`python -m scripts.tiny_world.build --out playground/models/tiny`: build the small pre-trained models.
 
 Three stages, each of which can run alone once the ones before it have run: `tokenizer`, `tower`, `language_model`.
-The same seed, package versions and number of threads give the same files. Nothing is read but easy-VQA's and
-scikit-image's installed files.
+The same seed, package versions and number of threads give the same files. The only input is the installed files of
+easy-VQA and scikit-image. Run it from the root of the repository.
 """
 
 import argparse
-import hashlib
-import json
-import os
 import platform
 import sys
 import time
@@ -19,6 +16,7 @@ from random import Random
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, WeightsError, command
+from llava_mole.common.files import read_json, sha256_of, write_json
 from llava_mole.common.log import setup_logging
 
 STAGES = ("tokenizer", "tower", "language_model")
@@ -48,7 +46,7 @@ def build_tokenizer(out: Path, seed: int, quick: bool) -> dict[str, float]:
 
 
 def load_tokenizer(out: Path) -> Any:
-    """The tokenizer of an earlier stage. Raises WeightsError where it is missing."""
+    """The tokenizer of an earlier stage. Raises WeightsError if it is missing."""
     from transformers import AutoTokenizer
 
     from llava_mole.data.tokenization import HFTextTokenizer
@@ -82,20 +80,15 @@ def build_language_model(out: Path, seed: int, quick: bool) -> dict[str, float]:
 BUILDERS = {"tokenizer": build_tokenizer, "tower": build_tower, "language_model": build_language_model}
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool = False, threads: int = 2) -> None:
-    """Run `stages` in order and bring `manifest.json` up to date. `quick` builds untrained-sized models in seconds."""
+    """Run `stages` in order and update `manifest.json`. `quick` trains each model for a few steps, in seconds."""
     import torch
 
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     out.mkdir(parents=True, exist_ok=True)
     path = out / MANIFEST
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    manifest = read_json(path) if path.is_file() else {}
     measured = manifest.get("measured", {})
     for stage in stages:
         print(f"building {stage} ...", flush=True)
@@ -109,11 +102,9 @@ def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool 
         "machine": platform.machine(),
         "versions": {name: version(name) for name in PACKAGES},
         "measured": measured,
-        "sha256": {name: sha256(out / name) for name in BUILT_FILES if (out / name).is_file()},
+        "sha256": {name: sha256_of(out / name) for name in BUILT_FILES if (out / name).is_file()},
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, manifest, indent=1)
 
 
 @command

@@ -44,7 +44,7 @@ ARCHITECTURE: dict[str, Any] = {
 CONTEXT_WEIGHT = 0.1
 """Weight in the loss of a token that is read; a token of a description weighs 1."""
 QUESTION_WEIGHT = 4.0
-"""Weight of a token that answers a question: answers are short, and looking things up is what is slow to learn."""
+"""Weight of a token that answers a question: answers are short, and looking things up is slow to learn."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def pretraining_item(rng: Random) -> Item:
 def to_tokens(item: Item, tokenizer: HFTextTokenizer) -> tuple[list[int], list[int]]:
     """Ids and labels of an item, in exactly the layout that training with an image has.
 
-    What is read takes the place of the image's tokens, one piece a word where the vocabulary has the word.
+    The reading replaces the image's tokens, with one token for each word that the vocabulary holds.
     """
     marker = DEFAULT_IMAGE_TOKEN if item.reading else ""
     if item.kind == "drill":

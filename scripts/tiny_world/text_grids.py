@@ -1,7 +1,7 @@
 """Reading skills: a 4 x 4 grid of words, as a page would be typed out, then a description of it or questions.
 
-The grids are text and only text: a chart typed in words, a table, a shape, an area in two or three words. What they
-teach is where things stand, how to copy, compare and count. No picture is involved.
+The grids are text and only text: a chart typed in words, a table, a shape, an area in two or three words. They
+teach places, copying, comparing and counting. No picture is involved.
 """
 
 from random import Random

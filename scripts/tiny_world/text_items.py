@@ -1,4 +1,4 @@
-"""What the language model's pre-training text is made of: words to read, then plain text or a conversation."""
+"""Items of the language model's pre-training text: words to read, then plain text or a conversation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DIGITS = tuple("123456789")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 ORDINALS = ("first", "second", "third", "last")
 BLANK = "."
-"""What an empty cell of a grid reads."""
+"""Text of an empty cell of a grid."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def yes_no(truth: bool) -> str:
 
 
 def either(rng: Random, present: Sequence[str], all_words: Sequence[str]) -> str:
-    """A word of `present` or, as often, one of the others: keeps yes and no questions balanced."""
+    """A word of `present` or, as often, one of the others: this keeps yes/no questions balanced."""
     absent = [word for word in all_words if word not in present]
     return rng.choice(list(present) if present and (rng.random() < 0.5 or not absent) else absent)
 

@@ -1,1 +1,1 @@
-"""`llava-mole check-data`: read every record and image of a run before it starts."""
+"""`llava-mole check-data`: check every record and image of a run before it starts."""

@@ -1,35 +1,39 @@
-"""`llava-mole check-data CONFIG`: look at every record and image of a run before it starts."""
+"""`llava-mole check-data CONFIG`: check every record and image of a run before it starts."""
 
 import argparse
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, command, one_line
+from llava_mole.common.files import atomic_path, write_json
 from llava_mole.common.log import setup_logging
+from llava_mole.common.processes import open_pool
 from llava_mole.config import RunConfig, parse_run_config
 from llava_mole.data.chat_template import check_template_name
 
 EXIT_FAILED = 1
 REPORT, FINDINGS, FIGURE = "check_data.json", "findings.jsonl", "token_lengths.png"
 ALONE = 10 << 20
-"""Bytes of annotations up to which tokens are counted in this process: others take seconds to load a tokenizer."""
+"""Bytes of annotations up to which this process counts tokens: others take seconds to load a tokenizer."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-mole check-data",
         allow_abbrev=False,
-        description="Look at every record and image of a run before it starts: images are decoded once, records are "
-        "tokenized as in training. Limits are in section `check` of the configuration. Exit code 0: all passed, 1: one "
-        "failed, 2: a mistake in what was given. Further options are the configuration's own: --key.sub value.",
+        description="Check every record and image of a run before it starts: images are decoded once, records are "
+        "tokenized as in training. The limits are in section `check` of the configuration. Exit code 0: all limits "
+        "passed; 1: one failed; 2: a mistake in the arguments or the data. Other options override the configuration: "
+        "--key.sub value.",
     )
     parser.add_argument("config", metavar="CONFIG", help="configuration of the run, as for `llava-mole train`")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of {REPORT}, {FINDINGS} and {FIGURE} "
         "(default: check_data/ in the run directory)")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes for images and tokens (default %(default)s)"
+    )
     parser.add_argument("--no-tokens", action="store_true", help="do not tokenize: no lengths, no truncation")
     parser.add_argument("--no-images", action="store_true", help="do not open images")
     return parser
@@ -37,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, print the table, write the report; the exit code says whether all limits are passed."""
+    """Check, print the table and write the report. Returns 0 if all limits passed, else 1."""
     given, overrides = _parser().parse_known_args(argv)
     config = parse_run_config([given.config, *overrides], prog="llava-mole check-data")
     if given.workers < 1:
@@ -48,21 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return check(config, given)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` that takes its place when the block ends without an error, and is removed when not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check(config: RunConfig, given: argparse.Namespace) -> int:
-    """Check the active sources of a configuration."""
+    """Check the active sources of a configuration. Returns the exit code."""
     from llava_mole.analysis.check.images import OpenedImages, SourceImages, evaluation_files, find_overlap
     from llava_mole.analysis.check.records import TextLimits, check_records, read_all
     from llava_mole.analysis.check.report import (
@@ -74,7 +65,6 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
         report_text,
         report_values,
     )
-    from llava_mole.data.prepare.images import open_pool
 
     data = config.data
     limits = None
@@ -86,17 +76,17 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
             data.max_length,
             data.max_length_policy,
         )
-    # Listed first: a mistake in a place is said before minutes of decoding.
+    # Listed first, so that a wrong place is reported before minutes of decoding.
     evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
     out: Path = given.out or Path(config.train.output_dir, "check_data")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; name another folder") from None
+        raise ConfigError(f"--out {out} cannot be created: {error.strerror}; name another folder") from None
     sources = []
     opened = OpenedImages(config.check.huge_pixels)
     with ExitStack() as stack:
-        listed = stack.enter_context(replacing(out / FINDINGS))
+        listed = stack.enter_context(atomic_path(out / FINDINGS))
         lines = stack.enter_context(listed.open("w", encoding="utf-8"))
         findings = FindingsFile(lines)
         pool = stack.enter_context(open_pool(given.workers)) if given.workers > 1 else None
@@ -115,20 +105,19 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
         not_checked = left_out(tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation))
         verdicts = judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check, not_checked)
         values = report_values(sources, evaluated, shared, verdicts, not_checked)
-        report = stack.enter_context(replacing(out / REPORT))
-        report.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         drawn = limits is not None and any(source.tokens.size for source in sources)
         if drawn:
-            draw_lengths(sources, data.max_length, stack.enter_context(replacing(out / FIGURE)))
-    if not drawn:  # a picture of an earlier check would not belong to this report
+            draw_lengths(sources, data.max_length, stack.enter_context(atomic_path(out / FIGURE)))
+    write_json(out / REPORT, values, indent=1)
+    if not drawn:  # the figure of an earlier check does not belong to this report
         (out / FIGURE).unlink(missing_ok=True)
     print(report_text(sources, evaluated, shared, verdicts, not_checked))
-    print(f"report: {out / REPORT}\nlist: {out / FINDINGS}" + (f"\npicture: {out / FIGURE}" if drawn else ""))
+    print(f"report: {out / REPORT}\nlist: {out / FINDINGS}" + (f"\nfigure: {out / FIGURE}" if drawn else ""))
     return 0 if values["passed"] else EXIT_FAILED
 
 
 def image_tokens(config: RunConfig) -> int:
-    """Tokens of one image: the patches of the vision tower, as its architecture says. Raises WeightsError."""
+    """Tokens of one image: the patches of the vision tower, from its configuration. Raises WeightsError."""
     from llava_mole.model.multimodal_encoder import read_tower_config
 
     vision = read_tower_config(config.model.vision_tower.name)["vision_cfg"]

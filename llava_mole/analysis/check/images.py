@@ -1,30 +1,39 @@
-"""Decoding every image of a run once, while its records are read, and what is found in it."""
+"""Opening every image of a run once, and comparing images with those of the evaluation."""
 
+import hashlib
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from llava_mole.analysis.check.report import FindingsFile, Keys, SourceFindings, key_of, key_of_text
+from llava_mole.analysis.check.report import FindingsFile, SourceFindings
 from llava_mole.common.errors import DataError
+from llava_mole.common.processes import WorkQueue
 from llava_mole.data.json_stream import iterate_json
-from llava_mole.data.prepare.images import EXTENSIONS, ImageFacts, ImageRoot, Note, look
+from llava_mole.data.prepare.defects import Issue
+from llava_mole.data.prepare.images import EXTENSIONS, ImageInfo, ImageRoot, look
 
-_CHUNK = 64
+_BATCH = 64
+"""Images that a worker process gets at a time."""
 _AHEAD = 8
-"""Chunks that are handed over before the oldest one's result is taken."""
+"""Batches that may be unfinished."""
+_SUFFIXES = {f".{extension}" for group in EXTENSIONS.values() for extension in group}
+
+
+def key_of(data: bytes) -> int:
+    """64 bits of the BLAKE2b hash of `data`; the same in every process."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 class SeenImage(NamedTuple):
     """An image file that was opened."""
 
-    facts: ImageFacts
+    info: ImageInfo
     key: int | None
-    """Of the file's content; None where it could not be read."""
+    """`key_of` its content; None if it could not be read."""
 
 
 def look_and_hash(files: list[tuple[str, str]]) -> list[SeenImage]:
@@ -34,50 +43,51 @@ def look_and_hash(files: list[tuple[str, str]]) -> list[SeenImage]:
         try:
             data = Path(file).read_bytes()
         except OSError as error:
-            problem = Note("corrupt-image", f"{name}: cannot be read: {error.strerror}")
-            seen.append(SeenImage(ImageFacts(name, None, problem), None))
+            problem = Issue("corrupt-image", f"{name}: cannot be read: {error.strerror}")
+            seen.append(SeenImage(ImageInfo(name, None, problem), None))
         else:
             seen.append(SeenImage(look(data, name, decode=True)[0], key_of(data)))
     return seen
 
 
 class OpenedImages:
-    """All image files that were opened so far, for all sources: their keys, and facts of those that are worth a word.
+    """The image files of all sources that were opened so far: hashes of each, and the information worth reporting.
 
     Args:
-        huge_pixels: Larger images are worth one.
+        huge_pixels: Images with more pixels are reported.
     """
 
     def __init__(self, huge_pixels: int) -> None:
         self.huge_pixels = huge_pixels
-        self.names = Keys()
-        """Of absolute file names."""
-        self.contents = Keys()
-        self.noted: dict[int, ImageFacts] = {}
-        """By the key of the absolute name."""
+        self.names: set[int] = set()
+        """Hashes of absolute file names."""
+        self.contents: set[int] = set()
+        """`key_of` the contents."""
+        self.reported: dict[int, ImageInfo] = {}
+        """By the hash of the absolute name."""
 
     def remember(self, file: str, seen: SeenImage) -> None:
         """Keep what another source that names the file needs."""
         if seen.key is not None:
             self.contents.add(seen.key)
-        facts = seen.facts
-        if facts.problem is not None or facts.notes or self.is_huge(facts):
-            self.noted[key_of_text(file)] = facts
+        info = seen.info
+        if info.problem is not None or info.notes or self.is_huge(info):
+            self.reported[hash(file)] = info
 
-    def is_huge(self, facts: ImageFacts) -> bool:
-        """Whether a sound image has more than `huge_pixels`."""
-        return facts.problem is None and facts.size is not None and facts.size[0] * facts.size[1] > self.huge_pixels
+    def is_huge(self, info: ImageInfo) -> bool:
+        """Whether an image that can be used has more than `huge_pixels`."""
+        return info.problem is None and info.size is not None and info.size[0] * info.size[1] > self.huge_pixels
 
 
 class SourceImages:
-    """The images of one source: each file is opened once in a run, and what was found counts for every source of it.
+    """Opens the images of one source; a file is opened once in a run, but reported for every source that names it.
 
     Args:
         folder: The source's image folder.
         source: Takes the numbers.
         findings: Takes the list.
-        opened: What earlier sources have opened; grows.
-        pool: Decodes; None decodes in this process.
+        opened: The images that earlier sources opened; grows.
+        pool: Decodes the images; None decodes in this process.
     """
 
     def __init__(
@@ -89,73 +99,59 @@ class SourceImages:
         pool: Executor | None,
     ) -> None:
         self._root = ImageRoot(Path(folder))
-        self._source, self._findings, self._opened, self._pool = source, findings, opened, pool
-        self._files: list[tuple[str, str]] = []
-        self._wheres: list[str] = []
-        self._waiting: deque[tuple[list[tuple[str, str]], list[str], Future[list[SeenImage]] | list[SeenImage]]] = (
-            deque()
-        )
+        self._source, self._findings, self._opened = source, findings, opened
+        self._batch: list[tuple[str, str, str]] = []
+        """(absolute name, path, where) of the images that wait for a full batch."""
+        self._queue: WorkQueue[list[tuple[str, str, str]], list[SeenImage]] = WorkQueue(pool, _AHEAD)
 
     def add(self, path: str, where: str) -> None:
-        """Look at an image that the source has not named before; `where` is the record that names it."""
+        """Check an image that the source has not named before; `where` is the record that names it."""
         problem = self._root.problem(path)
         if problem is not None:
             self._findings.add(self._source, problem.kind, where, problem.detail)
             return
         file = os.path.join(self._root.folder, path)
-        if not self._opened.names.add(key_of_text(file)):
-            facts = self._opened.noted.get(key_of_text(file))
-            if facts is not None:
-                self._list(facts, path, where)
-            return
-        self._files.append((file, path))
-        self._wheres.append(where)
-        if len(self._files) == _CHUNK:
-            self._hand_over()
+        name = hash(file)
+        if name not in self._opened.names:
+            self._opened.names.add(name)
+            self._batch.append((file, path, where))
+            if len(self._batch) == _BATCH:
+                self._submit()
+        elif name in self._opened.reported:
+            self._report(self._opened.reported[name], path, where)
 
     def finish(self) -> None:
-        """Wait for the images that are still being looked at."""
-        self._hand_over()
-        while self._waiting:
-            self._settle()
+        """Wait for the images that are not yet decoded."""
+        if self._batch:
+            self._submit()
+        self._settle(self._queue.drain())
 
-    def _hand_over(self) -> None:
-        files, wheres = self._files, self._wheres
-        self._files, self._wheres = [], []
-        if files:
-            pool = self._pool
-            results = pool.submit(look_and_hash, files) if pool is not None else look_and_hash(files)
-            self._waiting.append((files, wheres, results))
-        while len(self._waiting) > _AHEAD:
-            self._settle()
+    def _submit(self) -> None:
+        batch, self._batch = self._batch, []
+        self._settle(self._queue.submit(batch, look_and_hash, [(file, path) for file, path, _ in batch]))
 
-    def _settle(self) -> None:
-        files, wheres, results = self._waiting.popleft()
-        done = results.result() if isinstance(results, Future) else results
-        for (file, path), where, seen in zip(files, wheres, done, strict=True):
-            self._opened.remember(file, seen)
-            self._list(seen.facts, path, where)
+    def _settle(self, finished: list[tuple[list[tuple[str, str, str]], list[SeenImage]]]) -> None:
+        for batch, results in finished:
+            for (file, path, where), seen in zip(batch, results, strict=True):
+                self._opened.remember(file, seen)
+                self._report(seen.info, path, where)
 
-    def _list(self, facts: ImageFacts, path: str, where: str) -> None:
-        notes = facts.notes if facts.problem is None else (facts.problem, *facts.notes)
-        for note in notes:
+    def _report(self, info: ImageInfo, path: str, where: str) -> None:
+        for issue in info.notes if info.problem is None else (info.problem, *info.notes):
             # Another source may call the file by another name.
-            self._findings.add(self._source, note.kind, where, path + note.detail.removeprefix(facts.path))
-        if self._opened.is_huge(facts) and facts.size is not None:
-            self._findings.add(self._source, "huge-image", where, f"{path}: {facts.size[0]} x {facts.size[1]}")
-
-
-_SUFFIXES = {f".{extension}" for group in EXTENSIONS.values() for extension in group}
+            self._findings.add(self._source, issue.kind, where, path + issue.detail.removeprefix(info.path))
+        if self._opened.is_huge(info) and info.size is not None:
+            self._findings.add(self._source, "huge-image", where, f"{path}: {info.size[0]} x {info.size[1]}")
 
 
 def evaluation_files(places: Sequence[str]) -> list[Path]:
-    """Every image of the folders and question files given, each file once.
+    """Every image of the given folders and question files, each file once.
 
-    The images of a question file are looked for below its folder, the folder above, and that one's `images` (where
-    `llava-mole prepare` puts them).
+    The images of a question file are searched below its folder, the folder above, and `images` in the folder above
+    (where `llava-mole prepare` puts them).
 
     Raises:
-        DataError: a place that is neither, that has no image, or a question file none of whose images is found.
+        DataError: a place is neither a folder nor a file, or holds no image; or no image of a question file is found.
     """
     files: dict[str, Path] = {}
     for place in places:
@@ -173,6 +169,7 @@ def evaluation_files(places: Sequence[str]) -> list[Path]:
 
 
 def _of_questions(path: Path) -> list[Path]:
+    """The images of a question file that exist."""
     names: dict[str, None] = {}
     for value, line in iterate_json(path):
         if not isinstance(value, dict):
@@ -194,17 +191,18 @@ def _named(line: dict[str, Any]) -> Iterator[str]:
         yield from (name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str))
 
 
-def find_overlap(files: Sequence[Path], trained_on: Keys) -> tuple[int, list[str]]:
-    """How many different evaluation images there are, and the files of those that are trained on as well.
+def find_overlap(files: Sequence[Path], trained_on: set[int]) -> tuple[int, list[str]]:
+    """Count the distinct evaluation images, and list the files of those that are also trained on.
 
     Args:
         files: See `evaluation_files`.
         trained_on: `key_of` the content of each image of the run.
     """
-    seen = Keys()
+    seen: set[int] = set()
     shared = []
     for path in tqdm(files, desc="evaluation images", unit="image", delay=3.0, disable=None):
         key = key_of(path.read_bytes())
-        if seen.add(key) and key in trained_on:
+        if key in trained_on and key not in seen:
             shared.append(str(path))
+        seen.add(key)
     return len(seen), shared

@@ -1,1 +1,1 @@
-"""Published data sets and anyone's own data, as they lie on disk, turned into prepared sets: one module a source."""
+"""`llava-mole prepare`: convert published data sets and your own data into prepared sets."""

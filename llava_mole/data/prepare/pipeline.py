@@ -1,18 +1,16 @@
 """`prepare`: from raw files to a prepared set, its question files, its images and its report, all or nothing.
 
-Everything is written to `.<out>.partial` beside `out`, which then takes its name. When the process is killed, the next
-call with the same arguments goes on: images that were unpacked and image files that were checked are not looked at
+Everything is written to `.<out>.partial` beside `out`, which then takes its name. If the process is killed, the next
+call with the same arguments continues: images that were unpacked and image files that were checked are not opened
 again. The records are read again from the start, which takes a twentieth of the time and gives the same rows in the
-same order, so that the result does not depend on how often the work was interrupted.
+same order, so the result does not depend on interruptions.
 """
 
-import fcntl
+import contextlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,31 +18,33 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.common.log import get_logger
-from llava_mole.common.text import is_text
-from llava_mole.data.prepare.drafts import TEXT_ONLY, WITH_IMAGES, Action, Converter, Defects, Draft, Options
-from llava_mole.data.prepare.images import CheckImages, ImagePolicy, Journal, Looked, Note, look_at_images
+from llava_mole.common.files import read_json, remove, try_lock, write_json
+from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
+from llava_mole.data.prepare.defects import Defects, Issue
+from llava_mole.data.prepare.image_pool import CheckedSample, CheckImages, ImagePolicy, Journal, check_images
 from llava_mole.data.prepare.report import QuestionFiles, published_counts
+from llava_mole.data.prepare.samples import TEXT_ONLY, WITH_IMAGES, RawSample
+from llava_mole.data.prepare.source import Source, SourceOptions
 from llava_mole.data.store import PreparedRow, StoreWriter
 
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"
-"""What lies in a prepared folder, beside `report.json` and `defects.jsonl`."""
 REPORT, DEFECTS = "report.json", "defects.jsonl"
-MOST_SOURCES = 512
-"""Sub-sources that are told apart: more are no grouping, and a shard's index of them is small."""
-logger = get_logger(__name__)
-_KEPT_FROM_PARTIAL = {IMAGES, "checked.jsonl", "request.json", "lock"}
+"""Contents of a prepared folder."""
+MOST_SUB_SOURCES = 512
+"""Limit on distinct sub-sources; the rest are pooled."""
+_JOURNAL, _REQUEST, _LOCK = "checked.jsonl", "request.json", "lock"
+"""Additional contents of a partial folder."""
 
 
 @dataclass(frozen=True)
 class Request:
     """One call of `prepare`."""
 
-    source: str
+    source: Source
     raw: Path
     out: Path
     image_root: Path
-    options: Options
+    options: SourceOptions
     check: CheckImages
     copy: bool = False
     workers: int = 1
@@ -52,244 +52,250 @@ class Request:
     overwrite: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result: a partial output of another request is not continued."""
-        values = asdict(self)
-        for key in ("workers", "overwrite", "out"):
-            del values[key]
-        return json.loads(json.dumps(values, default=str, sort_keys=True))
+        """What decides the result; a partial output with another identity is not continued."""
+        values = {
+            "source": self.source.name,
+            "raw": str(self.raw),
+            "image_root": str(self.image_root),
+            "options": asdict(self.options),
+            "check": self.check,
+            "copy": self.copy,
+            "missing_images": self.missing_images,
+        }
+        return json.loads(json.dumps(values))  # in the form in which it is read again
 
 
-def prepare(converter: Converter, request: Request) -> dict[str, Any]:
+def prepare(request: Request) -> dict[str, Any]:
     """Convert a source. Returns the report, which is also in `<out>/report.json`.
 
     Raises:
-        ConfigError: `out` holds something already or lies inside what is searched, or another process is preparing it.
-        DataError: the raw data are not there or cannot be used, or nothing of them is left.
+        ConfigError: `out` is not empty or lies inside the searched folder, or another process is preparing it.
+        DataError: the raw data are missing or cannot be used, or no record of them is left.
     """
     out, partial = request.out, request.out.parent / f".{request.out.name}.partial"
-    _check_out(converter, request)
+    _check_out(request)
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial / "lock", out):
-        _put_back(out)
-        _check_out(converter, request)
+    with (partial / _LOCK).open("w") as lock:
+        try_lock(lock, out, "another process is preparing it; wait for it")
+        _restore(out)
+        _check_out(request)
         _clear_partial(partial, request)
-        report = _write(converter, request, partial)
+        report = _write(request, partial)
         _publish(partial, out)
     return report
 
 
-def _check_out(converter: Converter, request: Request) -> None:
+def _check_out(request: Request) -> None:
     out = request.out
     if request.raw.is_dir():
         inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(request.raw))
-        if inside == outside or (converter.searches and inside.is_relative_to(outside)):
+        if inside == outside or (request.source.searches and inside.is_relative_to(outside)):
             raise ConfigError(
-                f"--out {out} lies inside --raw {request.raw}, so that the next call would read what this one wrote; "
-                "give another --out"
+                f"--out {out} lies inside --raw {request.raw}, so the next call would read what this one wrote; name "
+                "another --out"
             )
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not request.overwrite:
-            raise ConfigError(f"{out} is there already; --overwrite replaces it, or give another --out")
+            raise ConfigError(f"{out} exists; give --overwrite to replace it, or name another --out")
         if not (out / REPORT).is_file():
             raise ConfigError(f"{out} holds no {REPORT}, so `prepare` did not write it; remove it yourself")
 
 
-def _write(converter: Converter, request: Request, folder: Path) -> dict[str, Any]:
-    defects = Defects(folder / DEFECTS)
-    journal = Journal(folder / "checked.jsonl")
-    policy = ImagePolicy(request.image_root, folder / IMAGES, request.check, request.copy, request.workers)
-    questions = QuestionFiles(folder / QUESTIONS, by_source=converter.name in ("m3it", "ureader"))
-    writer = StoreWriter(folder / TRAIN, name=converter.name)
-    kept: Counter[tuple[str, str]] = Counter()
-    dropped: Counter[tuple[str, str]] = Counter()
-    ids: set[int] = set()
-    drafts = _few_sources(converter.iterate(request.raw, request.options, defects), defects)
-    stage = look_at_images(drafts, policy, journal)
-    bar = tqdm(stage, desc=f"preparing {converter.name}", unit=" records", mininterval=1.0, disable=None)
-    from_parquet = False
-    homes: set[bool] = set()
-    try:
-        for looked in bar:
-            draft = looked.draft
-            from_parquet = from_parquet or ".parquet:" in draft.where
-            trains = draft.split in request.options.train_splits
-            key = (TRAIN if trains else draft.split, draft.source if trains else draft.category or draft.source)
-            if not _usable(looked, request, defects):
-                dropped[key] += 1
-                continue
-            images, sizes = _images(looked)
-            asked = draft.split in request.options.test_splits and not draft.again
-            if asked and len(images) > 1:
-                action: Action = "kept" if trains else "dropped"
-                defects.add("several-images-question", draft.where, f"{len(images)} images", action)
-                asked = False
-            if not trains and not asked:
-                continue
-            kept[key] += 1
-            homes |= looked.unpacked
-            if len(homes) > 1:
-                raise DataError(
-                    f"{draft.where}: some images come in the records and others are files; --images unpack gathers "
-                    "them all"
-                )
-            if trains:
-                identity = hash(draft.id)
-                if identity in ids:
-                    defects.add("id-again", draft.where, draft.id, "kept")
-                ids.add(identity)
-                writer.add(
-                    PreparedRow(
-                        id=draft.id,
-                        source=draft.source,
-                        images=images,
-                        turns=draft.turns,
-                        image_sizes=sizes,
-                        answer_type=draft.answer_type,
-                        where=draft.where,
-                    )
-                )
-            if asked:
-                questions.add(draft, images[0] if images else None)
-        if not kept:
-            worst = ", ".join(
-                f"{row['count']} x {row['kind']}" for row in defects.rows()[:3] if row["action"] == "dropped"
-            )
-            raise DataError(f"{request.raw}: no record is left to be written ({worst or 'the files hold none'})")
-        name = f"{converter.name}-parquet" if from_parquet else converter.name
-        report = make_report(name, request, kept, dropped, defects, questions.counts)
-        if True not in homes:  # so that <out>/images is the image folder wherever the images are
-            home = os.path.join(os.path.realpath(folder.parent), request.out.name)
-            if (folder / IMAGES).is_dir():  # unpacked for rows that were left out after all
-                shutil.rmtree(folder / IMAGES)
-            os.symlink(os.path.relpath(os.path.realpath(request.image_root), home), folder / IMAGES)
-        if writer.rows:
-            writer.finish(report)
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    finally:
-        bar.close()
-        stage.close()
-        writer.close()
-        questions.close()
-        defects.close()
-        journal.close()
-    return report
+def _write(request: Request, folder: Path) -> dict[str, Any]:
+    """Write everything into `folder`. Returns the report."""
+    with contextlib.ExitStack() as stack:
+        defects = stack.enter_context(contextlib.closing(Defects(folder / DEFECTS)))
+        journal = stack.enter_context(contextlib.closing(Journal(folder / _JOURNAL)))
+        policy = ImagePolicy(request.image_root, folder / IMAGES, request.check, request.copy, request.workers)
+        output = stack.enter_context(contextlib.closing(_Output(request, folder, defects)))
+        samples = _pool_sub_sources(request.source.iterate(request.raw, request.options, defects), defects)
+        checked = stack.enter_context(contextlib.closing(check_images(samples, policy, journal)))
+        bar = tqdm(checked, desc=f"preparing {request.source.name}", unit=" records", mininterval=1.0, disable=None)
+        for sample in stack.enter_context(bar):
+            output.add(sample)
+        return output.finish()
 
 
-def _few_sources(drafts: Iterable[Draft], defects: Defects) -> Iterator[Draft]:
-    """The drafts, those of the sub-sources after the first `MOST_SOURCES` under a common name."""
+def _pool_sub_sources(samples: Iterable[RawSample], defects: Defects) -> Iterator[RawSample]:
+    """Yield the samples; sub-sources after the first `MOST_SUB_SOURCES` get a common name."""
     seen: set[str] = {TEXT_ONLY, WITH_IMAGES}
-    for draft in drafts:
-        if draft.source not in seen:
-            if len(seen) < MOST_SOURCES + 2:
-                seen.add(draft.source)
+    for sample in samples:
+        if sample.source not in seen:
+            if len(seen) < MOST_SUB_SOURCES + 2:
+                seen.add(sample.source)
             else:
-                defects.add("many-sources", draft.where, draft.source, "repaired")
-                draft.source = WITH_IMAGES if draft.images else TEXT_ONLY
-        yield draft
+                defects.add("many-sources", sample.where, sample.source, "repaired")
+                sample.source = WITH_IMAGES if sample.images else TEXT_ONLY
+        yield sample
 
 
-def _usable(looked: Looked, request: Request, defects: Defects) -> bool:
-    """Whether all images of a draft can be used; what is wrong or strange about them is counted."""
-    where = looked.draft.where
-    problem = None
-    for fact in looked.facts:
-        problem = problem or fact.problem
-        for note in fact.notes:
-            repaired = note.kind == "base64-spaces"
-            defects.add(note.kind, where, note.detail, "repaired" if repaired else "kept")
-    if problem is None and not looked.draft.id.isascii() and not is_text(looked.draft.id):
-        problem = Note("bad-text", "the id holds half of a surrogate pair, which is no character")
-    if problem is None:
-        return True
-    if request.missing_images == "error" and problem.kind == "missing-image":
-        raise DataError(
-            f"{where}: image {problem.detail!r} is no file below {request.image_root}; put it there, name another "
-            "--image-root, or leave such records out with --missing-images drop"
+class _Output:
+    """The prepared set and the question files of one call, and the counts for its report.
+
+    Args:
+        request: The call.
+        folder: Where the files go.
+        defects: Counts what is wrong with the samples' images and ids.
+    """
+
+    def __init__(self, request: Request, folder: Path, defects: Defects) -> None:
+        self._request, self._folder, self._defects = request, folder, defects
+        self._rows = StoreWriter(folder / TRAIN, name=request.source.name)
+        self._questions = QuestionFiles(folder / QUESTIONS, request.source.questions_by_sub_source)
+        self._kept: Counter[tuple[str, str]] = Counter()
+        self._dropped: Counter[tuple[str, str]] = Counter()
+        self._ids: set[int] = set()
+        self._image_locations: set[bool] = set()
+        """See `CheckedSample.image_locations`."""
+        self._from_parquet = False
+
+    def add(self, checked: CheckedSample) -> None:
+        """Write a sample to the prepared set, to the question files, or to both. Raises DataError."""
+        sample, options = checked.sample, self._request.options
+        self._from_parquet = self._from_parquet or ".parquet:" in sample.where
+        trains = sample.split in options.train_splits
+        key = (TRAIN, sample.source) if trains else (sample.split, sample.category or sample.source)
+        if not self._is_usable(checked):
+            self._dropped[key] += 1
+            return
+        images = tuple([image.path for image in checked.images])
+        asked = sample.split in options.test_splits and not sample.again
+        if asked and len(images) > 1:
+            action: Literal["kept", "dropped"] = "kept" if trains else "dropped"
+            self._defects.add("several-images-question", sample.where, f"{len(images)} images", action)
+            asked = False
+        if not trains and not asked:
+            return
+        self._kept[key] += 1
+        self._image_locations |= checked.image_locations
+        if len(self._image_locations) > 1:
+            raise DataError(
+                f"{sample.where}: some images are inside the records and others are files; --images unpack copies "
+                "all of them into one folder"
+            )
+        if trains:
+            self._add_row(checked, images)
+        if asked:
+            self._questions.add(sample, images[0] if images else None)
+
+    def _is_usable(self, checked: CheckedSample) -> bool:
+        """Whether all images of a sample can be used; counts their problems and oddities."""
+        where, request = checked.sample.where, self._request
+        problem = None
+        for image in checked.images:
+            problem = problem or image.problem
+            for note in image.notes:
+                action: Literal["repaired", "kept"] = "repaired" if note.kind == "base64-spaces" else "kept"
+                self._defects.add(note.kind, where, note.detail, action)
+        if problem is None and not is_text(checked.sample.id):
+            problem = Issue("bad-text", f"'id': {UNPAIRED_SURROGATE}")
+        if problem is None:
+            return True
+        if request.missing_images == "error" and problem.kind == "missing-image":
+            raise DataError(
+                f"{where}: image {problem.detail!r} is not a file below {request.image_root}; put it there, name "
+                "another --image-root, or leave such records out with --missing-images drop"
+            )
+        self._defects.add(problem.kind, where, problem.detail)
+        return False
+
+    def _add_row(self, checked: CheckedSample, images: tuple[str, ...]) -> None:
+        sample = checked.sample
+        identity = hash(sample.id)
+        if identity in self._ids:
+            self._defects.add("id-again", sample.where, sample.id, "kept")
+        self._ids.add(identity)
+        sizes = tuple([image.size for image in checked.images if image.size is not None])
+        self._rows.add(
+            PreparedRow(
+                id=sample.id,
+                source=sample.source,
+                images=images,
+                turns=sample.turns,
+                image_sizes=sizes if len(sizes) == len(images) else (),
+                answer_type=sample.answer_type,
+                where=sample.where,
+            )
         )
-    defects.add(problem.kind, where, problem.detail)
-    return False
 
+    def finish(self) -> dict[str, Any]:
+        """Complete the folder and return the report. Raises DataError if no record is left."""
+        request = self._request
+        if not self._kept:
+            dropped = [row for row in self._defects.rows()[:3] if row["action"] == "dropped"]
+            worst = ", ".join(f"{row['count']} x {row['kind']}" for row in dropped)
+            raise DataError(f"{request.raw}: no usable record ({worst or 'the files hold none'})")
+        report = self._report()
+        if True not in self._image_locations:  # then <out>/images links to the image root
+            images = self._folder / IMAGES
+            remove(images)  # unpacked for records that were left out in the end
+            home = os.path.join(os.path.realpath(self._folder.parent), request.out.name)
+            os.symlink(os.path.relpath(os.path.realpath(request.image_root), home), images)
+        if self._rows.rows:
+            self._rows.finish(report)
+        write_json(self._folder / REPORT, report, indent=1)
+        return report
 
-def _images(looked: Looked) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """Paths and, where all were opened, sizes."""
-    if len(looked.facts) == 1:
-        (fact,) = looked.facts
-        return (fact.path,), () if fact.size is None else (fact.size,)
-    sizes = tuple(fact.size for fact in looked.facts if fact.size is not None)
-    return tuple(fact.path for fact in looked.facts), sizes if len(sizes) == len(looked.facts) else ()
+    def _report(self) -> dict[str, Any]:
+        """Counts by split and sub-source, and every kind of defect."""
+        request, kept, dropped = self._request, self._kept, self._dropped
+        name = request.source.name
+        options = {
+            **asdict(request.options), "check_images": request.check, "missing_images": request.missing_images
+        }  # fmt: skip
+        from_parquet = self._from_parquet and f"{name}-parquet" in published_counts()
+        return {
+            "source": name,
+            "published": f"{name}-parquet" if from_parquet else name,
+            "raw": str(request.raw),
+            "image_root": str(request.image_root),
+            "options": options,
+            "records": [
+                {"split": split, "sub_source": source, "kept": kept[split, source],
+                 "dropped_for_images": dropped[split, source]}
+                for split, source in sorted(kept.keys() | dropped.keys())
+            ],
+            "questions": self._questions.counts,
+            "defects": self._defects.rows(),
+            "ignored_keys": dict(sorted(self._defects.ignored_keys.items())),
+        }  # fmt: skip
 
-
-def make_report(
-    name: str,
-    request: Request,
-    kept: Counter[tuple[str, str]],
-    dropped: Counter[tuple[str, str]],
-    defects: Defects,
-    questions: dict[str, int],
-) -> dict[str, Any]:
-    """Counts by split and sub-source beside the published ones, and every kind of defect."""
-    options = {**asdict(request.options), "check_images": request.check, "missing_images": request.missing_images}
-    return {
-        "source": request.source,
-        "published": name if name in published_counts() else request.source,
-        "raw": str(request.raw),
-        "image_root": str(request.image_root),
-        "options": options,
-        "records": [
-            {"split": split, "sub_source": name, "kept": kept[split, name], "dropped_for_images": dropped[split, name]}
-            for split, name in sorted(kept.keys() | dropped.keys())
-        ],
-        "questions": questions,
-        "defects": defects.rows(),
-        "ignored_keys": dict(sorted(defects.ignored_keys.items())),
-    }
-
-
-@contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{out}: another process is preparing it at this moment; wait for it") from None
-        except OSError as error:
-            logger.warning("%s: no locks here (%s); prepare it from one process only", out, error.strerror)
-        yield
+    def close(self) -> None:
+        """Close the files; removes an unfinished prepared set."""
+        self._rows.close()
+        self._questions.close()
 
 
 def _clear_partial(partial: Path, request: Request) -> None:
-    """Leave of an interrupted attempt what the same request can go on with."""
+    """Remove what an interrupted call left, except what the same request can continue with."""
     identity = request.identity()
-    path = partial / "request.json"
     try:
-        same = json.loads(path.read_text(encoding="utf-8")) == identity
-    except (OSError, ValueError):
+        same = read_json(partial / _REQUEST) == identity
+    except DataError:
         same = False
     for entry in partial.iterdir():
-        if entry.name == "lock" or (same and entry.name in _KEPT_FROM_PARTIAL and not entry.is_symlink()):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    path.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        continued = same and entry.name in (IMAGES, _JOURNAL) and not entry.is_symlink()
+        if entry.name != _LOCK and not continued:
+            remove(entry)
+    write_json(partial / _REQUEST, identity)
 
 
-def _old(out: Path) -> Path:
+def _set_aside(out: Path) -> Path:
+    """Where an older output is during the exchange."""
     return out.parent / f".{out.name}.old"
 
 
-def _put_back(out: Path) -> None:
-    """Undo half a publication: an older output that was moved aside takes its name again."""
-    old = _old(out)
+def _restore(out: Path) -> None:
+    """Give an older output its name again if a call was killed during the exchange."""
+    old = _set_aside(out)
     if old.exists() and not out.exists():
         os.replace(old, out)
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Give the complete folder its name; an older one is moved aside first and removed after.
+    """Give the complete folder its name; an older output is set aside first and removed at the end.
 
-    What an interrupted attempt needs to go on is removed last, so that it can at every moment before.
+    The files that an interrupted call continues with are removed last, so it can be continued until then.
     """
     if not (partial / IMAGES).is_symlink():
         for folder, _, names in os.walk(partial / IMAGES):
@@ -297,12 +303,11 @@ def _publish(partial: Path, out: Path) -> None:
                 if name.startswith("."):  # left by a process that was killed while it wrote
                     os.unlink(os.path.join(folder, name))
     os.sync()  # one call for a million images
-    old = _old(out)
+    old = _set_aside(out)
     if out.exists():
-        if old.exists():  # of a call that was killed while it removed it
-            shutil.rmtree(old)
+        remove(old)  # left by a call that was killed while it removed it
         os.replace(out, old)
     os.replace(partial, out)
-    for name in ("checked.jsonl", "request.json", "lock"):
+    for name in (_JOURNAL, _REQUEST, _LOCK):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)

@@ -11,8 +11,8 @@ from worlds import published_sets, raw_sets
 
 from llava_mole.analysis.check import images as check_overlap
 from llava_mole.analysis.check import records as check_data
-from llava_mole.analysis.check.report import MEANINGS
 from llava_mole.cli import main
+from llava_mole.data.prepare.defects import KINDS
 
 ASK, SAY = "<image>\nWhat color is this?", "It is red."
 
@@ -121,7 +121,7 @@ def test_every_finding_is_listed_with_its_place(
         assert found == ({kind} if kind else set()), f"line {line}"
     (red,) = report["sources"]
     assert red["records"] == len(RECORDS)
-    assert red["findings"] == {kind: n for kind, n in red["findings"].items() if kind in MEANINGS}
+    assert red["findings"] == {kind: n for kind, n in red["findings"].items() if kind in KINDS}
     failed = {limit["limit"] for limit in report["limits"] if not limit["passed"]}
     assert failed == {"max_bad_records", "max_missing_images", "max_bad_images"}
     printed = capsys.readouterr().out
@@ -185,14 +185,13 @@ def test_prepared_sets_are_checked_too(world: Path, tmp_path: Path) -> None:
 
 def test_workers_find_the_same(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_mole.analysis.check import cli as check_command
-    from llava_mole.data.prepare import images as image_stage
 
     path = write_defects(tmp_path / "data")
     given = only(world, "red", path, path.parent)
     _, one, listed = check(world, tmp_path / "one", *given)
     # Tokens, too, are counted by others: threads, since processes would take seconds to load a tokenizer.
     monkeypatch.setattr(check_command, "ALONE", 0)
-    monkeypatch.setattr(image_stage, "open_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(check_command, "open_pool", ThreadPoolExecutor)
     _, two, listed_by_two = check(world, tmp_path / "two", *given, "--workers", "2")
     assert one == two
     assert listed == listed_by_two
@@ -257,7 +256,10 @@ def test_what_cannot_be_opened_is_one_line(
     (tmp_path / "file").write_text("")
     out, more, message = tmp_path / "out", [], "Permission denied"
     if place == "out":
-        out, message = tmp_path / "file" / "out", f"--out {tmp_path / 'file' / 'out'} cannot be made: Not a directory"
+        out, message = (
+            tmp_path / "file" / "out",
+            f"--out {tmp_path / 'file' / 'out'} cannot be created: Not a directory",
+        )
     elif place == "annotations":
         monkeypatch.setattr(check_data, "iterate_json", deny)
     else:

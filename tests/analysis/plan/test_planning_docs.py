@@ -9,7 +9,7 @@ import pytest
 
 from llava_mole import cli
 from llava_mole.analysis.plan.lengths import KNOWN_SOURCES
-from llava_mole.data.prepare import cli as prepare
+from llava_mole.data.prepare.sources.registry import MODULES
 from llava_mole.model.flops import GPUS
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +46,7 @@ def test_the_plan_shown_is_the_one_printed(checkout: Path, capsys: pytest.Captur
 def test_the_other_commands_run(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (_, prepares, source, *_), plan = COMMANDS[1:]
     assert prepares == "prepare"
-    assert source in prepare.SOURCES
+    assert source in MODULES
     assert cli.main(plan[1:]) == 0
     assert "measured on 20 of 20 records" in capsys.readouterr().out
     assert json.loads((checkout / "plan.json").read_text())["gpu"] == "rtx-4090"

@@ -9,7 +9,7 @@ import pytest
 from worlds import published_sets, raw_sets
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.prepare.cli import unpack_archive
+from llava_mole.data.prepare.files import unpack_archive
 
 
 def make_zip(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Whatever JSON a raw record is, a converter yields a row that the store takes, or drops it with a reason."""
+"""Whatever JSON a raw record is, a source yields a row that the store takes, or drops it with a reason."""
 
 import contextlib
 import io
@@ -15,8 +15,10 @@ from PIL import Image, ImageFile
 
 from llava_mole.common.errors import DataError
 from llava_mole.data.images import open_image
-from llava_mole.data.prepare.drafts import KINDS, Defects, Draft, Dropped, Embedded, Options
+from llava_mole.data.prepare.defects import KINDS, Defects, SkipRecord
 from llava_mole.data.prepare.images import look, path_problem, safe_name
+from llava_mole.data.prepare.samples import Embedded, RawSample
+from llava_mole.data.prepare.source import MultiImage
 from llava_mole.data.prepare.sources import llava, m3it, messages, pathvqa, ureader
 from llava_mole.data.store import PreparedRow, StoreWriter
 
@@ -49,27 +51,29 @@ records = st.one_of(
         {"image": st.one_of(leaves, st.lists(st.sampled_from(TEXTS), max_size=3)), "conversations": st.lists(turn)}
     ),
 )
-OPTIONS = (Options(), Options(multi_image="first"), Options(multi_image="keep", system="prepend"))
+MULTI_IMAGE: tuple[MultiImage, ...] = ("skip", "first", "keep")
 
 
-def from_llava(value: Any, options: Options, defects: Defects) -> Iterator[Draft]:
-    yield llava.to_draft(value, "a:1", llava.first_folder, defects)
+def from_llava(value: Any, multi_image: MultiImage, defects: Defects) -> Iterator[RawSample]:
+    yield llava.to_sample(value, "a:1", llava.first_folder, defects)
 
 
-def from_m3it(value: Any, options: Options, defects: Defects) -> Iterator[Draft]:
-    yield m3it.to_draft(m3it._fields(value, "a:1", options), "vqa", "a:1", options, defects)
+def from_m3it(value: Any, multi_image: MultiImage, defects: Defects) -> Iterator[RawSample]:
+    options = m3it.Options(multi_image=multi_image)
+    yield m3it.to_sample(m3it._fields(value, "a:1", options), "vqa", "a:1", options, defects)
 
 
-def from_ureader(value: Any, options: Options, defects: Defects) -> Iterator[Draft]:
-    yield ureader.to_draft(value, "a:1", "train", options, defects)
+def from_ureader(value: Any, multi_image: MultiImage, defects: Defects) -> Iterator[RawSample]:
+    yield ureader.to_sample(value, "a:1", "train", ureader.Options(multi_image=multi_image), defects)
 
 
-def from_messages(value: Any, options: Options, defects: Defects) -> Iterator[Draft]:
-    yield messages.to_draft(value, "a:1", options, defects)
+def from_messages(value: Any, multi_image: MultiImage, defects: Defects) -> Iterator[RawSample]:
+    options = messages.Options(multi_image=multi_image, system="prepend" if multi_image == "keep" else "drop")
+    yield messages.to_sample(value, "a:1", options, defects)
 
 
-def from_pathvqa(value: Any, options: Options, defects: Defects) -> Iterator[Draft]:
-    path = Path("a")
+def from_pathvqa(value: Any, multi_image: MultiImage, defects: Defects) -> Iterator[RawSample]:
+    path, options = Path("a"), pathvqa.Options()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pathvqa, "read_values", lambda *_: [(value, "a:1")])
         yield from pathvqa._json_rows(path, path, "train", options, defects)
@@ -79,23 +83,23 @@ def from_pathvqa(value: Any, options: Options, defects: Defects) -> Iterator[Dra
 
 @pytest.mark.parametrize("convert", [from_llava, from_m3it, from_ureader, from_messages, from_pathvqa])
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(value=records, options=st.sampled_from(OPTIONS))
+@given(value=records, multi_image=st.sampled_from(MULTI_IMAGE))
 def test_any_record(
-    convert: Callable[[Any, Options, Defects], Iterator[Draft]],
+    convert: Callable[[Any, MultiImage, Defects], Iterator[RawSample]],
     value: Any,
-    options: Options,
+    multi_image: MultiImage,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     defects = Defects()
     try:
-        drafts = list(convert(value, options, defects))
-    except (Dropped, DataError):  # the latter for an unknown key of M3IT
+        samples = list(convert(value, multi_image, defects))
+    except (SkipRecord, DataError):  # the latter for an unknown key of M3IT
         return
-    for draft in drafts:
-        images = tuple("unpacked.png" if isinstance(image, Embedded) else image for image in draft.images)
+    for sample in samples:
+        images = tuple("unpacked.png" if isinstance(image, Embedded) else image for image in sample.images)
         if any(path_problem(image) for image in images):
             continue
-        row = PreparedRow(draft.id, draft.source, images, draft.turns, (), draft.answer_type, draft.where)
+        row = PreparedRow(sample.id, sample.source, images, sample.turns, (), sample.answer_type, sample.where)
         with StoreWriter(tmp_path_factory.mktemp("fuzz") / "out", name="fuzz") as writer:
             writer.add(row)
             writer.finish({})
@@ -111,8 +115,8 @@ def test_any_record(
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*EXIF data")
 def test_any_bytes_as_an_image(data: bytes, start: bytes) -> None:
-    facts, _ = look(start + data, "a.jpg", decode=True)
-    assert facts.problem is None or facts.problem.kind in KINDS
+    info, _ = look(start + data, "a.jpg", decode=True)
+    assert info.problem is None or info.problem.kind in KINDS
 
 
 def image_of(kind: str, mode: str, **options: Any) -> bytes:

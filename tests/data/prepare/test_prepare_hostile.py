@@ -12,7 +12,8 @@ from worlds import raw_sets
 
 from llava_mole.cli import main
 from llava_mole.common.errors import DataError
-from llava_mole.data.prepare.images import ImageRoot, Task, look, path_problem, run_task, safe_name, unpack
+from llava_mole.data.prepare.image_pool import Task, run_task
+from llava_mole.data.prepare.images import ImageRoot, look, path_problem, safe_name, unpack
 
 
 def record(image: str) -> dict[str, object]:
@@ -125,23 +126,23 @@ def test_images_of_too_many_bytes_are_refused(embedded: str, tmp_path: Path, mon
     monkeypatch.setattr("llava_mole.data.prepare.images.LARGEST_IMAGE", len(small) + 4000)
     for number, data in enumerate((small, large)):
         given = data if embedded == "bytes" else base64.b64encode(data).decode()
-        facts = run_task(Task(given, "bytes", f"{number}", "s"), tmp_path, True)
-        assert (facts.problem and facts.problem.kind) == (None, "too-large-image")[number]
+        info = run_task(Task(given, "bytes", f"{number}", "s"), tmp_path, True)
+        assert (info.problem and info.problem.kind) == (None, "too-large-image")[number]
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
 def test_group_names_cannot_climb(tmp_path: Path) -> None:
-    facts = unpack(raw_sets.image_bytes(1), tmp_path / "images", "../../x/..", "n", decode=True)
-    assert facts.problem is None
+    info = unpack(raw_sets.image_bytes(1), tmp_path / "images", "../../x/..", "n", decode=True)
+    assert info.problem is None
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path.parent.parent for path in written] == [tmp_path / "images"]
     assert safe_name("...") == "images"
 
 
 def test_an_animated_gif_named_jpg_is_told_by_its_content() -> None:
-    facts, extension = look(raw_sets.image_bytes(1, kind="GIF", frames=3), "a.jpg", decode=True)
-    assert [note.kind for note in facts.notes] == ["wrong-extension", "animated-image"]
-    assert (extension, facts.problem) == ("gif", None)
+    info, extension = look(raw_sets.image_bytes(1, kind="GIF", frames=3), "a.jpg", decode=True)
+    assert [note.kind for note in info.notes] == ["wrong-extension", "animated-image"]
+    assert (extension, info.problem) == ("gif", None)
 
 
 def test_lines_that_are_no_records(tmp_path: Path) -> None:
@@ -231,9 +232,9 @@ def test_values_that_python_cannot_hold(tmp_path: Path, column: str, capsys: pyt
 
 @pytest.mark.parametrize("name", ["x" * 5000, "ä" * 200, "x" * 101])
 def test_long_names_are_cut_and_stay_different(tmp_path: Path, name: str) -> None:
-    facts = unpack(raw_sets.image_bytes(1), tmp_path, name, "n", decode=True)
-    assert facts.problem is None
-    assert (tmp_path / facts.path).is_file()
+    info = unpack(raw_sets.image_bytes(1), tmp_path, name, "n", decode=True)
+    assert info.problem is None
+    assert (tmp_path / info.path).is_file()
     assert safe_name(name) != safe_name(name + "y")
     assert len(safe_name(name).encode()) <= 120
     assert safe_name("x" * 100) == "x" * 100

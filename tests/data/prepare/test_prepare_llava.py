@@ -46,7 +46,7 @@ def test_a_missing_image_can_be_an_error(tmp_path: Path, capsys: pytest.CaptureF
     arguments = ["prepare", "sharegpt4v-pt", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--missing-images", "error"]) == 2
     error = capsys.readouterr().err
-    assert "1107.json:8: image 'sam/images/sa_2.jpg' is no file below" in error
+    assert "1107.json:8: image 'sam/images/sa_2.jpg' is not a file below" in error
     assert not (tmp_path / "out").exists()
 
 

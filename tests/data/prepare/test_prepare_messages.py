@@ -112,7 +112,7 @@ def test_images_in_records_and_beside_them_are_gathered_on_request(
         "1",
     ]
     assert main(arguments) == 2
-    assert "--images unpack gathers them all" in capsys.readouterr().err
+    assert "--images unpack copies all of them into one folder" in capsys.readouterr().err
     done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out", "--images", "unpack")
     assert all((done.out / "images" / image).is_file() for row in done.rows for image in row.images)
 
@@ -120,7 +120,7 @@ def test_images_in_records_and_beside_them_are_gathered_on_request(
 def test_records_of_no_known_form_say_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw_sets.write_lines(tmp_path / "raw/rows.jsonl", [{"caption": "A card."}, [1], 3])
     assert main(["prepare", "messages", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]) == 2
-    assert "no record is left to be written (3 x bad-record)" in capsys.readouterr().err
+    assert "no usable record (3 x bad-record)" in capsys.readouterr().err
 
 
 def test_image_parts_take_the_images_of_the_record(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_merged_turns_are_counted(tmp_path: Path) -> None:
 def test_thousands_of_sources_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_mole.data.prepare import pipeline
 
-    monkeypatch.setattr(pipeline, "MOST_SOURCES", 3)
+    monkeypatch.setattr(pipeline, "MOST_SUB_SOURCES", 3)
     raw_sets.write_image(tmp_path / "raw/a.jpg", 1)
     rows = [{"source": f"s{n % 5}", "question": "Two?", "answer": "2"} for n in range(10)]
     rows.append({"source": "s9", "image": "a.jpg", "question": "Red?", "answer": "no"})

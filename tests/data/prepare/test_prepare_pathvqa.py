@@ -8,8 +8,8 @@ from worlds import published_sets, raw_sets
 
 from llava_mole.cli import main
 from llava_mole.common.errors import DataError
-from llava_mole.data.prepare.drafts import Defects, Options
-from llava_mole.data.prepare.sources.pathvqa import iterate, load_plain
+from llava_mole.data.prepare.defects import Defects
+from llava_mole.data.prepare.sources.pathvqa import Options, iterate, load_plain
 
 
 def test_the_original_pickles(tmp_path: Path) -> None:

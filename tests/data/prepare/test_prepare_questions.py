@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 
 from llava_mole.conversation import Turn
-from llava_mole.data.prepare.drafts import Draft
 from llava_mole.data.prepare.report import QuestionFiles
+from llava_mole.data.prepare.samples import RawSample
 
 ROUND = (Turn("user", "<image>\nRed?"), Turn("assistant", "yes"))
 
 
 def write(folder: Path, *ids: str) -> list[str]:
-    files = QuestionFiles(folder, by_source=False)
+    files = QuestionFiles(folder, by_sub_source=False)
     for identifier in ids:
-        files.add(Draft(identifier, "s", ("a.jpg",), ROUND, "f:1", "test"), "a.jpg")
+        files.add(RawSample(identifier, "s", ("a.jpg",), ROUND, "f:1", "test"), "a.jpg")
     files.close()
     assert files.counts == {"test": len(ids)}
     return [json.loads(line)["question_id"] for line in (folder / "test.jsonl").read_text().splitlines()]

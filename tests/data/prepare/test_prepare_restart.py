@@ -13,8 +13,8 @@ import pytest
 from worlds import published_sets, raw_sets
 
 from llava_mole.cli import main
-from llava_mole.data.prepare import images as image_stage
-from llava_mole.data.prepare.images import ImageFacts
+from llava_mole.data.prepare import image_pool
+from llava_mole.data.prepare.images import ImageInfo
 from llava_mole.data.store import verify_shards
 
 ROOT = Path(__file__).parents[3]
@@ -50,12 +50,12 @@ def test_killed_and_called_again(tmp_path: Path) -> None:
     assert main(arguments(tmp_path, "whole")) == 0
     slow = (
         "import sys, time\n"
-        "from llava_mole.data.prepare import image_stage\n"
-        "whole = image_stage.run_tasks\n"
+        "from llava_mole.data.prepare import image_pool\n"
+        "whole = image_pool.run_tasks\n"
         "def run_tasks(*given):\n"
         "    time.sleep(0.3)\n"
         "    return whole(*given)\n"
-        "image_stage.run_tasks = run_tasks\n"
+        "image_pool.run_tasks = run_tasks\n"
         "from llava_mole.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -101,8 +101,8 @@ def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest
         patch.setattr(pipeline, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*given, "--out", str(tmp_path / "out")]) == 130
     seen: list[str] = []
-    real = image_stage.run_task
-    monkeypatch.setattr(image_stage, "run_task", lambda task, *more: seen.append(task.name) or real(task, *more))
+    real = image_pool.run_task
+    monkeypatch.setattr(image_pool, "run_task", lambda task, *more: seen.append(task.name) or real(task, *more))
     assert main([*given, "--out", str(tmp_path / "out")]) == 0
     assert seen == ["textvqa/train_images/4.jpg"], "only what was damaged, which may have been replaced"
     once, again = raw_sets.Prepared(tmp_path / "whole"), raw_sets.Prepared(tmp_path / "out")
@@ -112,16 +112,16 @@ def test_checked_files_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_journal_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
-    facts = [ImageFacts(f"{n}.jpg", (20, 10 + n), None) for n in range(3)]
+    facts = [ImageInfo(f"{n}.jpg", (20, 10 + n), None) for n in range(3)]
     path = tmp_path / "checked.jsonl"
     for number, fact in enumerate(facts):
-        journal = image_stage.Journal(path)
+        journal = image_pool.Journal(path)
         assert [journal.get(known.path) for known in facts[:number]] == facts[:number]
         journal.add(fact)
         journal.close()
         with path.open("a") as file:  # killed while it wrote the next line
             file.write('["half.jpg", [20, 1')
-    journal = image_stage.Journal(path)
+    journal = image_pool.Journal(path)
     assert [journal.get(known.path) for known in facts] == facts
     journal.close()
 
@@ -141,7 +141,7 @@ def test_an_output_is_replaced_on_request_only(tmp_path: Path, capsys: pytest.Ca
     write_many(tmp_path / "raw", 1, 3)
     assert main(arguments(tmp_path, "out")) == 0
     assert main(arguments(tmp_path, "out")) == 2
-    assert "is there already; --overwrite replaces it" in capsys.readouterr().err
+    assert "exists; give --overwrite to replace it" in capsys.readouterr().err
     write_many(tmp_path / "raw", 1, 4)
     assert main(arguments(tmp_path, "out", "--overwrite")) == 0
     assert len(raw_sets.Prepared(tmp_path / "out").rows) == 4
@@ -203,7 +203,7 @@ def test_a_file_system_without_locks(
     write_many(tmp_path / "raw", 1, 3)
     monkeypatch.setattr("fcntl.flock", refuse)
     assert main(arguments(tmp_path, "out")) == 0
-    assert "no locks here (Operation not supported)" in caplog.text
+    assert "no locks (Operation not supported)" in caplog.text
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path) -> None:
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     code = (
         "import os, time\n"
-        "from llava_mole.data.prepare.images import open_pool\n"
+        "from llava_mole.common.processes import open_pool\n"
         "if __name__ == '__main__':\n"
         "    pool = open_pool(1)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"

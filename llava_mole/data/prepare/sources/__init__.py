@@ -1,1 +1,1 @@
-"""One module for each kind of raw data that `llava-mole prepare` reads."""
+"""The sources of `llava-mole prepare`, one module for each kind of raw data."""

@@ -1,26 +1,26 @@
-"""M3IT: the raw JSON lines of its 40 sets, whose keys differ from set to set, or the single-image parquet copy."""
+"""M3IT: the raw JSON lines of its 40 sets, whose keys differ between sets, or the single-image parquet copy."""
 
 import json
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.prepare.drafts import (
-    Converter,
-    Defects,
-    Draft,
-    Dropped,
+from llava_mole.data.prepare.defects import Defects, SkipRecord
+from llava_mole.data.prepare.files import find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.samples import (
     Embedded,
-    Options,
+    RawSample,
     Split,
     check_turns,
     choose_images,
     question_and_answer,
-    usable_drafts,
+    require_object,
+    usable_samples,
 )
-from llava_mole.data.prepare.files import find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.source import MULTI_IMAGE, MultiImage, Source, SourceOptions, option
 
 ALIASES: Mapping[str, str] = {
     "image_base64_str": "image",
@@ -33,12 +33,21 @@ ALIASES: Mapping[str, str] = {
     "output": "outputs",
     "outputs": "outputs",
 }
-"""Keys of the raw files -> what they mean. Another key stops the conversion: it may hold the text."""
+"""Keys of the raw files -> what they mean. An unknown key stops the conversion, since it may hold the text."""
 INSTRUCTIONS = "instructions.json"
 PARQUET_COLUMNS = ("instruction", "inputs", "outputs", "image")
 
 
-def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
+@dataclass(frozen=True)
+class Options(SourceOptions):
+    """Options of M3IT."""
+
+    multi_image: MultiImage = field(default="skip", metadata=option(MULTI_IMAGE))
+    seed: int = field(default=0, metadata=option("seed for drawing the instructions of records without one"))
+    ignore_keys: tuple[str, ...] = field(default=(), metadata=option("raw keys that hold nothing to train on"))
+
+
+def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
     """Rows of every `<task>/<set>/*.jsonl` below `raw`, or of every parquet file if there are any."""
     parquet = raw.suffix == ".parquet" if raw.is_file() else next(raw.rglob("*.parquet"), None) is not None
     rows, suffix = (_parquet_rows, ".parquet") if parquet else (_json_rows, ".jsonl")
@@ -49,10 +58,9 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
 
 
 def read_instructions(path: Path) -> list[str]:
-    """The instructions of a set: a list of texts, or of objects with `instruction`, or an object of lists.
+    """Read the instructions of a set: a list of texts, or of objects with `instruction`, or an object of lists.
 
-    Raises:
-        DataError: the file is something else.
+    Returns [] if there is no such file. Raises DataError if it holds something else.
     """
     if not path.is_file():
         return []
@@ -70,15 +78,9 @@ def read_instructions(path: Path) -> list[str]:
 
 
 def _fields(value: Any, where: str, options: Options) -> dict[str, Any]:
-    """The values of a raw line by their meaning.
-
-    Raises:
-        DataError: a key that no alias names.
-    """
-    if type(value) is not dict:
-        return {"not an object": type(value).__name__}
+    """The values of a raw line by the meaning of their keys. Raises DataError for an unknown key."""
     fields: dict[str, Any] = {}
-    for key, content in value.items():
+    for key, content in require_object(value).items():
         meaning = ALIASES.get(key)
         if meaning is None:
             if key in options.ignore_keys:
@@ -92,32 +94,30 @@ def _fields(value: Any, where: str, options: Options) -> dict[str, Any]:
     return fields
 
 
-def to_draft(fields: Mapping[str, Any], source: str, where: str, options: Options, defects: Defects) -> Draft:
-    """One row. Raises Dropped where it cannot be used."""
-    if "not an object" in fields:
-        raise Dropped("bad-record", f"not an object but {fields['not an object']}")
+def to_sample(fields: Mapping[str, Any], source: str, where: str, options: Options, defects: Defects) -> RawSample:
+    """Convert one row of set `source`. Raises SkipRecord if it cannot be used."""
     texts = {}
     for key in ("instruction", "inputs", "outputs"):
         text = fields.get(key)
         if text is not None and not isinstance(text, str):
-            raise Dropped("bad-record", f"{key!r} is {text!r:.60}; it must be text")
+            raise SkipRecord("bad-record", f"{key!r} is {text!r:.60}; it must be text")
         texts[key] = text or ""
     images = embedded_images(fields.get("image"), where, options, defects)
     if not texts["outputs"].strip():
-        raise Dropped("empty-answer", "'outputs' is empty")
+        raise SkipRecord("empty-answer", "'outputs' is empty")
     if not texts["instruction"] and not texts["inputs"]:
-        raise Dropped("no-instruction", f"no instruction, no input, and no {INSTRUCTIONS} beside the file")
+        raise SkipRecord("no-instruction", f"no instruction, no input, and no {INSTRUCTIONS} beside the file")
     question = "\n".join(text for text in (texts["instruction"], texts["inputs"]) if text)
     turns = check_turns(question_and_answer(question, texts["outputs"], len(images)), len(images), where, defects)
     identifier = f"{source}-{where.rpartition(':')[2]}"
-    return Draft(identifier, source, images, turns, where)
+    return RawSample(identifier, source, images, turns, where)
 
 
 def embedded_images(value: Any, where: str, options: Options, defects: Defects) -> tuple[Embedded, ...]:
-    """The images of a record: base64 texts, bytes, or `{"bytes"}`, one or a list of them, after `--multi-image`.
+    """The images of a record that `--multi-image` keeps; `value` is base64 text, bytes, `{"bytes"}`, or a list of them.
 
     Raises:
-        Dropped: no image, several of them with `skip`, or something else.
+        SkipRecord: no image, several images with `skip`, or a value of another type.
     """
     items = value if isinstance(value, list) else [value]
     images: list[Embedded] = []
@@ -126,56 +126,62 @@ def embedded_images(value: Any, where: str, options: Options, defects: Defects) 
         if content is None or content in ("", b""):
             continue
         if not isinstance(content, (str, bytes)):
-            raise Dropped("bad-record", f"an image is {type(content).__name__}; it must be base64 text or bytes")
+            raise SkipRecord("bad-record", f"an image is {type(content).__name__}; it must be base64 text or bytes")
         images.append(Embedded(content))
     if not images:
-        raise Dropped("no-image", "no image in the record")
+        raise SkipRecord("no-image", "no image in the record")
     if len(images) < len(items):
         if options.multi_image == "skip":
-            raise Dropped("several-images", f"{len(items)} images")
-        raise Dropped("no-image", f"{len(items) - len(images)} of {len(items)} images are empty")
-    return tuple(choose_images(images, where, options, defects))
+            raise SkipRecord("several-images", f"{len(items)} images")
+        raise SkipRecord("no-image", f"{len(items) - len(images)} of {len(items)} images are empty")
+    return tuple(choose_images(images, options.multi_image, where, defects))
 
 
-def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
     name = path.parent.name
     instructions = read_instructions(path.parent / INSTRUCTIONS)
     # Drawn in the order of the lines, so that the same seed gives the same instructions.
     draw = random.Random(f"{options.seed}/{name}/{split}")
 
-    def make(value: Any, where: str) -> Draft:
+    def make(value: Any, where: str) -> RawSample:
         fields = _fields(value, where, options)
         if not fields.get("instruction") and instructions:
             fields["instruction"] = draw.choice(instructions)
-        return to_draft(fields, name, where, options, defects)
+        return to_sample(fields, name, where, options, defects)
 
-    return usable_drafts(read_values(path, raw, defects), make, defects, split)
+    return usable_samples(read_values(path, raw, defects), make, defects, split)
 
 
-def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
     # A set's folder, or the data set's own `data` folder, which names no set.
     folder = path.parent.name if path != raw else ""
     name = folder if folder not in ("", "data", raw.name) else "m3it"
 
-    def make(value: Any, where: str) -> Draft:
-        draft = to_draft(value, name, where, options, defects)
+    def make(value: Any, where: str) -> RawSample:
+        sample = to_sample(value, name, where, options, defects)
         if path != raw:
-            draft.id = f"{show(path, raw)}-{draft.id.rpartition('-')[2]}"
-        return draft
+            sample.id = f"{show(path, raw)}-{sample.id.rpartition('-')[2]}"
+        return sample
 
-    return usable_drafts(read_rows(path, raw, PARQUET_COLUMNS), make, defects, split)
+    return usable_samples(read_rows(path, raw, PARQUET_COLUMNS), make, defects, split)
 
 
-CONVERTER = Converter(
-    "m3it",
-    "general instructions, 40 sets, 1.59M for training: data/<task>/<set>/train.jsonl, or the parquet copy",
-    "Hub data set MMInstruction/M3IT (each set keeps its own licence); the loading script no longer runs, so:\n"
-    "RAW/data/<task>/<set>/{train,val,test}.jsonl with instructions.json beside them, from which records without an\n"
-    "instruction get one, drawn with --seed. Or the single-image copy HuggingFaceM4/M3IT: RAW/**/*.parquet, of which\n"
-    "train-*.parquet is read for training.\n"
-    "Images are base64 in the records: each is decoded and written once as OUT/images/<set>/<sha1>.<ext>.\n"
-    "Known: nlvr, vist and the video sets have several images a row (--multi-image); some nlvr rows are broken. An\n"
-    "unknown key stops the conversion (--ignore-keys NAME lets it pass).",
-    iterate,
-    embedded=True,
+SOURCES = (
+    Source(
+        "m3it",
+        "general instructions, 40 sets, 1.59M for training: data/<task>/<set>/*.jsonl",
+        "Hub data set MMInstruction/M3IT (each set keeps its own licence); its loading script no longer\n"
+        "runs, so RAW/data/<task>/<set>/{train,val,test}.jsonl is read, with instructions.json beside them.\n"
+        "A record without an instruction gets one from there, drawn with --seed.\n"
+        "Or the single-image copy HuggingFaceM4/M3IT: RAW/**/*.parquet, of which train-*.parquet is read\n"
+        "for training.\n"
+        "Images are base64 in the records; each is decoded and written once as\n"
+        "OUT/images/<set>/<sha1>.<ext>.\n"
+        "Known: nlvr, vist and the video sets have several images a row (--multi-image); some nlvr rows\n"
+        "are broken. An unknown key stops the conversion (--ignore-keys NAME lets it pass).",
+        iterate,
+        Options,
+        embedded=True,
+        questions_by_sub_source=True,
+    ),
 )

@@ -1,34 +1,33 @@
-"""Anyone's own data in other forms: chat messages, ShareGPT with images, question and answer columns."""
+"""Your own data in other forms: chat messages, ShareGPT with images, question and answer columns."""
 
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_mole.common.text import is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
-from llava_mole.data.prepare.drafts import (
+from llava_mole.data.prepare.defects import Action, Defects, SkipRecord
+from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.samples import (
     CHAT_ROLES,
     TEXT_ONLY,
     WITH_IMAGES,
-    Action,
-    Converter,
-    Defects,
-    Draft,
-    Dropped,
     Embedded,
-    Options,
+    RawSample,
     Split,
     check_turns,
     choose_images,
     keep_first_marker,
     merge_turns,
-    usable_drafts,
+    require_object,
+    usable_samples,
     without_marker,
 )
-from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.source import MULTI_IMAGE, MultiImage, Source, SourceOptions, option
 
 QUESTIONS = ("question", "instruction", "prompt", "query")
 ANSWERS = ("answer", "output", "outputs", "response")
@@ -42,8 +41,18 @@ _LONGEST_PATH = 1024
 _REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
-def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
-    """Rows of every JSON, JSONL, parquet and Arrow file below `raw`; of a `datasets` folder those it has saved."""
+@dataclass(frozen=True)
+class Options(SourceOptions):
+    """Options of your own messages."""
+
+    multi_image: MultiImage = field(default="keep", metadata=option(MULTI_IMAGE))
+    system: Literal["drop", "prepend"] = field(
+        default="drop", metadata=option("drop system prompts, or put them before the first question")
+    )
+
+
+def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
+    """Rows of every JSON, JSONL, parquet and Arrow file below `raw`, without the metadata of the package `datasets`."""
     suffixes = (*JSON_SUFFIXES, ".parquet", ".arrow")
     for path in find_files(raw, suffixes, "file of messages"):
         if path.name in _METADATA or path.name.startswith("cache-"):
@@ -53,27 +62,24 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
             continue
         rows = read_values(path, raw, defects) if path.suffix in JSON_SUFFIXES else read_rows(path, raw)
         stem = "" if path == raw else f"{show(path.with_suffix(''), raw)}-"
-        make = functools.partial(to_draft, options=options, defects=defects, stem=stem)
-        yield from usable_drafts(rows, make, defects, split)
+        make = functools.partial(to_sample, options=options, defects=defects, stem=stem)
+        yield from usable_samples(rows, make, defects, split)
 
 
 def _split(path: Path, raw: Path) -> Split:
-    """By the file's name (`train-00000-of-00002.parquet`), else by its folder's (`datasets` saves `test/data-...`)."""
+    """The split in the file's name (`train-00000-of-00002.parquet`) or in its folder's (`test/data-...`)."""
     split = split_of(path.stem)
     if split == "train" and path != raw and path.parent != raw:
         split = split_of(path.parent.name)
     return split
 
 
-def to_draft(value: Any, where: str, options: Options, defects: Defects, stem: str = "") -> Draft:
-    """One record of any of the forms. Raises Dropped where it cannot be used."""
-    if not isinstance(value, dict):
-        raise Dropped("bad-record", f"not an object but {type(value).__name__}")
-    value = {key: content for key, content in value.items() if content is not None}  # columns have nulls
-    extra = sorted(map(str, value.keys() - _KNOWN))
-    if extra:
-        defects.ignored_keys.update(extra)
-        defects.add("ignored-keys", where, ", ".join(extra), "kept")
+def to_sample(value: Any, where: str, options: Options, defects: Defects, stem: str = "") -> RawSample:
+    """Convert one record of any of the forms. Raises SkipRecord if it cannot be used."""
+    value = {
+        key: content for key, content in require_object(value).items() if content is not None
+    }  # columns have nulls
+    defects.add_ignored_keys(value.keys() - _KNOWN, where)
     images: list[str | Embedded | None] = []
     messages = value.get("messages", value.get("conversations"))
     systems = [_system(value)] if "system" in value else []
@@ -89,7 +95,7 @@ def to_draft(value: Any, where: str, options: Options, defects: Defects, stem: s
     if outside and not any(DEFAULT_IMAGE_TOKEN in turn.text for turn in turns):
         turns = _with_markers(turns, len(outside))
     if len(found) > 1:
-        kept = choose_images(found, where, options, defects)
+        kept = choose_images(found, options.multi_image, where, defects)
         if len(kept) < len(found):
             turns = keep_first_marker(turns)
         found = kept
@@ -99,18 +105,18 @@ def to_draft(value: Any, where: str, options: Options, defects: Defects, stem: s
     source = value.get("source")
     if not isinstance(source, str) or not source or not is_text(source):
         source = WITH_IMAGES if found else TEXT_ONLY
-    return Draft(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(found), checked, where)
+    return RawSample(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(found), checked, where)
 
 
 def _together(inside: list[str | Embedded | None], outside: list[str | Embedded]) -> list[str | Embedded]:
-    """The images of the parts in order; a part that names none (as TRL writes them) takes the next one beside."""
+    """The images of the message parts in order; a part without one (TRL's form) takes the next of `outside`."""
     unnamed = inside.count(None)
     if unnamed != len(outside):
-        raise Dropped(
-            "marker", f"{unnamed} image parts that name no image, and {len(outside)} images beside the messages"
+        raise SkipRecord(
+            "marker", f"{unnamed} image parts without an image, and {len(outside)} images beside the messages"
         )
-    beside = iter(outside)
-    return [next(beside) if image is None else image for image in inside]
+    rest = iter(outside)
+    return [next(rest) if image is None else image for image in inside]
 
 
 def _question(value: Mapping[str, Any]) -> list[Turn]:
@@ -119,7 +125,7 @@ def _question(value: Mapping[str, Any]) -> list[Turn]:
     more = next((value[key] for key in INPUTS if key in value), "")
     if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(more, str):
         keys = ", ".join(map(str, value)) or "none"
-        raise Dropped(
+        raise SkipRecord(
             "bad-record",
             f"neither 'messages', 'conversations' nor a question and an answer that are text; keys: {keys}",
         )
@@ -129,20 +135,20 @@ def _question(value: Mapping[str, Any]) -> list[Turn]:
 def _system(value: Mapping[str, Any]) -> str:
     system = value["system"]
     if not isinstance(system, str):
-        raise Dropped("bad-record", f"'system' is {system!r:.60}; it must be text")
+        raise SkipRecord("bad-record", f"'system' is {system!r:.60}; it must be text")
     return system
 
 
 def _messages(
     messages: Any, images: list[str | Embedded | None], systems: list[str], where: str, defects: Defects
 ) -> list[Turn]:
-    """The turns, without those of the system, whose texts go to `systems`; images go to `images`."""
+    """The turns of user and assistant; system prompts are appended to `systems`, images to `images`."""
     if not isinstance(messages, list) or not messages:
-        raise Dropped("bad-record", "no list of messages")
+        raise SkipRecord("bad-record", "no list of messages")
     turns: list[Turn] = []
     for message in messages:
         if not isinstance(message, dict):
-            raise Dropped("bad-record", "a message is no object")
+            raise SkipRecord("bad-record", "a message is not an object")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         text = _content(content, images)
@@ -151,9 +157,9 @@ def _messages(
         elif isinstance(role, str) and role in CHAT_ROLES:
             turns.append(Turn(CHAT_ROLES[role], text))
         else:
-            raise Dropped("unknown-role", f"from {role!r:.60}; known are system, {', '.join(CHAT_ROLES)}")
+            raise SkipRecord("unknown-role", f"from {role!r:.60}; known are system, {', '.join(CHAT_ROLES)}")
     if not turns:
-        raise Dropped("bad-record", "no message but the system's")
+        raise SkipRecord("bad-record", "only system messages")
     merged = merge_turns(turns)
     if len(merged) < len(turns):
         defects.add("merged-turns", where, f"{len(turns)} turns became {len(merged)}", "repaired")
@@ -161,11 +167,11 @@ def _messages(
 
 
 def _content(content: Any, images: list[str | Embedded | None]) -> str:
-    """Text of a message; image parts go to `images`, None where they name none, and leave a marker."""
+    """The text of a message with a marker for each image part; the image, or None, is appended to `images`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Dropped("bad-record", f"content is {type(content).__name__}; it must be text or a list of parts")
+        raise SkipRecord("bad-record", f"content is {type(content).__name__}; it must be text or a list of parts")
     pieces = []
     for part in content:
         if isinstance(part, str):
@@ -179,7 +185,7 @@ def _content(content: Any, images: list[str | Embedded | None]) -> str:
             images.append(None if named is None else _image(named))
             pieces.append(DEFAULT_IMAGE_TOKEN)
         else:
-            raise Dropped("bad-record", f"a part of type {kind!r:.40}; known are text, image and image_url")
+            raise SkipRecord("bad-record", f"a part of type {kind!r:.40}; known are text, image and image_url")
     return "\n".join(pieces)
 
 
@@ -190,44 +196,44 @@ def _outside_images(value: Mapping[str, Any]) -> list[str | Embedded]:
 
 
 def _image(value: Any) -> str | Embedded:
-    """A path, or the bytes of an image.
-
-    Raises:
-        Dropped: a web address, which is never fetched, or something else.
-    """
+    """An image as a path or as embedded bytes. Raises SkipRecord for a web address or a value of another type."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("url") or value.get("path")
     if isinstance(value, bytes) and value:
         return Embedded(value)
     if not isinstance(value, str) or not value:
-        raise Dropped("no-image", f"an image is {type(value).__name__}; it must be a path, base64 or bytes")
+        raise SkipRecord("no-image", f"an image is {type(value).__name__}; it must be a path, base64 or bytes")
     if value.startswith("data:"):
         return Embedded(value)
     if _REMOTE.match(value):
-        raise Dropped("remote-image", value[:200])
+        raise SkipRecord("remote-image", value[:200])
     if len(value) > _LONGEST_PATH or (value.startswith(_BASE64_STARTS) and "." not in value[-8:]):
         return Embedded(value)
     return value
 
 
 def _with_markers(turns: list[Turn], images: int) -> list[Turn]:
-    """All markers in front of the first question."""
+    """Put all markers in front of the first question."""
     marker = f"{DEFAULT_IMAGE_TOKEN}\n" * images
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     return [Turn(t.role, marker + t.text) if i == first else t for i, t in enumerate(turns)]
 
 
-CONVERTER = Converter(
-    "messages",
-    "your own data as chat messages, ShareGPT with images, questions and answers: JSON, parquet, a datasets folder",
-    "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read (so also what\n"
-    "`datasets` writes with save_to_disk; the package itself is not needed). The split is that of the file's or\n"
-    "folder's name. Records have `messages` (role, content: text, or parts of type text, image, image_url),\n"
-    "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
-    "(answer, output, response).\n"
-    "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW), bytes, base64 or a\n"
-    "data: address. Web addresses are counted and left out. Several images: --multi-image. A part of type image\n"
-    "without an address takes the next of `images`. A system prompt (a turn, or the key `system`) is left\n"
-    "out, since the template brings one (--system prepend: put in front of the first question).",
-    iterate,
+SOURCES = (
+    Source(
+        "messages",
+        "your own chat messages, or questions and answers: JSON, parquet, `datasets`",
+        "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read (so\n"
+        "also the folders of save_to_disk of `datasets`; the package itself is not needed). The name of\n"
+        "the file or folder says the split.\n"
+        "Records have `messages` (role, content: text, or parts of type text, image, image_url),\n"
+        "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
+        "(answer, output, response).\n"
+        "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW),\n"
+        "bytes, base64 or a data: address. Web addresses are counted and left out. A part of type image\n"
+        "without an address takes the next of `images`.\n"
+        "A system prompt (a turn, or the key `system`) is left out, since the template brings one.",
+        iterate,
+        Options,
+    ),
 )

@@ -2,45 +2,34 @@
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
-from llava_mole.data.prepare.drafts import (
+from llava_mole.data.prepare.defects import Defects, SkipRecord
+from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.samples import (
     CHAT_ROLES,
     SPLITS,
-    Converter,
-    Defects,
-    Draft,
-    Dropped,
     Embedded,
-    Options,
+    RawSample,
     Split,
     check_turns,
     question_and_answer,
     read_turns,
-    usable_drafts,
+    require_object,
+    usable_samples,
 )
-from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.source import Source, SourceOptions, option
 
 LARGEST = 1 << 30
-"""Bytes; PathVQA's files have two million."""
+"""Most bytes of a pickle; PathVQA's have two million."""
 
-# What the unpickler raises for damage, depending on where it is.
-_REFUSALS = (
-    pickle.UnpicklingError,
-    EOFError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    ValueError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-)
+# The unpickler's errors for damage, depending on where it is.
+_REFUSALS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError, TypeError,
+             OverflowError, MemoryError, RecursionError)  # fmt: skip
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -52,13 +41,13 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain(path: Path) -> Any:
-    """The value of a pickle that holds lists, dicts, tuples, texts, numbers, True, False and None only.
+    """Load a pickle of nothing but lists, dicts, tuples, texts, numbers, True, False and None.
 
     Raises:
-        DataError: anything else is in it (nothing of it is called), or it is damaged.
+        DataError: it holds anything else (which is not called), or it is damaged.
     """
     if path.stat().st_size > LARGEST:
-        raise DataError(f"{path}: {path.stat().st_size} bytes; a pickle of questions has far less than {LARGEST}")
+        raise DataError(f"{path}: {path.stat().st_size} bytes; at most {LARGEST} are read")
     try:
         with path.open("rb") as file:
             return _PlainUnpickler(file).load()
@@ -81,8 +70,15 @@ def answer_type(answer: str) -> str:
     return "CLOSED" if answer.lower().strip() in ("yes", "no") else "OPEN"
 
 
-def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
-    """Rows of whichever form of the data set lies below `raw`, for the splits that the options name."""
+@dataclass(frozen=True)
+class Options(SourceOptions):
+    """Options of PathVQA."""
+
+    closed_suffix: bool = field(default=False, metadata=option("add LLaVA-Med's suffix to yes/no questions"))
+
+
+def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
+    """Rows of the form of the data set that lies below `raw`, for the splits that the options name."""
     splits = [split for split in SPLITS if options.wants(split)]
     pickles = {split: path for split in splits if (path := _pickle(raw, split)) is not None}
     if pickles:
@@ -109,42 +105,41 @@ def _pickle(raw: Path, split: Split) -> Path | None:
     return None
 
 
-def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+def _pickle_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
     values = load_plain(path)
     if not isinstance(values, list):
         raise DataError(f"{path}: holds {type(values).__name__}, not a list of questions; use the file as published")
     images = next((f for f in ("pvqa/images", "images") if (raw / f).is_dir()), "images")
     name = show(path, raw)
 
-    def make(value: Any, where: str) -> Draft:
-        if not isinstance(value, dict):
-            raise Dropped("bad-record", f"not an object but {type(value).__name__}")
+    def make(value: Any, where: str) -> RawSample:
+        value = require_object(value)
         image = value.get("image", value.get("img_id"))
         if not isinstance(image, str) or not image:
-            raise Dropped("bad-record", f"'image' is {type(image).__name__}; it must be a name")
+            raise SkipRecord("bad-record", f"'image' is {type(image).__name__}; it must be a name")
         question, answer = value.get("question", value.get("sent")), value.get("answer", value.get("label"))
         if isinstance(answer, dict):  # candidates with their weights
             if not all(isinstance(weight, (int, float)) for weight in answer.values()):
-                raise Dropped("bad-record", "'label' has values that are no numbers")
+                raise SkipRecord("bad-record", "'label' has values that are not numbers")
             answer = max(answer.items(), key=lambda item: item[1], default=("", 0))[0]
-        return _draft(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
+        return _sample(question, answer, f"{images}/{split}/{image}.jpg", where, split, options, defects)
 
     numbered = ((value, f"{name}:{number}") for number, value in enumerate(values, 1))
-    return usable_drafts(numbered, make, defects, split)
+    return usable_samples(numbered, make, defects, split)
 
 
-def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
-    def make(value: Any, where: str) -> Draft:
+def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
+    def make(value: Any, where: str) -> RawSample:
         image = value["image"]
         data = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(data, (bytes, str)) or not data:
-            raise Dropped("no-image", "no bytes in column 'image'")
-        return _draft(value["question"], value["answer"], Embedded(data), where, split, options, defects)
+            raise SkipRecord("no-image", "no bytes in column 'image'")
+        return _sample(value["question"], value["answer"], Embedded(data), where, split, options, defects)
 
-    return usable_drafts(read_rows(path, raw, ("image", "question", "answer")), make, defects, split)
+    return usable_samples(read_rows(path, raw, ("image", "question", "answer")), make, defects, split)
 
 
-def _draft(
+def _sample(
     question: Any,
     answer: Any,
     image: str | Embedded,
@@ -152,24 +147,24 @@ def _draft(
     split: Split,
     options: Options,
     defects: Defects,
-) -> Draft:
+) -> RawSample:
     number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    if number and abs(answer) < _LARGEST_ANSWER:  # neither NaN nor what Python refuses to write
+    if number and abs(answer) < _LARGEST_ANSWER:  # neither NaN nor an integer that Python refuses to print
         answer = str(answer)
     if not isinstance(question, str) or not isinstance(answer, str):
         # Types, not values: those of a hostile pickle may be nested too deeply to be shown.
         types = f"question is {type(question).__name__}, answer is {type(answer).__name__}"
-        raise Dropped("bad-record", f"{types}; both must be text")
+        raise SkipRecord("bad-record", f"{types}; both must be text")
     kind = answer_type(answer)
     if options.closed_suffix and kind == "CLOSED":
         question += CLOSED_SUFFIX
     turns = check_turns(question_and_answer(question, answer, 1), 1, where, defects)
     identifier = f"{SOURCE}-{split}-{where.rpartition(':')[2]}"
-    return Draft(identifier, SOURCE, (image,), turns, where, split, kind, kind)
+    return RawSample(identifier, SOURCE, (image,), turns, where, split, kind, kind)
 
 
 def _with_suffix(turns: tuple[Turn, ...], first: str) -> tuple[Turn, ...]:
-    """The suffix behind every closed question that has it not; `first` is the kind of the first one."""
+    """Add the suffix to every closed question that lacks it; `first` is the answer type of the first question."""
     result = list(turns)
     for i in range(0, len(turns) - 1, 2):
         closed = (answer_type(turns[i + 1].text) if i else first) == "CLOSED"
@@ -178,19 +173,18 @@ def _with_suffix(turns: tuple[Turn, ...], first: str) -> tuple[Turn, ...]:
     return tuple(result)
 
 
-def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[Draft]:
+def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
     """LLaVA-Med's records; its test file misspells `conversations`."""
 
-    def make(value: Any, where: str) -> Draft:
-        if not isinstance(value, dict):
-            raise Dropped("bad-record", f"not an object but {type(value).__name__}")
+    def make(value: Any, where: str) -> RawSample:
+        value = require_object(value)
         conversations = value.get("conversations")
         if conversations is None and MISSPELT in value:
             conversations = value[MISSPELT]
             defects.add("misspelt-key", where, MISSPELT, "repaired")
         image = value.get("image")
         if not isinstance(image, str) or not image:
-            raise Dropped("no-image", "no 'image' in the record")
+            raise SkipRecord("no-image", "no 'image' in the record")
         turns = check_turns(read_turns(conversations, CHAT_ROLES), 1, where, defects)
         given = value.get("answer_type")
         kind = _TYPES.get(given.lower()) if isinstance(given, str) else None
@@ -198,22 +192,28 @@ def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: D
         if options.closed_suffix:
             turns = _with_suffix(turns, kind)
         identifier = str(value.get("id", value.get("question_id", f"{SOURCE}-{where.rpartition(':')[2]}")))
-        return Draft(identifier, SOURCE, (image,), turns, where, answer_type=kind, category=kind)
+        return RawSample(identifier, SOURCE, (image,), turns, where, answer_type=kind, category=kind)
 
-    return usable_drafts(read_values(path, raw, defects), make, defects, split)
+    return usable_samples(read_values(path, raw, defects), make, defects, split)
 
 
-CONVERTER = Converter(
-    "pathvqa",
-    "biomedicine, 19,755 train and 6,761 test questions: the original pickles, the parquet copy, LLaVA-Med's JSON",
-    "One of:\n"
-    "RAW/pvqa/qas/<split>/<split>_qa.pkl and RAW/pvqa/images/<split>/*.jpg (UCSD-AI4H/PathVQA): the paper's counts.\n"
-    "The pickles are read without calling anything in them.\n"
-    "RAW/**/{train,validation,test}*.parquet (flaviagiammarino/path-vqa): 19,654 / 6,259 / 6,719, de-duplicated, so\n"
-    "its test scores have other denominators than the paper's 3,370 open and 3,391 closed.\n"
-    "RAW/**/*.json in LLaVA-Med's form (its misspelt key is understood), the split by file name, images below\n"
-    "--image-root.\n"
-    "A question is CLOSED if its answer is yes or no. --closed-suffix adds LLaVA-Med's `Please choose ...` to those.\n"
-    "MIT licence; the images belong to textbook publishers: do not pass them on. Some are CMYK or grey.",
-    iterate,
+SOURCES = (
+    Source(
+        "pathvqa",
+        "biomedicine, 19,755 train and 6,761 test: pickles, parquet, LLaVA-Med's JSON",
+        "One of:\n"
+        "RAW/pvqa/qas/<split>/<split>_qa.pkl and RAW/pvqa/images/<split>/*.jpg (UCSD-AI4H/PathVQA), with\n"
+        "the paper's counts. The pickles are read without calling anything in them.\n"
+        "RAW/**/{train,validation,test}*.parquet (flaviagiammarino/path-vqa): 19,654 / 6,259 / 6,719,\n"
+        "de-duplicated, so its test scores have other denominators than the paper's 3,370 open and 3,391\n"
+        "closed questions.\n"
+        "RAW/**/*.json in LLaVA-Med's form (its misspelt key is understood); the file name says the split,\n"
+        "and images are below --image-root.\n"
+        "A question is CLOSED if its answer is yes or no. --closed-suffix adds LLaVA-Med's\n"
+        "`Please choose ...` to those.\n"
+        "MIT licence; the images belong to textbook publishers, so do not pass them on. Some are CMYK or\n"
+        "grey.",
+        iterate,
+        Options,
+    ),
 )

@@ -1,11 +1,13 @@
-"""Names of the sources that `llava-mole prepare` converts; their modules are imported when one is asked for."""
+"""Names of the sources that `llava-mole prepare` knows; their modules are imported when one is asked for."""
 
 import importlib
+from types import ModuleType
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.data.prepare.drafts import Converter
+from llava_mole.data.prepare.source import Source
 
 MODULES = {
+    "tiny": "tiny.world",
     "sharegpt4v-pt": "llava",
     "sharegpt4v-instruct": "llava",
     "mix665k": "llava",
@@ -16,13 +18,19 @@ MODULES = {
     "llava-json": "llava",
     "messages": "messages",
 }
-"""Source -> module of this package."""
+"""Source -> module of this package.
+
+A module has `SOURCES`, a tuple of `Source`. One that generates its data has `main(argv)` and `SUMMARY` instead.
+"""
 
 
-def get_converter(name: str) -> Converter:
-    """The converter called `name`. Raises ConfigError that lists the names."""
+def get_module(name: str) -> ModuleType:
+    """The module of the source called `name`. Raises ConfigError that lists the names."""
     if name not in MODULES:
         raise ConfigError(f"no source {name!r} to prepare; there are {', '.join(MODULES)}")
-    module = importlib.import_module(f"llava_mole.data.prepare.sources.{MODULES[name]}")
-    converters = getattr(module, "CONVERTERS", None) or (module.CONVERTER,)
-    return next(converter for converter in converters if converter.name == name)
+    return importlib.import_module(f"llava_mole.data.prepare.sources.{MODULES[name]}")
+
+
+def get_source(name: str) -> Source:
+    """The source called `name`. Raises ConfigError that lists the names."""
+    return next(source for source in get_module(name).SOURCES if source.name == name)

@@ -1,28 +1,29 @@
 """UReader (and DocDownstream): document instructions with user and assistant roles, the image in a turn of its own."""
 
 import functools
-from collections.abc import Iterator
-from dataclasses import replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.data.prepare.drafts import (
+from llava_mole.data.prepare.defects import Defects, SkipRecord
+from llava_mole.data.prepare.files import find_files, read_values
+from llava_mole.data.prepare.samples import (
     CHAT_ROLES,
-    Converter,
-    Defects,
-    Draft,
-    Dropped,
-    Options,
+    SPLITS,
+    RawSample,
     Split,
     check_turns,
     choose_images,
     keep_first_marker,
     merge_turns,
     read_turns,
-    usable_drafts,
+    require_object,
+    usable_samples,
 )
-from llava_mole.data.prepare.files import find_files, read_values
+from llava_mole.data.prepare.source import MULTI_IMAGE, TRAIN_SPLITS, MultiImage, Source, SourceOptions, option
 
 PRESETS = {
     "official": {
@@ -34,27 +35,55 @@ PRESETS = {
     },
     "none": {},
 }
-"""`--upsample`: `official` is what the UReader paper does."""
+"""Names that `--upsample` takes; `official` has the factors of the UReader paper."""
 _KNOWN = {"image", "prompt", "text", "system_instruction", "conversations", "task_type", "id"}
 _DUE = "DUE_Benchmark/"
 
 
-def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[Draft]:
-    """Rows of train.jsonl and val.jsonl, as often as `--upsample` says, then those of every test_<set>.jsonl."""
+def parse_upsample(text: str) -> dict[str, int]:
+    """Parse `DocVQA=3,WikiTableQuestions=3`, or the name of a preset. Raises ValueError for anything else."""
+    if text in PRESETS:
+        return dict(PRESETS[text])
+    factors = {}
+    for part in text.split(","):
+        name, _, factor = part.partition("=")
+        if not name or re.fullmatch("[0-9]{1,4}", factor) is None or int(factor) < 1:
+            presets = ", ".join(PRESETS)
+            raise ValueError(f"it must be NAME=FACTOR,... with whole factors from 1 to 9999 or one of {presets}")
+        factors[name.strip()] = int(factor)
+    return factors
+
+
+@dataclass(frozen=True)
+class Options(SourceOptions):
+    """Options of UReader."""
+
+    train_splits: tuple[Split, ...] = field(default=("train", "val"), metadata=option(TRAIN_SPLITS))
+    multi_image: MultiImage = field(default="skip", metadata=option(MULTI_IMAGE))
+    upsample: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=option(
+            "repeat sub-sources; or `official`, or `none`", metavar="NAME=FACTOR,...", parse=parse_upsample
+        ),
+    )
+
+
+def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
+    """Rows of train.jsonl and val.jsonl, repeated as `--upsample` says, then those of every test_<set>.jsonl."""
     seen: set[str] = set()
     for path, split in _files(raw):
         if not options.wants(split):
             continue
-        make = functools.partial(to_draft, stem=path.stem, options=options, defects=defects)
-        for draft in usable_drafts(read_values(path, raw, defects), make, defects, split):
+        make = functools.partial(to_sample, stem=path.stem, options=options, defects=defects)
+        for sample in usable_samples(read_values(path, raw, defects), make, defects, split):
             copies = 1
             if split in options.train_splits:
-                seen.add(draft.source)
-                copies = options.upsample.get(draft.source, 1)
-            again = [replace(draft, id=f"{draft.id}#{copy}", again=True) for copy in range(2, copies + 1)]
-            yield draft
+                seen.add(sample.source)
+                copies = options.upsample.get(sample.source, 1)
+            again = [replace(sample, id=f"{sample.id}#{copy}", again=True) for copy in range(2, copies + 1)]
+            yield sample
             yield from again
-    # A set of the official ones may have been left out; in factors of one's own a name is a mistake in writing.
+    # The raw data may lack a set of the official factors; a name among your own factors must be a typing error.
     official = options.upsample == PRESETS["official"]
     unknown = [] if official else sorted(options.upsample.keys() - seen)
     if unknown and seen:
@@ -71,34 +100,29 @@ def _files(raw: Path) -> list[tuple[Path, Split]]:
             found.append((path, "test"))
     if not found:
         raise DataError(f"{raw}: no train.jsonl, val.jsonl or test_<set>.jsonl below it; unpack ureader_json.zip there")
-    order = ("train", "val", "test")
-    return sorted(found, key=lambda item: (order.index(item[1]), item[0]))
+    return sorted(found, key=lambda item: (SPLITS.index(item[1]), item[0]))
 
 
 def source_of(image: str) -> str:
-    """Sub-source by the image's path: `ChartQA/...`, or `DUE_Benchmark/<set>/...`; DocDownstream puts `imgs/` first."""
+    """Sub-source of an image path: `ChartQA/...` or `DUE_Benchmark/<set>/...`; DocDownstream puts `imgs/` in front."""
     path = image.removeprefix("./").removeprefix("imgs/").removeprefix(_DUE)
     folder, slash, _ = path.partition("/")
     return folder if slash else "ureader"
 
 
-def to_draft(value: Any, where: str, stem: str, options: Options, defects: Defects) -> Draft:
-    """One record. Raises Dropped where it cannot be used."""
-    if type(value) is not dict:
-        raise Dropped("bad-record", f"not an object but {type(value).__name__}")
-    unused = [key for key in ("prompt", "text", "system_instruction") if _text(value.get(key))]
-    extra = sorted(map(str, value.keys() - _KNOWN)) + unused
-    if extra:
-        defects.ignored_keys.update(extra)
-        defects.add("ignored-keys", where, ", ".join(extra), "kept")
+def to_sample(value: Any, where: str, stem: str, options: Options, defects: Defects) -> RawSample:
+    """Convert one record. Raises SkipRecord if it cannot be used."""
+    value = require_object(value)
+    unused = [key for key in ("prompt", "text", "system_instruction") if _has_text(value.get(key))]
+    defects.add_ignored_keys([*(value.keys() - _KNOWN), *unused], where)
     images = value.get("image")
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
-        raise Dropped("bad-record", f"'image' is {images!r:.60}; it must be a list of paths")
+        raise SkipRecord("bad-record", f"'image' is {images!r:.60}; it must be a list of paths")
     if not images:
-        raise Dropped("no-image", "no image in the record")
+        raise SkipRecord("no-image", "no image in the record")
     several = len(images)
-    images = choose_images(images, where, options, defects)
+    images = choose_images(images, options.multi_image, where, defects)
     turns = merge_turns(read_turns(value.get("conversations"), CHAT_ROLES))
     if len(images) < several:
         turns = keep_first_marker(turns)
@@ -107,27 +131,34 @@ def to_draft(value: Any, where: str, stem: str, options: Options, defects: Defec
         defects.add("none-answer", where, "", "kept")
     source = source_of(images[0])
     line = where.rpartition(":")[2]
-    return Draft(f"{stem}-{line}", source, tuple(images), checked, where, category=source)
+    return RawSample(f"{stem}-{line}", source, tuple(images), checked, where, category=source)
 
 
-def _text(value: Any) -> bool:
+def _has_text(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     return any(item not in (None, "") for item in values)
 
 
-CONVERTER = Converter(
-    "ureader",
-    "document instructions, 654,840 before up-sampling: train.jsonl, val.jsonl, test_<set>.jsonl",
-    "Hub data set Mizukiluke/ureader-instruction-1.0 (no licence stated; each set keeps its own): ureader_json.zip\n"
-    "and the image archives. RAW/**/{train,val}.jsonl and test_<set>.jsonl; images stay in place, below --image-root\n"
-    "(default: RAW/ureader_images if it is there, else RAW): ChartQA, DUE_Benchmark/<set>, TextCaps, TextVQA, ...\n"
-    "train.jsonl and val.jsonl are both trained on, as the released configuration does (--train-splits train: not).\n"
-    "--upsample DocVQA=3,... repeats sub-sources; `official` is the UReader paper's: DocVQA, InfographicsVQA and\n"
-    "WikiTableQuestions three times, DeepForm and KleisterCharity twice; default none.\n"
-    "Known: many answers of DeepForm and KleisterCharity are the word None, on purpose: kept and counted; some\n"
-    "TabFact images are missing; images called x.tiff.<page>, from 0, of which only x.tiff is there: its first\n"
-    "page is used in place, the others need --images unpack, else they are counted as tiff-page.\n"
-    "DocDownstream-1.0 has the same form (its imgs/ is understood).",
-    iterate,
-    default_train_splits=("train", "val"),
+SOURCES = (
+    Source(
+        "ureader",
+        "document instructions, 654,840: train.jsonl, val.jsonl, test_<set>.jsonl",
+        "Hub data set Mizukiluke/ureader-instruction-1.0 (no licence stated; each set keeps its own):\n"
+        "ureader_json.zip and the image archives.\n"
+        "RAW/**/{train,val}.jsonl and test_<set>.jsonl; images stay in place, below --image-root (default:\n"
+        "RAW/ureader_images if it exists, else RAW): ChartQA, DUE_Benchmark/<set>, TextCaps, TextVQA, ...\n"
+        "Training uses train.jsonl and val.jsonl, as the released configuration does (--train-splits train\n"
+        "leaves val.jsonl out).\n"
+        "--upsample DocVQA=3,... repeats sub-sources; `official` is the UReader paper's choice: DocVQA,\n"
+        "InfographicsVQA and WikiTableQuestions three times, DeepForm and KleisterCharity twice.\n"
+        "Known: many answers of DeepForm and KleisterCharity are the word None, on purpose: kept and\n"
+        "counted; some TabFact images are missing. Images called x.tiff.<page>, counted from 0, of which\n"
+        "only x.tiff exists: the first page is used in place, the others need --images unpack, else they\n"
+        "are counted as tiff-page.\n"
+        "DocDownstream-1.0 has the same form (its imgs/ is understood).",
+        iterate,
+        Options,
+        image_folder="ureader_images",
+        questions_by_sub_source=True,
+    ),
 )

@@ -1,9 +1,9 @@
 """The biomedicine domain: patches of a real immunohistochemistry photograph, with PathVQA-style questions.
 
 The photograph (colonic glands, DAB brown with hematoxylin blue; 512 x 512; shipped with scikit-image) is cut into two
-regions, one for training and one for testing, with a strip between them that nobody sees. Every answer is a
+regions, one for training and one for testing, with an unused strip between them. Every answer is a
 measurement: colour deconvolution (Ruifrok and Johnston, 2001; `skimage.color.rgb2hed`), then shares of pixels above
-fixed thresholds. A question is asked only where the measurement lies clearly on one side of every limit.
+fixed thresholds. A question is asked only if the measurement lies clearly on one side of every limit.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ def grade(value: float, *grades: tuple[str, float, float]) -> str | None:
 
 
 def findings(m: Measurement) -> dict[str, str]:
-    """What the measurement says beyond doubt, as short answers by kind of finding; doubtful kinds are absent."""
+    """Findings that the measurement supports clearly, as kind -> short answer; doubtful kinds are absent."""
     upper_left, upper_right, lower_left, lower_right = m.quadrants
     order = sorted(m.quadrants)
     found = {
@@ -162,7 +162,7 @@ def generate(count: int, split: str, rng: Random) -> list[Sample]:
         patch = np.ascontiguousarray(patch)
         found = findings(measure(patch))
         asked = tuple(Question(QUESTIONS[kind][0], answer, QUESTIONS[kind][1]) for kind, answer in found.items())
-        # the name says where the patch was cut, so that anyone can check that the splits do not overlap
+        # the name holds the place of the patch, so that anyone can check that the splits do not overlap
         name = f"{index:05d}_y{rows[0] + top}_x{left}"
         samples.append(Sample(name, Image.fromarray(patch), caption(found, rng), facts(found), asked))
     return samples

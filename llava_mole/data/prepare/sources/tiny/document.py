@@ -28,12 +28,12 @@ ORDINALS = ("first", "second", "third")
 UNIT = 3
 """Pixels of bar height per unit."""
 CELL = 16
-"""Pixels between the columns and rows on which things stand."""
+"""Pixels between the grid's columns and rows."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a chart or a table says, before it is drawn."""
+    """The content of a chart or a table, before it is drawn."""
 
     kind: str
     """`chart` or `table`."""
@@ -123,7 +123,7 @@ def questions(document: Document) -> tuple[Question, ...]:
 
 
 def bar_places(count: int) -> dict[str, int]:
-    """What two or three bars are called by their place -> index from the left."""
+    """Name of the place of each of two or three bars -> index from the left."""
     return {"left": 0, "right": 1} if count == 2 else {"left": 0, "middle": 1, "right": 2}
 
 

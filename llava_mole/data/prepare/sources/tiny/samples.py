@@ -1,4 +1,4 @@
-"""What the three domains produce: an image, a caption, short true sentences, and questions with answers."""
+"""Samples of the three domains: an image, a caption, short true sentences, and questions with answers."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with everything the tiny world says about it."""
+    """One image with its caption, true sentences and questions."""
 
     name: str
     """File name without extension, unique within domain and split."""
     image: Image.Image
     """RGB, 64 x 64."""
     caption: str
-    """One or two plain sentences that name whatever the questions ask about."""
+    """One or two plain sentences that name everything the questions ask about."""
     facts: tuple[str, ...]
     """Short true sentences, each about one attribute; the tower's contrastive training matches images with them."""
     questions: tuple[Question, ...]
@@ -39,8 +39,8 @@ class Sample:
 def balance(samples: Sequence[Sample], rng: Random, open_ratio: float = 1.5) -> list[tuple[int, Question]]:
     """Choose questions so that no answer is much more frequent than another answer of the same question string.
 
-    For each string, an answer is kept at most as often as the rarest answer of that string (times `open_ratio` where
-    the answers are not just yes and no). Which ones are kept is drawn from `rng`.
+    For each string, an answer is kept at most as often as the rarest answer of that string (times `open_ratio` if
+    the answers are not just yes and no). `rng` draws which ones are kept.
 
     Returns:
         (index of the sample, question) pairs, ordered by sample.

@@ -1,8 +1,8 @@
-"""`python -m llava_mole.data.prepare.sources.tiny.world --out playground/data/tiny`: write the tiny world's data.
+"""`llava-mole prepare tiny --out playground/data/tiny`: write the data of the tiny world.
 
 Three domains (general, document, biomedicine) with disjoint train and test splits, stage-1 captions of the train
-images, and a few photographs. Everything follows from the seed. Image paths in the records are relative to the output
-folder. The folder appears complete or not at all; a second call finds it, verifies it and leaves it.
+images, and a few photographs. The seed decides everything. Image paths in the records are relative to the output
+folder. The folder appears complete or not at all; a second call verifies an existing folder and leaves it alone.
 """
 
 import argparse
@@ -22,25 +22,27 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from llava_mole.common.errors import DataError, command
+from llava_mole.common.files import read_json, sha256_of, write_json
 from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
 
+SUMMARY = "generated: three small domains, --out playground/data/tiny"
 T = TypeVar("T")
 
 
 def progress(items: Iterable[T], label: str, unit: str) -> "tqdm[T]":
-    """`tqdm` over `items`; where stderr is no terminal it writes at most one line every 30 seconds."""
+    """`tqdm` over `items`; if stderr is not a terminal, at most one line every 30 seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(items, desc=label, unit=unit, mininterval=0.2 if terminal else 30, leave=terminal, ascii=not terminal)
 
 
 FORMAT = 1
-"""Raised whenever the same seed would give other data."""
+"""Increased whenever the same seed gives other data."""
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
 MAX_TURNS = 6
 """Questions in one training record; they share the image and the system prompt."""
 MOST_TEST_IMAGES = 1000
-"""Images drawn for a test split at most (easy-VQA has as many); those without a chosen question are not written."""
+"""Most images drawn for a test split (easy-VQA has as many); those without a chosen question are not written."""
 PACKAGES = ("easy-vqa", "scikit-image", "numpy", "pillow")
 
 
@@ -52,13 +54,13 @@ def domain_samples(domain: str, split: str, count: int, seed: int) -> tuple[list
     if domain == "biomedicine":
         return biomedicine.generate(count, split, rng), {}
     taken: set[bytes] = set()
-    if split == "train":  # no picture that any test split of this seed has
+    if split == "train":  # no image of any test split of this seed
         document.generate(MOST_TEST_IMAGES, Random(f"{seed}-{domain}-test"), taken)
     return document.generate(count, rng, taken), {}
 
 
 def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> list[dict[str, Any]]:
-    """LLaVA records with up to `MAX_TURNS` balanced questions each; images left without a question have none."""
+    """LLaVA records with up to `MAX_TURNS` balanced questions each; an image without a question gets no record."""
     turns: dict[int, list[Question]] = {}
     for index, question in balance(samples, rng):
         turns.setdefault(index, []).append(question)
@@ -78,7 +80,7 @@ def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> lis
 
 
 def image_path(domain: str, split: str, name: str) -> str:
-    """Where an image lies, relative to the output folder."""
+    """Path of an image, relative to the output folder."""
     return f"{domain}/images/{split}/{name}.png"
 
 
@@ -105,7 +107,7 @@ def write_split(
             line = {"question_id": ident, "image": path, "text": question.text, "category": question.category}
             lines.append(json.dumps(line | {"answer": question.answer}))
         (folder / "test_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(folder / f"{split}.json", records)
+    write_records(folder / f"{split}.json", records)
     captions = []
     for index in progress(used, f"{domain} {split}", "image"):
         sample = samples[index]
@@ -121,8 +123,8 @@ def write_split(
     return counts, captions
 
 
-def write_json(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write a list with one record a line, so that a line number names a record."""
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a list with one record a line, so that a line number identifies a record."""
     lines = ",\n".join(json.dumps(record) for record in records)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
@@ -138,12 +140,12 @@ def write_photos(folder: Path) -> None:
 
 
 def tree_digest(root: Path) -> tuple[str, int]:
-    """sha256 over the relative paths and contents of all files under `root` but the manifest; and their number."""
+    """Digest of the relative paths and contents of all files below `root` except the manifest, and their number."""
     digest = hashlib.sha256()
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path != root / "manifest.json")
     for path in paths:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest(), len(paths)
 
 
@@ -161,7 +163,7 @@ def write(out: Path, train_per_domain: int, test_per_domain: int, seed: int) -> 
             captions += described if split == "train" else []
     Random(f"{seed}-captions").shuffle(captions)
     (out / "captions").mkdir()
-    write_json(out / "captions" / "train.json", captions)
+    write_records(out / "captions" / "train.json", captions)
     counts["captions"] = {"records": len(captions)}
     write_photos(out / "photos")
     digest, files_written = tree_digest(out)
@@ -174,7 +176,7 @@ def write(out: Path, train_per_domain: int, test_per_domain: int, seed: int) -> 
 
 
 def request(train_per_domain: int, test_per_domain: int, seed: int) -> dict[str, Any]:
-    """The part of the manifest that decides what is written. Raises DataError where a package is missing."""
+    """The part of the manifest that decides what is written. Raises DataError if a package is missing."""
     try:
         versions = {name: version(name) for name in PACKAGES}
     except PackageNotFoundError as error:
@@ -191,19 +193,19 @@ def request(train_per_domain: int, test_per_domain: int, seed: int) -> dict[str,
 
 
 def is_complete(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `out` holds what `wanted` asks for, with every file as it was written."""
+    """Whether `out` holds the data of the request `wanted`, with every file as it was written."""
     try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        manifest = read_json(out / "manifest.json")
+    except DataError:
         return False
     return {key: manifest.get(key) for key in wanted} == wanted and tree_digest(out)[0] == manifest.get("sha256")
 
 
 def build(out: Path, train_per_domain: int = 4000, test_per_domain: int = 800, seed: int = 0) -> bool:
-    """Write the data set to `out` unless it is there. Returns whether anything was written.
+    """Write the data set to `out` unless it is already there. Returns whether anything was written.
 
     Raises:
-        DataError: `out` holds something that this command did not write, or a package is missing.
+        DataError: `out` holds files that this command did not write, or a package is missing.
     """
     if train_per_domain < 1 or test_per_domain < 1:
         raise DataError(
@@ -218,7 +220,7 @@ def build(out: Path, train_per_domain: int = 4000, test_per_domain: int = 800, s
         new = Path(temporary, "new")
         new.mkdir()
         manifest = write(new, train_per_domain, test_per_domain, seed)
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_json(new / "manifest.json", manifest, indent=1)
         if out.exists():
             os.rename(out, Path(temporary, "old"))
         os.rename(new, out)
@@ -228,14 +230,14 @@ def build(out: Path, train_per_domain: int = 4000, test_per_domain: int = 800, s
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m llava_mole.data.prepare.sources.tiny.world", description=__doc__)
+    parser = argparse.ArgumentParser(prog="llava-mole prepare tiny", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("playground/data/tiny"), help="folder to write (%(default)s)")
     parser.add_argument("--train-per-domain", type=int, default=4000, metavar="N", help="train images (%(default)s)")
     parser.add_argument("--test-per-domain", type=int, default=800, metavar="N", help="test questions (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides everything (%(default)s)")
     given = parser.parse_args(arguments)
     written = build(given.out, given.train_per_domain, given.test_per_domain, given.seed)
-    manifest = json.loads((given.out / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(given.out / "manifest.json")
     print(f"tiny world: {'written to' if written else 'already in'} {given.out} (sha256 {manifest['sha256'][:12]})")
     for name, counts in manifest["counts"].items():
         print(f"  {name:20s} " + ", ".join(f"{number:,} {kind}" for kind, number in Counter(counts).items()))

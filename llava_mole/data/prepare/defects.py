@@ -1,0 +1,124 @@
+"""Defects of raw data: the one table of their kinds, which `check-data` uses too, and the counter of `prepare`."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+KINDS: dict[str, str] = {
+    # Records.
+    "bad-json": "a line that is not JSON",
+    "bad-record": "a value of the wrong type, or a shape that the template cannot hold",
+    "bad-text": "an unpaired surrogate, which UTF-8 cannot encode",
+    "duplicate": "a record that appears again, word for word",
+    "id-again": "an id that an earlier record has; `where` tells them apart",
+    "ignored-keys": "keys that training does not read",
+    "misspelt-key": "a key that the source misspells",
+    "many-sources": "more sub-sources than are told apart; counted as `images` or `text`",
+    "no-instruction": "no instruction, and none to draw one from",
+    # Turns.
+    "unknown-role": "a turn of an unknown role",
+    "turn-order": "turns that do not alternate, or none from the user",
+    "merged-turns": "consecutive turns of one role, joined",
+    "first-answer": "an answer before the first question",
+    "system-turn": "a system prompt of its own; the template brings one",
+    "empty-answer": "an answer without text",
+    "none-answer": "the answer is the word None, which the source uses for an absent field",
+    "marker": "the numbers of <image> markers and images differ, or an answer holds a marker",
+    "marker-again": "several markers in one turn for one image",
+    # Length in tokens.
+    "too-long": "longer than data.max_length; with data.max_length_policy error training does not start",
+    "truncated": "longer than data.max_length, cut at the end",
+    "shortened": "longer than data.max_length, trained on without its oldest rounds",
+    "dropped": "longer than data.max_length, left out",
+    "image-cut": "an image beyond data.max_length",
+    "masked": "no supervised token, or none before data.max_length",
+    # Images.
+    "missing-image": "the image file does not exist",
+    "outside-image": "absolute path, '..', or a link that leads out of the image folder",
+    "remote-image": "a web address instead of a path; nothing is downloaded",
+    "corrupt-image": "the image cannot be decoded",
+    "too-large-image": "more pixels than Pillow decodes (a decompression bomb), or too many bytes",
+    "huge-image": "more pixels than check.huge_pixels",
+    "animated-image": "several frames; training sees the first",
+    "cmyk-image": "CMYK pixels; training sees them converted to RGB",
+    "wrong-extension": "the content has another format than the file name says",
+    "base64": "the base64 text is not valid",
+    "base64-spaces": "white space inside the base64 text",
+    "no-image": "a record without an image where each must have one",
+    "several-images": "more than one image",
+    "several-images-question": "a test row with more than one image; the evaluation reads one",
+    "tiff-page": "a page of a TIFF file other than the first; --images unpack extracts it",
+}
+"""Kind -> what it means."""
+
+REFUSED_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",
+                  "bad-text", "image-cut", "masked", "too-long")  # fmt: skip
+"""Kinds of records with which training does not start."""
+OVERLONG_RECORD = ("truncated", "shortened", "dropped")
+"""Kinds of records that are longer than `data.max_length` and that `data.max_length_policy` lets pass."""
+MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
+BAD_IMAGE = ("corrupt-image", "too-large-image")
+
+Action = Literal["dropped", "repaired", "kept"]
+
+
+class Issue(NamedTuple):
+    """One defect: a kind of `KINDS`, and what exactly was found."""
+
+    kind: str
+    detail: str
+
+
+class SkipRecord(Exception):
+    """Leaves out the current record; `usable_samples` counts it and continues."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+class Defects:
+    """Counts defects and lists them in a file.
+
+    Args:
+        path: The list file; each line is `{"where", "kind", "action", "detail"}`. None lists nothing.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.counts: Counter[tuple[str, Action]] = Counter()
+        self.ignored_keys: Counter[str] = Counter()
+        """How many records hold each key that training does not read."""
+        self._file = None if path is None else path.open("w", encoding="utf-8", newline="\n")
+
+    def add(self, kind: str, where: str, detail: str = "", action: Action = "dropped") -> None:
+        """Count one defect. Raises KeyError if `kind` is not in `KINDS`."""
+        if kind not in KINDS:
+            raise KeyError(kind)
+        self.counts[kind, action] += 1
+        if self._file is not None:
+            line = {"where": where, "kind": kind, "action": action, "detail": detail[:300]}
+            self._file.write(json.dumps(line, ensure_ascii=True) + "\n")
+
+    def add_ignored_keys(self, keys: Iterable[Any], where: str) -> None:
+        """Count the keys of one record that training does not read, if there are any."""
+        names = sorted(map(str, keys))
+        if names:
+            self.ignored_keys.update(names)
+            self.add("ignored-keys", where, ", ".join(names), "kept")
+
+    def close(self) -> None:
+        """Close the list file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """`{kind, action, count, meaning}`, most frequent first."""
+        ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        return [
+            {"kind": kind, "action": action, "count": count, "meaning": KINDS[kind]}
+            for (kind, action), count in ordered
+        ]

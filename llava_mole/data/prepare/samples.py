@@ -1,0 +1,179 @@
+"""Samples as a source yields them, before their images are checked, and the rules of their turns."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.conversation import Turn, place_image_first
+from llava_mole.data.prepare.defects import Action, Defects, SkipRecord
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+TEXT_ONLY, WITH_IMAGES = "text", "images"
+"""Sub-sources of records that name none: those without an image, and the others."""
+
+Role = Literal["user", "assistant"]
+LLAVA_ROLES: Mapping[str, Role] = {"human": "user", "gpt": "assistant"}
+CHAT_ROLES: Mapping[str, Role] = {"user": "user", "assistant": "assistant", **LLAVA_ROLES}
+_ORDER: tuple[Role, Role] = ("user", "assistant")
+_IN_FRONT = f"{DEFAULT_IMAGE_TOKEN}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """An image inside a record; it is unpacked to `<sub-source>/<sha1>.<ext>`."""
+
+    data: bytes | str
+    """The file's bytes, or their base64, with or without a `data:` prefix."""
+
+
+@dataclass(slots=True)
+class RawSample:
+    """One sample of a source; its turns are checked, its images are not yet."""
+
+    id: str
+    source: str
+    """Sub-source, such as `coco` or `vqa-v2`."""
+    images: tuple[str | Embedded, ...]
+    """Paths relative to the image root, or embedded images."""
+    turns: tuple[Turn, ...]
+    where: str
+    """Raw `file:line` (or `file:row`)."""
+    split: Split = "train"
+    answer_type: str | None = None
+    category: str | None = None
+    """The group of a test question, over which accuracy is averaged; None takes `source`."""
+    again: bool = False
+    """Whether it repeats an earlier sample, to be trained on more often; it is never a question."""
+
+
+def usable_samples(
+    values: Iterable[tuple[Any, str]], make: Callable[[Any, str], RawSample], defects: Defects, split: Split = "train"
+) -> Iterator[RawSample]:
+    """Yield `make(value, where)` for each `(value, where)`, marked as of `split`; skipped records are counted."""
+    for value, where in values:
+        try:
+            sample = make(value, where)
+        except SkipRecord as skipped:
+            defects.add(skipped.kind, where, skipped.detail)
+            continue
+        sample.split = split
+        yield sample
+
+
+def require_object(value: Any) -> dict[Any, Any]:
+    """Return a record that is a JSON object. Raises SkipRecord for anything else."""
+    if type(value) is not dict:
+        raise SkipRecord("bad-record", f"not an object but {type(value).__name__}")
+    return value
+
+
+def read_turns(conversations: Any, roles: Mapping[str, Role]) -> list[Turn]:
+    """Parse `[{"from", "value"}, ...]` into turns. Raises SkipRecord for another shape or role."""
+    if not isinstance(conversations, list) or not conversations:
+        raise SkipRecord("bad-record", "no list of turns")
+    turns = []
+    for turn in conversations:
+        try:
+            role, text = turn["from"], turn["value"]
+        except (TypeError, KeyError, IndexError):
+            raise SkipRecord("bad-record", "a turn is not an object with 'from' and 'value'") from None
+        if type(text) is not str or type(role) is not str:
+            raise SkipRecord("bad-record", f"a turn's 'from' or 'value' is not text: {role!r:.40}, {text!r:.40}")
+        if role not in roles:
+            raise SkipRecord("unknown-role", f"from {role!r:.60}; known are {', '.join(roles)}")
+        turns.append(Turn(roles[role], text))
+    return turns
+
+
+def merge_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Join consecutive turns of one role with a newline; turns without text add nothing."""
+    merged: list[Turn] = []
+    for turn in turns:
+        if merged and merged[-1].role == turn.role:
+            texts = (merged[-1].text, turn.text)
+            merged[-1] = Turn(turn.role, "\n".join(text for text in texts if text))
+        else:
+            merged.append(turn)
+    return merged
+
+
+def check_turns(turns: Sequence[Turn], images: int, where: str, defects: Defects) -> tuple[Turn, ...]:
+    """Return the turns as the record reader wants them: user first, alternating, one marker for each image.
+
+    Args:
+        turns: One conversation.
+        images: Number of images of the record.
+        where: `file:line`, for repairs.
+        defects: Counts the repairs.
+
+    Raises:
+        SkipRecord: the conversation cannot be used.
+    """
+    if turns and turns[0].role == "assistant":
+        defects.add("first-answer", where, turns[0].text[:60], "repaired")
+        turns = turns[1:]
+    for index, turn in enumerate(turns):
+        if turn.role != _ORDER[index % 2]:
+            raise SkipRecord("turn-order", f"two consecutive turns from the {turn.role}")
+        if not is_text(turn.text):
+            raise SkipRecord("bad-text", UNPAIRED_SURROGATE)
+        if index % 2 and DEFAULT_IMAGE_TOKEN in turn.text:
+            raise SkipRecord("marker", f"an answer holds {DEFAULT_IMAGE_TOKEN}")
+    questions, answers = turns[::2], turns[1::2]
+    unanswered = sum(not answer.text or answer.text.isspace() for answer in answers)
+    if unanswered == len(answers):
+        raise SkipRecord("empty-answer", "no answer with text" if turns else "no turn from the user")
+    if unanswered:
+        defects.add("empty-answer", where, f"{unanswered} of {len(answers)} answers", "kept")
+    counts = [question.text.count(DEFAULT_IMAGE_TOKEN) for question in questions]
+    markers = sum(counts)
+    if markers > images == 1 and markers in counts:
+        defects.add("marker-again", where, f"{markers} markers in one turn for one image", "repaired")
+    elif markers != images:
+        raise SkipRecord(
+            "marker", f"{count_of(markers, f'{DEFAULT_IMAGE_TOKEN} marker')} for {count_of(images, 'image')}"
+        )
+    return tuple(turns) if images != 1 or _is_in_front(turns[0].text) else place_image_first(turns)
+
+
+def _is_in_front(text: str) -> bool:
+    """Whether a first question holds the only marker in the place that `place_image_first` gives it, as most do."""
+    rest = text[len(_IN_FRONT) :]
+    return text.startswith(_IN_FRONT) and rest == rest.strip() != "" and DEFAULT_IMAGE_TOKEN not in rest
+
+
+def question_and_answer(question: str, answer: str, images: int) -> list[Turn]:
+    """One round about `images` images, with the markers in front."""
+    return [Turn("user", _IN_FRONT * images + without_marker(question)), Turn("assistant", answer)]
+
+
+def without_marker(text: str) -> str:
+    """The text without literal image markers, which raw text must not bring."""
+    return text.replace(DEFAULT_IMAGE_TOKEN, "") if DEFAULT_IMAGE_TOKEN in text else text
+
+
+def choose_images(
+    images: list[Any], multi_image: Literal["skip", "first", "keep"], where: str, defects: Defects
+) -> list[Any]:
+    """The images of a record that `--multi-image` keeps. Raises SkipRecord for several with `skip`."""
+    if len(images) > 1:
+        if multi_image == "skip":
+            raise SkipRecord("several-images", f"{len(images)} images")
+        action: Action = "repaired" if multi_image == "first" else "kept"
+        defects.add("several-images", where, f"{len(images)} images", action)
+    return images[:1] if multi_image == "first" else images
+
+
+def keep_first_marker(turns: Sequence[Turn]) -> list[Turn]:
+    """Remove every image marker of the conversation but the first."""
+    seen = False
+    result = []
+    for turn in turns:
+        head, marker, tail = turn.text.partition(DEFAULT_IMAGE_TOKEN)
+        text = turn.text if not marker else head + ("" if seen else marker) + without_marker(tail)
+        seen = seen or bool(marker)
+        result.append(Turn(turn.role, text))
+    return result
