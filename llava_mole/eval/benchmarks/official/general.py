@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.files import read_json
 from llava_mole.eval.benchmarks.official.base import (
     SHORT_ANSWER,
     Converted,
@@ -12,13 +13,12 @@ from llava_mole.eval.benchmarks.official.base import (
     find,
     need,
     option,
-    read_json,
     read_lines,
     read_list,
-    read_text,
     without,
 )
 from llava_mole.eval.metrics.path_vqa import is_closed
+from llava_mole.eval.questions import read_text
 
 PATH_VQA_CLOSED = " Please choose from the following two options: [yes, no]"
 OCR_HINT = "\nReference OCR token: "

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.files import read_json, write_bytes
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.eval.answers import write_bytes_atomically
 from llava_mole.eval.benchmarks.official.base import (
     LETTER,
     Converted,
@@ -19,7 +19,6 @@ from llava_mole.eval.benchmarks.official.base import (
     need,
     need_list,
     option,
-    read_json,
     read_lines,
     read_list,
     without,
@@ -102,7 +101,7 @@ def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
             content = base64.b64decode(need(row, "image", where), validate=True)
         except ValueError as error:
             raise DataError(f"{where}: its image is not valid base64 ({error})") from None
-        write_bytes_atomically(picture, content)
+        write_bytes(picture, content)
         choices = [(letter, row.get(letter, "")) for letter in MMBENCH_OPTIONS]
         choices = list(itertools.takewhile(lambda choice: choice[1].lower() not in MISSING, choices))
         parts = [row.get("hint", ""), need(row, "question", where), *(f"{letter}. {text}" for letter, text in choices)]
