@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.text import count_of
 from llava_mole.eval.benchmarks.benchmark import COUNTED, Benchmark, Number
 from llava_mole.eval.metrics.table import METRICS, Fields
 from llava_mole.eval.scoring.intervals import (
@@ -206,7 +207,9 @@ def compare_units(
         zip(second.ids, second.groups, strict=True)
     ):
         only = len(set(first.ids) ^ set(second.ids))
-        raise DataError(f"{only} questions are in only one of the runs; score both runs on the same questions")
+        raise DataError(
+            f"{count_of(only, 'question')} found in only one of the runs; score both runs on the same questions"
+        )
     if set(first.fields) != set(second.fields):
         raise DataError("the scores per question of the two runs have different fields; score both again")
     permutation = np.array([order[unit] for unit in first.ids])

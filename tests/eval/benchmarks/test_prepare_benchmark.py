@@ -66,7 +66,7 @@ def test_what_the_user_should_know_is_printed(tmp_path: Path, capsys: pytest.Cap
     assert "note: 1 of 3 questions have no known split" in printed
     out = str(tmp_path / "f")
     assert cli.main(["prepare-benchmark", "deepform", "--raw", str(tmp_path / "form"), "--out", out]) == 0
-    assert "note: 1 values of the references are asked by no question; the recall wants them" in capsys.readouterr().out
+    assert "note: no question asks for 1 value of the references; the recall counts them" in capsys.readouterr().out
 
 
 def test_golds_follow_the_question_not_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

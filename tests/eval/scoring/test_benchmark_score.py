@@ -228,7 +228,7 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
     line = {"category": "VR", "answer": "yes"}
     first = units_of(tmp_path, "tiny_ehub", (line, "yes"))
     second = units_of(tmp_path, "tiny_ehub", (line, "yes"), (line, "yes"))
-    with pytest.raises(DataError, match="1 questions are in only one of the runs"):
+    with pytest.raises(DataError, match="1 question found in only one of the runs"):
         compare_units(get_benchmark("tiny_ehub"), "VR", first, second)
 
 
