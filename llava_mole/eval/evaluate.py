@@ -51,14 +51,8 @@ class Job:
 
     @property
     def scores(self) -> Path:
-        """The score file beside the answers."""
+        """The score file."""
         return self.answers.with_suffix(SCORE_SUFFIX)
-
-    @property
-    def submission(self) -> Path | None:
-        """The file for the benchmark's server, if it has one."""
-        kind = self.loaded.benchmark.submission
-        return self.answers.with_suffix(f".submission{SUFFIXES[kind]}") if kind else None
 
     @property
     def record(self) -> Path:
@@ -70,11 +64,11 @@ class Job:
         """The routing statistics of a model with experts."""
         return self.answers.with_suffix(".routing.json")
 
-    def remove_results(self) -> None:
-        """Remove what an earlier run wrote, answers first, so that nothing of it is taken for the new run's."""
-        for path in (self.answers, self.scores, self.submission, self.routing):
-            if path is not None:
-                path.unlink(missing_ok=True)
+    @property
+    def submission(self) -> Path | None:
+        """The file for the benchmark's server, if it has one."""
+        kind = self.loaded.benchmark.submission
+        return self.answers.with_suffix(f".submission{SUFFIXES[kind]}") if kind else None
 
 
 def output_folder(model_path: str) -> Path:
@@ -168,8 +162,10 @@ def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
 
 
 def _begin(job: Job, run: Mapping[str, Any]) -> None:
-    """Write what the new answers depend on, after removing what another run left there."""
-    job.remove_results()
+    """Write what the new answers depend on, after removing what another run left there, answers first."""
+    for path in (job.answers, job.scores, job.submission, job.routing):
+        if path is not None:
+            path.unlink(missing_ok=True)
     write_json(job.record, run)
 
 
@@ -238,12 +234,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and score."""
     parser = argparse.ArgumentParser(prog="llava-mole eval", description=__doc__.split("\n")[0])
     parser.add_argument("model_path", metavar="MODEL_DIR", help="run directory or checkpoint")
-    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="names or YAML files, separated by , or blanks")
     parser.add_argument(
-        "--prompt-variant", default=DEFAULT_VARIANT, metavar="NAME", help="one of the benchmark's prompts"
+        "--benchmarks",
+        nargs="+",
+        metavar="NAME",
+        help="benchmarks to run: names or YAML files, separated by commas or blanks",
     )
     parser.add_argument(
-        "--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmarks are (default {DATA_ROOT})"
+        "--prompt-variant",
+        default=DEFAULT_VARIANT,
+        metavar="NAME",
+        help="prompt to use, of those in the benchmark's file",
+    )
+    parser.add_argument(
+        "--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is (default {DATA_ROOT})"
     )
     parser.add_argument("--out", metavar="DIR", help="where benchmarks' results go (default MODEL_DIR/eval)")
     parser.add_argument("--questions", nargs="+", metavar="[GROUP=]FILE", help="your own question files, with answers")

@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.split("\n")[0],
         epilog=f"benchmarks: {', '.join(list_benchmarks())}",
     )
-    parser.add_argument("benchmark", metavar="NAME", help="a benchmark, or its YAML file")
+    parser.add_argument("benchmark", metavar="NAME", help="benchmark: a name, or a YAML file")
     parser.add_argument("--raw", required=True, metavar="DIR", help="folder of the official files")
-    parser.add_argument("--out", metavar="DIR", help="default: the benchmark's folder below playground/data")
+    parser.add_argument("--out", metavar="DIR", help="where to write the questions (default: below playground/data)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing question file")
     args = parser.parse_args(argv)
     benchmark = get_benchmark(args.benchmark)

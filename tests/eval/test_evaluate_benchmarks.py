@@ -196,6 +196,9 @@ def test_finished_answers_are_scored_again_after_a_change(
     changed = first | {"text": "something else"}
     answers.write_text(answers.read_text().replace(json.dumps(first), json.dumps(changed)))
     assert scored()["numbers"]["all"]["k"] == 0
+    # A score file of another version.
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"format": 1}))
+    assert scored()["format"] == 2
     # Other images: other answers are to be expected.
     other = make_questions(tmp_path / "other").parent
     assert cli.main([*run, "--image-folder", str(other)]) == 2

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison and write it to a directory."""
     parser = argparse.ArgumentParser(prog="llava-mole report", description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="*", metavar="[NAME=]RUN", help="scored runs, the reference first")
-    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=PATH", help="the same, each with a name")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=PATH", help="more runs, each with a name")
     parser.add_argument("--out", metavar="DIR", help="where report.{txt,md,tex,json} and benchmarks.png go")
     parser.add_argument(
         "--published", choices=["main", "all", "none"], default="main", help="published rows to show (default: main)"

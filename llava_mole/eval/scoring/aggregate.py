@@ -1,7 +1,7 @@
 """Sums the fields of every question to a benchmark's numbers, with intervals, and compares two runs on them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,7 +226,8 @@ def compare_units(
         "low": _finite(low),
         "high": _finite(high),
     }
-    involved = _groups_involved(name, numbers, list(one))
+    ratios = _ratios(name, numbers)
+    involved = [group for group in one if any(not ratio.groups or group in ratio.groups for ratio in ratios)]
     counted = [fields.index(field) for field in denominator(number)] if number.value else []
     # McNemar's test needs answers that are right or wrong: none may leave the denominator in only one of the runs.
     if is_share(number) and all((one[group][:, counted] == two[group][:, counted]).all() for group in involved):
@@ -234,24 +235,16 @@ def compare_units(
         change = np.concatenate([two[group][:, index] - one[group][:, index] for group in involved])
         better, worse = int((change > 0).sum()), int((change < 0).sum())
         return result | {"test": "mcnemar", "p_value": mcnemar_exact(worse, better), "better": better, "worse": worse}
-    columns = [fields.index(field) for field in _fields_involved(name, numbers)]
+    used = dict.fromkeys(field for ratio in ratios for field in (ratio.value or "", *denominator(ratio)))
+    columns = [fields.index(field) for field in used]
     changed = sum(int((one[g][:, columns] != two[g][:, columns]).any(axis=1).sum()) for g in involved)
     p_value = permutation_p_value(one, two, function, resamples=resamples, seed=seed)
     return result | {"test": "permutation", "p_value": p_value, "changed": changed}
 
 
-def _walk(name: str, numbers: Mapping[str, Number], visit: Callable[[Number], Sequence[str]]) -> list[str]:
+def _ratios(name: str, numbers: Mapping[str, Number]) -> list[Number]:
+    """Return the ratios that the number `name` is made of: itself, or those of its parts."""
     number = numbers[name]
     if number.value is not None:
-        return list(visit(number))
-    found = [item for part in (*number.sum, *number.mean) for item in _walk(part, numbers, visit)]
-    return list(dict.fromkeys(found))
-
-
-def _groups_involved(name: str, numbers: Mapping[str, Number], groups: Sequence[str]) -> list[str]:
-    wanted = _walk(name, numbers, lambda number: number.groups or groups)
-    return [group for group in groups if group in wanted]
-
-
-def _fields_involved(name: str, numbers: Mapping[str, Number]) -> list[str]:
-    return _walk(name, numbers, lambda number: [number.value or "", *denominator(number)])
+        return [number]
+    return [ratio for part in (*number.sum, *number.mean) for ratio in _ratios(part, numbers)]

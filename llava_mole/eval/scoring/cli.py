@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"benchmarks: {', '.join(list_benchmarks())}",
     )
     parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="answers file, or the files of all chunks")
-    parser.add_argument("--benchmark", metavar="NAME", help="a benchmark, or its YAML file")
+    parser.add_argument("--benchmark", metavar="NAME", help="benchmark to score by: a name, or a YAML file")
     parser.add_argument(
         "--questions",
         nargs="+",
@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="[GROUP=]FILE",
         help="training splits for the majority baseline of your own --questions (default: the test itself)",
     )
-    parser.add_argument("--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"default {DATA_ROOT}")
+    parser.add_argument(
+        "--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is ({DATA_ROOT})"
+    )
     parser.add_argument("--image-folder", metavar="DIR", help="root of the questions' image paths, for the report")
     parser.add_argument(
-        "--output", metavar="FILE", help=f"default: name of the first answers file, with {SCORE_SUFFIX}"
+        "--output", metavar="FILE", help=f"score file (default: the first answers file's name with {SCORE_SUFFIX})"
     )
     parser.add_argument("--submission", metavar="FILE", help="also write the file that the benchmark's server takes")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")

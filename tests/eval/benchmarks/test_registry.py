@@ -122,6 +122,14 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
             {"published": [{"model": "m", "source": "s", "values": {"c": 1}}]},
             "published 'm' gives 'c', which is not",
         ),
+        (
+            {"submission": "gqa", "data": {"folder": "x", "questions": ["q"], "converter": "fax"}},
+            "data.converter is 'fax'",
+        ),
+        (
+            {"data": {"folder": "x", "questions": ["q"], "train_files": []}, "metrics": {"*": ["word_match"]}},
+            "data.train_files: the majority baseline needs the one metric plain_exact; found ['word_match']",
+        ),
         ({"numbers": {"all": {}}}, "numbers.all: it needs exactly one of value, sum and mean"),
         ({"numbers": {"all": {"sum": ["x"]}}}, "numbers.all: 'x' is not a number"),
         ({"numbers": {"all": {"sum": ["all"]}}}, "numbers.all: 'all' must stand above it"),
