@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,9 @@ from llava_mole.common.log import get_logger
 from llava_mole.eval.questions import Question, read_json_lines
 
 logger = get_logger(__name__)
+
+Answers = Mapping[str, Mapping[str, Any]]
+"""Lines of an answers file by question id as text, as `read_answers` returns them."""
 
 
 def answer_record(question: Question, text: str, model_id: str) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.eval.answers import Answers
 from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions
 from llava_mole.eval.metrics.normalise import m4c_normalise
 from llava_mole.eval.questions import read_json_lines
 
-Answers = Mapping[str, Mapping[str, Any]]
 MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 MMBENCH_COLUMN = 6
 """Where LLaVA inserts the column `prediction`."""

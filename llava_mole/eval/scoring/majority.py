@@ -8,6 +8,7 @@ from llava_mole.common.errors import DataError
 from llava_mole.common.text import plain
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.store import read_records
+from llava_mole.eval.answers import Answers
 from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions
 from llava_mole.eval.metrics.exact import plain_exact
 from llava_mole.eval.metrics.table import gold
@@ -66,7 +67,7 @@ def read_train_files(arguments: Sequence[str]) -> dict[str, list[tuple[str, str]
     return dict(pairs)
 
 
-def score_groups(loaded: BenchmarkQuestions, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def score_groups(loaded: BenchmarkQuestions, answers: Answers) -> dict[str, Any]:
     """Count right answers by group and category, beside those of the majority baseline.
 
     The baseline comes from the benchmark's training files. If there are none, or they are not on this machine, it comes

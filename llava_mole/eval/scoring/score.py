@@ -6,6 +6,7 @@ from typing import Any
 
 from llava_mole.common.errors import DataError
 from llava_mole.common.text import format_table
+from llava_mole.eval.answers import Answers
 from llava_mole.eval.benchmarks.benchmark import UNKNOWN_VARIANT, BenchmarkQuestions
 from llava_mole.eval.metrics.table import METRICS, Fields
 from llava_mole.eval.questions import resolve_argument
@@ -13,9 +14,6 @@ from llava_mole.eval.scoring.aggregate import Units, build_units, compute_number
 from llava_mole.eval.scoring.intervals import LEVEL, RESAMPLES, SEED
 from llava_mole.eval.scoring.majority import score_groups
 from llava_mole.eval.scoring.score_file import FORMAT
-
-Answers = Mapping[str, Mapping[str, Any]]
-"""Lines of an answers file by question id as text, see `read_answers`."""
 
 
 def check_answers(loaded: BenchmarkQuestions, answers: Answers) -> str:
