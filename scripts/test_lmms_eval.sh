@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 
 from llava_mole.eval.benchmarks.benchmark import load_questions
-from llava_mole.eval.benchmarks.benchmark import get_benchmark
+from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.inference.predictor import Predictor
 
 run, results = sys.argv[1:]

@@ -1,1 +1,1 @@
-"""Evaluation: answering benchmark questions and scoring the answers."""
+"""Evaluation: answer question files with a model, score the answers, report the scores."""

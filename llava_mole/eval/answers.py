@@ -1,32 +1,34 @@
 """Answer files: JSON lines in LLaVA's format, complete or absent.
 
-While a run goes on, answers collect in `<file>.partial`, whose first line describes the run; ranks above 0 write
-`<file>.partial.<rank>`. A run that was cut off continues from all of them, on any number of ranks; a run with other
+While a run is in progress, answers collect in `<file>.partial`, whose first line describes the run; ranks above 0 write
+`<file>.partial.<rank>`. An interrupted run continues from all of them, on any number of ranks; a run with other
 settings refuses them. The finished file is written beside them and renamed into place, in the order of the questions,
 so a file under its final name always holds every answer. One process (with its ranks) writes a file at a time.
 """
 
 import base64
-import fcntl
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from llava_mole.common.distributed import all_gather_objects, get_rank, on_main
 from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.common.files import refuse_existing, try_lock, write_errors, write_text
 from llava_mole.common.log import get_logger
 from llava_mole.eval.questions import Question, read_json_lines
 
 logger = get_logger(__name__)
 
+Answers = Mapping[str, Mapping[str, Any]]
+"""Lines of an answers file by question id as text, as `read_answers` returns them."""
+
 
 def answer_record(question: Question, text: str, model_id: str) -> dict[str, Any]:
-    """One line of an answers file. `answer_id` is a function of model, question and answer, 22 characters long."""
+    """Return one line of an answers file. `answer_id` (22 characters) depends on model, question and answer only."""
     digest = hashlib.sha256(json.dumps([model_id, question.key, text]).encode()).digest()
     return {
         "question_id": question.question_id,
@@ -38,68 +40,23 @@ def answer_record(question: Question, text: str, model_id: str) -> dict[str, Any
     }
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise ConfigError where the block cannot write `path`: a full disk, a folder without permission."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}; make room, or name another place"
-        ) from error
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the whole new one.
-
-    Raises:
-        ConfigError: it cannot be written; nothing of it is left then.
-    """
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """`write_bytes_atomically` of the text as UTF-8."""
-    write_bytes_atomically(path, text.encode())
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError unless a file may be written at `path`. Asked before the work, not after it."""
-    with writing(path):
-        if path.is_dir():
-            raise ConfigError(f"{path} is a directory; name a file")
-        if path.exists() and not overwrite:
-            raise ConfigError(f"{path} exists; give --overwrite to replace it, or another name")
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"{path} cannot be written: {folder} is not a directory that may be written to")
-
-
 class AnswerFile:
-    """Collects the answers to `questions` and writes them to `path` once they are complete. Its methods are collectives
-    of the ranks that evaluate together, but for `add`."""
+    """Collects the answers to `questions` and writes them to `path` once they are complete.
+
+    Every method except `add` is a collective of the ranks that evaluate together.
+    """
 
     def __init__(self, path: Path, questions: Sequence[Question], run: dict[str, Any], *, overwrite: bool = False):
         """Open or continue.
 
         Args:
             run: What the answers depend on (model, decoding, questions), plain JSON values.
-            overwrite: Start over, whatever exists. The existing file stays until the new one is complete.
+            overwrite: Start over. An existing file stays until the new one is complete.
 
         Raises:
             ConfigError: `path` exists, or a partial file of a run with other settings does; another process is
-                writing it at this moment; a file that cannot be written.
-            DataError: a partial file that cannot be read.
+                writing it now; or it cannot be written.
+            DataError: a partial file cannot be read.
         """
         self.path = path
         rank = get_rank()
@@ -107,7 +64,7 @@ class AnswerFile:
         self._questions = {question.key: question for question in questions}
         self._lock: TextIO | None = None
         try:
-            # One rank looks at the files, so that all go on from the same answers.
+            # One rank reads the files, so that all ranks continue from the same answers.
             self._answered: set[str] = on_main(lambda: self._open(run, overwrite))
         except BaseException:
             self.close()
@@ -117,16 +74,16 @@ class AnswerFile:
 
     @property
     def pending(self) -> list[Question]:
-        """Questions that no rank had answered when this was opened, in order."""
+        """The questions that no rank had answered when this was opened, in order."""
         return [question for key, question in self._questions.items() if key not in self._answered]
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append answers to this rank's partial file, on disk when this returns.
+        """Append answers to this rank's partial file; they are on disk when this returns.
 
         Raises:
-            ConfigError: the file cannot be written; what it holds already is not lost.
+            ConfigError: the file cannot be written; what it already holds is kept.
         """
-        with writing(self.partial), self.partial.open("a", encoding="utf-8") as file:
+        with write_errors(self.partial), self.partial.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
@@ -137,20 +94,20 @@ class AnswerFile:
         Raises:
             DataError: a question has no answer, or two different ones.
         """
-        all_gather_objects(None)  # until every rank has written its answers
+        all_gather_objects(None)  # wait until every rank has written its answers
         on_main(self._publish)
 
     def close(self) -> None:
-        """Let other processes continue what this one leaves; the end of the process does so, too."""
+        """Let other processes continue from the partial files. The end of the process does the same."""
         if self._lock is not None:
             self._lock.close()
 
     def _open(self, run: dict[str, Any], overwrite: bool) -> set[str]:
         refuse_existing(self.path, overwrite=overwrite)
-        with writing(self.path):
+        with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-        if self.path.exists() and not overwrite:  # the process that had the lock has just finished
+        if self.path.exists() and not overwrite:  # the process that held the lock has just finished
             self.partial.unlink()
             refuse_existing(self.path, overwrite=overwrite)
         if overwrite:
@@ -165,28 +122,24 @@ class AnswerFile:
         return answered
 
     def _locked(self) -> TextIO:
-        """The partial file of rank 0, which one process at a time has open like this."""
+        """Open and lock the partial file of rank 0, which one process may hold at a time."""
         while True:
             file = self.partial.open("a", encoding="utf-8")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise ConfigError(
-                    f"{self.path}: another process is writing it at this moment; wait for it, or give another "
-                    "--answers-file"
-                ) from None
-            except OSError as error:
-                logger.warning("%s: no locks here (%s); write it from one process only", self.path, error.strerror)
-            try:
+                try_lock(
+                    file, self.path, "another process is writing it now; wait for it, or give another --answers-file"
+                )
                 if os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
                     return file
             except FileNotFoundError:
                 pass
-            file.close()  # the process that had it has removed it meanwhile
+            except ConfigError:
+                file.close()
+                raise
+            file.close()  # the process that held the lock has removed this file meanwhile: open the new one
 
     def _partials(self) -> list[Path]:
-        """The partial files of all ranks, in order."""
+        """Return the partial files of all ranks, in order."""
         name = f"{self.path.name}.partial"
         found = [path for path in self.path.parent.glob(f"{glob.escape(name)}*") if _is_partial(path.name, name)]
         return sorted(found, key=lambda path: (len(path.name), path.name))
@@ -204,12 +157,12 @@ class AnswerFile:
                 f"{missing[0].where}; the answers so far are in {self.partial}"
             )
         lines = [json.dumps(answers[key]) + "\n" for key in self._questions]
-        write_text_atomically(self.path, "".join(lines))
+        write_text(self.path, "".join(lines))
         for partial in self._partials():
             partial.unlink()
 
     def _continue(self, partial: Path, run: dict[str, Any]) -> list[str]:
-        """Ids that `partial`, left by an earlier, cut-off run, has answers to."""
+        """Return the ids that `partial`, left by an interrupted run, has answers to."""
         _drop_torn_line(partial)
         lines = read_json_lines(partial)
         if not lines:
@@ -237,7 +190,7 @@ def _is_partial(name: str, partial: str) -> bool:
 
 
 def _drop_torn_line(partial: Path) -> None:
-    """A process that died while writing leaves a last line without its end; that answer is computed again."""
+    """Remove an incomplete last line, left by a process that died while writing; its answer is computed again."""
     content = partial.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -246,7 +199,7 @@ def _drop_torn_line(partial: Path) -> None:
 
 
 def read_answers(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Answers by question id (as text), of one file or of the files of all chunks.
+    """Return the answers by question id (as text), of one file or of the files of all chunks.
 
     Raises:
         DataError: unreadable line, missing `question_id` or `text`, or two answers to one question.

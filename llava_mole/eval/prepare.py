@@ -1,6 +1,6 @@
-"""`llava-mole prepare-benchmark NAME --raw DIR`: the official files of a benchmark as a question file with its answers.
+"""`llava-mole prepare-benchmark NAME --raw DIR`: convert a benchmark's official files to a question file with answers.
 
-Images stay where they are: `prepared.json` beside the questions says where, what was converted and how much.
+Images stay where they are. `prepared.json` beside the questions records where that is, and what was converted.
 """
 
 import argparse
@@ -11,37 +11,37 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llava_mole.common.errors import ConfigError, DataError, command
-from llava_mole.eval.answers import write_text_atomically
+from llava_mole.common.files import sha256_of, write_json, write_text
 from llava_mole.eval.benchmarks.benchmark import (
     DATA_ROOT,
     PREPARED,
     Benchmark,
     BenchmarkQuestions,
-    get_benchmark,
-    list_benchmarks,
     load_questions,
 )
 from llava_mole.eval.benchmarks.official import CONVERTERS
-from llava_mole.eval.scoring.score import check_scorable, file_digest
+from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
+from llava_mole.eval.scoring.score import check_scorable
 
 SOURCES_LISTED = 50
+"""Limit on the files whose checksums are recorded."""
 
 
 def _checked(benchmark: Benchmark, text: str, path: Path, images: Path) -> BenchmarkQuestions:
-    """The questions as they will be read back from `path`, which stays as it is until all is well.
+    """Return the questions as they will be read back from `path`, which is not written yet.
 
     Raises:
-        DataError: they cannot be read, or not be scored.
+        DataError: they cannot be read or scored.
     """
     with TemporaryDirectory() as folder:
         staged = Path(folder) / path.name
-        write_text_atomically(staged, text)
+        write_text(staged, text)
         try:
             loaded = load_questions(benchmark, files=[str(staged)], image_folder=images)
             try:
                 check_scorable(loaded)
-            except ConfigError as error:  # a package is missing that scoring needs, preparing does not
-                print(f"note: not tried to score: {error}")
+            except ConfigError as error:  # scoring needs a package that preparing does not
+                print(f"note: scoring was not tried: {error}")
         except DataError as error:
             raise DataError(f"{str(error).replace(str(staged), str(path))}; it was not written") from None
     return loaded
@@ -49,15 +49,15 @@ def _checked(benchmark: Benchmark, text: str, path: Path, images: Path) -> Bench
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert, check by reading back, say what is there."""
+    """Convert, check by reading back, write, and print what was written."""
     parser = argparse.ArgumentParser(
         prog="llava-mole prepare-benchmark",
         description=__doc__.split("\n")[0],
         epilog=f"benchmarks: {', '.join(list_benchmarks())}",
     )
-    parser.add_argument("benchmark", metavar="NAME", help="a benchmark, or its YAML file")
-    parser.add_argument("--raw", required=True, metavar="DIR", help="where the official files lie")
-    parser.add_argument("--out", metavar="DIR", help="default: the benchmark's folder below playground/data")
+    parser.add_argument("benchmark", metavar="NAME", help="benchmark: a name, or a YAML file")
+    parser.add_argument("--raw", required=True, metavar="DIR", help="folder of the official files")
+    parser.add_argument("--out", metavar="DIR", help="where to write the questions (default: below playground/data)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing question file")
     args = parser.parse_args(argv)
     benchmark = get_benchmark(args.benchmark)
@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise DataError(f"{', '.join(map(str, converted.sources)) or raw}: no questions in it")
     text = "".join(json.dumps(line) + "\n" for line in converted.lines)
     loaded = _checked(benchmark, text, path, converted.images)
-    write_text_atomically(path, text)
-    groups = Counter(question.domain for question in loaded.questions)
+    write_text(path, text)
+    groups = Counter(question.group for question in loaded.questions)
     report = {
         "benchmark": benchmark.name,
         "converter": benchmark.data.converter,
@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "questions": len(loaded.questions),
         "groups": dict(groups),
         "fingerprint": loaded.fingerprint(),
-        "sources": {str(source): file_digest([source]) for source in converted.sources[:SOURCES_LISTED]},
+        "sources": {str(source): sha256_of(source) for source in converted.sources[:SOURCES_LISTED]},
         "remarks": converted.remarks,
     }
-    write_text_atomically(out / PREPARED, json.dumps(report, indent=2) + "\n")
+    write_json(out / PREPARED, report)
     print(f"{path}: {len(loaded.questions)} questions ({', '.join(f'{g} {n}' for g, n in groups.items())})")
     print(f"images: {converted.images}")
     if benchmark.data.count not in (None, len(loaded.questions)):

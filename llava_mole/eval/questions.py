@@ -1,10 +1,11 @@
 """Question files: JSON lines in LLaVA's format, read strictly, and their split into chunks.
 
-A line is `{"question_id": 7, "image": "a/b.png", "text": "...", "category": "..."}`. `image` and `category` may be
-absent; `image` may also be a list of one path, and be called `images`. `answer`, where present, is what `eval/score.py`
-compares with. Other keys are allowed and ignored.
+A line is `{"question_id": 7, "image": "a/b.png", "text": "...", "category": "..."}`. `image` and `category` are
+optional; `image` may also be a list of one path, and may be called `images`. `answer` or `answers`, where present, is
+what the metrics compare with. Other keys are kept for the metrics and otherwise ignored.
 
-Files are given as `FILE` or `DOMAIN=FILE`. The domain groups the scores; a file without one is grouped by `category`.
+Files are given as `FILE` or `GROUP=FILE`. Scores and routing are reported by group; without one, a question's
+`category` is its group.
 """
 
 import json
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_mole.common.errors import ConfigError, DataError, PromptError
+from llava_mole.data.images import resolve_image
 
-NO_DOMAIN = "all"
-"""Domain of a question with neither a domain nor a category."""
+NO_GROUP = "all"
+"""Group of a question with neither a group nor a category."""
 
 WINDOW = 8
 """Batches that are sorted by length together."""
@@ -33,23 +35,23 @@ class Question:
     text: str
     """The question without the image placeholder."""
     image: str | None
-    """Path relative to the image folder, or None for a question about no image."""
-    domain: str
-    """What its accuracy is reported under."""
+    """Path relative to the image folder, or None for a question without an image."""
+    group: str
+    """What its scores are reported under."""
     category: str | None
-    """Kind of question, for the finer break-down."""
+    """Kind of question, which may divide a group further."""
     answer: str | None
     where: str
     """`file:line`, for messages."""
 
     @property
     def key(self) -> str:
-        """Identity of the question: 7 and "7" are the same one."""
+        """Identity of the question: 7 and "7" are the same."""
         return str(self.question_id)
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8 text. Raises DataError where it is absent or something else."""
+    """Return the text of a UTF-8 file. Raises DataError if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -59,13 +61,13 @@ def read_text(path: Path) -> str:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Every object of a JSON-lines file with its `file:line`. Blank lines are skipped.
+    """Return every object of a JSON-lines file with its `file:line`. Blank lines are skipped.
 
     Raises:
-        DataError: no such file, or a line that is no JSON object.
+        DataError: no such file, or a line that is not a JSON object.
     """
     objects = []
-    # Not splitlines(): it also splits at characters that JSON allows inside a text, such as U+2028.
+    # Not splitlines(), which also splits at characters that JSON allows inside a text, such as U+2028.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -81,33 +83,39 @@ def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def parse_named_file(argument: str) -> tuple[str | None, Path]:
-    """`DOMAIN=FILE` or `FILE`; an existing file whose name holds `=` is a file."""
-    domain, separator, name = argument.partition("=")
+    """Split `GROUP=FILE` or `FILE`; an existing file whose name contains `=` is a file."""
+    group, separator, name = argument.partition("=")
     if not separator or Path(argument).is_file():
         return None, Path(argument)
-    return domain, Path(name)
+    return group, Path(name)
+
+
+def resolve_argument(argument: str) -> str:
+    """`[GROUP=]FILE` with the absolute path, so that a report finds the file from any directory."""
+    group, path = parse_named_file(argument)
+    return str(path.resolve()) if group is None else f"{group}={path.resolve()}"
 
 
 def read_questions(arguments: Sequence[str]) -> list[Question]:
-    """All questions of the files, in order.
+    """Return all questions of the files, in order.
 
     Args:
-        arguments: `FILE` or `DOMAIN=FILE` each.
+        arguments: `FILE` or `GROUP=FILE` each.
 
     Raises:
         DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, several images,
-            no question.
+            or no question at all.
     """
     return [question for question, _ in read_question_lines(arguments)]
 
 
 def read_question_lines(arguments: Sequence[str]) -> list[tuple[Question, dict[str, Any]]]:
-    """All questions of the files with their whole lines, `image` a path in them. Raises as `read_questions` does."""
+    """Return all questions with their complete lines, in which `image` is one path. Raises as `read_questions`."""
     found: dict[str, tuple[Question, dict[str, Any]]] = {}
     for argument in arguments:
-        domain, path = parse_named_file(argument)
+        group, path = parse_named_file(argument)
         for where, line in read_json_lines(path):
-            question = _parse(line, where, domain)
+            question = _parse(line, where, group)
             first, _ = found.setdefault(question.key, (question, line))
             if first is not question:
                 raise DataError(
@@ -120,11 +128,11 @@ def read_question_lines(arguments: Sequence[str]) -> list[tuple[Question, dict[s
     return list(found.values())
 
 
-def _parse(line: dict[str, Any], where: str, domain: str | None) -> Question:
+def _parse(line: dict[str, Any], where: str, group: str | None) -> Question:
     question_id = line.get("question_id")
     if isinstance(question_id, bool) or not isinstance(question_id, (str, int)) or question_id == "":
         found = repr(question_id) if "question_id" in line else "nothing"
-        raise DataError(f"{where}: question_id must be a number or a text that is not empty; found {found}")
+        raise DataError(f"{where}: question_id must be a number or a non-empty text; found {found}")
     for key, required in (("text", True), ("category", False), ("answer", False)):
         value = line.get(key)
         if not isinstance(value, str) and (required or value is not None):
@@ -134,7 +142,7 @@ def _parse(line: dict[str, Any], where: str, domain: str | None) -> Question:
         question_id=question_id,
         text=line["text"],
         image=_image(line, where),
-        domain=domain or line.get("category") or NO_DOMAIN,
+        group=group or line.get("category") or NO_GROUP,
         category=line.get("category"),
         answer=line.get("answer"),
         where=where,
@@ -142,7 +150,7 @@ def _parse(line: dict[str, Any], where: str, domain: str | None) -> Question:
 
 
 def _image(line: dict[str, Any], where: str) -> str | None:
-    """The path in `image` or `images`, each a path or a list of paths; None where neither names one."""
+    """The one path in `image` and `images`, each a path or a list of paths; None if there is none."""
     paths: list[str] = []
     for key in ("image", "images"):
         value = line.get(key)
@@ -156,7 +164,7 @@ def _image(line: dict[str, Any], where: str) -> str | None:
 
 
 def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T]:
-    """Contiguous chunk `chunk_idx` of `num_chunks`; sizes differ by one at most, and every item is in one chunk.
+    """Return contiguous chunk `chunk_idx` of `num_chunks`; every item is in one chunk, and sizes differ by at most one.
 
     With more chunks than items some chunks are empty. The chunks in order are the items in order.
 
@@ -171,12 +179,10 @@ def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[
 
 
 def check_images(questions: Sequence[Question], folder: Path) -> None:
-    """Raise DataError that names the first question whose image is no file inside `folder`."""
-    from llava_mole.data.images import resolve_image
-
+    """Raise DataError that names the first question whose image is not a file inside `folder`."""
     with_image = [question for question in questions if question.image is not None]
     if with_image and not folder.is_dir():
-        raise DataError(f"--image-folder {folder} is no directory; {with_image[0].where} needs an image from it")
+        raise DataError(f"--image-folder {folder} is not a directory; {with_image[0].where} needs an image from it")
     for question in with_image:
         try:
             resolve_image(question.image or "", folder)
@@ -185,8 +191,8 @@ def check_images(questions: Sequence[Question], folder: Path) -> None:
 
 
 @contextmanager
-def naming(questions: Sequence[Question]) -> Iterator[None]:
-    """Errors of the block about the n-th of its prompts become errors of the n-th question, with file and line."""
+def errors_named_after(questions: Sequence[Question]) -> Iterator[None]:
+    """Turn an error about the n-th prompt into one about the n-th question, with its file and line."""
     try:
         yield
     except PromptError as error:
@@ -196,15 +202,13 @@ def naming(questions: Sequence[Question]) -> Iterator[None]:
 def windows(
     questions: Sequence[Question], folder: Path, batch_size: int
 ) -> Iterator[tuple[Sequence[Question], list[Path | None]]]:
-    """The questions in pieces of some batches, each with the files of its images.
+    """Yield the questions in windows of `WINDOW` batches, each with the files of its images.
 
-    Files, because whoever decodes them needs one batch at a time: pages of documents take 15 MB each when decoded.
+    Files rather than images, because only one batch is decoded at a time: a document page takes 15 MB when decoded.
 
     Raises:
-        DataError: an image is no file inside `folder`.
+        DataError: an image is not a file inside `folder`.
     """
-    from llava_mole.data.images import resolve_image
-
     for start in range(0, len(questions), WINDOW * batch_size):
         window = questions[start : start + WINDOW * batch_size]
         names = dict.fromkeys(question.image for question in window if question.image is not None)

@@ -1,7 +1,7 @@
-"""Evaluation over the ranks that torchrun or `accelerate launch` started: a group for coordination only.
+"""Evaluation over the ranks that torchrun or `accelerate launch` started.
 
-Every rank has the whole model and answers its own questions; nothing but small Python objects is exchanged, so gloo
-serves CPU and GPU ranks alike.
+Every rank has the whole model and answers its own questions. Only small Python objects are exchanged, so gloo serves
+CPU and GPU ranks alike.
 """
 
 import os
@@ -16,14 +16,14 @@ import torch.distributed as dist
 from llava_mole.eval.questions import Question, take_chunk
 
 _LONGEST_WAIT = timedelta(days=14)
-"""Ranks that are done wait for the slowest; that is no failure."""
+"""Ranks that have finished wait for the slowest; that must not time out."""
 
 T = TypeVar("T")
 
 
 @contextmanager
 def joined_ranks() -> Iterator[None]:
-    """Join the ranks that the launcher's environment names, each with its own GPU; alone, do nothing."""
+    """Join the ranks that the launcher's environment names, each with its own GPU. Do nothing in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ or dist.is_initialized():
         yield
         return
@@ -34,15 +34,15 @@ def joined_ranks() -> Iterator[None]:
         yield
         dist.barrier()
     finally:
-        # After an error the others may never come: the launcher ends them, waiting here would hide the error.
+        # No barrier after an error: the other ranks may never arrive, and waiting for them would hide the error.
         dist.destroy_process_group()
 
 
 def share_of_rank(questions: Sequence[Question], rank: int, world_size: int) -> list[Question]:
-    """The questions that `rank` answers: equally many, off by one at most.
+    """Return the questions that `rank` answers; the ranks' numbers differ by at most one.
 
-    Those about one image follow each other, in the order in which images first occur, so that an image is decoded and
-    encoded on one rank; only one that lies at a boundary between two ranks is on both.
+    Questions about one image follow each other, in the order in which images first occur, so that an image is decoded
+    and encoded on one rank, or on two if it lies at their boundary.
     """
     first: dict[str | None, int] = {}
     for position, question in enumerate(questions):

@@ -90,11 +90,11 @@ def train_and_score(name: str, seed: int, steps: int, data: Path, out: Path) -> 
                 "--overwrite",
             ]
         )
-    domains = json.loads(scores.read_text(encoding="utf-8"))["domains"]
+    numbers = json.loads(scores.read_text(encoding="utf-8"))["numbers"]
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     loads = [share for entry in entries[-20:] for layer in entry["expert_load_by_layer"] for share in layer]
     row: dict[str, Any] = {"setting": name, "seed": seed, "steps": steps}
-    row |= {domain: 100 * domains[domain]["accuracy"] for domain in DOMAINS}
+    row |= {domain: numbers[domain]["value"] for domain in DOMAINS}
     row["mean"] = sum(row[domain] for domain in DOMAINS) / len(DOMAINS)
     row["loss"] = sum(entry["loss"] for entry in entries[-20:]) / len(entries[-20:])
     return row | {"least_load": min(loads), "most_load": max(loads)}

@@ -118,7 +118,7 @@ def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = AnswerFile(path, questions, RUN)
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match=r"a\.jsonl: another process is writing it at this moment; wait for it"):
+        with pytest.raises(ConfigError, match=r"a\.jsonl: another process is writing it now; wait for it"):
             AnswerFile(path, questions, RUN, overwrite=overwrite)
     first.add(records(questions))
     first.finish()

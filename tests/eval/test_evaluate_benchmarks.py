@@ -11,8 +11,7 @@ from worlds.eval_models import make_questions
 
 from llava_mole import cli
 from llava_mole.common.errors import EXIT_INTERRUPTED, ConfigError
-from llava_mole.eval import evaluate as evaluate_benchmarks
-from llava_mole.eval import questions
+from llava_mole.eval import evaluate, questions
 from llava_mole.eval.answers import AnswerFile
 from llava_mole.eval.evaluate import output_folder, split_names
 from llava_mole.inference.predictor import Predictor
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(autouse=True)
 def loaded_once(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command takes the session's model in place of loading it again."""
-    monkeypatch.setattr(evaluate_benchmarks, "load_predictor", lambda path, args: predictor)
+    monkeypatch.setattr(evaluate, "load_predictor", lambda path, args: predictor)
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ def test_a_second_runner_touches_nothing_of_the_first(
         (out / name).write_text(f"{name} of the first")
     for overwrite in ([], ["--overwrite"]):
         assert cli.main(command(mole_run, asked, benchmark, out, "--prompt-variant", "bare", *overwrite)) == 2
-        assert "colors.jsonl: another process is writing it at this moment" in capsys.readouterr().err
+        assert "colors.jsonl: another process is writing it now" in capsys.readouterr().err
     first.close()
     assert cli.main(command(mole_run, asked, benchmark, out)) == 2  # what is left is of other settings
     assert "colors.jsonl.partial comes from a run with" in capsys.readouterr().err
@@ -197,6 +196,9 @@ def test_finished_answers_are_scored_again_after_a_change(
     changed = first | {"text": "something else"}
     answers.write_text(answers.read_text().replace(json.dumps(first), json.dumps(changed)))
     assert scored()["numbers"]["all"]["k"] == 0
+    # A score file of another version.
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"format": 1}))
+    assert scored()["format"] == 2
     # Other images: other answers are to be expected.
     other = make_questions(tmp_path / "other").parent
     assert cli.main([*run, "--image-folder", str(other)]) == 2
@@ -209,7 +211,7 @@ def test_everything_is_checked_before_the_model_is_loaded(
     def never(path: str, args: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(evaluate_benchmarks, "load_predictor", never)
+    monkeypatch.setattr(evaluate, "load_predictor", never)
     out = tmp_path / "out"
 
     def refused(*more: str) -> str:
@@ -220,7 +222,7 @@ def test_everything_is_checked_before_the_model_is_loaded(
     assert "--prompt-variant 'long': benchmark colors has the variants default, bare" in refused(
         "--prompt-variant", "long"
     )
-    assert "is no directory; " in refused("--image-folder", str(tmp_path / "none"))
+    assert "is not a directory; " in refused("--image-folder", str(tmp_path / "none"))
     assert "--benchmarks and --questions are two forms" in refused("--questions", str(asked))
     assert "--benchmarks and --train-file are two forms" in refused("--train-file", "x")
     out.mkdir()
@@ -231,7 +233,7 @@ def test_everything_is_checked_before_the_model_is_loaded(
 def test_missing_golds_are_found_before_the_model_is_loaded(
     benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_benchmarks, "load_predictor", lambda path, args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate, "load_predictor", lambda path, args: pytest.fail("the model was loaded"))
     asked = make_questions(tmp_path / "asked")
     asked.write_text(asked.read_text().replace(', "answer": "red"', "", 1))
     benchmark.write_text(

@@ -132,7 +132,7 @@ def test_partial_answers_of_other_settings_are_refused(
     [
         (["--model-path", "no/such/run"], "no/such/run does not exist"),
         (["--question-file", "no.jsonl"], "no.jsonl: no such file"),
-        (["--image-folder", "/nowhere"], "--image-folder /nowhere is no directory"),
+        (["--image-folder", "/nowhere"], "--image-folder /nowhere is not a directory"),
         (["--conv-mode", "nope"], "template 'nope' does not exist"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["--num-chunks", "2", "--chunk-idx", "2"], "--chunk-idx is 2"),
@@ -195,39 +195,39 @@ def test_model_id_names_checkpoint_and_run(tmp_path: Path) -> None:
 def test_routing_shares_count_prompt_tokens_once(predictor: Predictor, asked: Path) -> None:
     given = read_questions([str(asked)])
     single = collect_routing_stats(predictor, given, asked.parent, batch_size=1).result()
-    assert set(single["domains"]) == {"one", "two"}
+    assert set(single["groups"]) == {"one", "two"}
     rows: dict[str, list[torch.Tensor]] = {"one": [], "two": []}
     for question in given:
         image = None if question.image is None else asked.parent / question.image
         (batch,) = predictor.batches([image], [question.text], batch_size=1)
-        rows[question.domain].append(batch.input_ids[0])
+        rows[question.group].append(batch.input_ids[0])
     for domain, ids in rows.items():
-        tokens = {name: entry["tokens"] for name, entry in single["domains"][domain].items()}
+        tokens = {name: entry["tokens"] for name, entry in single["groups"][domain].items()}
         images = sum(int((row == IMAGE_TOKEN_INDEX).sum()) for row in ids)
         assert images % NUM_IMAGE_TOKENS == 0
         total = sum(map(len, ids))
         assert tokens == {"all": total, "image": images, "text": total - images}
 
     batched = collect_routing_stats(predictor, given, asked.parent, batch_size=8).result()
-    for domain, modalities in single["domains"].items():
+    for domain, modalities in single["groups"].items():
         for modality, entry in modalities.items():
             share = torch.tensor(entry["share"])
             assert share.shape == (2, 2)  # layers, experts
             torch.testing.assert_close(share.sum(dim=1), torch.ones(2))
-            torch.testing.assert_close(torch.tensor(batched["domains"][domain][modality]["share"]), share)
-    assert 0 < single["domains"]["one"]["all"]["share"][0][0] < 1
+            torch.testing.assert_close(torch.tensor(batched["groups"][domain][modality]["share"]), share)
+    assert 0 < single["groups"]["one"]["all"]["share"][0][0] < 1
 
 
 def test_routing_spread_is_that_of_the_samples_shares(predictor: Predictor, asked: Path) -> None:
     """Mean and deviation over samples, from one run a sample."""
     given = read_questions([str(asked)])
-    together = collect_routing_stats(predictor, given, asked.parent, batch_size=4).result()["domains"]
+    together = collect_routing_stats(predictor, given, asked.parent, batch_size=4).result()["groups"]
     for domain in ("one", "two"):
         for modality in ("all", "image", "text"):
             shares = []
             for question in given:
-                if question.domain == domain:
-                    alone = collect_routing_stats(predictor, [question], asked.parent).result()["domains"][domain]
+                if question.group == domain:
+                    alone = collect_routing_stats(predictor, [question], asked.parent).result()["groups"][domain]
                     shares += [torch.tensor(alone[modality]["share"])] if modality in alone else []
             entry = together[domain][modality]
             assert (
@@ -255,24 +255,33 @@ def test_eval_answers_scores_and_counts_routing(
     command = ["eval", str(mole_run), "--questions", f"colors={asked}", "--image-folder", str(asked.parent)]
     command += ["--answers-file", str(answers), "--max_new_tokens", "6", "--device", "cpu"]
     assert cli.main(command) == 0
-    assert "colors   0.0 [0.0, 25.9] 0/11" in capsys.readouterr().out
+    assert "colors * 0.00 [0.0, 25.9] 0/11 wilson 100.00 [74.1, 100.0] 11/11" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert answers.read_bytes() == reference.read_bytes()
-    assert sorted(p.name for p in answers.parent.iterdir()) == ["mole.jsonl", "mole.routing.json", "mole.score.json"]
+    names = ["mole.jsonl", "mole.routing.json", "mole.run.json", "mole.score.json"]
+    assert sorted(p.name for p in answers.parent.iterdir()) == names
     scores = json.loads((answers.parent / "mole.score.json").read_text())
     assert scores["template"] == "vicuna_v1"
-    assert scores["domains"]["colors"]["majority"]["correct"] == 11
-    assert json.loads(Path(scores["routing"]).read_text())["domains"]["colors"]["all"]["tokens"] > 0
+    assert scores["groups"]["colors"]["majority"]["k"] == 11
+    assert json.loads(Path(scores["routing"]).read_text())["groups"]["colors"]["all"]["tokens"] > 0
 
-    assert cli.main(command) == 2
+    assert cli.main(command) == 0  # the same run again: nothing is asked a second time
+    assert "questions: done already" in capsys.readouterr().out
+    other = [*command, "--max_new_tokens", "5"]
+    assert cli.main(other) == 2
+    assert "mole.jsonl exists and comes from another model" in capsys.readouterr().err
+    assert cli.main([*other, "--overwrite"]) == 0
+    (answers.parent / "mole.run.json").unlink()
+    assert cli.main(command) == 2  # answers of an unknown run
     assert "mole.jsonl exists; give --overwrite" in capsys.readouterr().err
-    assert cli.main([*command, "--overwrite"]) == 0
 
 
 def test_eval_needs_reference_answers(mole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "What?"}\n')
     command = ["eval", str(mole_run), "--questions", str(tmp_path / "q.jsonl"), "--answers-file", str(tmp_path / "a")]
     assert cli.main(command) == 2
-    assert "q.jsonl:1: no 'answer' to score against" in capsys.readouterr().err
+    assert "q.jsonl:1: no 'answer' (a text) or 'answers'" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -303,11 +312,11 @@ def test_report_goes_on_without_files_that_are_gone(
     assert cli.main(["report", str(tmp_path / "a.score.json")]) == 0
     printed = capsys.readouterr().out
     assert "Share of prompt tokens per expert" in printed
-    assert "One question a domain" in printed
+    assert "One question per domain" in printed
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "a.routing.json").unlink()
     assert cli.main(["report", str(tmp_path / "a.score.json")]) == 0
     printed = capsys.readouterr().out
     assert "Accuracy on the test questions" in printed
     assert "Share of prompt tokens per expert" not in printed
-    assert "One question a domain" not in printed
+    assert "One question per domain" not in printed

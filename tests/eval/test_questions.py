@@ -14,7 +14,7 @@ def write(path: Path, *lines: object) -> str:
     return str(path)
 
 
-def test_fields_and_domains(tmp_path: Path) -> None:
+def test_fields_and_groups(tmp_path: Path) -> None:
     first = {"question_id": 3, "image": "a.png", "text": "What?", "category": "color", "answer": "red", "extra": 1}
     path = write(tmp_path / "q.jsonl", first, "", {"question_id": "x", "text": "line\u2028separator"})
     named, bare = read_questions([f"general={path}"]), read_questions([path])
@@ -22,8 +22,8 @@ def test_fields_and_domains(tmp_path: Path) -> None:
     assert (named[0].image, named[0].category, named[0].answer) == ("a.png", "color", "red")
     assert named[1].text == "line\u2028separator"
     assert named[1].where == f"{path}:3"
-    assert [q.domain for q in named] == ["general", "general"]
-    assert [q.domain for q in bare] == ["color", "all"]
+    assert [q.group for q in named] == ["general", "general"]
+    assert [q.group for q in bare] == ["color", "all"]
 
 
 def test_a_list_of_one_image_is_that_image(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_list_of_one_image_is_that_image(tmp_path: Path) -> None:
 
 def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "k=3.jsonl", {"question_id": 1, "text": "What?"})
-    assert read_questions([path])[0].domain == "all"
+    assert read_questions([path])[0].group == "all"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
         (["{"], r"q\.jsonl:1: not valid JSON"),
         (["[" * 200_000], r"q\.jsonl:1: not valid JSON"),
         (["[1]"], r"q\.jsonl:1: list found; the file needs one JSON object"),
-        ([{"text": "a"}], r"q\.jsonl:1: question_id must be a number or a text .* found nothing"),
+        ([{"text": "a"}], r"q\.jsonl:1: question_id must be a number or a non-empty text; found nothing"),
         ([{"question_id": True, "text": "a"}], r"q\.jsonl:1: question_id .* found True"),
         ([{"question_id": 1}], r"q\.jsonl:1: 'text' must be a text; found nothing"),
         ([{"question_id": 1, "text": 5}], r"q\.jsonl:1: 'text' must be a text; found 5"),
@@ -82,7 +82,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     questions = read_questions([write(tmp_path / "q.jsonl", {"question_id": 1, "text": "a", "image": "no.png"})])
     with pytest.raises(DataError, match=r"q\.jsonl:1: image 'no\.png' is no file in the image folder"):
         check_images(questions, tmp_path)
-    with pytest.raises(DataError, match=r"--image-folder .*nowhere is no directory; .*q\.jsonl:1 needs an image"):
+    with pytest.raises(DataError, match=r"--image-folder .*nowhere is not a directory; .*q\.jsonl:1 needs an image"):
         check_images(questions, tmp_path / "nowhere")
     outside = read_questions([write(tmp_path / "q.jsonl", {"question_id": 1, "text": "a", "image": "../q.jsonl"})])
     with pytest.raises(DataError, match=r"q\.jsonl:1: image path '\.\./q\.jsonl' must be relative"):

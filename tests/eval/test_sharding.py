@@ -57,12 +57,12 @@ def test_killed_sharded_run_goes_on_with_another_number_of_ranks(mole_run: Path,
     assert f"continuing after {len(answered)} answers" in done.stderr
     assert sharded.read_bytes() == single.read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
-    one, three = (json.loads(p.read_text())["domains"] for p in stats)
+    one, three = (json.loads(p.read_text())["groups"] for p in stats)
     assert set(one) == set(three) == {"one", "two"}
-    for domain in one:
-        assert one[domain]["all"]["tokens"] == three[domain]["all"]["tokens"]
+    for group in one:
+        assert one[group]["all"]["tokens"] == three[group]["all"]["tokens"]
         for name in ("share", "sample_mean", "sample_std"):
-            for ours, theirs in zip(one[domain]["all"][name], three[domain]["all"][name], strict=True):
+            for ours, theirs in zip(one[group]["all"][name], three[group]["all"][name], strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-12)
     assert len(read_questions([str(asked)])) == one["one"]["all"]["samples"] + one["two"]["all"]["samples"] == 40
 
@@ -78,8 +78,9 @@ def test_ranks_share_question_files_of_ones_own(mole_run: Path, asked: Path, tmp
     given = [*launcher, "-m", "llava_mole.cli", *arguments("sharded.jsonl")]
     done = subprocess.run(given, env=launch_environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("scores: ") == 1
+    assert done.stdout.count("results: ") == 1
     assert (tmp_path / "sharded.jsonl").read_bytes() == (tmp_path / "single.jsonl").read_bytes()
     one, two = (json.loads((tmp_path / f"{name}.score.json").read_text()) for name in ("single", "sharded"))
-    assert one["domains"] == two["domains"]
+    assert one["groups"] == two["groups"]
+    assert one["numbers"] == two["numbers"]
     assert not list(tmp_path.glob("*.partial*"))

@@ -4,7 +4,7 @@ import base64
 import json
 from pathlib import Path
 
-from llava_mole.eval.benchmarks.benchmark import get_benchmark
+from llava_mole.eval.benchmarks.registry import get_benchmark
 
 SHORT = "\nAnswer the question using a single word or phrase."
 CLOSED = " Please choose from the following two options: [yes, no]"

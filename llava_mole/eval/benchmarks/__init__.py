@@ -1,1 +1,1 @@
-"""Benchmarks: their YAML schema, their questions and their submission files."""
+"""Benchmarks: their definition, their questions, and files for the servers that score some of them."""

@@ -1,4 +1,4 @@
-"""Files that the benchmarks' servers take, in the layouts of LLaVA's `convert_*_for_submission` scripts."""
+"""Files for the benchmarks' servers, in the layouts of LLaVA's `convert_*_for_submission` scripts."""
 
 import io
 import json
@@ -9,22 +9,21 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.eval.answers import Answers
 from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions
 from llava_mole.eval.metrics.normalise import m4c_normalise
 from llava_mole.eval.questions import read_json_lines
 
-Answers = Mapping[str, Mapping[str, Any]]
 MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 MMBENCH_COLUMN = 6
 """Where LLaVA inserts the column `prediction`."""
 
-
 NEEDED: Mapping[str, tuple[str, type]] = {"mmbench": ("row", dict), "viz_wiz": ("image", str)}
-"""Format -> the field of a question line that it cannot do without, and its type."""
+"""Format -> the field of a question line that it needs, and the field's type."""
 
 
 def check_submission(loaded: BenchmarkQuestions) -> None:
-    """Check, before the work, that everything is there that the submission needs.
+    """Check, before the work, that everything the submission needs is there.
 
     Raises:
         ConfigError: the benchmark's file lacks an option that its format needs.
@@ -36,11 +35,11 @@ def check_submission(loaded: BenchmarkQuestions) -> None:
     field, wanted = NEEDED.get(kind or "", ("", object))
     for question, line in zip(loaded.questions, loaded.lines, strict=True):
         if field and not isinstance(line.get(field), wanted):
-            raise DataError(f"{question.where}: no {field!r} ({wanted.__name__}), which the submission file shows")
+            raise DataError(f"{question.where}: no {field!r} ({wanted.__name__}), which the submission file contains")
 
 
 def _all_ids(loaded: BenchmarkQuestions) -> list[Any]:
-    """The ids of the complete test set, which every question must be of. Raises as `check_submission` does."""
+    """Return the ids of the complete test set, to which every question must belong. Raises as `check_submission`."""
     name = loaded.benchmark.data.options.get("all_questions")
     if not name:
         raise ConfigError(
@@ -62,7 +61,7 @@ def _all_ids(loaded: BenchmarkQuestions) -> list[Any]:
 
 
 def _texts(loaded: BenchmarkQuestions, answers: Answers) -> list[tuple[Any, Mapping[str, Any], str]]:
-    """(question id as in the file, question line, answer) in the questions' order."""
+    """Return (question id as in the file, question line, answer) in the questions' order."""
     return [
         (question.question_id, line, answers[question.key]["text"])
         for question, line in zip(loaded.questions, loaded.lines, strict=True)
@@ -74,8 +73,10 @@ def _json(value: Any) -> bytes:
 
 
 def vqa_v2(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
-    """`[{"question_id", "answer"}]` over the complete test set (option `all_questions`), normalised; questions that
-    were not asked have the answer `""`. Raises DataError as `check_submission` does."""
+    """Write `[{"question_id", "answer"}]` over the complete test set (option `all_questions`), normalised.
+
+    Questions that were not asked have the answer `""`. Raises DataError as `check_submission` does.
+    """
     given = {str(name): text for name, _, text in _texts(loaded, answers)}
     return _json(
         [{"question_id": name, "answer": m4c_normalise(given.get(str(name), ""))} for name in _all_ids(loaded)]
@@ -83,31 +84,30 @@ def vqa_v2(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
 
 
 def viz_wiz(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
-    """`[{"image", "answer"}]`, normalised. Raises DataError as `check_submission` does."""
+    """Write `[{"image", "answer"}]`, normalised. Raises DataError as `check_submission` does."""
     check_submission(loaded)
     return _json([{"image": line["image"], "answer": m4c_normalise(text)} for _, line, text in _texts(loaded, answers)])
 
 
 def gqa(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
-    """`[{"questionId", "prediction"}]` for GQA's `eval.py`: trailing periods removed, lower case."""
+    """Write `[{"questionId", "prediction"}]` for GQA's `eval.py`: trailing periods removed, lower case."""
     return _json(
         [{"questionId": name, "prediction": text.rstrip(".").lower()} for name, _, text in _texts(loaded, answers)]
     )
 
 
 def seed(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
-    """JSON lines `{"question_id", "prediction"}`."""
+    """Write JSON lines `{"question_id", "prediction"}`."""
     return b"".join(_json({"question_id": n, "prediction": text}) + b"\n" for n, _, text in _texts(loaded, answers))
 
 
 def mm_vet(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
-    """`{"v1_<question id>": answer}`."""
+    """Write `{"v1_<question id>": answer}`."""
     return _json({f"v1_{name}": text for name, _, text in _texts(loaded, answers)})
 
 
 def mmbench(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
-    """An .xlsx sheet of the TSV's rows without `hint`, `category`, `source`, `image`, `comment` and `l2-category`, with
-    the column `prediction` as the seventh."""
+    """Write an .xlsx sheet of the TSV's rows without `MMBENCH_DROPPED`, the answer as seventh column `prediction`."""
     check_submission(loaded)
     rows = _texts(loaded, answers)
     columns = [name for name in rows[0][1]["row"] if name not in MMBENCH_DROPPED]
@@ -119,8 +119,10 @@ def mmbench(loaded: BenchmarkQuestions, answers: Answers) -> bytes:
 
 
 def write_xlsx(table: list[list[str]]) -> bytes:
-    """A workbook with one sheet of texts (Office Open XML, ECMA-376), the first row its header; whole numbers in the
-    column `index` as numbers. Characters that XML 1.0 does not allow are left out. The same bytes for the same table.
+    """Return a workbook (Office Open XML, ECMA-376) with one sheet of texts, the first row its header.
+
+    Whole numbers in the column `index` are numbers. Characters that XML 1.0 does not allow are left out. The same table
+    gives the same bytes.
     """
 
     def cell(name: str, value: str) -> str:

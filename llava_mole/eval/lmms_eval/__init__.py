@@ -1,1 +1,1 @@
-"""The plug-in for lmms-eval and its tasks."""
+"""The plug-in for lmms-eval, and its tasks."""

@@ -1,8 +1,8 @@
 """This package's models inside lmms-eval: `lmms_eval --model llava_mole --model_args pretrained=RUN --tasks ...`.
 
-lmms-eval finds `manifest` through the entry-point group `lmms_eval.models` and imports this module; nothing else here
-does. The prompt of a task becomes the user's turn in the checkpoint's own template, its images go where the text says
-or in front of it.
+lmms-eval finds `manifest` through the entry-point group `lmms_eval.models` and imports this module; nothing else in the
+package does. A task's prompt becomes the user's turn in the checkpoint's own template; its images go where the text has
+placeholders, or in front of it.
 """
 
 import os
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lmms_eval.api.model import lmms
+from tqdm import tqdm
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.log import get_logger
-from llava_mole.config import Quantization
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 WINDOW = 2
-"""Batches whose images are in memory, and which are sorted by length, together."""
+"""Batches whose images are in memory together, and which are sorted by length together."""
 _DEFAULT_NEW_TOKENS = 128
 
 
 def manifest() -> "ModelManifest":
-    """What the entry point gives lmms-eval."""
+    """Return what lmms-eval asks the entry point for."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="llava_mole", simple_class_path=f"{__name__}.LlavaMoleModel")
@@ -41,13 +41,13 @@ class LlavaMoleModel(lmms):
 
     Args:
         pretrained: Run or checkpoint directory.
-        model_base: Language model, where it has moved since training.
+        model_base: Language model, if it has moved since training.
         template: Replaces the template stored in the checkpoint.
         device, dtype, quantization: As `Predictor.from_pretrained` takes them.
-        batch_size: Prompts of one forward pass.
+        batch_size: Prompts per forward pass.
 
     Raises:
-        ConfigError: another argument in `--model_args`, or a value that is not allowed.
+        ConfigError: an unknown argument in `--model_args`, or a value that is not allowed.
     """
 
     is_simple = True
@@ -59,7 +59,7 @@ class LlavaMoleModel(lmms):
         template: str | None = None,
         device: str | None = None,
         dtype: str = "float32",
-        quantization: Quantization | None = None,
+        quantization: Any = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         **unknown: Any,
@@ -72,9 +72,9 @@ class LlavaMoleModel(lmms):
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(
-                f"batch_size {batch_size!r} must be a number from 1 on; lmms-eval's 'auto' is not offered"
+                f"batch_size is {batch_size!r}; it must be a number of at least 1 (lmms-eval's 'auto' is not offered)"
             )
-        if torch.cuda.is_available():  # under `accelerate launch` every rank takes its own
+        if torch.cuda.is_available():  # under `accelerate launch`, each rank has its own
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         kind = "auto" if device is None else "cuda" if str(device).startswith("cuda") else str(device)
         self._predictor = Predictor.from_pretrained(
@@ -85,11 +85,11 @@ class LlavaMoleModel(lmms):
 
     @property
     def batch_size(self) -> int:
-        """Prompts of one forward pass."""
+        """Prompts per forward pass."""
         return self._batch_size
 
     def generate_until(self, requests: "Sequence[Instance]") -> list[str]:
-        """Answers to (context, gen_kwargs, doc_to_visual, doc_id, task, split) requests, in their order."""
+        """Answer (context, gen_kwargs, doc_to_visual, doc_id, task, split) requests, in their order."""
         answers: list[str] = [""] * len(requests)
         for members in self._windows(requests, lambda request: repr(sorted(request.args[1].items()))):
             options, stop = decoding_options(requests[members[0]].args[1])
@@ -102,7 +102,7 @@ class LlavaMoleModel(lmms):
         return answers
 
     def loglikelihood(self, requests: "Sequence[Instance]") -> list[tuple[float, bool]]:
-        """(log probability, is greedy) of (context, doc_to_target, doc_to_visual, doc_id, task, split) requests."""
+        """Score (context, doc_to_target, doc_to_visual, doc_id, task, split) requests: (log probability, is greedy)."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for members in self._windows(requests, lambda request: ""):
             prompts, continuations, images = [], [], []
@@ -117,13 +117,11 @@ class LlavaMoleModel(lmms):
         return results
 
     def generate_until_multi_round(self, requests: "Sequence[Instance]") -> list[str]:
-        """Not offered: LLaVA-1.5 is trained on conversations about images given at their start."""
-        raise NotImplementedError("llava_mole does not run lmms-eval's multi-round tasks; take one of its other tasks")
+        """Refuse: LLaVA-1.5 is trained on conversations whose images are given at the start."""
+        raise NotImplementedError("llava_mole does not run lmms-eval's multi-round tasks; choose another task")
 
     def _windows(self, requests: "Sequence[Instance]", group: Any) -> Iterator[list[int]]:
-        """Positions of requests that may be answered together, some batches at a time, with a progress bar."""
-        from tqdm import tqdm
-
+        """Yield the positions of requests of equal `group`, `WINDOW` batches at a time, with a progress bar."""
         groups: dict[str, list[int]] = {}
         for n, request in enumerate(requests):
             groups.setdefault(group(request), []).append(n)
@@ -136,7 +134,7 @@ class LlavaMoleModel(lmms):
                     progress.update(len(window))
 
     def _images(self, rest: Sequence[Any]) -> list[Any]:
-        """The images of a request, given its (doc_to_visual, doc_id, task, split)."""
+        """Return the images of a request, given its (doc_to_visual, doc_id, task, split)."""
         doc_to_visual, *place = rest
         return list(doc_to_visual(self._document(place)) or []) if doc_to_visual is not None else []
 
@@ -146,9 +144,9 @@ class LlavaMoleModel(lmms):
 
 
 def decoding_options(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """lmms-eval's generation arguments as `Predictor.generate` takes them, and the texts that end an answer.
+    """Return lmms-eval's generation arguments as `Predictor.generate` takes them, and the texts that end an answer.
 
-    `do_sample: false` is greedy whatever the temperature. Arguments without a meaning here are named in the log.
+    `do_sample: false` is greedy whatever the temperature. Arguments that are not supported are named in the log.
 
     Raises:
         ConfigError: a value outside its range.
@@ -164,6 +162,6 @@ def decoding_options(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         num_beams=int(rest.pop("num_beams", None) or 1),
     )
     if rest:
-        logger.warning("generation arguments without a meaning here are left out: %s", ", ".join(sorted(rest)))
+        logger.warning("generation arguments that are not supported are ignored: %s", ", ".join(sorted(rest)))
     options = {name: getattr(decoding, name) for name in ("max_new_tokens", "temperature", "top_p", "num_beams")}
     return options, [until] if isinstance(until, str) else [text for text in until if text]

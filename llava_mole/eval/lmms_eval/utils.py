@@ -1,6 +1,6 @@
-"""What the lmms-eval tasks of this folder call: questions and metrics are those of `configs/benchmarks/`.
+"""Functions that the lmms-eval tasks of this folder call; questions and metrics are those of `configs/benchmarks/`.
 
-lmms-eval loads this file by its path; everything comes from the installed package.
+lmms-eval loads this file by its path and demands its name; everything it uses comes from the installed package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,8 @@ from typing import Any
 from PIL.Image import Image
 
 from llava_mole.data.images import load_image
-from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions, get_benchmark, load_questions
+from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions, load_questions
+from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.metrics.table import METRICS
 
 Document = Mapping[str, Any]
@@ -23,8 +24,8 @@ def _benchmark(name: str) -> BenchmarkQuestions:
 
 @cache
 def _group_of(name: str) -> dict[str, str]:
-    """The benchmark's group of each question id."""
-    return {question.key: question.domain for question in _benchmark(name).questions}
+    """Return the group of each question id."""
+    return {question.key: question.group for question in _benchmark(name).questions}
 
 
 def _images(name: str, doc: Document) -> list[Image]:
@@ -32,59 +33,59 @@ def _images(name: str, doc: Document) -> list[Image]:
 
 
 def _hits(name: str, doc: Document, results: Sequence[str], number: dict[str, str]) -> dict[str, Any]:
-    """The field `number[group]` ("metric.field") of the answer, by group."""
+    """Return the value of the field `number[group]` ("metric.field") for the answer, by group."""
     group = _group_of(name)[str(doc["question_id"])]
     metric, _, field = number[group].partition(".")
-    # The loader of datasets fills keys that other rows have with None.
+    # The loader of `datasets` fills keys that only other rows have with None.
     scored = METRICS[metric].score(results[0], {key: value for key, value in doc.items() if value is not None})
     return {} if scored is None else {group: scored[field]}
 
 
 def doc_to_text(doc: Document, lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:
-    """The question, between the task's prompts."""
+    """Return the question between the task's prompts."""
     prompts = lmms_eval_specific_kwargs or {}
     return f"{prompts.get('pre_prompt', '')}{doc['text']}{prompts.get('post_prompt', '')}"
 
 
 def path_vqa_visual(doc: Document) -> list[Image]:
-    """The image of a PathVQA question."""
+    """Return the image of a PathVQA question."""
     return _images("pathvqa", doc)
 
 
 def path_vqa_results(doc: Document, results: Sequence[str]) -> dict[str, Any]:
-    """`open` (normalised exact match) or `closed` (LLaVA-Med's rule), 0 or 1."""
+    """Return `open` (normalised exact match) or `closed` (LLaVA-Med's rule), 0 or 1."""
     return _hits("pathvqa", doc, results, {"open": "path_vqa_open.exact", "closed": "path_vqa_closed.llava_med"})
 
 
 def tiny_ehub_visual(doc: Document) -> list[Image]:
-    """The image of a Tiny LVLM-eHub question."""
+    """Return the image of a Tiny LVLM-eHub question."""
     return _images("tiny_ehub", doc)
 
 
 def tiny_ehub_results(doc: Document, results: Sequence[str]) -> dict[str, Any]:
-    """Word match by ability, and for the sum of the five percentages."""
+    """Return the word match by ability, and as part of the sum of the five percentages."""
     abilities = dict.fromkeys(get_benchmark("tiny_ehub").groups, "word_match.hit")
     hits = _hits("tiny_ehub", doc, results, abilities)
     return hits | {"all": list(hits.items())}
 
 
 def tiny_visual(doc: Document) -> list[Image]:
-    """The image of a question about the tiny world."""
+    """Return the image of a question about the tiny world."""
     return _images("tiny", doc)
 
 
 def tiny_results(doc: Document, results: Sequence[str]) -> dict[str, Any]:
-    """Exact match by domain."""
+    """Return the exact match by domain."""
     return _hits("tiny", doc, results, dict.fromkeys(get_benchmark("tiny").groups, "plain_exact.hit"))
 
 
 def percent(values: Sequence[float]) -> float:
-    """Mean in percent."""
+    """Return the mean in percent."""
     return 100 * sum(values) / len(values)
 
 
 def sum_of_percents(values: Sequence[Sequence[tuple[str, float]]]) -> float:
-    """Sum over the groups of their means in percent: Tiny LVLM-eHub's "All", out of 500."""
+    """Return the sum of the groups' means in percent: Tiny LVLM-eHub's "All", out of 500."""
     groups: dict[str, list[float]] = {}
     for hits in values:
         for group, hit in hits:

@@ -1,4 +1,4 @@
-"""The published scoring rules, one idea a file: pure functions on texts. `table.py` gives each its name.
+"""The published scoring rules, one per file: pure functions on texts. `table.py` gives each its name.
 
-Where two evaluators disagree there are two functions, or a `dialect`, and never a mean of both.
+Where two evaluators disagree, there is a function for each, never a mean of both.
 """

@@ -13,7 +13,7 @@ THRESHOLD = 0.5
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance; insertions, deletions and replacements cost 1. Raises ConfigError without rapidfuzz."""
+    """Return the Levenshtein distance (every edit costs 1). Raises ConfigError if rapidfuzz is not installed."""
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
@@ -22,7 +22,7 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def similarity(first: str, second: str) -> float:
-    """1 - distance / length of the longer text, in 0..1; 1 for two empty texts, as in `textdistance`."""
+    """Return 1 - distance / length of the longer text, in 0..1; 1 for two empty texts, as in `textdistance`."""
     longest = max(len(first), len(second))
     return 1.0 - edit_distance(first, second) / longest if longest else 1.0
 

@@ -1,7 +1,7 @@
 """Multiple choice: the letter in an answer.
 
 Sources: LLaVA's `eval_science_qa.py` and `eval_seed_bench`-style conversion (`convert_seed_for_submission.py`);
-MMBench's official scoring runs on a server and matches with a language model where a letter is not found.
+MMBench's official scoring runs on a server, where a language model matches answers without a clear letter.
 """
 
 import re
@@ -12,8 +12,11 @@ _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 
 def science_qa_letter(prediction: str) -> str:
-    """LLaVA's parse: the answer is a letter A-E, or starts with one and `. `, or has exactly one `The answer is X` that
-    any character follows; else `FAILED`. Nothing is stripped, and "A." without a blank fails."""
+    """Return the letter as LLaVA parses it, or `FAILED`.
+
+    The answer is a letter A-E, or starts with one and `. `, or has exactly one `The answer is X` followed by any
+    character. Nothing is stripped, and "A." without a blank fails.
+    """
     if prediction in tuple(LETTERS):
         return prediction
     if len(prediction) >= 3 and prediction[0] in LETTERS and prediction[1:3] == ". ":
@@ -34,7 +37,9 @@ def exact_letter(prediction: str, gold: str) -> bool:
 
 
 def leading_letter(prediction: str, gold: str) -> bool:
-    """A lenient match for MMBench without its server: the first character after blanks and brackets is the gold letter
-    and no other letter or digit follows it directly. (This project's own rule.)"""
+    """Whether the first character after blanks and brackets is the gold letter, not followed by a letter or digit.
+
+    A lenient match for MMBench without its server; this project's own rule.
+    """
     found = re.match(r"[\s(\[]*([A-Za-z])(?![A-Za-z0-9'])", prediction)
     return found is not None and found.group(1).upper() == gold.upper()

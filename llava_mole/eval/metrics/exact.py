@@ -1,18 +1,23 @@
-"""Equality of texts under each benchmark's own idea of equal."""
+"""Equality of texts, after what each benchmark's evaluator does to them first."""
 
 from llava_mole.common.text import plain
 from llava_mole.eval.metrics.relaxed import ERROR_MARK, GENERATION_ERROR
 
 
 def gqa_exact(prediction: str, gold: str) -> bool:
-    """GQA through LLaVA (`convert_gqa_for_eval.py` + the official `eval.py`): the prediction loses its trailing periods
-    and its capitals, the gold stays as it is."""
+    """Whether texts are equal for GQA as LLaVA scores it (`convert_gqa_for_eval.py` and the official `eval.py`).
+
+    The prediction loses its trailing periods and capitals; the gold stays as it is.
+    """
     return prediction.rstrip(".").lower() == gold
 
 
 def exact_ureader(prediction: str, gold: str) -> bool | None:
-    """TabFact in UReader (`ExactAccuracy`): equal, capitals included, after newlines are removed from both and one
-    trailing period from the gold; None (left out of the denominator) where the prediction holds `Error>`."""
+    """Whether texts are equal for TabFact in UReader (`ExactAccuracy`), capitals included.
+
+    Newlines are removed from both first, and one trailing period from the gold. None, for a prediction that contains
+    `Error>`, leaves the question out of the denominator.
+    """
     prediction = prediction.replace("\n", "").replace(GENERATION_ERROR, "")
     if ERROR_MARK in prediction:
         return None
@@ -20,5 +25,5 @@ def exact_ureader(prediction: str, gold: str) -> bool | None:
 
 
 def plain_exact(prediction: str, gold: str) -> bool:
-    """The tiny world's rule: equal in lower case after blanks and one trailing period are removed; empty is wrong."""
+    """The tiny world's rule: equal in lower case, without outer blanks and one trailing period; empty is wrong."""
     return bool(prediction.strip()) and plain(prediction) == plain(gold)

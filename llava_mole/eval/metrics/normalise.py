@@ -1,8 +1,8 @@
 """The answer normalisation of VQA, in the three forms that later evaluators gave it.
 
 Source: the VQA v2 evaluation (`vqaEval.py`), and what copies it: MMF's and LLaVA's `m4c_evaluator.py`
-(`EvalAIAnswerProcessor`), Tiny LVLM-eHub's `VQAEval` and LLaVA-Med's `glossary.py`. The steps are shared; the forms
-differ in what they do before and after.
+(`EvalAIAnswerProcessor`), Tiny LVLM-eHub's `VQAEval` and LLaVA-Med's `glossary.py`. The forms
+share their steps and differ in what they do before and after.
 """
 
 import re
@@ -17,7 +17,7 @@ COMMA_BETWEEN_DIGITS = re.compile(r"(\d)(,)(\d)")
 """VQA's own pattern: it consumes the digits beside the comma."""
 COMMA_LOOKAROUND = re.compile(r"(?<=\d)(,)+(?=\d)")
 """m4c's pattern: look-arounds, and several commas in a row."""
-# Published as `(?!<=\d)(\.)(?!\d)`: a look-behind written as a look-ahead, which never holds anything back.
+# Published as `(?!<=\d)(\.)(?!\d)`: a look-behind misspelt as a look-ahead, which excludes nothing.
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS_DELETED = 32
 """The published call passes `re.UNICODE` (32) as the count of replacements."""
@@ -42,7 +42,7 @@ CONTRACTIONS = {short: word for word in _CONTRACTED for short in _one_apostrophe
     "somebody'd": "somebodyd"  # the published table has this one the wrong way round
 }
 """Spelling without one apostrophe -> spelling with it. The published keys with capitals (`Im`) and those that map to
-themselves are left out: words are lower case when they are looked up, so they have no effect."""
+themselves are left out: they have no effect, because words are lower case when they are looked up."""
 
 
 def strip_punctuation(text: str, comma: re.Pattern[str] = COMMA_BETWEEN_DIGITS) -> str:

@@ -26,25 +26,25 @@ def open_exact(prediction: str, gold: str) -> bool:
 
 
 def open_containment(prediction: str, gold: str) -> bool:
-    """Whether the normalised gold occurs in the normalised prediction as whole words; an empty gold never does."""
+    """Whether the normalised gold occurs in the normalised prediction as whole words; an empty gold does not."""
     words = _normalise(gold)
     return bool(words) and contains_words(_normalise(prediction), words)
 
 
 def llava_med_exact_score(prediction: str, gold: str) -> float:
-    """What LLaVA-Med prints as "exact match score": distinct gold words found / predicted words, repeats counted.
+    """Return LLaVA-Med's "exact match score": distinct gold words found / predicted words, repeats counted.
 
-    It is a precision, whatever its name; 0 for an empty prediction.
+    Despite its name it is a precision; 0 for an empty prediction.
     """
     predicted, wanted = _normalise(prediction).split(), set(_normalise(gold).split())
     return len(wanted & set(predicted)) / len(predicted) if predicted else 0.0
 
 
 def token_overlap(prediction: str, gold: str) -> tuple[float, float, float]:
-    """LLaVA-Med's token precision, recall and F1 (`calculate_f1score`), each in 0..1.
+    """Return LLaVA-Med's token precision, recall and F1 (`calculate_f1score`), each in 0..1.
 
     True positives count the *prediction's* occurrences of words that the gold has, false negatives the gold's
-    occurrences of words that the prediction lacks. All are 0 where a side has no word or none is shared.
+    occurrences of words that the prediction lacks. All are 0 if a side has no word or none is shared.
     """
     predicted, wanted = Counter(_normalise(prediction).split()), Counter(_normalise(gold).split())
     shared = sum(count for word, count in predicted.items() if word in wanted)
@@ -56,10 +56,10 @@ def token_overlap(prediction: str, gold: str) -> tuple[float, float, float]:
 
 
 def closed_llava_med(prediction: str, gold: str) -> bool:
-    """LLaVA-Med: the normalised prediction holds "yes" or "no" as a substring, and holds the gold as a substring.
+    """Whether the normalised prediction contains "yes" or "no", and the gold, as substrings: LLaVA-Med's rule.
 
-    So "yes and no" is right for both, and "not" or "unknown" holds "no". The older `run_eval_pvqa` leaves wrong yes/no
-    answers out of the denominator; that is not followed.
+    So "yes and no" is right for both, and "not" and "unknown" contain "no". The older `run_eval_pvqa` leaves wrong
+    yes/no answers out of the denominator; this function does not.
     """
     text = llava_med_normalise(prediction.lower())
     return any(word in text for word in YES_NO) and llava_med_normalise(gold.lower()) in text

@@ -11,9 +11,9 @@ GENERATION_ERROR = "<Generate Error>"
 
 
 def to_number(text: str) -> float | None:
-    """The number that `text` is, a trailing `%` dividing by 100; None for anything else.
+    """Return the number that `text` is, divided by 100 for a trailing `%`; None for anything else.
 
-    Python's rules for numbers hold: blanks around it, exponents, `inf` and `nan` are numbers.
+    Python's rules apply: surrounding blanks, exponents, `inf` and `nan` are allowed.
     """
     try:
         return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
@@ -33,10 +33,10 @@ def relaxed_match(prediction: str, target: str) -> bool:
 
 
 def relaxed_ureader(prediction: str, target: str) -> bool | None:
-    """UReader's evaluator around `relaxed_match`; None where it leaves the row out of the denominator.
+    """UReader's evaluator around `relaxed_match`; None leaves the question out of the denominator.
 
     Newlines are removed from both, one trailing period from the target only, `<Generate Error>` from the prediction.
-    Nothing is stripped. A prediction that still holds `Error>` is dropped.
+    Nothing is stripped. A prediction that still contains `Error>` is left out.
     """
     prediction = prediction.replace("\n", "").replace(GENERATION_ERROR, "")
     if ERROR_MARK in prediction:

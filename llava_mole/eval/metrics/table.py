@@ -1,8 +1,8 @@
 """Every metric by name: what it reads from a question, and the fields it gives each answer.
 
-A metric turns one prediction and its question into fields, numbers that are summed over questions: every published
-number here is a ratio of such sums (see `eval/aggregate.py`), an accuracy as much as a corpus F1. `n` counts the
-question in the denominator; a metric that leaves a question out of it returns None.
+A metric turns one prediction and its question into fields, which are summed over questions. Every published number, be
+it an accuracy or a corpus F1, is a ratio of such sums (`scoring/aggregate.py`). The field `n` counts the question in
+the denominator; a metric that leaves a question out returns None.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +25,14 @@ from llava_mole.eval.metrics import (
 
 Fields = dict[str, float]
 QuestionLine = Mapping[str, Any]
-"""A line of a question file: `answer` (a text) or `answers` (a list), and what else the benchmark's metric needs."""
+"""A line of a question file: `answer` (a text) or `answers` (a list), and whatever else the metric needs."""
 
 
 def golds(line: QuestionLine) -> list[str]:
-    """The gold answers of a question: `answers`, or `answer` alone.
+    """Return the gold answers of a question: `answers`, or the one `answer`.
 
     Raises:
-        DataError: neither is there, or they are not texts.
+        DataError: both are missing, or they are not texts.
     """
     value = line.get("answers", [line["answer"]] if "answer" in line else None)
     if not isinstance(value, list) or not value or not all(isinstance(gold, str) for gold in value):
@@ -41,7 +41,7 @@ def golds(line: QuestionLine) -> list[str]:
 
 
 def gold(line: QuestionLine) -> str:
-    """The only gold answer. Raises DataError where there are several."""
+    """Return the only gold answer. Raises DataError if there is not exactly one."""
     found = golds(line)
     if len(found) != 1:
         raise DataError(f"{len(found)} gold answers; this metric takes one")
@@ -55,15 +55,15 @@ class Metric:
     fields: tuple[str, ...]
     score: Callable[[str, QuestionLine], Fields | None]
     binary: tuple[str, ...] = ()
-    """The fields that are 0 or 1 for each question, so that their share has Wilson's interval."""
+    """The fields that are 0 or 1 for each question; their shares have Wilson's interval."""
     unit_key: str | None = None
-    """Question key whose equal values form one unit (MME: the image). None: each question is its own."""
+    """Question key whose equal values form one unit (MME: the image). None: each question is a unit."""
     combine: Callable[[Sequence[Fields]], Fields] | None = None
-    """Further fields of a unit, from those of its questions."""
+    """Computes further fields of a unit from those of its questions."""
 
 
 def _one(function: Callable[[str, str], bool | None]) -> Metric:
-    """A 0/1 rule on one gold answer."""
+    """Make a metric of a 0/1 rule on one gold answer."""
 
     def score(prediction: str, line: QuestionLine) -> Fields | None:
         hit = function(prediction, gold(line))
@@ -73,12 +73,12 @@ def _one(function: Callable[[str, str], bool | None]) -> Metric:
 
 
 def _any(function: Callable[[str, Sequence[str]], bool]) -> Metric:
-    """A 0/1 rule on the list of gold answers."""
+    """Make a metric of a 0/1 rule on the list of gold answers."""
     return Metric(("hit",), lambda prediction, line: {"hit": float(function(prediction, golds(line)))}, binary=("hit",))
 
 
 def _graded(function: Callable[[str, Sequence[str]], float]) -> Metric:
-    """A score in 0..1 on the list of gold answers."""
+    """Make a metric of a score in 0..1 on the list of gold answers."""
     return Metric(("score",), lambda prediction, line: {"score": function(prediction, golds(line))})
 
 
@@ -125,7 +125,7 @@ def _pope_llava(prediction: str, line: QuestionLine) -> Fields:
 
 
 def _pope_lmms_eval(prediction: str, line: QuestionLine) -> Fields:
-    # lmms-eval counts a missed yes only where the answer is exactly "no": others are in neither part of its recall.
+    # lmms-eval counts a missed yes only if the answer is exactly "no"; others are in neither part of its recall.
     return _pope(yes_no.pope_lmms_eval, prediction, line, undecided_missed=False)
 
 
@@ -134,7 +134,7 @@ def _mme(prediction: str, line: QuestionLine) -> Fields:
 
 
 def _mme_image(questions: Sequence[Fields]) -> Fields:
-    """`both`: all questions of the image are right; `images`: one."""
+    """Return `both` (1 if all questions of the image are right) and `images` (1)."""
     return {"both": float(all(fields["hit"] for fields in questions)), "images": 1.0}
 
 
@@ -170,7 +170,7 @@ def _key_values(prediction: str, line: QuestionLine) -> Fields:
 
 
 def _key_values_field(questions: Sequence[Fields]) -> Fields:
-    """One field of one document, however often it is asked for: its values are wanted once."""
+    """Count one field of one document: however often it is asked for, its values are wanted once."""
     values = questions[0]["wanted"] - questions[0]["unasked"]
     return {
         "matched": float(key_values.take([int(fields["which"]) for fields in questions])),
@@ -215,7 +215,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def get_metric(name: str) -> Metric:
-    """The metric called `name`. Raises ConfigError for an unknown one."""
+    """Return the metric called `name`. Raises ConfigError if it is unknown."""
     if name not in METRICS:
         raise ConfigError(f"no metric {name!r}; there are {', '.join(METRICS)}")
     return METRICS[name]

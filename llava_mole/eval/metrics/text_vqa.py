@@ -12,12 +12,12 @@ ANNOTATORS = 10
 
 
 def soft_score(prediction: str, golds: Sequence[str]) -> float:
-    """Mean over leaving one annotator out of min(1, matches among the other nine / 3), in 0..1.
+    """Return the mean, over leaving out one annotator, of min(1, matches among the other nine / 3), in 0..1.
 
-    An answer that k of the ten gave scores 0, 0.3, 0.6, 0.9, 1 for k = 0, 1, 2, 3, 4 and more.
+    An answer that k of the ten annotators gave scores 0, 0.3, 0.6, 0.9 and 1 for k = 0, 1, 2, 3 and at least 4.
 
     Raises:
-        DataError: not ten golds, which the rule needs.
+        DataError: there are not ten golds.
     """
     if len(golds) != ANNOTATORS:
         raise DataError(f"TextVQA's score needs {ANNOTATORS} gold answers; found {len(golds)}")

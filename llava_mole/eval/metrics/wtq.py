@@ -14,8 +14,11 @@ NUMBER_TOLERANCE = 1e-6
 
 
 def wtq_normalise(text: str) -> str:
-    """Accents dropped, quotes and dashes made plain, trailing citations, bracketed notes and outer quotes removed until
-    nothing changes, a final period removed, blanks collapsed, lower case."""
+    """Return the text in the official normal form.
+
+    Accents are dropped and quotes and dashes made plain. Trailing citations, bracketed notes and outer quotes are
+    removed until nothing changes, then a final period. Blanks are collapsed, and letters become lower case.
+    """
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c) != "Mn")
     text = re.sub("[\u2018\u2019\u00b4`]", "'", text)
     text = re.sub("[\u201c\u201d]", '"', text)
@@ -38,7 +41,7 @@ class Value:
     date: tuple[int, int, int] | None = None
 
     def matches(self, other: "Value") -> bool:
-        """Equal texts, numbers closer than 1e-6, or equal dates."""
+        """Whether the texts or dates are equal, or the numbers closer than 1e-6."""
         if self.text == other.text:
             return True
         if self.number is not None and other.number is not None:
@@ -46,15 +49,17 @@ class Value:
         return self.date is not None and self.date == other.date
 
     def identity(self) -> tuple[str, object]:
-        """What the official evaluator removes duplicates by: the number, the date or the text."""
+        """Return what the official evaluator removes duplicates by: the number, the date or the text."""
         if self.number is not None:
             return "number", self.number
         return ("date", self.date) if self.date is not None else ("text", self.text)
 
 
 def read_value(text: str) -> Value:
-    """A number if Python reads one, else a date `y-m-d` (`xx` for an unknown part), else a text. A date of which only
-    the year is known is a number."""
+    """Read a number if Python can, else a date `y-m-d` (`xx` for an unknown part), else a text.
+
+    A date of which only the year is known is a number.
+    """
     number = _number(text)
     if number is not None:
         return Value(wtq_normalise(text), number=number)
@@ -73,7 +78,7 @@ def _number(text: str) -> float | None:
         return None
     if not math.isfinite(value):
         return None
-    # As published, what is almost a whole number is cut off, not rounded: 2.9999999 is 2.
+    # As published, a value close to a whole number is truncated, not rounded: 2.9999999 is 2.
     return float(int(value)) if abs(value - round(value)) < NUMBER_TOLERANCE else value
 
 

@@ -6,24 +6,27 @@ own `calculation.py`).
 
 
 def pope_llava(prediction: str) -> str:
-    """`no` if `No`, `no` or `not` is among the words before the first period, commas removed; else `yes`.
+    """Return `no` if `No`, `no` or `not` is a word before the first period, commas removed; else `yes`.
 
-    Everything that is no denial is a yes, also "I cannot tell", "NO" and the empty answer. Words are separated by
-    blanks alone: "no" with a newline after it is not the word "no".
+    Everything else is a yes, including "I cannot tell", "NO" and an empty answer. Only blanks separate words: "no"
+    followed by a newline is not the word "no".
     """
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in words for word in ("No", "not", "no")) else "yes"
 
 
 def pope_lmms_eval(prediction: str) -> str:
-    """`yes` or `no` if the stripped answer in lower case is exactly that; else `other`, which is wrong."""
+    """Return `yes` or `no` if the stripped answer in lower case is exactly that; else `other`, which is wrong."""
     text = prediction.lower().strip()
     return text if text in ("yes", "no") else "other"
 
 
 def mme_answer(prediction: str) -> str:
-    """`yes`, `no` or `other`: exact after lower case, strip and removing periods, or `y` / `n`, or found in the first
-    four characters (yes before no)."""
+    """Return `yes`, `no` or `other`.
+
+    After lower case, strip and removing periods, the answer is exactly yes or no, or `y` or `n`, or its first four
+    characters contain one of them (yes before no).
+    """
     text = prediction.lower().strip().replace(".", "")
     if text in ("yes", "no"):
         return text

@@ -1,1 +1,1 @@
-"""`llava-mole report`: scored runs compared in one table."""
+"""`llava-mole report`: scored runs compared in one report."""

@@ -1,1 +1,1 @@
-"""Scores of answers: metrics applied to questions, aggregated, with intervals."""
+"""Scores: metrics applied to answers, aggregated to numbers with intervals."""

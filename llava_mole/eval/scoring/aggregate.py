@@ -1,13 +1,14 @@
-"""From the fields of every question to a benchmark's numbers, with intervals, and to the comparison of two runs."""
+"""Sums the fields of every question to a benchmark's numbers, with intervals, and compares two runs on them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.text import count_of
 from llava_mole.eval.benchmarks.benchmark import COUNTED, Benchmark, Number
 from llava_mole.eval.metrics.table import METRICS, Fields
 from llava_mole.eval.scoring.intervals import (
@@ -30,9 +31,9 @@ PERCENT = 100.0
 
 @dataclass(frozen=True)
 class Units:
-    """What is scored and resampled: questions, or the images that several questions share.
+    """What is scored and resampled: questions, or for example the images that several questions share.
 
-    `fields[f"{metric}.{field}"]` has one value a unit, 0 where the metric does not apply to its group.
+    `fields["<metric>.<field>"]` has one value per unit, 0 if the metric does not apply to the unit's group.
     """
 
     ids: tuple[str, ...]
@@ -40,13 +41,13 @@ class Units:
     fields: Mapping[str, Array]
 
     def rows(self) -> dict[str, Array]:
-        """Group -> `[n, F]`, fields in the order of `fields`."""
+        """Return group -> `[n, F]`, the fields in the order of `fields`."""
         table = np.stack(list(self.fields.values()), axis=1)
         member = np.array(self.groups)
         return {group: table[member == group] for group in dict.fromkeys(self.groups)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, column by column."""
+        """Return plain values, column by column."""
         return {
             "ids": list(self.ids),
             "groups": list(self.groups),
@@ -55,7 +56,7 @@ class Units:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], where: str) -> "Units":
-        """Read back. Raises DataError for anything `to_dict` does not write."""
+        """Read back. Raises DataError for anything that `to_dict` does not write."""
         try:
             fields = {name: np.array(values, dtype=np.float64) for name, values in value["fields"].items()}
             units = cls(tuple(map(str, value["ids"])), tuple(map(str, value["groups"])), fields)
@@ -77,11 +78,11 @@ def _plain(value: float) -> float | int:
 def build_units(
     benchmark: Benchmark, scored: Sequence[tuple[str, str, Mapping[str, Any], Mapping[str, Fields]]]
 ) -> Units:
-    """Units from scored questions.
+    """Build units from scored questions.
 
     Args:
-        scored: (id, group, question line, metric -> fields) of every question; a metric that dropped the question gave
-            no fields.
+        scored: (id, group, question line, metric -> fields) of every question; a metric that left the question out
+            has no fields.
     """
     names = list(dict.fromkeys(metric for metrics in benchmark.metrics.values() for metric in metrics))
     keys = {METRICS[name].unit_key for name in names}
@@ -109,7 +110,7 @@ def build_units(
 
 
 def statistic(name: str, numbers: Mapping[str, Number], fields: Sequence[str]) -> Statistic:
-    """The number `name` as a function of its groups' sums, in percent; NaN where nothing is in the denominator."""
+    """Return the number `name`, in percent, as a function of the groups' sums; NaN if its denominator is 0."""
     number = numbers[name]
     if number.value is None:
         parts = [statistic(part, numbers, fields) for part in (*number.sum, *number.mean)]
@@ -131,48 +132,56 @@ def statistic(name: str, numbers: Mapping[str, Number], fields: Sequence[str]) -
 
 
 def denominator(number: Number) -> list[str]:
-    """Fields whose sums are added up below the line."""
+    """Return the fields whose sums form the denominator."""
     assert number.value is not None
     return number.of or [f"{number.value.partition('.')[0]}.{COUNTED}"]
 
 
 def is_share(number: Number) -> bool:
-    """Whether it is a share of questions that are right or wrong, each by itself."""
+    """Whether the number is a share of questions that are each right or wrong."""
     if number.value is None or number.scale != 1 or number.of:
         return False
     name, _, field = number.value.partition(".")
     return field in METRICS[name].binary and METRICS[name].unit_key is None
 
 
+def share_entry(k: int, n: int) -> dict[str, Any]:
+    """Return the share k/n as a number's entry, see `compute_numbers`, with Wilson's interval."""
+    if not n:
+        return {"value": None, "low": None, "high": None, "interval": "wilson", "k": k, "n": n}
+    low, high = (PERCENT * end for end in wilson_interval(k, n))
+    return {"value": PERCENT * k / n, "low": low, "high": high, "interval": "wilson", "k": k, "n": n}
+
+
 def compute_numbers(
     benchmark: Benchmark, units: Units, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, dict[str, Any]]:
-    """Every number: `value`, `low`, `high` in percent (None where there is nothing to divide by), `interval` (`wilson`
-    or `bootstrap`) and, for ratios, `k` and `n`, the sums above and below the line."""
+    """Return an entry for every number.
+
+    An entry has `value`, `low` and `high` in percent (None if there is nothing to divide by), `interval` (`wilson` or
+    `bootstrap`) and, for ratios, `k` and `n`, the sums above and below the line.
+    """
     rows, fields = units.rows(), list(units.fields)
-    numbers = benchmark.expand_numbers(list(rows) if not benchmark.groups else benchmark.groups)
+    numbers = benchmark.expand_numbers(benchmark.groups or list(rows))
     observed = group_sums(rows)
     resampled: dict[str, Array] | None = None
     results: dict[str, dict[str, Any]] = {}
     for name, number in numbers.items():
-        function = statistic(name, numbers, fields)
-        entry: dict[str, Any] = {"value": _finite(float(function(observed)[0]))}
+        ratio: dict[str, Any] = {}
         if number.value is not None:
             chosen = [sums for group, sums in observed.items() if not number.groups or group in number.groups]
             pooled = np.sum(chosen, axis=0)[0] if chosen else np.zeros(len(fields))
-            entry["k"] = _plain(number.scale * pooled[fields.index(number.value)])
-            entry["n"] = _plain(sum(pooled[fields.index(field)] for field in denominator(number)))
+            ratio["k"] = _plain(number.scale * pooled[fields.index(number.value)])
+            ratio["n"] = _plain(sum(pooled[fields.index(field)] for field in denominator(number)))
         if is_share(number):
-            low, high = (PERCENT * end for end in wilson_interval(int(entry["k"]), int(entry["n"])))
-            entry |= {"low": low, "high": high, "interval": "wilson"}
-        else:
-            if resampled is None:
-                resampled = bootstrap_sums(rows, resamples=resamples, seed=seed)
-            low, high = percentile_interval(function(resampled))
-            entry |= {"low": _finite(low), "high": _finite(high), "interval": "bootstrap"}
-        if entry["value"] is None:
-            entry |= {"low": None, "high": None}
-        results[name] = entry
+            results[name] = share_entry(int(ratio["k"]), int(ratio["n"]))
+            continue
+        if resampled is None:
+            resampled = bootstrap_sums(rows, resamples=resamples, seed=seed)
+        function = statistic(name, numbers, fields)
+        value = _finite(float(function(observed)[0]))
+        low, high = (None, None) if value is None else map(_finite, percentile_interval(function(resampled)))
+        results[name] = {"value": value, "low": low, "high": high, "interval": "bootstrap", **ratio}
     return results
 
 
@@ -183,12 +192,12 @@ def _finite(value: float) -> float | None:
 def compare_units(
     benchmark: Benchmark, name: str, first: Units, second: Units, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, Any]:
-    """Paired comparison of a number between two runs.
+    """Compare a number between two runs, paired by question.
 
     Returns:
         `difference` (second - first, percentage points) with its interval `low`..`high`, `test` (`mcnemar` or
-        `permutation`), `p_value`, and the discordant units: `better` and `worse` (0/1 shares whose denominator has the
-        same questions in both runs) or `changed`.
+        `permutation`), `p_value`, and the discordant units: `better` and `worse` for 0/1 shares whose denominator has
+        the same questions in both runs, else `changed`.
 
     Raises:
         DataError: the runs answered different questions.
@@ -198,14 +207,16 @@ def compare_units(
         zip(second.ids, second.groups, strict=True)
     ):
         only = len(set(first.ids) ^ set(second.ids))
-        raise DataError(f"{only} questions are in one run alone; score both runs on the same questions")
+        raise DataError(
+            f"{count_of(only, 'question')} found in only one of the runs; score both runs on the same questions"
+        )
     if set(first.fields) != set(second.fields):
         raise DataError("the scores per question of the two runs have different fields; score both again")
     permutation = np.array([order[unit] for unit in first.ids])
     fields = list(first.fields)
     aligned = Units(first.ids, first.groups, {field: second.fields[field][permutation] for field in fields})
     one, two = first.rows(), aligned.rows()
-    numbers = benchmark.expand_numbers(list(one) if not benchmark.groups else benchmark.groups)
+    numbers = benchmark.expand_numbers(benchmark.groups or list(one))
     number, function = numbers[name], statistic(name, numbers, fields)
     difference = float(function(group_sums(two))[0] - function(group_sums(one))[0])
     low, high = difference_interval(one, two, function, resamples=resamples, seed=seed)
@@ -215,32 +226,25 @@ def compare_units(
         "low": _finite(low),
         "high": _finite(high),
     }
-    involved = _groups_involved(name, numbers, list(one))
+    ratios = _ratios(name, numbers)
+    involved = [group for group in one if any(not ratio.groups or group in ratio.groups for ratio in ratios)]
     counted = [fields.index(field) for field in denominator(number)] if number.value else []
-    # An answer that leaves the denominator of one run alone is not merely right or wrong.
+    # McNemar's test needs answers that are right or wrong: none may leave the denominator in only one of the runs.
     if is_share(number) and all((one[group][:, counted] == two[group][:, counted]).all() for group in involved):
         index = fields.index(number.value or "")
         change = np.concatenate([two[group][:, index] - one[group][:, index] for group in involved])
         better, worse = int((change > 0).sum()), int((change < 0).sum())
         return result | {"test": "mcnemar", "p_value": mcnemar_exact(worse, better), "better": better, "worse": worse}
-    columns = [fields.index(field) for field in _fields_involved(name, numbers)]
+    used = dict.fromkeys(field for ratio in ratios for field in (ratio.value or "", *denominator(ratio)))
+    columns = [fields.index(field) for field in used]
     changed = sum(int((one[g][:, columns] != two[g][:, columns]).any(axis=1).sum()) for g in involved)
     p_value = permutation_p_value(one, two, function, resamples=resamples, seed=seed)
     return result | {"test": "permutation", "p_value": p_value, "changed": changed}
 
 
-def _walk(name: str, numbers: Mapping[str, Number], visit: Callable[[Number], Sequence[str]]) -> list[str]:
+def _ratios(name: str, numbers: Mapping[str, Number]) -> list[Number]:
+    """Return the ratios that the number `name` is made of: itself, or those of its parts."""
     number = numbers[name]
     if number.value is not None:
-        return list(visit(number))
-    found = [item for part in (*number.sum, *number.mean) for item in _walk(part, numbers, visit)]
-    return list(dict.fromkeys(found))
-
-
-def _groups_involved(name: str, numbers: Mapping[str, Number], groups: Sequence[str]) -> list[str]:
-    wanted = _walk(name, numbers, lambda number: number.groups or groups)
-    return [group for group in groups if group in wanted]
-
-
-def _fields_involved(name: str, numbers: Mapping[str, Number]) -> list[str]:
-    return _walk(name, numbers, lambda number: [number.value or "", *denominator(number)])
+        return [number]
+    return [ratio for part in (*number.sum, *number.mean) for ratio in _ratios(part, numbers)]

@@ -1,23 +1,18 @@
-"""`llava-mole score ANSWERS --benchmark NAME`: scores answers that exist, or writes the file that a server scores."""
+"""`llava-mole score ANSWERS --benchmark NAME`: score existing answers, or write the file that a server scores."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, command
-from llava_mole.eval.answers import read_answers, write_bytes_atomically, write_text_atomically
-from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, get_benchmark, list_benchmarks, load_questions
+from llava_mole.common.files import refuse_existing, sha256_of, write_bytes
+from llava_mole.eval.answers import read_answers
+from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, BenchmarkQuestions, load_questions, own_questions
+from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.benchmarks.submission import WRITERS
 from llava_mole.eval.questions import parse_named_file
-from llava_mole.eval.scoring.score import (
-    SCORE_SUFFIX,
-    check_answers,
-    check_outputs,
-    dump_scores,
-    file_digest,
-    format_benchmark,
-    score_benchmark,
-)
+from llava_mole.eval.scoring.score import check_answers, format_scores, score_benchmark
+from llava_mole.eval.scoring.score_file import SCORE_SUFFIX, write_score_file
 
 
 @command
@@ -28,17 +23,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.split("\n")[0],
         epilog=f"benchmarks: {', '.join(list_benchmarks())}",
     )
-    parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="answers file; all chunks' files if several")
-    parser.add_argument("--benchmark", required=True, metavar="NAME", help="a benchmark, or its YAML file")
-    parser.add_argument("--questions", nargs="+", metavar="[GROUP=]FILE", help="in place of the benchmark's own")
-    parser.add_argument("--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"default {DATA_ROOT}")
+    parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="answers file, or the files of all chunks")
+    parser.add_argument("--benchmark", metavar="NAME", help="benchmark to score by: a name, or a YAML file")
     parser.add_argument(
-        "--output", metavar="FILE", help=f"default: the (first) answers file's name with {SCORE_SUFFIX}"
+        "--questions",
+        nargs="+",
+        metavar="[GROUP=]FILE",
+        help="question files to use instead of the benchmark's; without --benchmark, scored by exact match",
+    )
+    parser.add_argument(
+        "--train-file",
+        nargs="+",
+        metavar="[GROUP=]FILE",
+        help="training splits for the majority baseline of your own --questions (default: the test itself)",
+    )
+    parser.add_argument(
+        "--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is ({DATA_ROOT})"
+    )
+    parser.add_argument("--image-folder", metavar="DIR", help="root of the questions' image paths, for the report")
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"score file (default: the first answers file's name with {SCORE_SUFFIX})"
     )
     parser.add_argument("--submission", metavar="FILE", help="also write the file that the benchmark's server takes")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
-    benchmark = get_benchmark(args.benchmark)
+    loaded = _load(args)
+    benchmark = loaded.benchmark
     files = [Path(name) for name in args.answers]
     output = Path(args.output) if args.output else files[0].with_suffix(SCORE_SUFFIX)
     submission = Path(args.submission) if args.submission else None
@@ -46,23 +56,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--submission: benchmark {benchmark.name} has no server; its score is computed here")
     if submission is None and benchmark.primary is None:
         raise ConfigError(f"benchmark {benchmark.name} is scored by a server; give --submission FILE to write its file")
-    loaded = load_questions(benchmark, data_root=Path(args.data_root), files=args.questions)
     outputs = [*([output] if benchmark.primary else []), *([submission] if submission else [])]
-    inputs = [*files, *(parse_named_file(argument)[1] for argument in loaded.files)]
-    check_outputs(outputs, inputs, overwrite=args.overwrite)
+    read = [parse_named_file(argument)[1] for argument in (*loaded.files, *(loaded.train_files or []))]
+    check_outputs(outputs, [*files, *read], overwrite=args.overwrite)
     answers = read_answers(files)
     if submission:
         check_answers(loaded, answers)
-        write_bytes_atomically(submission, WRITERS[benchmark.submission or ""](loaded, answers))
+        write_bytes(submission, WRITERS[benchmark.submission or ""](loaded, answers))
         print(f"submission: {submission} ({len(answers)} answers; {'; '.join(benchmark.notes) or 'no score yet'})")
     if benchmark.primary:
         scores = score_benchmark(loaded, answers)
-        scores |= {"answers": [str(file.resolve()) for file in files], "answers_sha256": file_digest(files)}
-        scores |= {"model_path": ", ".join(scores["model_id"]), "routing": None}
-        write_text_atomically(output, dump_scores(scores))
-        print(format_benchmark(scores))
+        scores |= {
+            "answers": [str(file.resolve()) for file in files],
+            "answers_sha256": [sha256_of(file) for file in files],
+            "model_path": ", ".join(scores["model_id"]),
+            "routing": None,
+        }
+        write_score_file(output, scores)
+        print(format_scores(scores))
         print(f"scores: {output}")
     return 0
+
+
+def _load(args: argparse.Namespace) -> BenchmarkQuestions:
+    """Return the questions of `--benchmark`, or of `--questions` alone."""
+    image_folder = Path(args.image_folder) if args.image_folder else None
+    if args.benchmark is None:
+        if not args.questions:
+            raise ConfigError("give --benchmark NAME, or --questions FILE... to score question files of your own")
+        return own_questions(args.questions, image_folder=image_folder or Path(), train_files=args.train_file)
+    if args.train_file:
+        raise ConfigError("--train-file belongs to --questions without --benchmark; a benchmark names its own")
+    benchmark = get_benchmark(args.benchmark)
+    root = Path(args.data_root)
+    return load_questions(benchmark, data_root=root, files=args.questions, image_folder=image_folder)
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise ConfigError if a file to write exists and may not be replaced, or is an input or given twice."""
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise ConfigError(f"{path} is an input, or given twice; give another name")
+        refuse_existing(path, overwrite=overwrite)
+        taken.add(path.resolve())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Intervals and paired tests of numbers that are ratios of sums over questions, or sums and means of such ratios.
 
 All resampling works on *distinct rows*: questions with equal fields are interchangeable, so drawing n of n questions
-with replacement is one multinomial draw over the distinct rows. That makes 10,000 resamples of 0/1 scores cost no more
-than a few thousand numbers, and is the same distribution as drawing the questions one by one.
+with replacement is one multinomial draw over the distinct rows. The distribution is that of drawing the questions one
+by one, and 10,000 resamples of 0/1 scores take only a few numbers each.
 """
 
 import math
@@ -15,7 +15,7 @@ RESAMPLES = 10_000
 SEED = 20230719
 LEVEL = 0.95
 CHUNK = 2_000_000
-"""Counts held at a time."""
+"""Limit on the counts held in memory at a time."""
 
 Array = NDArray[np.float64]
 Sums = Mapping[str, Array]
@@ -25,12 +25,12 @@ Statistic = Callable[[Sums], Array]
 
 
 def group_sums(groups: Mapping[str, Array]) -> dict[str, Array]:
-    """The observed sums, `[1, F]` each, of groups of questions `[n, F]`."""
+    """Return the observed sums, `[1, F]` each, of groups of questions `[n, F]`."""
     return {name: rows.sum(axis=0, keepdims=True) for name, rows in groups.items()}
 
 
 def bootstrap_sums(groups: Mapping[str, Array], *, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, Array]:
-    """Sums over resamples drawn with replacement within each group (the groups' sizes are part of the benchmark).
+    """Sum resamples drawn with replacement within each group; the groups' sizes are part of the benchmark.
 
     Args:
         groups: Group -> fields of its questions, `[n, F]`.
@@ -53,7 +53,7 @@ def _multinomial_sums(rows: Array, resamples: int, generator: np.random.Generato
 
 
 def percentile_interval(values: Array, level: float = LEVEL) -> tuple[float, float]:
-    """The percentile bootstrap's interval of `level`. Resamples without a value (0/0) are left out.
+    """Return the percentile bootstrap interval; resamples without a value (0/0) are left out.
 
     Efron, "Bootstrap methods: another look at the jackknife" (1979).
     """
@@ -65,13 +65,14 @@ def percentile_interval(values: Array, level: float = LEVEL) -> tuple[float, flo
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided exact McNemar test: the probability of a split at least as uneven among the discordant pairs.
+    """Return the p-value of the two-sided exact McNemar test.
 
-    Twice the binomial tail with probability 1/2, at most 1; 1 where no pair is discordant. McNemar (1947).
+    It is the probability of a split at least as uneven among the discordant pairs: twice the binomial tail with
+    probability 1/2, at most 1, and 1 without discordant pairs. McNemar (1947).
 
     Args:
-        only_first: Questions that only the first run answers rightly.
-        only_second: Those that only the second does.
+        only_first: Number of questions that only the first run answers correctly.
+        only_second: Number that only the second run answers correctly.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
     if not total:
@@ -84,10 +85,10 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: below a level, the chance of any false finding in the family is below that level.
+    """Return p-values adjusted by Holm's step-down method, which bounds the chance of any false finding.
 
-    The k-th smallest of m is multiplied by m - k + 1, at least as large as the one before, at most 1. It holds whatever
-    the dependence of the tests. Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    The k-th smallest of m is multiplied by m - k + 1, then raised to the one before it and cut at 1. The bound holds
+    however the tests depend on each other. Holm, "A simple sequentially rejective multiple test procedure" (1979).
     """
     adjusted = [1.0] * len(p_values)
     largest = 0.0
@@ -105,10 +106,10 @@ def permutation_p_value(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> float:
-    """Two-sided paired permutation test of the difference of a number between two runs.
+    """Return the p-value of a two-sided paired permutation test of a number's difference between two runs.
 
-    Under the hypothesis that the runs are exchangeable, the two scores of each question are swapped at random; the
-    p-value is (1 + swaps with a difference at least as large) / (1 + swaps), never 0.
+    Under the hypothesis that the runs are exchangeable, the two scores of each question are swapped at random. The
+    p-value is (1 + resamples with a difference at least as large) / (1 + resamples), so never 0.
 
     Args:
         first, second: Group -> fields of the same questions in the same order, `[n, F]`.
@@ -130,7 +131,7 @@ def permutation_p_value(
         swapped_first[name], swapped_second[name] = rows.sum(axis=0) + moved, other.sum(axis=0) - moved
     observed = abs(float(statistic(group_sums(second))[0] - statistic(group_sums(first))[0]))
     differences = np.abs(statistic(swapped_second) - statistic(swapped_first))
-    # Sums of equal terms in another order differ by rounding, which must not decide a tie.
+    # The same terms summed in another order differ by rounding, which must not decide a tie.
     as_large = int(np.count_nonzero(~(differences < observed - 1e-9 * max(1.0, observed))))
     return (1 + as_large) / (1 + resamples)
 
@@ -143,7 +144,7 @@ def difference_interval(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> tuple[float, float]:
-    """Paired percentile bootstrap of `second - first`: both runs are resampled on the same questions."""
+    """Return the percentile bootstrap interval of `second - first`, both resampled on the same questions."""
     width = {name: rows.shape[1] for name, rows in first.items()}
     joint = bootstrap_sums(
         {name: np.concatenate([rows, second[name]], axis=1) for name, rows in first.items()},
@@ -160,7 +161,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, both ends in 0..1; (0, 1) for no observation.
+    """Return Wilson's score interval of a proportion, both ends in 0..1; (0, 1) without observations.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
     """
@@ -170,7 +171,7 @@ def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, f
     scale = 1 + z * z / total
     centre = (share + z * z / (2 * total)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    # At 0 and at n right answers one end is exactly 0 or 1; rounding must not move it.
+    # At 0 and at n correct answers one end is exactly 0 or 1; rounding must not move it.
     low = 0.0 if correct == 0 else max(0.0, centre - half)
     high = 1.0 if correct == total else min(1.0, centre + half)
     return low, high

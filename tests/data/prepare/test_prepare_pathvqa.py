@@ -151,7 +151,7 @@ def test_questions_go_on_into_the_evaluation(tmp_path: Path) -> None:
     done = raw_sets.prepare("pathvqa", tmp_path / "raw", tmp_path / "out")
     questions = read_questions([str(done.out / "questions" / "test.jsonl")])
     check_images(questions, done.out / "images")
-    assert [question.domain for question in questions] == ["OPEN", "CLOSED", "CLOSED"]
+    assert [question.group for question in questions] == ["OPEN", "CLOSED", "CLOSED"]
     benchmark = tmp_path / "benchmark"
     assert main(["prepare-benchmark", "pathvqa", "--raw", str(done.out), "--out", str(benchmark)]) == 0
     assert len((benchmark / "questions.jsonl").read_text(encoding="utf-8").splitlines()) == 3

@@ -21,7 +21,8 @@ from worlds.benchmark_layouts import (
 )
 
 from llava_mole import cli
-from llava_mole.eval.benchmarks.benchmark import get_benchmark, load_questions
+from llava_mole.eval.benchmarks.benchmark import load_questions
+from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.scoring.score import score_benchmark
 
 
@@ -38,7 +39,7 @@ def test_official_layouts(case: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         (
             question.image,
             question.text,
-            question.domain,
+            question.group,
             line.get("values", line.get("answers", [line["answer"]] if "answer" in line else None)),
         )
         for question, line in zip(loaded.questions, loaded.lines, strict=True)
@@ -65,7 +66,7 @@ def test_what_the_user_should_know_is_printed(tmp_path: Path, capsys: pytest.Cap
     assert "note: 1 of 3 questions have no known split" in printed
     out = str(tmp_path / "f")
     assert cli.main(["prepare-benchmark", "deepform", "--raw", str(tmp_path / "form"), "--out", out]) == 0
-    assert "note: 1 values of the references are asked by no question; the recall wants them" in capsys.readouterr().out
+    assert "note: no question asks for 1 value of the references; the recall counts them" in capsys.readouterr().out
 
 
 def test_golds_follow_the_question_not_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +126,7 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     put(raw / "testdev_balanced_questions.json", {"20": {"question": "?"}})
     assert "testdev_balanced_questions.json: 20: no 'imageId' in it; found question" in given("gqa")
     put(raw / "testdev_balanced_questions.json", "{")
-    assert "cannot be read as JSON" in given("gqa")
+    assert "testdev_balanced_questions.json is not valid JSON" in given("gqa")
     put(raw / "testdev_balanced_questions.json", {})
     assert "no questions in it" in given("gqa")
     assert "Visual_Reasoning/dataset.json: no such file" in given("tiny_ehub")
@@ -241,7 +242,7 @@ def test_values_of_another_type_are_named(
 @pytest.mark.parametrize(
     ("case", "file", "content", "message"),
     [
-        ("gqa", "testdev_balanced_questions.json", b"[" * 100_000, "cannot be read as JSON: maximum recursion"),
+        ("gqa", "testdev_balanced_questions.json", b"[" * 100_000, "is not valid JSON: maximum recursion"),
         ("tabfact", "test_TabFact.jsonl", b"[" * 100_000, ":1: not valid JSON (maximum recursion"),
         ("mme", "existence/1.txt", b"\xff", "existence/1.txt: cannot be read as UTF-8 text"),
         ("mmbench", "mmbench_dev_20230712.tsv", b"index\xff", "cannot be read as TSV"),

@@ -7,16 +7,8 @@ import yaml
 
 from llava_mole import cli
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.eval.benchmarks.benchmark import (
-    REPOSITORY,
-    Benchmark,
-    BenchmarkData,
-    Number,
-    get_benchmark,
-    list_benchmarks,
-    load_questions,
-    prompt_suffix,
-)
+from llava_mole.eval.benchmarks.benchmark import Benchmark, BenchmarkData, Number, load_questions
+from llava_mole.eval.benchmarks.registry import REPOSITORY, get_benchmark, list_benchmarks
 
 EXPECTED = {
     *("tiny", "tiny_ehub", "tiny_ehub_sets", "chartqa", "docvqa", "docvqa_val", "infographicsvqa", "tabfact", "wtq"),
@@ -122,13 +114,24 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ({"metrics": {"c": ["plain_exact"]}}, "metrics.c: no such group; groups are a, b"),
         ({"metrics": {"*": ["bleu"]}}, "no metric 'bleu'; there are"),
         ({"metrics": {"a": ["mme"], "b": ["plain_exact"]}}, "different units (mme: image, plain_exact: question)"),
-        ({"primary": "total"}, "'total' is shown or primary and no number"),
+        ({"primary": "total"}, "columns or primary name 'total'; the numbers are a, b, all"),
         ({"primary": None}, "neither a primary number nor a submission format"),
-        ({"columns": ["x"]}, "'x' is shown or primary and no number"),
+        ({"columns": ["x"]}, "columns or primary name 'x'; the numbers are a, b, all"),
         ({"submission": "fax"}, "submission is 'fax'; allowed are vqa_v2"),
-        ({"published": [{"model": "m", "source": "s", "values": {"c": 1}}]}, "published 'm' gives 'c', which is no"),
+        (
+            {"published": [{"model": "m", "source": "s", "values": {"c": 1}}]},
+            "published 'm' gives 'c', which is not",
+        ),
+        (
+            {"submission": "gqa", "data": {"folder": "x", "questions": ["q"], "converter": "fax"}},
+            "data.converter is 'fax'",
+        ),
+        (
+            {"data": {"folder": "x", "questions": ["q"], "train_files": []}, "metrics": {"*": ["word_match"]}},
+            "data.train_files: the majority baseline needs the one metric plain_exact; found ['word_match']",
+        ),
         ({"numbers": {"all": {}}}, "numbers.all: it needs exactly one of value, sum and mean"),
-        ({"numbers": {"all": {"sum": ["x"]}}}, "numbers.all: 'x' is no number"),
+        ({"numbers": {"all": {"sum": ["x"]}}}, "numbers.all: 'x' is not a number"),
         ({"numbers": {"all": {"sum": ["all"]}}}, "numbers.all: 'all' must stand above it"),
         ({"numbers": {"all": {"value": "wtq.hit"}}}, "does not use a metric 'wtq'"),
         ({"numbers": {"all": {"value": "plain_exact.f1"}}}, "plain_exact has hit and n"),
@@ -164,10 +167,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_prompts(tmp_path: Path) -> None:
     chart = get_benchmark("chartqa")
-    assert prompt_suffix(chart, "default") == ""
-    assert prompt_suffix(chart, "lmms-eval") == "\nAnswer the question with a single word."
+    assert chart.prompt_suffix("default") == ""
+    assert chart.prompt_suffix("lmms-eval") == "\nAnswer the question with a single word."
     with pytest.raises(ConfigError, match="benchmark chartqa has the variants default, lmms-eval"):
-        prompt_suffix(chart, "short")
+        chart.prompt_suffix("short")
 
 
 def test_missing_questions_say_how_to_get_them(tmp_path: Path) -> None:

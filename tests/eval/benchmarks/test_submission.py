@@ -13,7 +13,8 @@ from worlds.benchmark_answers import command, write_answers, write_chart
 
 from llava_mole import cli
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.eval.benchmarks.benchmark import get_benchmark, load_questions
+from llava_mole.eval.benchmarks.benchmark import load_questions
+from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.benchmarks.submission import check_submission, write_xlsx
 
 

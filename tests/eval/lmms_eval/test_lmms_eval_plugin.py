@@ -115,15 +115,15 @@ def test_generation_arguments(plugin: Any, caplog: pytest.LogCaptureFixture) -> 
     with pytest.raises(ConfigError, match="top_p is 2"):
         plugin.decoding_options({"top_p": 2})
     plugin.decoding_options({"repetition_penalty": 1.2, "top_k": 5})
-    assert "left out: repetition_penalty, top_k" in caplog.text
+    assert "ignored: repetition_penalty, top_k" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"conv_template": "v1"}, "--model_args conv_template: unknown; allowed are pretrained"),
-        ({"batch_size": "auto"}, "batch_size 'auto' must be a number"),
-        ({"batch_size": 0}, "batch_size 0 must be a number"),
+        ({"batch_size": "auto"}, "batch_size is 'auto'; it must be a number"),
+        ({"batch_size": 0}, "batch_size is 0; it must be a number"),
     ],
 )
 def test_bad_model_arguments(plugin: Any, arguments: dict, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from llava_mole.eval.benchmarks.benchmark import get_benchmark
+from llava_mole.eval.benchmarks.registry import get_benchmark
 
 TASKS = Path(__file__).parents[3] / "llava_mole" / "eval" / "lmms_eval"
 FILES = sorted(TASKS.glob("*.yaml"))

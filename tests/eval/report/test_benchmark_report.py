@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from llava_mole import cli
-from llava_mole.eval.benchmarks.benchmark import get_benchmark, load_questions
+from llava_mole.eval.benchmarks.benchmark import load_questions
+from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.report.compare import build_benchmarks, read_runs
 from llava_mole.eval.report.figure import draw_benchmarks
 from llava_mole.eval.report.formats import format_p, to_latex, to_markdown, to_text
-from llava_mole.eval.scoring.score import dump_scores, score_benchmark
+from llava_mole.eval.scoring.score import score_benchmark
+from llava_mole.eval.scoring.score_file import write_score_file
 
 RIGHT = {"mix": 10, "mole": 18}
 COUNT = 20
@@ -33,8 +35,8 @@ def write_run(folder: Path, name: str, right: int, *, count: int = COUNT, prompt
             for n in range(count)
         }
         scores = score_benchmark(loaded, answers, resamples=100)
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / f"{benchmark}.score.json").write_text(dump_scores(scores))
+        scores |= {"answers": [f"{name}.jsonl"], "model_path": name, "routing": None}
+        write_score_file(folder / name / f"{benchmark}.score.json", scores)
     return folder / name
 
 
@@ -258,7 +260,8 @@ def test_the_tiny_world_has_both_comparisons(tiny: Path, capsys: pytest.CaptureF
     assert majority, printed
     assert "ASSISTANT: Yes.   (right)" in printed
     assert {path.name for path in (tiny / "out").iterdir()} >= {"report.txt", "report.json", "report.md", "report.tex"}
-    assert set(json.loads((tiny / "out" / "report.json").read_text())) >= {"benchmarks", "domains", "routing", "chat"}
+    entry = json.loads((tiny / "out" / "report.json").read_text())["benchmarks"]["tiny"]
+    assert set(entry) >= {"runs", "comparisons", "groups", "routing", "examples"}
 
 
 def test_tiny_runs_on_other_questions_have_no_common_domains(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,14 +282,14 @@ def test_a_run_directory_holds_its_scores_in_eval(runs: Path) -> None:
     (runs / "mole").rename(runs / "run" / "eval")
     assert list(read_runs([], [str(runs / "run")])) == ["run"]
     assert list(read_runs([], [str(runs / "run" / "eval")])) == ["run"]
-    assert set(read_runs([f"a={runs / 'run'}"], [])["a"].benchmarks) == {"chartqa", "pathvqa"}
+    assert set(read_runs([f"a={runs / 'run'}"], [])["a"]) == {"chartqa", "pathvqa"}
 
 
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
         (("benchmark",), 5, "benchmark is damaged (5)"),
-        (("numbers",), {}, "its definition shows overall, human, augmented, which it has no number for"),
+        (("numbers",), {}, "its definition shows overall, human, augmented, for which it has no number"),
         (("numbers", "overall"), 5, "number 'overall' is damaged (5)"),
         (("numbers", "overall", "low"), None, "number 'overall' is damaged"),
         (("numbers", "overall", "value"), float("nan"), "number 'overall' is damaged"),

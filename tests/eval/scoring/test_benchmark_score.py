@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from llava_mole.common.errors import DataError
-from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions, get_benchmark, load_questions
+from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions, load_questions
+from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.scoring.aggregate import Units, compare_units
-from llava_mole.eval.scoring.score import dump_scores, format_benchmark, score_benchmark, score_units
+from llava_mole.eval.scoring.score import format_scores, score_benchmark, score_units
+from llava_mole.eval.scoring.score_file import write_score_file
 
 
 def loaded(folder: Path, name: str, lines: list[dict]) -> BenchmarkQuestions:
@@ -38,13 +40,13 @@ def test_sum_of_five_percentages(tmp_path: Path) -> None:
     assert (total["interval"], "k" in total) == ("bootstrap", False)
     assert 300 <= total["low"] <= 400 <= total["high"] <= 500
     assert (scores["empty_answers"], scores["complete"], scores["total"]) == (1, False, 7)
-    assert "note: the complete set has 2450 questions" in format_benchmark(scores)
+    assert "note: the complete set has 2450 questions" in format_scores(scores)
 
 
 def test_a_sum_with_a_part_missing_has_no_value(tmp_path: Path) -> None:
     scores = score(tmp_path, "tiny_ehub", ({"category": "VR", "answer": "yes"}, "yes"))
     assert values(scores, "VR", "VP", "all") == [100, None, None]
-    assert "all *" in format_benchmark(scores)
+    assert "all *" in format_scores(scores)
 
 
 def test_dropped_rows_leave_the_denominator(tmp_path: Path) -> None:
@@ -150,7 +152,9 @@ def test_science_qa_image_accuracy(tmp_path: Path) -> None:
 
 
 def test_everything_that_decides_the_number_is_stored(tmp_path: Path) -> None:
-    scores = json.loads(dump_scores(score(tmp_path, "chartqa", ({"category": "human", "answer": "a"}, "a"))))
+    path = tmp_path / "a.score.json"
+    write_score_file(path, score(tmp_path, "chartqa", ({"category": "human", "answer": "a"}, "a")))
+    scores = json.loads(path.read_text())
     assert scores["definition"]["prompt"]["max_new_tokens"] == 128
     assert scores["definition"]["metrics"] == {"*": ["relaxed_ureader", "relaxed_lmms_eval"]}
     assert scores["interval"] == {"level": 0.95, "resamples": 200, "seed": 20230719}
@@ -224,7 +228,7 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
     line = {"category": "VR", "answer": "yes"}
     first = units_of(tmp_path, "tiny_ehub", (line, "yes"))
     second = units_of(tmp_path, "tiny_ehub", (line, "yes"), (line, "yes"))
-    with pytest.raises(DataError, match="1 questions are in one run alone"):
+    with pytest.raises(DataError, match="1 question found in only one of the runs"):
         compare_units(get_benchmark("tiny_ehub"), "VR", first, second)
 
 

@@ -14,6 +14,7 @@ from llava_mole.eval.scoring.intervals import (
     mcnemar_exact,
     percentile_interval,
     permutation_p_value,
+    wilson_interval,
 )
 
 
@@ -114,3 +115,12 @@ def test_paired_difference_is_narrower_than_unpaired() -> None:
 
 def test_group_sums() -> None:
     assert group_sums({"a": column(1, 0, 1)})["a"].tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # 8/10 and 1/29: published examples of Wilson's interval; 0/10 and 10/10: z^2 / (n + z^2) = 3.841459 / 13.841459.
+    [(8, 10, 0.49016, 0.94332), (1, 29, 0.00611, 0.17176), (0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (0, 0, 0, 1)],
+)
+def test_wilson_interval(correct: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=1e-5)

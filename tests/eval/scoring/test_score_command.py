@@ -8,7 +8,6 @@ import pytest
 from worlds.benchmark_answers import command, write_answers, write_chart
 
 from llava_mole import cli
-from llava_mole.eval.scoring.score import main
 
 
 @pytest.fixture
@@ -32,9 +31,9 @@ def test_no_input_is_overwritten(chart: Path, capsys: pytest.CaptureFixture[str]
     before = {path.name: path.read_bytes() for path in chart.iterdir()}
     for output in (chart / "a.jsonl", chart / "q.jsonl"):
         assert cli.main(command(chart, "--output", str(output), "--overwrite")) == 2
-        assert f"{output} is a file that is read, or given twice" in capsys.readouterr().err
-    given = [f"--questions={chart}/q.jsonl", f"--answers={chart}/a.jsonl", f"--output={chart}/q.jsonl", "--overwrite"]
-    assert main(given) == 2
+        assert f"{output} is an input, or given twice" in capsys.readouterr().err
+    own = ["score", f"{chart}/a.jsonl", f"--questions={chart}/q.jsonl", f"--output={chart}/q.jsonl", "--overwrite"]
+    assert cli.main(own) == 2
     assert {path.name: path.read_bytes() for path in chart.iterdir()} == before
 
 

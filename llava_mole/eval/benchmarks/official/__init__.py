@@ -1,4 +1,4 @@
-"""From the official layout of a benchmark to question lines: one module a family, chosen by name in the YAML."""
+"""Converters from a benchmark's official files to question lines, chosen by `data.converter` in its YAML file."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,14 +1,14 @@
 """What the converters share: reading official files, and the result."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.common.files import read_json
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.eval.questions import read_json_lines, read_text
+from llava_mole.eval.questions import read_json_lines
 
 Line = dict[str, Any]
 
@@ -27,16 +27,8 @@ class Converted:
     """What the user should know, one line each."""
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises DataError where it is absent or malformed."""
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-
-
 def read_list(path: Path, key: str | None = None) -> list[Line]:
-    """A JSON file that is a list of objects, or has one under `key`."""
+    """Return the objects of a JSON file that is a list, or has one under `key`. Raises DataError for another file."""
     value = read_json(path)
     if key is not None and isinstance(value, dict):
         value = value.get(key)
@@ -46,12 +38,12 @@ def read_list(path: Path, key: str | None = None) -> list[Line]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The objects of a JSON-lines file."""
+    """Return the objects of a JSON-lines file. Raises DataError for another file."""
     return [line for _, line in read_json_lines(path)]
 
 
 def need(item: Any, key: str, where: str) -> Any:
-    """`item[key]`. Raises DataError that names the place."""
+    """Return `item[key]`. Raises DataError that names the place if it is missing."""
     if not isinstance(item, Mapping) or key not in item:
         found = ", ".join(map(str, item)) if isinstance(item, Mapping) else repr(item)
         raise DataError(f"{where}: no {key!r} in it; found {found or 'nothing'}")
@@ -59,7 +51,7 @@ def need(item: Any, key: str, where: str) -> Any:
 
 
 def need_list(item: Any, key: str, where: str) -> list[Any]:
-    """`item[key]`, which must be a list."""
+    """Return `item[key]`. Raises DataError that names the place if it is missing or not a list."""
     value = need(item, key, where)
     if not isinstance(value, list):
         raise DataError(f"{where}: {key!r} must be a list; found {value!r}")
@@ -67,14 +59,14 @@ def need_list(item: Any, key: str, where: str) -> list[Any]:
 
 
 def option(options: Mapping[str, str], key: str) -> str:
-    """A converter's option from the benchmark file. Raises ConfigError where it is not given."""
+    """Return a converter's option from the benchmark's file. Raises ConfigError if it is missing."""
     if key not in options:
         raise ConfigError(f"data.options.{key} is missing in the benchmark's file")
     return options[key]
 
 
 def find(raw: Path, *names: str) -> Path:
-    """The first of the paths below `raw` that exists. Raises DataError that lists what was looked for."""
+    """Return the first of the paths below `raw` that exists. Raises DataError that lists them if none does."""
     for name in names:
         if (raw / name).exists():
             return raw / name
@@ -82,6 +74,6 @@ def find(raw: Path, *names: str) -> Path:
 
 
 def without(text: str, suffix: str) -> str:
-    """A question of LLaVA's files without image placeholder and prompt suffix, which the benchmark's prompt adds."""
+    """Return a question of LLaVA's files without image placeholder and prompt suffix, which the benchmark adds."""
     text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
     return text.removesuffix(suffix.strip()).rstrip("\n") if suffix else text

@@ -1,4 +1,4 @@
-"""UReader's test files: ChartQA and TabFact by their own answers, the DUE tasks with the DUE benchmark's references."""
+"""UReader's test files: ChartQA and TabFact with their own answers, the DUE tasks with the DUE references."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.text import count_of
 from llava_mole.eval.benchmarks.official.base import (
     Converted,
     Line,
@@ -20,11 +21,11 @@ from llava_mole.eval.benchmarks.official.base import (
 IMAGES = ("ureader_images", "images", ".")
 DUE = ("benchmark_files/DUE", "DUE", "meta")
 SAME_QUESTION = 0.95
-"""Share of questions that must agree with the references they are aligned with."""
+"""Share of questions that must equal the references they are aligned with."""
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(where, image, question, answer) of a UReader test file: `image` is a list, the user asks in the second turn."""
+    """Yield (where, image, question, answer) of a UReader test file, whose second turn is the question."""
     for number, row in enumerate(read_lines(path), 1):
         where = f"{path}:{number}"
         turns = need(row, "conversations", where)
@@ -38,7 +39,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str, str]]:
 
 
 def ureader(raw: Path, options: Mapping[str, str]) -> Converted:
-    """A test file whose own answers are the gold ones: TabFact."""
+    """Convert a test file whose own answers are the gold ones: TabFact."""
     path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
     stem = path.stem
     lines: list[Line] = [
@@ -49,9 +50,11 @@ def ureader(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def chart_qa(raw: Path, options: Mapping[str, str]) -> Converted:
-    """UReader's ChartQA test file; each row is `human` or `augmented` by ChartQA's own `test_human.json` and
-    `test_augmented.json` where they lie in `raw` (or `ChartQA/test`), else `unknown`. Without UReader's file those two
-    are the questions."""
+    """Convert UReader's ChartQA test file.
+
+    A row is `human` or `augmented` according to ChartQA's own `test_human.json` and `test_augmented.json`, if they are
+    in `raw` (or `ChartQA/test`), else `unknown`. Without UReader's file, those two are the questions.
+    """
     splits: dict[tuple[str, str], str] = {}
     official: list[tuple[str, Line]] = []
     sources = []
@@ -97,10 +100,10 @@ def _references(raw: Path, task: str) -> tuple[Path, list[Line]]:
 
 
 def _aligned(raw: Path, options: Mapping[str, str], read: Callable[[Mapping[str, Any], str], Line]) -> Converted:
-    """A question-answering task: the test file has the references' documents in their order, a row an annotation.
+    """Convert a question-answering task, whose test file has the references' documents in order, a row per annotation.
 
-    Within a document a row gets the annotation with its question as key, as the DUE scorer matches them; only what is
-    left over is taken in order.
+    Within a document, a row gets the annotation whose key is its question, as the DUE scorer matches them; the others
+    are matched in order.
     """
     path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
     reference, documents = _references(raw, option(options, "due"))
@@ -127,9 +130,9 @@ def _aligned(raw: Path, options: Mapping[str, str], read: Callable[[Mapping[str,
 
 
 def _match(questions: Sequence[str], keys: Sequence[str]) -> tuple[list[int], int]:
-    """For each question of a document the index of its key, and how many have one with the same text.
+    """Return the index of each question's key, and how many questions have a key with the same text.
 
-    Equal texts go first, then those that agree in what is compared; what is left over is matched in order.
+    Equal texts are matched first, then those with equal `_letters`; the others are matched in order.
     """
     chosen: dict[int, int] = {}
     free = list(range(len(keys)))
@@ -147,12 +150,12 @@ def _match(questions: Sequence[str], keys: Sequence[str]) -> tuple[list[int], in
 
 
 def _letters(text: str) -> str:
-    """What of a question is compared: UReader's rows have "minor revisions" of the first 100 characters."""
+    """Return what is compared of a question: UReader's rows have "minor revisions" of the first 100 characters."""
     return re.sub(r"[\W_]+", "", text[:100]).lower()
 
 
 def _values(annotation: Mapping[str, Any], where: str) -> list[Line]:
-    """An annotation's values. Raises DataError where it has none."""
+    """Return an annotation's values. Raises DataError if it has none."""
     values = need(annotation, "values", where)
     if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
         raise DataError(
@@ -162,7 +165,7 @@ def _values(annotation: Mapping[str, Any], where: str) -> list[Line]:
 
 
 def due_anls(raw: Path, options: Mapping[str, str]) -> Converted:
-    """DocVQA, InfographicsVQA: the golds are the first value's `value_variants`."""
+    """Convert DocVQA or InfographicsVQA: the golds are the first value's `value_variants`."""
 
     def read(annotation: Mapping[str, Any], where: str) -> Line:
         return {"answers": need(_values(annotation, where)[0], "value_variants", where)}
@@ -171,7 +174,7 @@ def due_anls(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def due_wtq(raw: Path, options: Mapping[str, str]) -> Converted:
-    """WikiTableQuestions: the golds are all values."""
+    """Convert WikiTableQuestions: the golds are all values."""
 
     def read(annotation: Mapping[str, Any], where: str) -> Line:
         return {"answers": [need(value, "value", where) for value in _values(annotation, where)]}
@@ -180,8 +183,11 @@ def due_wtq(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def due_key_values(raw: Path, options: Mapping[str, str]) -> Converted:
-    """DeepForm, Kleister Charity: a question asks for the category that its text names, of the document that its image
-    belongs to (the image's name up to `.pdf`); the golds are that category's values in the references."""
+    """Convert DeepForm or Kleister Charity, whose questions ask for a category of a document.
+
+    The text names the category, and the image's name up to `.pdf` the document; the golds are the category's values in
+    the references.
+    """
     path = find(raw, option(options, "file"), f"ureader_json/{options['file']}")
     categories = option(options, "categories").split()
     reference, documents = _references(raw, option(options, "due"))
@@ -206,16 +212,20 @@ def due_key_values(raw: Path, options: Mapping[str, str]) -> Converted:
             }
         )
     unasked = sum(len(values) for d, keys in fields.items() for key, values in keys.items() if (d, key) not in asked)
-    # The published recall wants them, too. Spread evenly, so that any part of the questions wants its share.
+    # The published recall counts these values too; spread evenly, any part of the questions has its share of them.
     for n, line in enumerate(lines):
         if share := (n + 1) * unasked // len(lines) - n * unasked // len(lines):
             line["unasked"] = share
-    remarks = [f"{unasked} values of the references are asked by no question; the recall wants them"] if unasked else []
+    remarks = (
+        [f"no question asks for {count_of(unasked, 'value')} of the references; the recall counts them"]
+        if unasked
+        else []
+    )
     return Converted(lines, find(raw, *IMAGES), [path, reference], remarks)
 
 
 def _spellings(document: Mapping[str, Any], where: str) -> dict[str, list[list[str]]]:
-    """Key -> its values in a document, each with all its accepted spellings."""
+    """Return key -> its values in a document, each with all accepted spellings."""
     found: dict[str, list[list[str]]] = {}
     for annotation in need_list(document, "annotations", where):
         for value in need_list(annotation, "values", where):
@@ -226,7 +236,7 @@ def _spellings(document: Mapping[str, Any], where: str) -> dict[str, list[list[s
 
 
 def doc_vqa_val(raw: Path, options: Mapping[str, str]) -> Converted:
-    """DocVQA's official validation file: `data[].questionId, question, answers, image`."""
+    """Convert DocVQA's official validation file: `data[].questionId, question, answers, image`."""
     path = find(raw, option(options, "file"))
     lines: list[Line] = [
         {

@@ -1,10 +1,11 @@
-"""PathVQA, TextVQA, POPE, MME, GQA, and LLaVA's own question files."""
+"""PathVQA, TextVQA, POPE, MME, GQA, Tiny LVLM-eHub, and LLaVA's own question files."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.files import read_json
 from llava_mole.eval.benchmarks.official.base import (
     SHORT_ANSWER,
     Converted,
@@ -12,13 +13,12 @@ from llava_mole.eval.benchmarks.official.base import (
     find,
     need,
     option,
-    read_json,
     read_lines,
     read_list,
-    read_text,
     without,
 )
 from llava_mole.eval.metrics.path_vqa import is_closed
+from llava_mole.eval.questions import read_text
 
 PATH_VQA_CLOSED = " Please choose from the following two options: [yes, no]"
 OCR_HINT = "\nReference OCR token: "
@@ -26,9 +26,9 @@ MME_REQUEST = "Please answer yes or no."
 
 
 def path_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
-    """PathVQA's test split: the question file that `llava-mole prepare pathvqa` writes, or LLaVA-Med's `test.json`.
+    """Convert PathVQA's test split: the question file of `llava-mole prepare pathvqa`, or LLaVA-Med's `test.json`.
 
-    A question whose gold answer is yes or no is `closed`, any other `open`, whatever `answer_type` says.
+    A question whose gold answer is yes or no is `closed` and any other `open`, whatever `answer_type` says.
     """
     path = find(raw, *option(options, "files").split())
     lines: list[Line] = [
@@ -45,7 +45,7 @@ def path_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def _path_vqa_rows(path: Path) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """(id, image, question, answer) of a question file or of LLaVA-Med's list."""
+    """Yield (id, image, question, answer) of a question file or of LLaVA-Med's list."""
     if path.suffix == ".jsonl":
         for n, item in enumerate(read_lines(path)):
             where = f"{path}:{n + 1}"
@@ -62,8 +62,11 @@ def _path_vqa_rows(path: Path) -> Iterator[tuple[Any, Any, Any, Any]]:
 
 
 def text_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
-    """TextVQA's validation split: the official `TextVQA_0.5.1_val.json`; with the option `hints`, LLaVA's question file
-    is joined to it by (image, question in lower case) for its line `Reference OCR token: ...`."""
+    """Convert TextVQA's validation split, the official `TextVQA_0.5.1_val.json`.
+
+    The option `hints` names LLaVA's question file, which is joined by (image, question in lower case) for its line
+    `Reference OCR token: ...`.
+    """
     path = find(raw, option(options, "file"))
     items = read_list(path, "data")
     hints: dict[tuple[str, str], str] = {}
@@ -95,8 +98,10 @@ def text_vqa(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def pope(raw: Path, options: Mapping[str, str]) -> Converted:
-    """POPE's `coco_pope_{random,popular,adversarial}.json`, which are JSON lines; their ids repeat, so the split is put
-    in front. LLaVA's own release of the random file has 2,910 rows."""
+    """Convert POPE's `coco_pope_{random,popular,adversarial}.json`, which are JSON lines.
+
+    Their ids repeat, so each is preceded by its split. LLaVA's own release of the random file has 2,910 rows.
+    """
     lines: list[Line] = []
     sources = []
     for split in ("random", "popular", "adversarial"):
@@ -117,9 +122,12 @@ def pope(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def mme(raw: Path, options: Mapping[str, str]) -> Converted:
-    """MME's release: `<subtask>/*.txt` with the images beside them, or `<subtask>/questions_answers_YN/*.txt` and
-    `<subtask>/images/*`; a line is a question, a tab, and Yes or No. The request to answer yes or no is taken off the
-    questions, as LLaVA and lmms-eval do where they ask for a single word or phrase."""
+    """Convert MME's release, whose lines are a question, a tab, and Yes or No.
+
+    The files are `<subtask>/*.txt` with the images beside them, or `<subtask>/questions_answers_YN/*.txt` and
+    `<subtask>/images/*`. The request to answer yes or no is removed, as in LLaVA and lmms-eval when they ask for a
+    single word or phrase.
+    """
     root = find(raw, "MME_Benchmark_release_version", "MME_Benchmark_release", ".")
     lines: list[Line] = []
     sources = []
@@ -151,7 +159,7 @@ def mme(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def gqa(raw: Path, options: Mapping[str, str]) -> Converted:
-    """GQA's balanced test-dev questions: `{id: {"question", "imageId", "answer"}}`."""
+    """Convert GQA's balanced test-dev questions: `{id: {"question", "imageId", "answer"}}`."""
     path = find(raw, option(options, "file"), f"data/{options['file']}")
     questions = read_json(path)
     if not isinstance(questions, dict):
@@ -169,7 +177,7 @@ def gqa(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def llava_questions(raw: Path, options: Mapping[str, str]) -> Converted:
-    """A question file of LLaVA's for a benchmark that a server scores; its prompt suffix is taken off."""
+    """Convert LLaVA's question file of a benchmark that a server scores; its prompt suffix is removed."""
     path = find(raw, option(options, "file"))
     lines = read_lines(path)
     for n, line in enumerate(lines):
@@ -182,10 +190,10 @@ DATASET = "dataset.json"
 
 
 def tiny_ehub(raw: Path, options: Mapping[str, str]) -> Converted:
-    """Every folder that `options["folders"]` names, `FOLDER=GROUP` or `FOLDER`, blank-separated.
+    """Convert the folders of `options["folders"]`: `FOLDER=GROUP` or `FOLDER`, separated by blanks.
 
-    A `dataset.json` is a list of `{"image_path", "question", "gt_answers": text or list}`; `image_path` may name
-    folders of the machine where it was made, of which the last part counts.
+    Their `dataset.json` is a list of `{"image_path", "question", "gt_answers": text or list}`. Only the file name of
+    `image_path` counts; its folders are those of another machine.
     """
     lines: list[Line] = []
     sources = []

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.files import read_json, write_bytes
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.eval.answers import write_bytes_atomically
 from llava_mole.eval.benchmarks.official.base import (
     LETTER,
     Converted,
@@ -19,7 +19,6 @@ from llava_mole.eval.benchmarks.official.base import (
     need,
     need_list,
     option,
-    read_json,
     read_lines,
     read_list,
     without,
@@ -31,9 +30,9 @@ MISSING = ("", "nan", "none")
 
 
 def science_qa(raw: Path, options: Mapping[str, str]) -> Converted:
-    """LLaVA's `llava_test_CQM-A.json` (its text) with ScienceQA's `problems.json` (answer, number of choices).
+    """Join LLaVA's `llava_test_CQM-A.json` (text) with ScienceQA's `problems.json` (answer, number of choices).
 
-    A question with an image is of group `image`, any other of `text`, as LLaVA's IMG-accuracy counts them.
+    Questions with an image form the group `image`, the others `text`, as LLaVA's IMG-accuracy counts them.
     """
     path, problems_path = find(raw, option(options, "file")), find(raw, "problems.json", "data/scienceqa/problems.json")
     problems = read_json(problems_path)
@@ -63,7 +62,7 @@ def science_qa(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def seed(raw: Path, options: Mapping[str, str]) -> Converted:
-    """LLaVA's `llava-seed-bench.jsonl` (its text and image) with `SEED-Bench.json` (answer, image or video)."""
+    """Join LLaVA's `llava-seed-bench.jsonl` (text, image) with `SEED-Bench.json` (answer, image or video)."""
     path, reference = find(raw, option(options, "file")), find(raw, "SEED-Bench.json")
     known = {str(need(q, "question_id", f"{reference}")): q for q in read_list(reference, "questions")}
     lines: list[Line] = []
@@ -85,8 +84,11 @@ def seed(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
-    """MMBench's TSV: the hint, the question and the options `A. ...`, up to the first missing one, are the text; the
-    images, base64 in the TSV, are written to `<raw>/images`. One round a question, as LLaVA asks by default."""
+    """Convert MMBench's TSV, whose base64 images are written to `<raw>/images`.
+
+    The text is the hint, the question and the options `A. ...` up to the first missing one. Each question is asked
+    once, as LLaVA does by default.
+    """
     path = find(raw, option(options, "file"))
     folder = raw / "images"
     folder.mkdir(exist_ok=True)
@@ -102,7 +104,7 @@ def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
             content = base64.b64decode(need(row, "image", where), validate=True)
         except ValueError as error:
             raise DataError(f"{where}: its image is not valid base64 ({error})") from None
-        write_bytes_atomically(picture, content)
+        write_bytes(picture, content)
         choices = [(letter, row.get(letter, "")) for letter in MMBENCH_OPTIONS]
         choices = list(itertools.takewhile(lambda choice: choice[1].lower() not in MISSING, choices))
         parts = [row.get("hint", ""), need(row, "question", where), *(f"{letter}. {text}" for letter, text in choices)]
@@ -119,7 +121,7 @@ def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
 
 
 def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows one by one. Raises DataError for a file that is no TSV, or a row with more or fewer columns."""
+    """Yield the rows. Raises DataError for a file that is not TSV, or a row with more or fewer columns."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for n, row in enumerate(csv.DictReader(file, delimiter="\t")):
