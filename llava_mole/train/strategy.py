@@ -86,7 +86,7 @@ def start_runtime(config: RunConfig) -> Runtime:
         PartialState(cpu=True)  # joins with gloo; must come before the Accelerator, which would ignore DeepSpeed
     plugin = None
     if uses_deepspeed:
-        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config, launched or 1))
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config.train, launched or 1))
     accelerator = Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision="no" if uses_deepspeed or config.train.precision == "fp32" else "bf16",

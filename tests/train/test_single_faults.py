@@ -253,7 +253,7 @@ def test_deepspeed_settings_are_refused_with_the_reason(world: Path, tmp_path: P
     path.write_text(json.dumps({"zero_optimization": zero}))
     config = parse_run_config(arguments(world, "x", "--train.deepspeed_config", str(path)))
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(config, 2)
+        deepspeed_config(config.train, 2)
 
 
 def test_a_strategy_of_accelerate_launch_is_refused(
