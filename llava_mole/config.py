@@ -351,7 +351,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         exit_on_error=False,
         allow_abbrev=False,
         description="Train one stage; see configs/ for examples.",
-        formatter_class=functools.partial(DefaultHelpFormatter, width=HELP_WIDTH),
+        formatter_class=functools.partial(DefaultHelpFormatter, width=HELP_WIDTH),  # type: ignore[arg-type]
     )
     parser.add_argument("--config", action="config", help="YAML file; may stand first without the option name")
     parser.add_class_arguments(RunConfig, as_group=False)
