@@ -9,7 +9,7 @@ from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import quieten_libraries
 
 SUBCOMMANDS = {
-    "train": ("llava_mole.train.train", "train one stage: CONFIG.yaml [--key value ...]"),
+    "train": ("llava_mole.train.cli", "train one stage: CONFIG.yaml [--key value ...]"),
     "chat": ("llava_mole.serve.cli", "talk with a model about an image"),
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
     "score": ("llava_mole.eval.scoring.cli", "score answers that exist by a benchmark's published rules"),

@@ -3,14 +3,18 @@
 Every hyper-parameter has exactly one home: a YAML file or a default here, with its source. Topology (nodes, GPUs,
 addresses) is not configuration; it comes from the launcher's environment. Relative paths are relative to the
 working directory, except the names of nested YAML files, which are relative to the file that names them.
+
+Each section checks its own values when it is built and `RunConfig` checks the sections against each other; the
+messages name the full key. Values assigned to a section later are not checked.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,38 +22,11 @@ from typing import Any, Literal
 import yaml
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.common.files import write_text
+from llava_mole.common.text import count_of
 
-
-@dataclass(kw_only=True)
-class CheckConfig:
-    """What `llava-mole check-data` lets pass. Shares are of a source's records, or of its image files."""
-
-    evaluation_images: list[str] = field(default_factory=list)
-    """Folders of images and question files (`.jsonl`) whose images must not be trained on."""
-    max_bad_records: float = 0.0
-    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise, too
-    long where data.max_length_policy is `error`."""
-    max_missing_images: float = 0.0
-    """Images that are not there or lead out of the image folder; training does not start with one."""
-    max_bad_images: float = 0.001
-    """Images that do not decode; training replaces such samples, see data.max_bad_image_share."""
-    max_truncated: float = 0.2
-    """Records that are longer than data.max_length and cut, shortened or dropped, see data.max_length_policy."""
-    max_duplicates: float = 0.5
-    """Records that are there again, word for word; up-sampling makes them."""
-    max_overlap: float = 0.0
-    """Share of the evaluation images that are trained on, by content."""
-    huge_pixels: int = 50_000_000
-    """Images of more pixels are listed; they take memory and seconds in a data loader."""
-
-
-def check_limits(config: CheckConfig) -> None:
-    """Raise ConfigError for a limit that is no share."""
-    for key, value in dataclasses.asdict(config).items():
-        if key.startswith("max_") and not 0 <= value <= 1:
-            raise ConfigError(f"check.{key} is {value}; it is a share, 0 to 1")
-
-
+HELP_WIDTH = 100
+Quantization = Literal["none", "8bit", "4bit"]
 SHARDED = ("zero3", "fsdp")
 SHARDED_REASON = (
     "ZeRO stage 3 and FSDP shard the frozen model too, which this trainer's checkpoints do not gather; all that trains "
@@ -57,100 +34,15 @@ SHARDED_REASON = (
 )
 
 
-def check_run_config(config: "RunConfig") -> None:
-    """Refuse values that no run could use. Raises ConfigError naming the key, its value and what is allowed."""
-    check_lambdas(config.data.sources, config.data.mixture)
-    if config.stage == "pretrain" and config.adapter.method != "none":
-        raise ConfigError(
-            f"adapter.method is {config.adapter.method!r} in stage 'pretrain', which trains the projector only; "
-            "use 'none'"
-        )
-    if config.stage == "pretrain" and not config.train_projector:
-        raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
-    if config.init_from is not None and config.projector_weights is not None:
-        raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
-    if not 0 <= config.data.max_bad_image_share <= 1:
-        raise ConfigError(f"data.max_bad_image_share is {config.data.max_bad_image_share}; it is a share, 0 to 1")
-    check_limits(config.check)
-    train = config.train
-    if train.distributed in SHARDED:
-        raise ConfigError(f"train.distributed is {train.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")
-    positive = (
-        "global_batch_size",
-        "micro_batch_size",
-        "epochs",
-        "save_every",
-        "keep_checkpoints",
-        "checkpoint_every_n",
-        "max_bad_steps",
-    )
-    for key in positive:
-        if getattr(train, key) < 1:
-            raise ConfigError(f"train.{key} is {getattr(train, key)}; it must be at least 1")
-    rates = ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
-    for key in (*rates, "check_ranks_every"):
-        if getattr(train, key) < 0:
-            raise ConfigError(f"train.{key} is {getattr(train, key)}; it must not be negative")
-    if train.pack_length is not None and train.pack_length < config.data.max_length:
-        raise ConfigError(
-            f"train.pack_length {train.pack_length} is below data.max_length {config.data.max_length}: the longest "
-            "samples would not fit into a row"
-        )
-    if train.min_learning_rate > train.learning_rate:
-        raise ConfigError(
-            f"train.min_learning_rate {train.min_learning_rate} is above train.learning_rate {train.learning_rate}"
-        )
-    if not 0 <= train.validation_answers <= config.data.validation_samples:
-        raise ConfigError(
-            f"train.validation_answers is {train.validation_answers}; it must be 0 to data.validation_samples "
-            f"({config.data.validation_samples}), of which it takes the first"
-        )
-    blind = {"router": ("oracle",), "granularity": ("task", "given")}
-    for key, values in blind.items():
-        if train.validation_answers and config.adapter.options.get(key) in values:
-            raise ConfigError(
-                f"train.validation_answers cannot be used with adapter.options.{key} {config.adapter.options[key]!r}: "
-                "that gate needs to be told a sample's source, which a prompt does not have; set it to 0"
-            )
-    if (config.data.validation_samples > 0) != (train.validate_every > 0) or config.data.validation_samples < 0:
-        raise ConfigError(
-            f"data.validation_samples is {config.data.validation_samples} and train.validate_every is "
-            f"{train.validate_every}: set both above 0, or neither"
-        )
-    if config.adapter.rank < 1:
-        raise ConfigError(f"adapter.rank is {config.adapter.rank}; it must be at least 1")
-    if config.adapter.num_experts < 1:
-        raise ConfigError(f"adapter.num_experts is {config.adapter.num_experts}; it must be at least 1")
+def _require(section: object, name: str, keys: str, allowed: Callable[[Any], bool], rule: str) -> None:
+    """Raise ConfigError for the first of the section's `keys`, separated by blanks, whose value is not allowed."""
+    for key in keys.split():
+        if not allowed(value := getattr(section, key)):
+            raise ConfigError(f"{name}.{key} is {value}; it {rule}")
 
 
-def check_lambdas(names: Collection[str], lambdas: Mapping[str, float]) -> None:
-    """Raise ConfigError for a lambda below 0 or not finite, one without its source, or if no source takes part."""
-    for name, value in lambdas.items():
-        if name not in names:
-            raise ConfigError(f"data.mixture.{name}: no such source; there are {', '.join(names) or 'none'}")
-        if not math.isfinite(value) or value < 0:
-            raise ConfigError(f"data.mixture.{name} is {value}; lambda must be a finite number >= 0 (0 leaves it out)")
-    if not any(lambdas.get(name, 1.0) for name in names):
-        raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")
-
-
-def check_batch(batching: str, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """Raise ConfigError where a global batch cannot be spread over `world_size` ranks."""
-    per_pass = micro_batch_size * world_size
-    if batching == "packed" and global_batch_size < world_size:
-        raise ConfigError(
-            f"train.global_batch_size {global_batch_size} is smaller than the {world_size} ranks: some would never "
-            "have a sample; use fewer ranks or a larger batch"
-        )
-    if batching != "packed" and global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{micro_batch_size} x {world_size} ranks = {per_pass}; change one of them or the number of ranks, or use "
-            "train.batching 'packed'"
-        )
-
-
-Quantization = Literal["none", "8bit", "4bit"]
+def _is_share(value: float) -> bool:
+    return 0 <= value <= 1
 
 
 @dataclass(kw_only=True)
@@ -162,9 +54,9 @@ class VisionTowerConfig:
     weights: str = "playground/models/clip-vit-large-patch14-336/open_clip_model.safetensors"
     """State dict of the whole CLIP model or of its visual part (`.safetensors`, or `.pt` with plain tensors)."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """The activation the weights were trained with (OpenAI: quick_gelu). A model built otherwise is an error."""
+    """The activation the weights were trained with (OpenAI: quick_gelu). A model with another one is refused."""
     select_layer: int = -2
-    """Which block's output is used, counted as in Hugging Face's `hidden_states`; -2 is LLaVA-1.5's."""
+    """The block whose output is used, counted as in Hugging Face's `hidden_states`; LLaVA-1.5 takes -2."""
 
 
 @dataclass(kw_only=True)
@@ -175,17 +67,17 @@ class ModelConfig:
     """Directory of a Hugging Face causal LM with its tokenizer."""
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
-    """`linear` or `mlp<N>x_gelu`; `mlp2x_gelu` is LLaVA-1.5's. `+ends` adds learned vectors around an image."""
+    """`linear` or `mlp<N>x_gelu`; LLaVA-1.5 has `mlp2x_gelu`. `+ends` adds learned vectors around an image."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention kernel of the language model; packed rows need another than `eager`."""
+    """Attention kernel of the language model. Packed rows cannot use `eager`."""
     quantization: Quantization = "none"
-    """The language model's frozen linears (not its head) in 8 bits or in 4 (NF4 with double quantisation, as QLoRA and
-    LLaVA), through bitsandbytes (extra `quant`). The directory holds the weights unquantised."""
+    """Keep the language model's frozen linears (not its head) in 8 bits, or in 4 (NF4 with double quantisation, as
+    QLoRA and LLaVA do), through bitsandbytes (extra `quant`). The directory holds the unquantised weights."""
 
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """What is added to the frozen language model: nothing, plain LoRA, or the mixture of LoRA experts (MoLE)."""
+    """The adapter of the frozen language model: none, plain LoRA or MoLE."""
 
     method: Literal["none", "lora", "mole"] = "none"
     """`lora`: PEFT's plain LoRA on all linears (LLaVA-Mix); `mole`: LoRA on attention, K experts in the FFN."""
@@ -196,11 +88,14 @@ class AdapterConfig:
     dropout: float | None = None
     """Dropout on the adapters' input. None takes the preset's (0 for `lora` and `paper`)."""
     num_experts: int = 3
-    """K, experts in each FFN (paper: 3 for three domains, 2 for two)."""
+    """K, the experts in each FFN (paper: 3 for three domains, 2 for two)."""
     preset: Literal["paper", "released", "coupled", "best"] = "paper"
     """Named set of MoLE options, see docs/mole.md."""
     options: dict[str, Any] = field(default_factory=dict)
     """MoLE options that differ from the preset, e.g. `{expert_scale: straight_through, balance_coef: 0.001}`."""
+
+    def __post_init__(self) -> None:
+        _require(self, "adapter", "rank num_experts", lambda value: value >= 1, "must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -218,7 +113,7 @@ class DataConfig:
     """The training data and how a record becomes tokens."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Name -> dataset."""
+    """Name -> dataset (`annotations` and `image_folder`)."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Name -> lambda, the sampling frequency (1: each sample once an epoch; 0.5: half of them; 2: twice). A source
     without an entry has lambda 1."""
@@ -228,18 +123,23 @@ class DataConfig:
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
     image_draft: bool = False
     """Decode large JPEGs at a half, quarter or eighth of their size, as long as the shorter side keeps twice the
-    tower's. Faster for large images, but the pixels differ, by up to 3/255 on average; evaluation never does it."""
+    tower's. Faster for large images, but pixels differ by up to 3/255 on average; evaluation never does it."""
     max_length: int = 4096
     """Longest sample in tokens, image tokens included."""
     max_length_policy: Literal["truncate", "error", "drop", "truncate_history"] = "truncate"
-    """What becomes of longer samples, counted by source. `truncate`: cut at the end, which is what LLaVA does and so
-    the default; `error`: refused at the start; `drop`: left out; `truncate_history`: the oldest rounds go until it
-    fits, not those of an image nor the last one, and where that is not enough the sample does."""
+    """What happens to longer samples; the numbers are reported by source. `truncate`: cut at the end, as LLaVA does;
+    `error`: refuse to start; `drop`: leave out; `truncate_history`: remove the oldest rounds until the sample fits,
+    except those with an image and the last one, and drop it if that is not enough."""
     validation_samples: int = 0
-    """Samples of each source that are held out of training, for the validation loss; 0 turns it off."""
+    """Samples of each source held out of training for the validation loss; 0 turns it off."""
     max_bad_image_share: float = 0.001
-    """Share of a source's samples whose image may be unreadable: such a sample is replaced and counted, beyond this
+    """Share of a source's samples whose image may be unreadable. Such a sample is replaced and counted; beyond this
     share (and 10 samples) the run stops. 0 stops at the first."""
+
+    def __post_init__(self) -> None:
+        if self.sources or self.mixture:  # neither: the default, which `RunConfig` refuses
+            check_lambdas(self.sources, self.mixture)
+        _require(self, "data", "max_bad_image_share", _is_share, "is a share, 0 to 1")
 
 
 @dataclass(kw_only=True)
@@ -256,19 +156,20 @@ class TrackerConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The optimization."""
+    """Optimization, checkpoints and the ranks."""
 
     output_dir: str
     """Run directory: config.yaml, metrics.jsonl, environment.json and the checkpoints."""
     global_batch_size: int = 64
     """Samples per optimizer step over all ranks."""
     batching: Literal["packed", "padded", "grouped"] = "packed"
-    """How a step's samples become rows. `packed`: several in a row, spread over ranks by cost; the same result as
+    """How the samples of a step become rows. `packed`: several in a row, spread over ranks by cost; the same result as
     `padded` at a fraction of the work. `padded`: one a row. `grouped`: padded, in LLaVA's modality-length order."""
     pack_length: int | None = None
     """Most tokens of a packed row, which bounds memory. None takes data.max_length."""
     micro_batch_size: int = 1
-    """Samples per forward pass on one rank (`padded`, `grouped`); accumulation follows and must come out whole."""
+    """Samples per forward pass on one rank (`padded`, `grouped`). micro_batch_size x ranks must divide
+    global_batch_size; the quotient is the number of accumulation steps."""
     epochs: int = 1
     """Passes over the mixture."""
     max_steps: int | None = None
@@ -276,9 +177,9 @@ class TrainConfig:
     learning_rate: float = 2e-5
     """Peak learning rate of adapters and projector (paper, Table 1)."""
     projector_learning_rate: float | None = None
-    """Peak learning rate of the projector, if another; its floor scales alike."""
+    """Peak learning rate of the projector; None takes learning_rate. Its floor scales alike."""
     router_learning_rate: float | None = None
-    """Peak learning rate of the routers, if another; its floor scales alike."""
+    """Peak learning rate of the routers; None takes learning_rate. Its floor scales alike."""
     min_learning_rate: float = 2e-6
     """Floor of the cosine schedule (paper, Table 1)."""
     warmup_steps: int = 500
@@ -306,22 +207,61 @@ class TrainConfig:
     num_workers: int = 4
     """Data loader processes per rank; 0 loads in the training process."""
     seed: int = 42
-    """Seeds initialisation and the sample order."""
+    """Seed of the initialisation and the sample order."""
     save_every: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
-    """Older checkpoints are deleted after a newer one is complete."""
+    """Newest checkpoints to keep; an older one is deleted after a newer one is complete."""
     validate_every: int = 0
     """Optimizer steps between two validation losses; the last step always has one. 0 turns it off."""
     validation_answers: int = 0
     """Held-out samples of each source that every validation also answers, greedily, and compares with the reference:
     `validation_exact` and `validation_f1` by source."""
     resume: str | None = None
-    """`auto`: newest valid checkpoint of output_dir, if any; or the directory of one."""
+    """`auto`: the newest valid checkpoint of output_dir, if any; or the directory of a checkpoint."""
     max_bad_steps: int = 3
     """Steps in a row whose loss or gradient is not finite before the run gives up; each one is skipped."""
     check_ranks_every: int = 500
     """Optimizer steps between two comparisons of the ranks' trainable parameters; 0 compares before saving only."""
+
+    def __post_init__(self) -> None:
+        if self.distributed in SHARDED:
+            raise ConfigError(f"train.distributed is {self.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")
+        sizes = "global_batch_size micro_batch_size epochs save_every keep_checkpoints checkpoint_every_n max_bad_steps"
+        _require(self, "train", sizes, lambda value: value >= 1, "must be at least 1")
+        rates = "learning_rate min_learning_rate warmup_steps weight_decay max_grad_norm check_ranks_every"
+        _require(self, "train", rates, lambda value: value >= 0, "must not be negative")
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}"
+            )
+
+
+@dataclass(kw_only=True)
+class CheckConfig:
+    """Limits of `llava-mole check-data`, as shares of a source's records or of its image files."""
+
+    evaluation_images: list[str] = field(default_factory=list)
+    """Folders of images and question files (`.jsonl`) whose images must not be trained on."""
+    max_bad_records: float = 0.0
+    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise, too
+    long where data.max_length_policy is `error`."""
+    max_missing_images: float = 0.0
+    """Images that are missing or lead out of the image folder; training does not start with one."""
+    max_bad_images: float = 0.001
+    """Images that do not decode; training replaces such samples, see data.max_bad_image_share."""
+    max_truncated: float = 0.2
+    """Records longer than data.max_length, which are cut, shortened or dropped, see data.max_length_policy."""
+    max_duplicates: float = 0.5
+    """Records that repeat another one word for word, as up-sampling makes them."""
+    max_overlap: float = 0.0
+    """Share of the evaluation images that are trained on, by content."""
+    huge_pixels: int = 50_000_000
+    """List images of more pixels than this; they take memory and seconds in a data loader."""
+
+    def __post_init__(self) -> None:
+        keys = "max_bad_records max_missing_images max_bad_images max_truncated max_duplicates max_overlap"
+        _require(self, "check", keys, _is_share, "is a share, 0 to 1")
 
 
 @dataclass(kw_only=True)
@@ -344,49 +284,84 @@ class RunConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU where there is one."""
+    """`auto` takes the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        check_lambdas(self.data.sources, self.data.mixture)
+        if self.stage == "pretrain" and self.adapter.method != "none":
+            raise ConfigError(
+                f"adapter.method is {self.adapter.method!r} in stage 'pretrain', which trains the projector only; "
+                "use 'none'"
+            )
+        if self.stage == "pretrain" and not self.train_projector:
+            raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
+        if self.init_from is not None and self.projector_weights is not None:
+            raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
+        if self.train.pack_length is not None and self.train.pack_length < self.data.max_length:
+            raise ConfigError(
+                f"train.pack_length {self.train.pack_length} is below data.max_length {self.data.max_length}: the "
+                "longest samples would not fit into a row"
+            )
+        self._check_validation()
+
+    def _check_validation(self) -> None:
+        held_out, every, answers = (
+            self.data.validation_samples,
+            self.train.validate_every,
+            self.train.validation_answers,
+        )
+        if not 0 <= answers <= held_out:
+            raise ConfigError(
+                f"train.validation_answers is {answers}; it must be 0 to data.validation_samples ({held_out}), of "
+                "which it takes the first"
+            )
+        blind = {"router": ("oracle",), "granularity": ("task", "given")}
+        for key, values in blind.items():
+            if answers and self.adapter.options.get(key) in values:
+                raise ConfigError(
+                    f"train.validation_answers cannot be used with adapter.options.{key} "
+                    f"{self.adapter.options[key]!r}: that router needs to be told a sample's source, which a prompt "
+                    "does not have; set it to 0"
+                )
+        if (held_out > 0) != (every > 0) or held_out < 0:
+            raise ConfigError(
+                f"data.validation_samples is {held_out} and train.validate_every is {every}: set both above 0, or "
+                "neither"
+            )
 
 
 def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -> RunConfig:
     """Build a `RunConfig` from `[CONFIG.yaml] [--key.sub value ...]`; later arguments win.
 
     Raises:
-        ConfigError: unknown key, wrong type or unreadable file; the message names the key or file.
+        ConfigError: unknown key, wrong type, a value that is not allowed or an unreadable file; the message names the
+            key or file.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    # Takes half a second, which commands that only name a section of the configuration need not wait for.
+    from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of every option
     arguments = [re.sub(r"^--init-from(?==|$)", "--init_from", argument) for argument in arguments]
     if arguments and not arguments[0].startswith("-"):
         if not Path(arguments[0]).is_file():
             raise ConfigError(f"config file {arguments[0]!r} does not exist; the shipped ones are in configs/")
         arguments[:1] = ["--config", arguments[0]]
     parser = ArgumentParser(
-        prog=prog, exit_on_error=False, allow_abbrev=False, description="Train one stage; see configs/ for examples."
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Train one stage; see configs/ for examples.",
+        formatter_class=functools.partial(DefaultHelpFormatter, width=HELP_WIDTH),  # type: ignore[arg-type]
     )
     parser.add_argument("--config", action="config", help="YAML file; may stand first without the option name")
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, yaml.YAMLError) as error:
-        raise ConfigError(_one_line(error, arguments)) from None
-    config = RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
-    check_run_config(config)
-    return config
-
-
-def _one_line(error: Exception, arguments: Sequence[str]) -> str:
-    where = f"{arguments[1]}: " if arguments[:1] == ["--config"] else ""
-    return where + " ".join(str(error).split()) + " (see `llava-mole train --help` for the keys)"
-
-
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dict of every field, as written to `config.yaml`."""
-    return dataclasses.asdict(config)
-
-
-def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Write the complete, resolved configuration as YAML."""
-    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+        where = f"{arguments[1]}: " if arguments[:1] == ["--config"] else ""
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{where}{message} (see `llava-mole train --help` for the keys)") from None
+    return RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
 
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
@@ -394,37 +369,75 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
     return parse_run_config([str(path)])
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dict of every field, as written to `config.yaml`."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: RunConfig | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write the complete configuration, or the dict that `config_to_dict` made of it, as YAML."""
+    values = dict(config) if isinstance(config, Mapping) else config_to_dict(config)
+    write_text(Path(path), yaml.safe_dump(values, sort_keys=False))
+
+
+def check_lambdas(names: Collection[str], lambdas: Mapping[str, float]) -> None:
+    """Raise ConfigError for a lambda below 0, not finite or without its source, or if no source takes part."""
+    for name, value in lambdas.items():
+        if name not in names:
+            raise ConfigError(f"data.mixture.{name}: no such source; there are {', '.join(names) or 'none'}")
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"data.mixture.{name} is {value}; lambda must be a finite number >= 0 (0 leaves it out)")
+    if not any(lambdas.get(name, 1.0) for name in names):
+        raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")
+
+
+def check_batch(batching: str, global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Raise ConfigError if a global batch cannot be spread over `world_size` ranks."""
+    per_pass = micro_batch_size * world_size
+    if batching == "packed" and global_batch_size < world_size:
+        raise ConfigError(
+            f"train.global_batch_size {global_batch_size} is smaller than the {count_of(world_size, 'rank')}: some "
+            "would never have a sample; use fewer ranks or a larger batch"
+        )
+    if batching != "packed" and global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x {count_of(world_size, 'rank')} = {per_pass}; change one of them or the number of "
+            "ranks, or use train.batching 'packed'"
+        )
+
+
+def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """`train.deepspeed_config` with every "auto" replaced by the run's own value.
 
     Raises:
-        ConfigError: the file is absent, is no JSON, asks for another ZeRO stage or repeats a number of the run.
+        ConfigError: the file is missing or not JSON, asks for another ZeRO stage or repeats a number of the run.
     """
-    path = Path(config.train.deepspeed_config)
+    path = Path(train.deepspeed_config)
     if not path.is_file():
         raise ConfigError(f"train.deepspeed_config {str(path)!r} does not exist; the shipped one is scripts/zero2.json")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2):
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2):
         raise ConfigError(
-            f"{path}: zero_optimization.stage is {stage!r}; allowed are 1 and 2 (without ZeRO: train.distributed "
-            f"'ddp'). {SHARDED_REASON}"
+            f"{path}: zero_optimization.stage is {zero.get('stage')!r}; allowed are 1 and 2 (without ZeRO: "
+            f"train.distributed 'ddp'). {SHARDED_REASON}"
         )
-    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         raise ConfigError(
             f"{path}: zero_optimization.offload_optimizer is set; leave it out. The optimizer's state takes about 2 GB "
             "over all GPUs, and the check for gradients that are not finite looks for them on the GPU"
         )
-    # Sizes of DeepSpeed's own bookkeeping, which has to add up but scales nothing here: the trainer marks the last
-    # micro-batch of a step itself, because packed steps differ in their number.
+    # DeepSpeed requires its batch sizes to add up, but they scale nothing here: the trainer itself marks the last
+    # micro-batch of a step, because packed steps differ in their number of micro-batches.
     values = {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.train.max_grad_norm,
+        "gradient_clipping": train.max_grad_norm,
     }
     for key, value in values.items():
         if settings.get(key, "auto") not in ("auto", value):
@@ -432,5 +445,5 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         settings[key] = value
     precision = settings.setdefault("bf16", {})
     if precision.get("enabled", "auto") == "auto":
-        precision["enabled"] = config.train.precision == "bf16"
+        precision["enabled"] = train.precision == "bf16"
     return settings

@@ -16,7 +16,7 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
 from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
-from llava_mole.model.builder import LoadedModel
+from llava_mole.model.builder import InferenceModel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +81,9 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     return list(place_image_first(turns)) if num_images == 1 else turns
 
 
-def encode_prompt(loaded: LoadedModel, template: Template, prompt: Prompt, num_images: int, position: int) -> list[int]:
+def encode_prompt(
+    loaded: InferenceModel, template: Template, prompt: Prompt, num_images: int, position: int
+) -> list[int]:
     """Ids of a prompt that ends with the marker of the answer to come.
 
     Raises:
@@ -113,7 +115,7 @@ def check_shown(template: Template, shown: int, given: int, position: int) -> No
         )
 
 
-def check_room(loaded: LoadedModel, tokens: int, position: int) -> None:
+def check_room(loaded: InferenceModel, tokens: int, position: int) -> None:
     """Raise PromptError where `tokens` fill the model's context."""
     if tokens >= loaded.context_length:
         raise PromptError(
@@ -136,7 +138,7 @@ def _check_router(loaded: LoadedModel) -> None:
 
 
 def batches(
-    loaded: LoadedModel, rows: Sequence[list[int]], images: Sequence[ImagesLike], batch_size: int
+    loaded: InferenceModel, rows: Sequence[list[int]], images: Sequence[ImagesLike], batch_size: int
 ) -> Iterator[Batch]:
     """The rows of ids as batches, shortest first so that they hold little padding.
 
@@ -179,7 +181,7 @@ def _open(image: OneImage) -> "Image":
 
 
 def _collate(
-    loaded: LoadedModel,
+    loaded: InferenceModel,
     rows: Sequence[list[int]],
     keys: Sequence[object],
     features: dict[object, torch.Tensor],

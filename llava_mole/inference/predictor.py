@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -35,7 +35,7 @@ from llava_mole.inference.batching import (
     place_images,
 )
 from llava_mole.inference.decoding import AnswerDecoder, Decoding, RowStop
-from llava_mole.model.builder import LoadedModel, load_pretrained_model
+from llava_mole.model.builder import InferenceModel, LoadedModel, load_pretrained_model
 from llava_mole.model.llava_arch import LlavaMole
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Likelihood:
 
 
 def encode_continuation(
-    loaded: LoadedModel, template: Template, turns: Sequence[Turn], continuation: str, position: int, with_end: bool
+    loaded: InferenceModel, template: Template, turns: Sequence[Turn], continuation: str, position: int, with_end: bool
 ) -> tuple[list[int], int]:
     """Ids of the conversation with `continuation` as its last answer, and how many of them, at the end, are scored.
 
@@ -102,10 +102,13 @@ def score_batch(model: LlavaMole, batch: Batch, scored: Sequence[int]) -> list[L
     ]
 
 
-class Predictor:
-    """Answers prompts with a loaded model."""
+Model = TypeVar("Model", bound=InferenceModel)
 
-    def __init__(self, loaded: LoadedModel, *, template: str | None = None):
+
+class Predictor(Generic[Model]):
+    """Answers prompts with a loaded model, or with one in training."""
+
+    def __init__(self, loaded: Model, *, template: str | None = None):
         """`template` replaces the one stored in the checkpoint. Raises ConfigError for an unknown name."""
         self.loaded = loaded
         self.template = resolve_template(template or loaded.template, loaded.tokenizer)
@@ -121,14 +124,14 @@ class Predictor:
         dtype: str = "float32",
         quantization: Quantization | None = None,
         template: str | None = None,
-    ) -> "Predictor":
+    ) -> "Predictor[LoadedModel]":
         """Load a checkpoint or run directory; errors as `load_pretrained_model` and the constructor."""
         if template is not None:
             check_template_name(template)
         loaded = load_pretrained_model(
             Path(model_path), model_base=model_base, device=device, dtype=dtype, quantization=quantization
         )
-        return cls(loaded, template=template)
+        return Predictor(loaded, template=template)
 
     def generate(
         self,
@@ -332,7 +335,7 @@ def _positive(batch_size: int) -> int:
     return batch_size
 
 
-def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:
+def _end_ids(loaded: InferenceModel, stop: str) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's, the language model's, and the template's end marker if it is one id.
 
     A special token such as `<|im_end|>` never shows up in decoded text, so it has to be recognised by its id.

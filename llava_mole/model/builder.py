@@ -37,8 +37,8 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class LoadedModel:
-    """A model ready for inference, with what turns images and text into its input."""
+class InferenceModel:
+    """A model and everything that turns images and text into its input."""
 
     model: LlavaMole
     tokenizer: HFTextTokenizer
@@ -47,6 +47,12 @@ class LoadedModel:
     """Name of the conversation template it was trained with."""
     context_length: int
     """Longest sequence in tokens, image tokens included."""
+
+
+@dataclass
+class LoadedModel(InferenceModel):
+    """The model of a checkpoint, ready for inference."""
+
     config: RunConfig
     """The run's; paths and quantisation are those in use."""
     path: Path

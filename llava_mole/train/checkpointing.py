@@ -1,6 +1,5 @@
-"""Writes a run's directory: configuration, environment and complete checkpoints (docs/architecture.md, Checkpoint)."""
+"""The run directory: writing and finding checkpoints, environment, summary (docs/architecture.md, Checkpoint)."""
 
-import json
 import os
 import platform
 import sys
@@ -17,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from llava_mole import __version__
 from llava_mole.common.distributed import all_gather_objects, get_rank
 from llava_mole.common.errors import CheckpointError
+from llava_mole.common.files import read_json, write_json
 from llava_mole.common.log import get_logger
-from llava_mole.config import RunConfig, save_config
+from llava_mole.common.text import count_of
+from llava_mole.config import TrainConfig, save_config
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
 from llava_mole.model.checkpoint import (
     checkpoint_path,
@@ -31,6 +32,7 @@ from llava_mole.model.checkpoint import (
     write_checkpoint,
 )
 from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.train.metrics import finite
 from llava_mole.train.strategy import MASTER
 
 logger = get_logger(__name__)
@@ -40,14 +42,14 @@ STATE_FILE = "trainer/state.json"
 ENVIRONMENT_FILE = "environment.json"
 SUMMARY_FILE = "summary.json"
 FINAL_SAVE_WAITS_S = (0.0, 10.0, 20.0, 30.0, 60.0, 60.0, 60.0, 60.0)
-"""Seconds before each attempt at the last checkpoint; in all less than the usual timeout of a collective."""
+"""Seconds to wait before each attempt at the last checkpoint; together less than the usual timeout of a collective."""
 TOKENIZER_BYTES = 16 << 20
-"""Allowed for tokenizer and configuration files when the size of a checkpoint is estimated."""
+"""Bytes added for tokenizer and configuration files when the size of a checkpoint is estimated."""
 
 
 @dataclass
 class Progress:
-    """How far a run is, in units that do not depend on ranks or micro-batches."""
+    """How far a run has come, in units that do not depend on ranks or micro-batches."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -56,10 +58,10 @@ class Progress:
     plan_digest: str = ""
     """Identity of the sample order."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite: their samples are consumed, nothing was learned from them."""
+    """Steps whose loss or gradient was not finite: their samples are consumed, the parameters did not change."""
     bad_steps_in_a_row: int = 0
     replaced_images: dict[str, int] = field(default_factory=dict)
-    """Samples per source whose image could not be read, so that another sample took their place."""
+    """Samples per source that were replaced because their image could not be read."""
 
     @property
     def updates(self) -> int:
@@ -69,25 +71,24 @@ class Progress:
 
 @dataclass
 class CheckpointWriter:
-    """Everything besides the weights that goes into the checkpoints of a run."""
+    """Writes the checkpoints of a run; holds everything in them besides weights and progress."""
 
     run_dir: Path
-    config: RunConfig
+    config: dict[str, Any]
+    """The complete configuration as plain values, see `config_to_dict`."""
     hf_tokenizer: Any
     fingerprints: dict[str, str]
+    """Of the model's frozen parts."""
 
     def write(self, model: LlavaMole, optimizer_state: Mapping[str, torch.Tensor], progress: Progress) -> Path:
         """Write `checkpoint-<step>`. Weights are taken from the float32 masters in `optimizer_state`.
 
         Raises:
-            Exception: it could not be written (OSError, or what safetensors and PEFT make of one); nothing is left
+            Exception: it could not be written (OSError, or what safetensors and PEFT make of one). Nothing is left
                 behind and older checkpoints are untouched.
         """
-        masters = {
-            key.removeprefix(f"{MASTER}/"): value
-            for key, value in optimizer_state.items()
-            if key.startswith(f"{MASTER}/")
-        }
+        prefix = f"{MASTER}/"
+        masters = {key[len(prefix) :]: value for key, value in optimizer_state.items() if key.startswith(prefix)}
 
         def write_files(directory: Path) -> None:
             save_config(self.config, directory / CONFIG_FILE)
@@ -97,14 +98,14 @@ class CheckpointWriter:
                 for key, value in model.projector.state_dict().items()
             }
             save_file(projector, directory / PROJECTOR_FILE)
-            if self.config.adapter.method != "none":
+            if self.config["adapter"]["method"] != "none":
                 self._write_adapter(model, masters, directory / ADAPTER_DIR)
             (directory / "trainer").mkdir()
             save_file(dict(optimizer_state), directory / OPTIMIZER_FILE)
-            (directory / STATE_FILE).write_text(json.dumps(vars(progress), indent=1) + "\n", encoding="utf-8")
+            write_json(directory / STATE_FILE, vars(progress), indent=1)
 
         path = checkpoint_path(self.run_dir, progress.step)
-        # Masters and two moments of all that trains, the masters once more as weights, and the tokenizer's files.
+        # Masters and two moments of everything trainable, the masters again as weights, and the tokenizer's files.
         expected = sum(value.nbytes for value in optimizer_state.values()) * 4 // 3 + TOKENIZER_BYTES
         write_checkpoint(path, write_files, self._manifest_fields(progress), expected)
         return path
@@ -116,20 +117,21 @@ class CheckpointWriter:
         model.language_model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
 
     def _manifest_fields(self, progress: Progress) -> dict[str, Any]:
-        parts = self.config.model
-        tower = parts.vision_tower
+        model = self.config["model"]
+        tower = model["vision_tower"]
+        is_file = tower["name"].endswith(".json")
         return {
             "version": __version__,
-            "stage": self.config.stage,
+            "stage": self.config["stage"],
             "step": progress.step,
-            "adapter": self.config.adapter.method,
-            "quantization": parts.quantization,
-            "template": self.config.data.template,
+            "adapter": self.config["adapter"]["method"],
+            "quantization": model["quantization"],
+            "template": self.config["data"]["template"],
             "fingerprints": self.fingerprints,
             "paths": {
-                "language_model": str(Path(parts.language_model).resolve()),
-                "vision_tower_weights": str(Path(tower.weights).resolve()),
-                "vision_tower_config": str(Path(tower.name).resolve()) if tower.name.endswith(".json") else tower.name,
+                "language_model": str(Path(model["language_model"]).resolve()),
+                "vision_tower_weights": str(Path(tower["weights"]).resolve()),
+                "vision_tower_config": str(Path(tower["name"]).resolve()) if is_file else tower["name"],
             },
         }
 
@@ -144,8 +146,8 @@ def save_together(
 ) -> None:
     """Write a checkpoint on rank 0 and delete all but the newest `keep`; a collective.
 
-    One that cannot be written is reported, and training goes on with the earlier ones untouched. The last one is the
-    result of the run, so it is tried again for some minutes in which somebody may make room.
+    A failure is logged and training continues; earlier checkpoints are untouched. The last checkpoint is the result of
+    the run, so it is tried again for some minutes, in which somebody may free disk space.
 
     Raises:
         CheckpointError: the last checkpoint could not be written; on every rank.
@@ -163,12 +165,12 @@ def save_together(
                 "the checkpoint of step %d could not be written: %s. Earlier ones are untouched; %s",
                 progress.step,
                 problem,
-                "free disk space: it is tried again" if final else "training goes on",
+                "free disk space: it is tried again" if final else "training continues",
             )
     if final:
         error = CheckpointError(
-            f"the last checkpoint, of step {progress.step}, could not be written: {problem}. Free disk space and go on "
-            f"from the one before with --train.resume auto (--train.output_dir {writer.run_dir})"
+            f"the last checkpoint, of step {progress.step}, could not be written: {problem}. Free disk space and "
+            f"resume from the one before with --train.resume auto (--train.output_dir {writer.run_dir})"
         )
         error.on_every_rank = True
         raise error
@@ -181,10 +183,10 @@ def _try_to_write(
     progress: Progress,
     keep: int,
 ) -> str | None:
-    """None, or what went wrong."""
+    """Write one checkpoint and delete old ones. Returns the error text, or None on success."""
     try:
         path = writer.write(model, optimizer_state, progress)
-    except Exception as error:  # OSError, or what safetensors, PEFT and tokenizers make of it; never the run's end
+    except Exception as error:  # OSError, or what safetensors, PEFT and tokenizers make of it; must not end the run
         return " ".join(f"{type(error).__name__}: {error}".split())
     logger.info("saved %s", path)
     try:
@@ -194,48 +196,50 @@ def _try_to_write(
     return None
 
 
-def find_resume(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. One rank calls it: whole checkpoints are read.
+def find_resume(train: TrainConfig) -> Path | None:
+    """Find the checkpoint to resume from; None for a new run. Call it on one rank: it reads whole checkpoints.
 
-    A process that torchrun has restarted (`--max-restarts`) goes on from what its predecessor left, as with `auto`.
+    A process that torchrun has restarted (`--max-restarts`) resumes from what its predecessor left, as with `auto`.
 
     Raises:
         CheckpointError: the output directory already has checkpoints and `train.resume` is not set (a new run would
-            overwrite them), the one asked for does not verify, or it is not the newest of its own run.
+            overwrite them), the given checkpoint does not verify, or it is not the newest of its own run.
     """
-    run_dir, resume = Path(config.train.output_dir), config.train.resume
+    run_dir, resume = Path(train.output_dir), train.resume
     clean_leftovers(run_dir)
     existing = list_checkpoints(run_dir)
     if resume == "auto" or (_restarted() and existing):
         newest = newest_valid_checkpoint(run_dir)
         if newest is None and existing:
-            logger.error("none of the %d checkpoints of %s verifies: the run starts anew", len(existing), run_dir)
+            logger.error(
+                "none of the %s in %s verifies: the run starts anew", count_of(len(existing), "checkpoint"), run_dir
+            )
         return newest
     if resume is not None:
         checkpoint = resolve_checkpoint(resume)
         later = [path.name for path in existing if _step(path) > read_manifest(checkpoint)["step"]]
         if later and checkpoint.parent.resolve() == run_dir.resolve():
             raise CheckpointError(
-                f"{checkpoint} is not the newest checkpoint of its run ({later[0]} is later) and going on from it "
+                f"{checkpoint} is not the newest checkpoint of its run ({later[0]} is later), and resuming from it "
                 "would overwrite the later ones; choose another --train.output_dir, or remove them"
             )
         return checkpoint
     if existing:
         raise CheckpointError(
-            f"{run_dir} already has {len(existing)} checkpoint(s), newest {existing[0].name}; continue with "
+            f"{run_dir} already has {count_of(len(existing), 'checkpoint')}, newest {existing[0].name}; continue with "
             "--train.resume auto, or choose another --train.output_dir"
         )
     return None
 
 
-def was_started(config: RunConfig) -> bool:
-    """Whether the run to be gone on with has begun before, be it that it has no checkpoint yet."""
-    resumes = config.train.resume is not None or _restarted()
-    return resumes and (Path(config.train.output_dir) / CONFIG_FILE).exists()
+def was_started(train: TrainConfig) -> bool:
+    """Whether an earlier process of this run wrote to the run directory, even without a checkpoint."""
+    resumes = train.resume is not None or _restarted()
+    return resumes and (Path(train.output_dir) / CONFIG_FILE).exists()
 
 
 def _restarted() -> bool:
-    """Whether torchrun has started this process in the place of one that failed (`--max-restarts`)."""
+    """Whether torchrun started this process to replace one that failed (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -243,32 +247,51 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def check_same_run(checkpoint: Path, config: RunConfig) -> None:
-    """Raise CheckpointError unless the checkpoint is of the configured stage, kind of adapter and quantisation."""
+def check_same_run(checkpoint: Path, *, stage: str, adapter: str, quantization: str) -> None:
+    """Raise CheckpointError unless the checkpoint has this stage, adapter method and quantisation."""
     manifest = {"quantization": "none", **read_manifest(checkpoint)}
-    quantization = config.model.quantization
-    for key, wanted in (("stage", config.stage), ("adapter", config.adapter.method), ("quantization", quantization)):
+    for key, wanted in (("stage", stage), ("adapter", adapter), ("quantization", quantization)):
         if manifest[key] != wanted:
-            raise CheckpointError(f"{checkpoint} has {key} {manifest[key]!r}, this run has {wanted!r}: another run")
+            raise CheckpointError(
+                f"{checkpoint} has {key} {manifest[key]!r}, this run has {wanted!r}: it belongs to another run"
+            )
+
+
+def check_same_plan(progress: Progress, digest: str, global_batch_size: int, checkpoint: Path) -> None:
+    """Raise CheckpointError if the coming steps would take other samples than the checkpoint's own run."""
+    if progress.samples_consumed != progress.step * global_batch_size:
+        raise CheckpointError(
+            f"{checkpoint} took {progress.samples_consumed} samples in {progress.step} steps, but "
+            f"train.global_batch_size is {global_batch_size}: restore it, or start from the weights with --init-from"
+        )
+    if progress.plan_digest != digest:
+        raise CheckpointError(
+            f"{checkpoint} consumed {progress.samples_consumed} samples of another sample order: data files, mixture, "
+            "epochs or seed have changed. Restore them, or start a new run in another --train.output_dir"
+        )
 
 
 def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Progress and optimizer state of a checkpoint that has been verified."""
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    return Progress(**state), load_file(checkpoint / OPTIMIZER_FILE)
+    """Progress and optimizer state of a verified checkpoint."""
+    return Progress(**read_json(checkpoint / STATE_FILE)), load_file(checkpoint / OPTIMIZER_FILE)
 
 
 def write_summary(
     run_dir: Path, progress: Progress, entry: dict[str, Any] | None, seconds: float, data: dict[str, dict[str, int]]
 ) -> None:
-    """Mark the run as finished: what it did, its last metrics, the seconds of its last (or only) part, and `data`, what
-    became of the records of each source."""
+    """Mark the run as finished.
+
+    Args:
+        entry: The last metrics; None if this process did no step.
+        seconds: Duration of this process's part of the run.
+        data: What became of the records, by source.
+    """
     summary = {**vars(progress), "last_step": entry, "seconds": seconds, "data": data}
-    (run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(run_dir / SUMMARY_FILE, finite(summary), indent=1)
 
 
 def write_environment(run_dir: Path, world_size: int, device: str, engine: str) -> None:
-    """Record what the run ran on; `engine` is the class that wraps the model."""
+    """Record packages, machine and arguments of the run; `engine` is the class that wraps the model."""
     packages = {}
     for name in ("torch", "transformers", "peft", "accelerate", "deepspeed", "open_clip_torch", "bitsandbytes"):
         try:
@@ -285,4 +308,4 @@ def write_environment(run_dir: Path, world_size: int, device: str, engine: str) 
         "engine": engine,
         "arguments": sys.argv[1:],
     }
-    (run_dir / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+    write_json(run_dir / ENVIRONMENT_FILE, environment, indent=1)

@@ -1,8 +1,8 @@
-"""What the loop does when something goes wrong in a step, decided by all ranks together.
+"""Faults of a run and how all ranks react to them together.
 
-A rank that alone skips a step, saves or stops leaves the others waiting for it in a collective. So each rank says what
-it has seen (a signal to stop, a loss or gradient that is not finite, images that had to be replaced), one sum over the
-ranks makes it known to all, and all do the same.
+If one rank alone skipped a step, saved or stopped, the others would wait for it in a collective. So each rank reports
+its signals to stop, losses and gradients that are not finite and replaced images; one sum over the ranks tells all of
+them, and all react alike.
 """
 
 import os
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from llava_mole.common.distributed import all_gather_objects, all_reduce_sum
+from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, get_rank
 from llava_mole.common.errors import UserError
+from llava_mole.common.files import write_text
 from llava_mole.common.log import get_logger
-from llava_mole.config import RunConfig
+from llava_mole.common.text import shorten
 from llava_mole.train.checkpointing import Progress
-from llava_mole.train.strategy import Runtime
 
 logger = get_logger(__name__)
 
@@ -30,7 +30,7 @@ STOP_FILE = "stop"
 EXIT_CODE_FILE = "exit_code"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_S = 5.0
-"""A signal this soon after the first is the same request, which a launcher has passed on once more."""
+"""A signal within this many seconds of the first is the same request, passed on again by a launcher."""
 
 
 class StopRequested(Exception):
@@ -38,7 +38,7 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """Notes the request to stop while it is entered as a context manager; `requested` may be asked at every step."""
+    """Context manager that records requests to stop; read `requested` at every step."""
 
     def __init__(self) -> None:
         self._received: float | None = None
@@ -70,51 +70,55 @@ class StopSignal:
 
 
 def control_dir() -> Path | None:
-    """The directory in which `_launch.sh` and the processes it started on this machine leave word for each other."""
+    """Directory through which `_launch.sh` and the processes it started on this machine communicate, or None."""
     value = os.environ.get(CONTROL_DIR)
     return Path(value) if value else None
 
 
 def record_exit_code(code: int) -> bool:
-    """Leave the run's exit code where `_launch.sh` looks for it. Returns whether anybody will look."""
+    """Write the run's exit code where `_launch.sh` reads it. Returns False without a launcher that reads it."""
     directory = control_dir()
     if directory is None or not directory.is_dir():
         return False
-    temporary = directory / f"{EXIT_CODE_FILE}.{os.getpid()}"
-    temporary.write_text(f"{code}\n", encoding="utf-8")
-    os.replace(temporary, directory / EXIT_CODE_FILE)
+    write_text(directory / EXIT_CODE_FILE, f"{code}\n")
     return True
 
 
 def ignore_stop_signals(_: int = 0) -> None:
-    """For data loader workers: a signal to the whole process group must not take them from under the training loop."""
+    """Ignore stop signals in a data loader worker, so that a signal to the whole process group does not end it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 FEW_BAD_IMAGES = 10
-"""So many replaced images of a source are never too many: a share of few samples means nothing."""
+"""Always tolerate this many replacements; a share of a few samples is noise."""
 _SHOWN = 8
 _CHUNK = 1 << 22
 
 
 class TrainingError(UserError):
-    """Training cannot go on; the message names the step and the samples. Raised on every rank at the same step."""
+    """Training cannot continue; the message names the step and the samples. Raised on every rank at the same step."""
 
     on_every_rank = True
 
 
 class StepGuard:
-    """Watches the steps of a run; `progress` keeps its counts, so that they survive a restart."""
+    """Watches the steps of a run; its counts are kept in `progress`, so they survive a restart."""
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, progress: Progress, sources: Sequence[str], stop: StopSignal
-    ):
+        self,
+        progress: Progress,
+        sources: Sequence[str],
+        stop: StopSignal,
+        device: torch.device,
+        max_bad_steps: int,
+        max_bad_image_share: float,
+    ) -> None:
         self.stop_requested = False
         """Whether some rank was asked to stop; the same on every rank after `allows_update`."""
-        self._max_bad_steps = config.train.max_bad_steps
-        self._max_bad_image_share = config.data.max_bad_image_share
-        self._runtime = runtime
+        self._max_bad_steps = max_bad_steps
+        self._max_bad_image_share = max_bad_image_share
+        self._device = device
         self._progress = progress
         self._sources = sources
         self._stop = stop
@@ -129,14 +133,14 @@ class StepGuard:
 
         Args:
             step: optimizer steps done before this one.
-            squared_gradients: this rank's part of the global squared gradient norm, see `update.squared_gradients`.
+            squared_gradients: this rank's share, from `Strategy.squared_gradients`.
 
         Returns:
             False on every rank if a loss or gradient of any of them is not finite; the step is then to be dropped.
         """
         seen, self._seen = self._seen, []
         replaced = [entry for batch, _ in seen for entry in batch["replaced_images"]]
-        local = torch.zeros(3 + len(self._sources), dtype=torch.float64, device=self._runtime.device)
+        local = torch.zeros(3 + len(self._sources), dtype=torch.float64, device=self._device)
         local[0] = float(self._stop.requested)
         if seen:
             local[1] = (~torch.stack([loss.float() for _, loss in seen]).isfinite()).any().double()
@@ -156,7 +160,7 @@ class StepGuard:
         return False
 
     def end_step(self) -> None:
-        """Give up where it would be wrong to go on.
+        """End the run if continuing would be wrong.
 
         Raises:
             TrainingError: too many bad steps in a row, or too many images of a source that cannot be read.
@@ -166,7 +170,7 @@ class StepGuard:
             raise TrainingError(
                 f"{progress.bad_steps_in_a_row} steps in a row up to step {progress.step} had a loss or gradient that "
                 "is not finite (train.max_bad_steps); the samples are named above. Lower train.learning_rate or "
-                "remove what is wrong with these samples, then go on with --train.resume auto"
+                "remove what is wrong with these samples, then continue with --train.resume auto"
             )
         for source, count in progress.replaced_images.items():
             consumed = progress.consumed_by_source.get(source, 0)
@@ -175,11 +179,11 @@ class StepGuard:
                 raise TrainingError(
                     f"{count} of {consumed} samples of source {source!r} had an image that cannot be read, more than "
                     f"data.max_bad_image_share {share} allows; check that data.sources.{source}.image_folder is "
-                    "mounted and whole, then go on with --train.resume auto"
+                    "mounted and complete, then continue with --train.resume auto"
                 )
 
     def entry(self) -> dict[str, Any]:
-        """What the metrics say of faults: counts since the start of the run, where there are any."""
+        """Counts of faults since the start of the run for the metrics; empty without faults."""
         progress = self._progress
         counts = {"skipped_steps": progress.skipped_steps, "replaced_images": dict(progress.replaced_images)}
         return {key: value for key, value in counts.items() if value}
@@ -199,9 +203,9 @@ class StepGuard:
         ids = [
             sample for batch, loss in seen if not in_loss or not bool(loss.isfinite().all()) for sample in batch["ids"]
         ]
-        ranks = [f"rank {rank}: {shown(ids)}" for rank, ids in enumerate(all_gather_objects(ids)) if ids]
-        if self._runtime.rank:
-            return  # errors are printed by every rank, and this one is everybody's
+        ranks = [f"rank {rank}: {shorten(ids, _SHOWN)}" for rank, ids in enumerate(all_gather_objects(ids)) if ids]
+        if get_rank():
+            return  # every rank prints its errors, and this one concerns all of them
         logger.error(
             "step %d is skipped on all ranks: its %s not finite; samples of %s (%d in a row, %d in the run)",
             step + 1,
@@ -210,11 +214,6 @@ class StepGuard:
             self._progress.bad_steps_in_a_row,
             self._progress.skipped_steps,
         )
-
-
-def shown(ids: Sequence[str]) -> str:
-    """The first few ids, and how many more there are."""
-    return ", ".join(ids[:_SHOWN]) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
 
 
 def check_ranks_agree(parameters: Mapping[str, torch.Tensor], step: int) -> None:
@@ -231,11 +230,12 @@ def check_ranks_agree(parameters: Mapping[str, torch.Tensor], step: int) -> None
         return
     usual, *others = sorted(groups.items(), key=lambda item: -len(item[1]))
     name = next(n for n, a, b in zip(parameters, usual[0], others[0][0], strict=True) if a != b)
-    apart = sorted(rank for _, ranks in others for rank in ranks)
+    apart = [str(rank) for rank in sorted(rank for _, ranks in others for rank in ranks)]
     raise TrainingError(
-        f"after step {step} the trainable parameters of rank {shown([str(r) for r in apart])} differ from those of "
-        f"rank {shown([str(r) for r in usual[1]])} (first: {name}): memory or communication of a device is at fault. "
-        "Nothing was saved since; leave that machine out and go on with --train.resume auto"
+        f"after step {step} the trainable parameters of rank {shorten(apart, _SHOWN)} differ from those of rank "
+        f"{shorten([str(rank) for rank in usual[1]], _SHOWN)} (first: {name}): memory or communication of a device is "
+        "at fault. "
+        "Nothing was saved since; leave that machine out and continue with --train.resume auto"
     )
 
 

@@ -1,4 +1,7 @@
-"""Where numbers go: `metrics.jsonl` always, Weights & Biases when configured."""
+"""The metrics of a run: `Tracker` writes them, `read_metrics` reads them, `StepStats` collects those of one step.
+
+They go to `metrics.jsonl` always and to Weights & Biases if configured.
+"""
 
 import json
 import math
@@ -10,8 +13,9 @@ from typing import IO, Any
 import torch
 
 from llava_mole.common.distributed import all_reduce_sum
+from llava_mole.common.files import atomic_path, write_errors
 from llava_mole.common.log import get_logger
-from llava_mole.config import RunConfig, config_to_dict
+from llava_mole.config import TrackerConfig
 from llava_mole.mole import Routing, RoutingMeter
 from llava_mole.mole.routing import routing_entropy, routing_margin
 
@@ -22,14 +26,21 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes one entry a step on rank 0. A tracker service that fails is reported once and left out from then on."""
+    """Writes one entry a step on rank 0. A tracker service that fails is reported once and not used again."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, first_step: int, enabled: bool):
+    def __init__(
+        self, config: TrackerConfig, run_dir: Path, first_step: int, *, run: dict[str, Any], enabled: bool
+    ) -> None:
         """
         Args:
+            config: Section `tracker` of the configuration.
             first_step: 0-based step the run starts with; entries of later steps, left by a run that was cut off after
-                its last checkpoint, are dropped so that no step stands in the file twice.
+                its last checkpoint, are dropped, so that no step is in the file twice.
+            run: The complete configuration as plain values, for the tracker service.
             enabled: False on ranks other than 0.
+
+        Raises:
+            ConfigError: the metrics file cannot be written.
         """
         self._wandb: Any = None
         self._file: IO[str] | None = None
@@ -38,15 +49,12 @@ class Tracker:
             return
         path = run_dir / METRICS_FILE
         kept = [entry for entry in read_metrics(path) if entry["step"] <= first_step] if first_step else []
-        # Rewritten beside and renamed: a process killed here must not take the run's history with it.
-        temporary = path.with_name(f".{path.name}.tmp")
-        self._file = temporary.open("w", encoding="utf-8")
-        for entry in kept:
-            self._write(entry)
-        self.sync()
-        os.replace(temporary, path)
-        if config.tracker.wandb_project:
-            self._start_wandb(config, run_dir)
+        # A process killed here must not take the run's history with it.
+        with write_errors(path), atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(finite(entry)) + "\n" for entry in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        if config.wandb_project:
+            self._start_wandb(config, run_dir, run)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Record one step; `entry["step"]` is the number of optimizer steps done (1 after the first)."""
@@ -59,12 +67,12 @@ class Tracker:
 
                 histograms = {name: wandb.Histogram(values) for name, values in over_layers(entry).items()}
                 self._wandb.log(_flatten(entry) | histograms, step=entry["step"])
-            except Exception as error:  # whatever the service raises, training goes on
-                logger.warning("wandb failed (%s); the run goes on with %s only", error, METRICS_FILE)
+            except Exception as error:  # whatever the service raises, training continues
+                logger.warning("wandb failed (%s); the run continues with %s only", error, METRICS_FILE)
                 self._wandb = None
 
     def sync(self) -> None:
-        """Have what was written on the disk itself: called before a checkpoint counts on it."""
+        """Flush the entries to the disk, before a checkpoint relies on them."""
         if self._file is not None:
             try:
                 self._file.flush()
@@ -85,7 +93,7 @@ class Tracker:
     def _write(self, entry: dict[str, Any]) -> None:
         assert self._file is not None
         try:
-            self._file.write(json.dumps(_finite(entry)) + "\n")
+            self._file.write(json.dumps(finite(entry)) + "\n")
             self._file.flush()
         except OSError as error:
             self._give_up(error)
@@ -93,19 +101,19 @@ class Tracker:
     def _give_up(self, error: OSError) -> None:
         """A full disk stops the file, not the run: the entries from here to the next start are lost."""
         if not self._failed:
-            logger.error("%s cannot be written (%s); training goes on, these entries are lost", METRICS_FILE, error)
+            logger.error("%s cannot be written (%s); training continues, these entries are lost", METRICS_FILE, error)
         self._failed = True
 
-    def _start_wandb(self, config: RunConfig, run_dir: Path) -> None:
+    def _start_wandb(self, config: TrackerConfig, run_dir: Path, run: dict[str, Any]) -> None:
         try:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.tracker.wandb_project,
-                mode=config.tracker.wandb_mode,
+                project=config.wandb_project,
+                mode=config.wandb_mode,
                 name=run_dir.name,
                 dir=str(run_dir),
-                config=config_to_dict(config),
+                config=run,
             )
         except Exception as error:  # not installed, no network, no account: none of them may stop training
             logger.warning("wandb is not available (%s); metrics go to %s only", error, METRICS_FILE)
@@ -130,7 +138,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def over_layers(entry: dict[str, Any]) -> dict[str, list[float]]:
-    """What the routers of all layers do, as values for one histogram each: load of every expert, entropy, margin."""
+    """Values of all layers for one histogram each: load of every expert, router entropy, router margin."""
     by_layer = entry.get("expert_load_by_layer", [])
     values = {f"over_layers/expert_load/{k}": list(loads) for k, loads in enumerate(zip(*by_layer, strict=True))}
     for key in ("router_entropy_by_layer", "router_margin_by_layer"):
@@ -143,12 +151,12 @@ def _with_nan(value: dict[str, Any]) -> dict[str, Any]:
     return {key: math.nan if item is None else item for key, item in value.items()}
 
 
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON has not: NaN and infinity."""
+def finite(value: Any) -> Any:
+    """The value with None for numbers JSON cannot represent (NaN and infinity)."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -165,11 +173,11 @@ def _flatten(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-_TOTALS = ("loss", "auxiliary", "supervised_tokens", "tokens", "samples")
+_TOTALS = ("loss", "balance", "supervised_tokens", "tokens", "samples")
 
 
 class StepStats:
-    """Collects on the device; only `reduce` and later methods wait for it."""
+    """Collects one step's numbers on the device; only `reduce` and later methods wait for it."""
 
     def __init__(self, sources: Sequence[str], device: torch.device):
         self.sources = sources
@@ -196,17 +204,17 @@ class StepStats:
         token_mask_BL: torch.Tensor,
         image_mask_BL: torch.Tensor,
         routing: Routing,
-        auxiliary: torch.Tensor,
+        balance: torch.Tensor,
     ) -> None:
-        """Add a micro-batch's expert choices and its share of the auxiliary loss.
+        """Add a micro-batch's expert choices and its share of the balance loss.
 
         Args:
             source_B: int64, source of each sample.
             token_mask_BL, image_mask_BL: bool, tokens that are not padding, and those of an image; one row a sample.
             routing: of the same rows.
-            auxiliary: the share.
+            balance: the share, coefficients included and with the z-loss.
         """
-        self._totals[1] += auxiliary
+        self._totals[1] += balance
         self._meter.update(routing, token_mask_BL, image_mask_BL, source_B)
         tokens = token_mask_BL.sum()
         added = torch.stack([routing_entropy(routing, token_mask_BL), routing_margin(routing, token_mask_BL)]).double()
@@ -224,8 +232,8 @@ class StepStats:
         return float(self._totals[0])
 
     @property
-    def auxiliary(self) -> float:
-        """The step's auxiliary (balance and z-) loss, coefficients included."""
+    def balance(self) -> float:
+        """The step's balance and z-loss, coefficients included."""
         return float(self._totals[1])
 
     def samples_by_source(self) -> dict[str, int]:
@@ -264,7 +272,7 @@ class StepStats:
         if torch.cuda.is_available():
             entry["max_memory_bytes"] = torch.cuda.max_memory_allocated()
         if self._meter.counts is not None and self._certainty is not None:
-            entry["auxiliary_loss"] = totals["auxiliary"]
+            entry["auxiliary_loss"] = totals["balance"]
             entry |= self._routing_entry(self._meter.counts, self._certainty / max(1.0, totals["tokens"]))
         return entry
 

@@ -1,87 +1,70 @@
-"""What is measured beside the training step itself: gradient norms by part, use of the hardware, validation loss."""
+"""Measurements beside the training step: gradient norms by part, use of the hardware, validation."""
 
 import time
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from llava_mole.common.distributed import all_reduce_sum
-from llava_mole.config import RunConfig
-from llava_mole.data.dataset import SupervisedDataset
-from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.inference.predictor import Predictor
-from llava_mole.model.adapters import trainable_parameters
-from llava_mole.model.builder import LoadedModel
 from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.train.strategy import GradientNorms, Runtime
+from llava_mole.train.strategy import GradientNorms, Strategy
 from llava_mole.train.validation import AnswerCheck, Validator
 
 
 class Monitor:
-    """Adds to the entries of `metrics.jsonl`. All ranks call it alike: its sums go over all of them.
+    """Adds to the entries of `metrics.jsonl`. All ranks must call it alike, because it sums over them.
 
     Args:
-        config, runtime, model, dataset, pad_token_id: of the run.
-        optimizer: As accelerate has wrapped it.
+        strategy: After `prepare`.
+        model: The model in training.
+        validator, answer_check: Validation; None turns it off.
+        precision: `train.precision`.
+        log_every, validate_every: Optimizer steps between two entries and between two validations.
         total_steps: Optimizer steps of the run.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        runtime: Runtime,
+        strategy: Strategy,
         model: LlavaMole,
-        optimizer: Any,
-        dataset: SupervisedDataset,
-        pad_token_id: int,
+        validator: Validator | None,
+        answer_check: AnswerCheck | None,
+        *,
+        precision: str,
+        log_every: int,
+        validate_every: int,
         total_steps: int,
     ) -> None:
-        self._config = config
-        self._runtime = runtime
+        self._strategy = strategy
         self._model = model
+        self._validator = validator
+        self._answer_check = answer_check
+        self._log_every = log_every
+        self._validate_every = validate_every
         self._total_steps = total_steps
         self._shape = model_shape(model)
-        self._norms = GradientNorms(trainable_parameters(model), optimizer, runtime.uses_deepspeed)
-        self._peak = peak_flops(runtime.device, config.train.precision)
-        self._validator = None
-        if dataset.validation is not None:
-            self._validator = Validator(
-                dataset.validation,
-                row_tokens=config.train.pack_length or config.data.max_length,
-                pad_token_id=pad_token_id,
-                num_workers=config.train.num_workers,
-                routes=config.adapter.method == "mole",
-            )
-        self._answer_check = None
-        if dataset.validation is not None and config.train.validation_answers:
-            self._answer_check = AnswerCheck(
-                dataset.validation,
-                predictor_in_training(config, model, dataset),
-                count=config.train.validation_answers,
-                routes=config.adapter.method == "mole",
-            )
+        self._norms = GradientNorms(strategy)
+        self._peak = peak_flops(strategy.device, precision)
 
     def due(self, step: int) -> bool:
         """Whether there is an entry after optimizer step `step` (from 1)."""
-        every = self._config.tracker.log_every
-        return step % every == 0 or step == self._total_steps or self._validates(step)
+        return step % self._log_every == 0 or step == self._total_steps or self._validates(step)
 
     def extend(self, entry: dict[str, Any], micro_batches: list[dict]) -> dict[str, Any]:
-        """The entry with what is measured here.
+        """The entry with these measurements added; a collective.
 
         Args:
             entry: From `StepStats.entry`.
-            micro_batches: This rank's of the step.
+            micro_batches: Those of this rank in the step.
         """
         entry = dict(entry)
         entry["grad_norm_by_part"] = self._norms.collect(entry["grad_norm"])
-        squares, images = all_reduce_sum(batch_sums(micro_batches).to(self._runtime.device)).tolist()
+        squares, images = all_reduce_sum(batch_sums(micro_batches).to(self._strategy.device)).tolist()
         flops = training_flops(self._shape, entry["tokens"], squares, entry["supervised_tokens"], images)
         entry["flops_per_s"] = flops / entry["step_s"]
         if self._peak is not None:
-            entry["mfu"] = entry["flops_per_s"] / (self._peak * self._runtime.world_size)
+            entry["mfu"] = entry["flops_per_s"] / (self._peak * self._strategy.world_size)
         if self._validator is not None and self._validates(entry["step"]):
             started = time.perf_counter()
             entry["validation_loss"] = self._validator.losses(self._model)
@@ -92,17 +75,8 @@ class Monitor:
         return entry
 
     def _validates(self, step: int) -> bool:
-        every = self._config.train.validate_every
+        every = self._validate_every
         return every > 0 and (step % every == 0 or step == self._total_steps)
-
-
-def predictor_in_training(config: RunConfig, model: LlavaMole, dataset: SupervisedDataset) -> Predictor:
-    """Answers prompts with the model as it is at the moment, in the template it is trained with."""
-    tokenizer = cast(HFTextTokenizer, dataset.limits.tokenizer)
-    context = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length)
-    path = Path(config.train.output_dir)
-    template = config.data.template
-    return Predictor(LoadedModel(model, tokenizer, dataset.image_processor, template, context, config, path))
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -1,30 +1,32 @@
-"""What can be checked before anything is loaded or any process group is joined: it takes a second, not minutes."""
+"""Checks that need neither the model nor a process group: they take a second, not minutes."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, WeightsError, command
-from llava_mole.config import RunConfig, check_batch, parse_run_config
+from llava_mole.common.text import count_of
+from llava_mole.config import DataConfig, ModelConfig, check_batch, parse_run_config
 from llava_mole.data.store import is_prepared
 from llava_mole.model.quantization import require_bitsandbytes
 
 TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
 
 
-def missing_inputs(config: RunConfig) -> list[str]:
-    """`key = path` for every weight and data file or folder of the run that is not there."""
-    model = config.model
+def missing_inputs(
+    model: ModelConfig, data: DataConfig, projector_weights: str | None, init_from: str | None
+) -> list[str]:
+    """`key = path` for every missing file or folder of weights and data."""
     wanted = [
         ("model.language_model", model.language_model, Path(model.language_model).is_dir()),
         ("model.vision_tower.weights", model.vision_tower.weights, Path(model.vision_tower.weights).is_file()),
     ]
-    if config.projector_weights is not None:
-        wanted.append(("projector_weights", config.projector_weights, Path(config.projector_weights).exists()))
-    if config.init_from is not None:
-        wanted.append(("init_from", config.init_from, Path(config.init_from).is_dir()))
-    for name, source in config.data.sources.items():
-        if config.data.mixture.get(name, 1.0) > 0:
+    if projector_weights is not None:
+        wanted.append(("projector_weights", projector_weights, Path(projector_weights).exists()))
+    if init_from is not None:
+        wanted.append(("init_from", init_from, Path(init_from).is_dir()))
+    for name, source in data.sources.items():
+        if data.mixture.get(name, 1.0) > 0:
             key = f"data.sources.{name}"
             there = Path(source.annotations).is_file() or is_prepared(source.annotations)
             wanted.append((f"{key}.annotations", source.annotations, there))
@@ -32,16 +34,18 @@ def missing_inputs(config: RunConfig) -> list[str]:
     return [f"{key} = {path}" for key, path, there in wanted if not there]
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Raise one WeightsError that names every absent input, what to do, and what runs without them.
+def check_inputs(model: ModelConfig, data: DataConfig, *, projector_weights: str | None, init_from: str | None) -> None:
+    """Check that the inputs of a run exist.
 
-    Raises ConfigError where a package that the run needs is not installed.
+    Raises:
+        WeightsError: names every missing input, what to do, and what runs without them.
+        ConfigError: bitsandbytes is needed and not installed.
     """
-    require_bitsandbytes(config.model.quantization)
-    absent = missing_inputs(config)
+    require_bitsandbytes(model.quantization)
+    absent = missing_inputs(model, data, projector_weights, init_from)
     if absent:
         raise WeightsError(
-            f"{len(absent)} inputs of this run are not there: {'; '.join(absent)}. Put them there (docs/models.md and "
+            f"this run lacks {count_of(len(absent), 'input')}: {'; '.join(absent)}. Put them there (docs/models.md and "
             f"docs/data.md say where they come from; projector_weights is what scripts/pretrain.sh writes), or name "
             f"other paths with --key PATH, or run what needs no download: {TINY_CONFIGS} (after "
             "`llava-mole prepare tiny --out playground/data/tiny`)"
@@ -57,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_run_config(arguments[1:])
     train = config.train
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, int(arguments[0]))
-    check_inputs(config)
+    check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,46 @@ from pathlib import Path
 import torch
 
 from llava_mole.common.distributed import all_gather_objects, is_main_process, on_main
-from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, CheckpointError, UserError, command
+from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
-from llava_mole.config import RunConfig, parse_run_config, save_config
-from llava_mole.train.faults import StopRequested, StopSignal, record_exit_code
+from llava_mole.common.text import format_table
+from llava_mole.config import RunConfig, config_to_dict, parse_run_config, save_config
+from llava_mole.data.batching import count_steps
+from llava_mole.data.dataset import SupervisedDataset, build_dataset
+from llava_mole.data.tokenization import HFTextTokenizer
+from llava_mole.inference.predictor import Predictor
+from llava_mole.model.adapters import parameter_report, trainable_parameters
+from llava_mole.model.builder import (
+    InferenceModel,
+    attach_adapter,
+    build_image_processor,
+    build_parts,
+    load_adapter_state,
+    load_projector,
+    start_from,
+)
+from llava_mole.model.language_model import compile_layers, set_recompute
+from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.model.packed_attention import enable_packing
+from llava_mole.model.quantization import quantize_linears
+from llava_mole.train.checkpointing import (
+    CheckpointWriter,
+    Progress,
+    check_same_plan,
+    check_same_run,
+    find_resume,
+    read_progress,
+    was_started,
+    write_environment,
+)
+from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
+from llava_mole.train.metrics import Tracker
+from llava_mole.train.monitor import Monitor
+from llava_mole.train.optim import build_optimizer
 from llava_mole.train.preflight import check_inputs
+from llava_mole.train.strategy import Strategy, start_strategy
+from llava_mole.train.trainer import Trainer
+from llava_mole.train.validation import AnswerCheck, Validator
 
 logger = get_logger("llava_mole.train.train")  # not __name__, which is __main__ under `python -m`
 
@@ -24,54 +59,63 @@ def train(config: RunConfig) -> Path:
         The run directory.
 
     Raises:
-        UserError: see the steps; nothing has been written before the model and the data are known to be good.
+        UserError: an input is missing or unusable; nothing is written before model and data are known to be good.
         StopRequested: SIGTERM or SIGUSR1 came; the run has saved.
     """
+    check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
     with StopSignal() as stop:
-        return _train(config, stop)
+        strategy = start_strategy(config.train, config.device)
+        # Before the model is loaded, which takes minutes.
+        checkpoint, resuming = on_main(lambda: (find_resume(config.train), was_started(config.train)))
+        if checkpoint is not None:
+            kind = {"adapter": config.adapter.method, "quantization": config.model.quantization}
+            check_same_run(checkpoint, stage=config.stage, **kind)
+
+        torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+        model, hf_tokenizer, fingerprints = build_parts(config.model)
+        tokenizer = HFTextTokenizer(hf_tokenizer)
+        dataset = load_data(config, model, tokenizer, resuming)
+        steps, _ = count_steps(len(dataset), config.train.global_batch_size)
+        steps = min(steps, config.train.max_steps or steps)
+        make_trainable(config, model, strategy.device, fingerprints, checkpoint)
+        strategy.prepare(model, build_optimizer(trainable_parameters(model), config.train))
+        progress = Progress(plan_digest=dataset.plan.digest)
+        if checkpoint is not None:
+            progress = restore(checkpoint, strategy, dataset, config.train.global_batch_size)
+
+        values, run_dir = config_to_dict(config), Path(config.train.output_dir)
+        if is_main_process():
+            save_config(values, run_dir / "config.yaml")
+            write_environment(run_dir, strategy.world_size, str(strategy.device), type(strategy.engine).__name__)
+        Trainer(
+            name=f"{config.stage} ({config.adapter.method})",
+            train=config.train,
+            total_steps=steps,
+            row_tokens=config.train.pack_length or config.data.max_length,
+            has_experts=config.adapter.method == "mole",
+            strategy=strategy,
+            model=model,
+            dataset=dataset,
+            pad_token_id=tokenizer.pad_token_id,
+            writer=CheckpointWriter(run_dir, values, hf_tokenizer, fingerprints),
+            tracker=Tracker(config.tracker, run_dir, progress.step, run=values, enabled=is_main_process()),
+            monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
+            guard=StepGuard(
+                progress,
+                dataset.source_names,
+                stop,
+                strategy.device,
+                config.train.max_bad_steps,
+                config.data.max_bad_image_share,
+            ),
+            progress=progress,
+        ).run()
+    return run_dir
 
 
-def _train(config: RunConfig, stop: StopSignal) -> Path:
-    from llava_mole.data.batching import count_steps
-    from llava_mole.data.dataset import build_dataset
-    from llava_mole.data.tokenization import HFTextTokenizer
-    from llava_mole.model.adapters import trainable_parameters
-    from llava_mole.model.builder import (
-        attach_adapter,
-        build_image_processor,
-        build_parts,
-        load_adapter_state,
-        load_projector,
-        start_from,
-    )
-    from llava_mole.model.language_model import compile_layers, set_recompute
-    from llava_mole.model.packed_attention import enable_packing
-    from llava_mole.model.quantization import quantize_linears
-    from llava_mole.train.checkpointing import (
-        CheckpointWriter,
-        Progress,
-        check_same_run,
-        find_resume,
-        read_progress,
-        was_started,
-        write_environment,
-    )
-    from llava_mole.train.metrics import Tracker
-    from llava_mole.train.optim import build_optimizer
-    from llava_mole.train.strategy import load_optimizer_state, prepare, start_runtime
-    from llava_mole.train.trainer import Trainer
-
-    check_inputs(config)
-    runtime = start_runtime(config)
-    # Before the model is loaded, which takes minutes.
-    checkpoint, started_before = on_main(lambda: (find_resume(config), was_started(config)))
-    if checkpoint is not None:
-        check_same_run(checkpoint, config)
-
-    torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-    model, hf_tokenizer, fingerprints = build_parts(config.model)
-    tokenizer = HFTextTokenizer(hf_tokenizer)
-    dataset = build_dataset(
+def load_data(config: RunConfig, model: LlavaMole, tokenizer: HFTextTokenizer, resuming: bool) -> SupervisedDataset:
+    """The training set in the order of the run, with its held-out samples."""
+    return build_dataset(
         config.data,
         tokenizer,
         build_image_processor(model, config.data.image_aspect_ratio),
@@ -81,15 +125,19 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
         batching=config.train.batching,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        resuming=started_before,
+        resuming=resuming,
     )
-    count_steps(len(dataset), config.train.global_batch_size)  # refuses a mixture smaller than one batch
+
+
+def make_trainable(
+    config: RunConfig, model: LlavaMole, device: torch.device, fingerprints: dict[str, str], checkpoint: Path | None
+) -> None:
+    """Quantise the model, add its adapter, load the weights the run starts from and freeze the rest, in place."""
     if config.projector_weights is not None:
         load_projector(model.projector, config.projector_weights)
     if config.train.batching == "packed":
         enable_packing(model.causal_lm)
-    compute_dtype = frozen_dtype(config.train.precision)
-    quantize_linears(model.causal_lm, config.model.quantization, runtime.device, compute_dtype)
+    quantize_linears(model.causal_lm, config.model.quantization, device, frozen_dtype(config.train.precision))
     attach_adapter(model, config.adapter)
     if config.init_from is not None:
         start_from(model, config.init_from, config.adapter, fingerprints)
@@ -103,45 +151,63 @@ def _train(config: RunConfig, stop: StopSignal) -> Path:
     if is_main_process():
         print(trainable_table(model), file=sys.stderr, flush=True)
 
-    parameters = trainable_parameters(model)
-    engine, optimizer = prepare(runtime, model, build_optimizer(parameters, config.train))
-    progress = Progress(plan_digest=dataset.plan.digest)
-    if checkpoint is not None:
-        progress, state = read_progress(checkpoint)
-        check_same_plan(progress, dataset.plan.digest, config.train.global_batch_size, checkpoint)
-        load_optimizer_state(state, progress.updates, parameters, optimizer, runtime.uses_deepspeed)
-        logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
 
-    run_dir = Path(config.train.output_dir)
-    if is_main_process():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-        write_environment(run_dir, runtime.world_size, str(runtime.device), type(engine).__name__)
-    Trainer(
-        config=config,
-        runtime=runtime,
-        model=model,
-        engine=engine,
-        optimizer=optimizer,
-        dataset=dataset,
-        pad_token_id=tokenizer.pad_token_id,
-        writer=CheckpointWriter(run_dir, config, hf_tokenizer, fingerprints),
-        tracker=Tracker(config, run_dir, progress.step, enabled=is_main_process()),
-        progress=progress,
-        stop=stop,
-    ).run()
-    return run_dir
+def restore(checkpoint: Path, strategy: Strategy, dataset: SupervisedDataset, global_batch_size: int) -> Progress:
+    """Load a checkpoint's trainable parameters and optimizer state; returns its progress."""
+    progress, state = read_progress(checkpoint)
+    check_same_plan(progress, dataset.plan.digest, global_batch_size, checkpoint)
+    strategy.load_state(state, progress.updates)
+    logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
+    return progress
+
+
+def build_monitor(
+    config: RunConfig,
+    strategy: Strategy,
+    model: LlavaMole,
+    dataset: SupervisedDataset,
+    tokenizer: HFTextTokenizer,
+    steps: int,
+) -> Monitor:
+    """The run's measurements and validation."""
+    held_out, routes = dataset.validation, config.adapter.method == "mole"
+    validator = answer_check = None
+    if held_out is not None:
+        validator = Validator(
+            held_out,
+            row_tokens=config.train.pack_length or config.data.max_length,
+            pad_token_id=tokenizer.pad_token_id,
+            num_workers=config.train.num_workers,
+            routes=routes,
+        )
+        if config.train.validation_answers:
+            context = getattr(
+                model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length
+            )
+            parts = InferenceModel(model, tokenizer, dataset.image_processor, config.data.template, context)
+            count = config.train.validation_answers
+            answer_check = AnswerCheck(held_out, Predictor(parts), count=count, routes=routes)
+    return Monitor(
+        strategy,
+        model,
+        validator,
+        answer_check,
+        precision=config.train.precision,
+        log_every=config.tracker.log_every,
+        validate_every=config.train.validate_every,
+        total_steps=steps,
+    )
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
-    """What frozen weights are kept in, and quantised ones compute in, under `train.precision`."""
+    """Dtype of frozen weights, and the compute dtype of quantised ones, under `train.precision`."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def cast_for_training(model: torch.nn.Module, precision: str) -> None:
-    """Frozen weights in the compute dtype, trainable ones in float32 (DeepSpeed keeps float32 masters of its own).
+    """Cast frozen weights to the compute dtype and trainable ones to float32, in place.
 
-    Quantised weights are integers and stay as they are.
+    DeepSpeed keeps float32 masters of its own. Quantised weights are integers and stay as they are.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -149,40 +215,25 @@ def cast_for_training(model: torch.nn.Module, precision: str) -> None:
 
 
 def trainable_table(model: torch.nn.Module) -> str:
-    """Parameters of every part of the model, trainable and in all, as text."""
-    from llava_mole.model.adapters import parameter_report
-
+    """Number of trainable and of all parameters of every part of the model, as text."""
     rows = parameter_report(model)
     rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
-    lines = [f"{'part':<16}{'trainable':>16}{'all':>18}"]
-    lines += [f"{part:<16}{trainable:>16,}{total:>18,}" for part, trainable, total in rows]
-    return "\n".join(lines)
-
-
-def check_same_plan(progress, digest: str, global_batch_size: int, checkpoint: Path) -> None:
-    """Raise CheckpointError if the samples of the steps to come are others than the checkpoint's run would take."""
-    if progress.samples_consumed != progress.step * global_batch_size:
-        raise CheckpointError(
-            f"{checkpoint} took {progress.samples_consumed} samples in {progress.step} steps, but "
-            f"train.global_batch_size is {global_batch_size}: restore it, or start from the weights with --init-from"
-        )
-    if progress.plan_digest != digest:
-        raise CheckpointError(
-            f"{checkpoint} consumed {progress.samples_consumed} samples of another sample order: data files, mixture, "
-            "epochs or seed have changed. Restore them, or start a new run in another --train.output_dir"
-        )
+    return format_table(
+        [("part", "trainable", "all"), *((part, f"{own:,}", f"{total:,}") for part, own, total in rows)], right={1, 2}
+    )
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, and turn the end of the run into an exit code."""
     setup_logging()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after tokenizers has threads
     try:
         train(parse_run_config(sys.argv[1:] if arguments is None else arguments))
     except StopRequested as stopped:
-        logger.info("%s; go on with --train.resume auto (exit code %d)", stopped, EXIT_STOPPED)
+        logger.info("%s; continue with --train.resume auto (exit code %d)", stopped, EXIT_STOPPED)
         leave_process_group()
-        # torchrun would count another exit code than 0 as a failure, and start the run again.
+        # torchrun would count any exit code but 0 as a failure and start the run again.
         return 0 if record_exit_code(EXIT_STOPPED) else EXIT_STOPPED
     except UserError:
         record_exit_code(EXIT_USER_ERROR)

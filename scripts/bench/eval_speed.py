@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 import mole_common as common
 
-from llava_mole.config import RunConfig, TrainConfig
+from llava_mole.config import DataConfig, RunConfig, SourceConfig, TrainConfig
 from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, read_questions, windows
@@ -39,7 +39,8 @@ SIZES = {"tiny": {}, "llama-110m": {"hidden_size": 768, "intermediate_size": 204
 
 def build(name: str, device: str) -> Predictor:
     """The tiny model, or its tower in front of a random Llama; with a fresh MoLE adapter."""
-    config = RunConfig(stage="finetune", train=TrainConfig(output_dir="unused"))
+    data = DataConfig(sources={"unused": SourceConfig(annotations="unused")})
+    config = RunConfig(stage="finetune", train=TrainConfig(output_dir="unused"), data=data)
     config.model.language_model = str(ASSETS / "language_model")
     config.model.vision_tower.name = str(ASSETS / "vision_tower" / "config.json")
     config.model.vision_tower.weights = str(ASSETS / "vision_tower" / "model.safetensors")

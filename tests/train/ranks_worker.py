@@ -16,15 +16,13 @@ def main() -> None:
     original_run, original_loss = Trainer.run, Trainer._loss
 
     def run(self: Trainer) -> None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        partitions = getattr(optimizer, "single_partition_of_fp32_groups", [])
+        engine = self.strategy.engine
+        partitions = getattr(self.strategy.optimizer, "single_partition_of_fp32_groups", [])
         seen.update(
-            engine=type(self.engine).__name__,
-            zero_stage=self.engine.zero_optimization_stage()
-            if hasattr(self.engine, "zero_optimization_stage")
-            else None,
+            engine=type(engine).__name__,
+            zero_stage=engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else None,
             world_size=dist.get_world_size(),
-            accelerate_world_size=self.runtime.world_size,
+            accelerate_world_size=self.strategy.world_size,
             partition_elements=sum(flat.numel() for flat in partitions),
             trainable_elements=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         )

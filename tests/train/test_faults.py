@@ -130,7 +130,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_after_the_same_step(farm: Farm
     step = int(checkpoint.name.split("-")[1])
     assert 2 <= step < 24
     assert [entry["step"] for entry in read_metrics(metrics)] == list(range(1, step + 1))
-    assert "go on with --train.resume auto (exit code 75)" in log(world, name)
+    assert "continue with --train.resume auto (exit code 75)" in log(world, name)
     assert start(farm, world, name, *options, "--train.resume", "auto").wait(LIMIT_S) == [0, 0]
     if not (world / "calm").exists():
         assert start(farm, world, "calm", *options).wait(LIMIT_S) == [0, 0]
@@ -154,7 +154,7 @@ def test_a_failed_save_keeps_the_run_and_its_last_good_checkpoint(farm: Farm, wo
     assert start(farm, world, kind, *options, sabotage=failing).wait(LIMIT_S) == [0, 0]
     assert sorted(p.name for p in (world / kind).glob("*checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
     assert "the checkpoint of step 4 could not be written" in log(world, kind)
-    assert "training goes on" in log(world, kind)
+    assert "training continues" in log(world, kind)
 
 
 def test_the_last_save_is_tried_again_and_its_failure_is_an_error(farm: Farm, world: Path) -> None:

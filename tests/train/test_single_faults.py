@@ -15,9 +15,8 @@ from worlds.tiny_models import make_data, make_language_model, make_world
 
 from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.common.log import setup_logging
-from llava_mole.config import deepspeed_config, parse_run_config
+from llava_mole.config import config_to_dict, deepspeed_config, parse_run_config
 from llava_mole.train import faults
-from llava_mole.train import faults as signals
 from llava_mole.train.faults import TrainingError, check_ranks_agree, parameter_hash
 from llava_mole.train.metrics import Tracker, read_metrics
 from llava_mole.train.train import main, train
@@ -93,7 +92,8 @@ def test_a_run_goes_on_after_an_image_has_vanished_but_none_starts(tmp_path: Pat
 
 def tracker(world: Path, run_dir: Path, first_step: int, *more: str) -> Tracker:
     run_dir.mkdir(exist_ok=True)
-    return Tracker(parse_run_config(arguments(world, "x", *more)), run_dir, first_step, enabled=True)
+    config = parse_run_config(arguments(world, "x", *more))
+    return Tracker(config.tracker, run_dir, first_step, run=config_to_dict(config), enabled=True)
 
 
 def test_metrics_stay_consistent_over_kill_and_resume(world: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_full_disk_does_not_stop_the_metrics(world: Path, tmp_path: Path, caps
 
 def test_a_signal_is_noted_and_its_echo_is_no_second_one() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with signals.StopSignal() as stop:
+    with faults.StopSignal() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes on what the whole group has got already
@@ -173,8 +173,8 @@ def test_a_signal_is_noted_and_its_echo_is_no_second_one() -> None:
 
 def test_a_second_signal_kills_at_once() -> None:
     code = (
-        "import os, signal; from llava_mole.train import signals; signals.SAME_REQUEST_S = -1.0\n"
-        "with signals.StopSignal() as stop:\n"
+        "import os, signal; from llava_mole.train import faults; faults.SAME_REQUEST_S = -1.0\n"
+        "with faults.StopSignal() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print(stop.requested, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('alive')"
     )
@@ -183,13 +183,13 @@ def test_a_second_signal_kills_at_once() -> None:
 
 
 def test_the_launcher_asks_by_a_file_and_finds_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not signals.record_exit_code(75)
-    monkeypatch.setenv(signals.CONTROL_DIR, str(tmp_path))
-    with signals.StopSignal() as stop:
+    assert not faults.record_exit_code(75)
+    monkeypatch.setenv(faults.CONTROL_DIR, str(tmp_path))
+    with faults.StopSignal() as stop:
         assert not stop.requested
         (tmp_path / "stop").touch()
         assert stop.requested
-    assert signals.record_exit_code(75)
+    assert faults.record_exit_code(75)
     assert (tmp_path / "exit_code").read_text() == "75\n"
 
 
@@ -197,7 +197,7 @@ def test_a_stopped_run_has_its_own_exit_code_and_goes_on(
     world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--train.save_every", "100", "--train.num_workers", "2")
-    monkeypatch.setattr(signals.StopSignal, "requested", True)
+    monkeypatch.setattr(faults.StopSignal, "requested", True)
     assert main(arguments(world, "stopped", *options)) == 75
     assert [path.name for path in (world / "stopped").glob("checkpoint-*")] == ["checkpoint-1"]
     assert "asked to stop; stopped after step 1 of 6" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_deepspeed_settings_are_refused_with_the_reason(world: Path, tmp_path: P
     path.write_text(json.dumps({"zero_optimization": zero}))
     config = parse_run_config(arguments(world, "x", "--train.deepspeed_config", str(path)))
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(config, 2)
+        deepspeed_config(config.train, 2)
 
 
 def test_a_strategy_of_accelerate_launch_is_refused(

@@ -241,7 +241,7 @@ MISTAKES = {
     "unknown template": (["--data.template", "vicuna"], "vicuna_v1"),
     "batch": (
         ["--train.batching", "padded", "--train.global_batch_size", "3"],
-        "3 is not a multiple of train.micro_batch_size 2 x 1 ranks",
+        "3 is not a multiple of train.micro_batch_size 2 x 1 rank =",
     ),
     "too few samples": (["--train.global_batch_size", "4000"], "larger than the"),
     "bf16 on a CPU": (["--train.precision", "bf16"], "use --train.precision fp32"),

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from worlds.tiny_models import make_world
 
-from llava_mole.config import parse_run_config
+from llava_mole.config import config_to_dict, parse_run_config
 from llava_mole.model.builder import attach_adapter, build_parts
 from llava_mole.train.checkpointing import CheckpointWriter, Progress
 
@@ -43,7 +43,7 @@ def make_checkpoint(
         if parameter.requires_grad or "lora_" in name:
             torch.nn.init.normal_(parameter, std=std)
     run = directory / "run"
-    CheckpointWriter(run, config, hf_tokenizer, fingerprints).write(model, {}, Progress(step=1))
+    CheckpointWriter(run, config_to_dict(config), hf_tokenizer, fingerprints).write(model, {}, Progress(step=1))
     return run
 
 

@@ -234,7 +234,7 @@ class Planner:
     def _strategy(self, gpus: int) -> Strategy:
         if gpus == 1 or self.config.train.distributed == "ddp":
             return Strategy("single" if gpus == 1 else "ddp", gpus)
-        zero = deepspeed_config(self.config, gpus)["zero_optimization"]
+        zero = deepspeed_config(self.config.train, gpus)["zero_optimization"]
         bucket = zero.get("reduce_bucket_size")
         return Strategy(f"zero{zero['stage']}", gpus, *([bucket] if isinstance(bucket, int) else []))
 

@@ -1,0 +1,17 @@
+"""`llava-mole train`: refuses a wrong configuration in a second, before the libraries of training are imported."""
+
+import sys
+from collections.abc import Sequence
+
+from llava_mole.common.errors import command
+from llava_mole.config import parse_run_config
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the configuration, or print its help, and start the training."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parse_run_config(arguments)
+    from llava_mole.train.train import main as start  # takes seconds
+
+    return start(arguments)
