@@ -147,7 +147,7 @@ def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict
     """One benchmark's scores, from a finished run or a new one; None where a server scores it."""
     asked = job.loaded.asked(job.variant)
     run = describe_run(predictor, asked, job.loaded.image_folder, job.decoding)
-    has_experts = predictor.loaded.config.adapter.method == "mole"
+    has_experts = predictor.loaded.adapter == "mole"
     answered = on_main(lambda: _is_answered(job, run, overwrite=args.overwrite))
     if not answered:
         answer_questions(
@@ -295,7 +295,7 @@ def _run_own(args: argparse.Namespace) -> None:
 
     questions, train_pairs = on_main(check)
     predictor = load_predictor(args.model_path, args)
-    has_experts = predictor.loaded.config.adapter.method == "mole"
+    has_experts = predictor.loaded.adapter == "mole"
     routing_file = answers_file.with_suffix(".routing.json") if has_experts else None
     answer_questions(
         predictor,

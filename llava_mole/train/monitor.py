@@ -12,7 +12,7 @@ from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.adapters import trainable_parameters
-from llava_mole.model.builder import LoadedModel
+from llava_mole.model.builder import LoadedModel, context_length
 from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.strategy import GradientNorms, Runtime
@@ -99,10 +99,9 @@ class Monitor:
 def predictor_in_training(config: RunConfig, model: LlavaMole, dataset: SupervisedDataset) -> Predictor:
     """Answers prompts with the model as it is at the moment, in the template it is trained with."""
     tokenizer = cast(HFTextTokenizer, dataset.limits.tokenizer)
-    context = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length)
+    context = context_length(model, config.data.max_length)
     path = Path(config.train.output_dir)
-    template = config.data.template
-    return Predictor(LoadedModel(model, tokenizer, dataset.image_processor, template, context, config, path))
+    return Predictor(LoadedModel(model, tokenizer, dataset.image_processor, config.data.template, context, path))
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

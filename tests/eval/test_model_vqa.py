@@ -175,7 +175,7 @@ def test_batch_size_is_checked(asked: Path, tmp_path: Path, capsys: pytest.Captu
     [
         ("one " * 5000, "15067 tokens with its image leave no room"),
         ("<image> a", "1 <image> in the text, but no image"),
-        ("\ud800", "it holds half of a surrogate pair"),
+        ("\ud800", "it holds an unpaired surrogate"),
     ],
 )
 def test_a_question_that_cannot_be_asked_is_named(
