@@ -166,7 +166,7 @@ def test_bad_arguments_write_nothing(
 def test_batch_size_is_checked(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, asked, tmp_path / "a.jsonl", "--batch-size", size)
-    assert f"argument --batch-size: '{size}' must be a number from 1 on" in capsys.readouterr().err
+    assert f"argument --batch-size: '{size}' must be a whole number, at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("loaded_once")
