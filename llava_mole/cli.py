@@ -1,4 +1,4 @@
-"""The `llava-mole` command: one name for the entry points, each imported only when it is called."""
+"""The `llava-mole` command: finds a subcommand by name and imports only its module."""
 
 import importlib
 import sys
@@ -10,20 +10,17 @@ from llava_mole.common.log import quieten_libraries
 
 SUBCOMMANDS = {
     "train": ("llava_mole.train.cli", "train one stage: CONFIG.yaml [--key value ...]"),
-    "chat": ("llava_mole.serve.cli", "talk with a model about an image"),
+    "chat": ("llava_mole.serve.cli", "chat with a model about an image"),
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
-    "score": ("llava_mole.eval.scoring.cli", "score answers that exist by a benchmark's published rules"),
+    "score": ("llava_mole.eval.scoring.cli", "score existing answers by a benchmark's published rules"),
     "report": ("llava_mole.eval.report.cli", "compare scored runs in one table"),
-    "plan": ("llava_mole.analysis.plan.cli", "work out memory, FLOPs and hours of a run before it starts"),
-    "plot": ("llava_mole.train.plot", "draw a run's metrics"),
-    "prepare": ("llava_mole.data.prepare.cli", "convert a published or own data set for training"),
-    "check-data": ("llava_mole.analysis.check.cli", "look at every record and image of a run before it starts"),
+    "plan": ("llava_mole.analysis.plan.cli", "estimate memory, FLOPs and hours of a run before it starts"),
+    "plot": ("llava_mole.train.plot", "plot a run's metrics"),
+    "prepare": ("llava_mole.data.prepare.cli", "convert a published data set, or your own, for training"),
+    "check-data": ("llava_mole.analysis.check.cli", "check every record and image of a run before it starts"),
     "prepare-benchmark": ("llava_mole.eval.prepare", "convert a benchmark's official files to questions"),
-    "convert": (
-        "llava_mole.interop.cli",
-        "take LLaVA and Hugging Face checkpoints in, or ours out",
-    ),
-    "inspect": ("llava_mole.interop.inspect", "say what a directory or weight file is and holds"),
+    "convert": ("llava_mole.interop.cli", "import LLaVA and Hugging Face checkpoints, or export ours"),
+    "inspect": ("llava_mole.interop.inspect", "show what a directory or weight file is and contains"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
 
@@ -37,7 +34,7 @@ def usage() -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand that `argv[0]` names with the rest of the arguments."""
+    """Run the subcommand named by `argv[0]` with the remaining arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

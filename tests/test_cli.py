@@ -1,8 +1,11 @@
 """The `llava-mole` command finds its subcommands, quickly, and names them when asked for another one."""
 
+import argparse
+import contextlib
 import importlib.util
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -62,3 +65,25 @@ def test_prepare_forwards_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(llava_mole.data.prepare.sources.tiny.world, "main", lambda argv: seen.append(argv) or 0)
     assert cli.main(["prepare", "tiny", "--out", "somewhere"]) == 0
     assert seen == [["--out", "somewhere"]]
+
+
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_every_option_has_a_help_text_of_at_most_100_columns(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a parser's that adds its options at run time: every parser that prints help is looked at."""
+    silent: list[str] = []
+    print_help = argparse.ArgumentParser.print_help
+
+    def look(parser: argparse.ArgumentParser, file: Any = None) -> None:
+        silent.extend("/".join(a.option_strings) or a.dest for a in parser._actions if not a.help)
+        print_help(parser, file)
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", look)
+    with contextlib.suppress(SystemExit):
+        cli.main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: ")
+    assert not silent, f"options of llava-mole {name} without help: {silent}"
+    assert not (long := [line for line in printed.splitlines() if len(line) > 100]), "\n".join(long)

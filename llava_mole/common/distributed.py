@@ -1,4 +1,4 @@
-"""Facts about the process group, the same with and without one."""
+"""Ranks and collectives that also work without a process group."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -49,11 +49,11 @@ def all_gather_objects(value: object) -> list:
 def on_main(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 only and return its result on every rank.
 
-    A decision taken from files must be one decision: ranks that look at a shared file system at different moments, or
-    through different caches, may see different things. A collective; the result must be picklable, and may be large.
+    Use it for decisions based on files: ranks that read a shared file system at different moments, or through
+    different caches, may see different contents. It is a collective; the result must be picklable and may be large.
 
     Raises:
-        UserError: what `function` raised, on every rank; other exceptions end rank 0 and so the group.
+        UserError: Raised by `function`; then raised on every rank. Other exceptions end rank 0 and thereby the group.
     """
     outcome: tuple = ()
     if is_main_process():

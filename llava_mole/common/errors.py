@@ -1,7 +1,7 @@
-"""The errors a user can cause, and how a command ends on one.
+"""The errors a user can cause, and the exit codes of commands.
 
-A message says what was given, what is allowed and what to do. `command` turns it into one line on stderr and an
-exit code, so that no entry point prints a traceback for a mistake in a file or an option.
+A message says what was given, what is allowed and what to do. `command` prints it as one line on stderr and returns an
+exit code, so that no entry point shows a traceback for a mistake in a file or an option.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from concurrent.futures import BrokenExecutor
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-"""A signal asked the run to stop: it has saved and can go on (sysexits.h: EX_TEMPFAIL, try again later)."""
+"""A signal asked the run to stop; it saved and can be resumed (sysexits.h: EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 EXIT_READER_GONE = 141
-"""What read the output, such as `head`, has enough of it (a shell's 128 + SIGPIPE)."""
+"""The reader closed the pipe (e.g. `head`); the shell's 128 + SIGPIPE."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; the message is complete and needs no traceback."""
+    """A mistake in the user's input. The message is complete; it needs no traceback."""
 
     on_every_rank = False
-    """All ranks raise it together, so that one of them is enough to print it."""
+    """Whether all ranks raise it together, so that only rank 0 prints it."""
 
 
 class ConfigError(UserError):
@@ -36,7 +36,7 @@ class DataError(UserError):
 
 
 class PromptError(DataError):
-    """A prompt that cannot be answered: `position` is its place in the list, `problem` the rest of the message."""
+    """A prompt that cannot be answered: `position` is its index in the list, `problem` the rest of the message."""
 
     def __init__(self, position: int, problem: str):
         super().__init__(position, problem)
@@ -47,11 +47,11 @@ class PromptError(DataError):
 
 
 class WeightsError(UserError):
-    """A weight file is absent, does not fit or cannot be used."""
+    """A weight file is missing, does not fit or cannot be used."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint directory is incomplete, damaged or of another kind."""
+    """A checkpoint directory is incomplete, damaged or of the wrong kind."""
 
 
 @contextlib.contextmanager
@@ -65,16 +65,16 @@ def value_errors_as(kind: type[UserError]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line(advice: str) -> Iterator[None]:
-    """What the system refuses within the block, or a worker process that was killed, becomes a DataError.
+    """Turn an OSError inside the block, or a killed worker process, into a DataError.
 
     Args:
-        advice: What must be possible, behind the system's own reason.
+        advice: What the user must do; it follows the system's reason.
     """
     try:
         yield
     except BrokenExecutor:
-        raise DataError("a worker process was killed, most likely for want of memory; lower --workers") from None
-    except BrokenPipeError:  # `command` knows what to do
+        raise DataError("a worker process was killed, most likely because memory ran out; lower --workers") from None
+    except BrokenPipeError:  # handled by `command`
         raise
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -110,7 +110,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is the broken pipe; what is still to be written is then thrown away."""
+    """Whether stdout is the broken pipe. If so, discard what is still buffered."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):  # no file, or a closed one

@@ -1,11 +1,11 @@
-"""What all pictures share: matplotlib without a display, colours, and a clear word where it is not installed."""
+"""Figures: matplotlib without a display, shared colours, and a clear error if it is not installed."""
 
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
 
-# Okabe and Ito's palette: distinct for colour-blind readers too.
+# Okabe and Ito's palette: distinguishable for colour-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999933", "#666666", "#BBBBBB")
 
 
@@ -18,7 +18,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install 'llava_mole[eval]'") from None
+        raise ConfigError("figures need matplotlib: pip install 'llava_mole[eval]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -33,7 +33,7 @@ def save_figure(figure: Any, path: Path) -> Path:
 
 
 def tidy(axes: Any, title: str, x: str = "", y: str = "") -> None:
-    """Title and labels, a light grid, no frame at the top and right."""
+    """Set title and labels, draw a light grid, and remove the frame at the top and right."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -1,4 +1,4 @@
-"""Logging: one logger tree, one line an event, on rank zero only (errors on every rank)."""
+"""Logging: one logger tree and one line per event, from rank 0 only (errors from every rank)."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ class _RankFilter(logging.Filter):
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to what `sys.stderr` is at the time, which tests and progress bars replace."""
+    """Writes to the current `sys.stderr`, which tests and progress bars replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -28,12 +28,12 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the package's log lines to stderr and quieten libraries. Called by entry points, never at import."""
+    """Send the package's log lines to stderr and silence libraries. Call it in entry points, never at import."""
     import torch
 
     quieten_libraries()
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns about a missing accelerator
     root = logging.getLogger("llava_mole")
     root.setLevel(level)
     root.propagate = False
@@ -45,11 +45,11 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def quieten_libraries() -> None:
-    """Keep messages that no user can act on off the screen. Works best before the libraries are imported."""
+    """Silence library messages that users cannot act on. Call it before the libraries are imported."""
     # PEFT and transformers call each other's renamed methods; both names work.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # It repeats at every 8-bit product that inputs are cast to float16, which is how 8 bits are done, and misses a
-    # package at import that nothing here needs.
+    # It warns at every 8-bit product that inputs are cast to float16, which LLM.int8() always does, and at import
+    # about a package that is not needed here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -127,7 +127,7 @@ def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[s
     """Return one benchmark's scores, from a finished run or a new one; None if a server scores it."""
     asked = job.loaded.asked(job.variant)
     run = describe_run(predictor, asked, job.loaded.image_folder, job.decoding)
-    has_experts = predictor.loaded.config.adapter.method == "mole"
+    has_experts = predictor.loaded.adapter == "mole"
     answered = on_main(lambda: _is_answered(job, run, overwrite=args.overwrite))
     if not answered:
         answer_questions(

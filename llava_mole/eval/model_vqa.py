@@ -46,7 +46,7 @@ def describe_run(
     return {
         "model": str(path.resolve()),
         "manifest": sha256_of(path / MANIFEST),
-        "quantization": predictor.loaded.config.model.quantization,
+        "quantization": predictor.loaded.quantization,
         "dtype": str(next(predictor.loaded.model.parameters()).dtype),
         "template": predictor.template.name,
         "decoding": dataclasses.asdict(decoding),

@@ -61,7 +61,7 @@ class RoutingStats:
 
     def __init__(self, predictor: Predictor):
         """Raises ConfigError for a model without a mixture of experts."""
-        method = predictor.loaded.config.adapter.method
+        method = predictor.loaded.adapter
         if method != "mole":
             raise ConfigError(
                 f"routing statistics need a model with adapter.method 'mole'; {predictor.loaded.path} has {method!r}"

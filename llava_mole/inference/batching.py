@@ -1,28 +1,27 @@
 """Prompts as model input: rendered and tokenized like training samples, batched by length, padded on the left.
 
-An image that several prompts show is decoded and encoded once, also where they end up in different batches.
+An image that several prompts share is decoded and encoded once, even if they end up in different batches.
 """
 
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
+from PIL.Image import Image
 
 from llava_mole.common.errors import ConfigError, PromptError
+from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
 from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
-from llava_mole.model.builder import InferenceModel
+from llava_mole.model.builder import LoadedModel
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-OneImage: TypeAlias = "Image | str | os.PathLike[str]"
-ImagesLike: TypeAlias = "OneImage | Sequence[OneImage] | None"
+OneImage: TypeAlias = Image | str | os.PathLike[str]
+ImagesLike: TypeAlias = OneImage | Sequence[OneImage] | None
 Prompt: TypeAlias = str | Sequence[Turn]
 
 
@@ -35,15 +34,15 @@ class Batch:
     attention_mask: torch.Tensor
     """bool [B, L], False at padding."""
     features: torch.Tensor | None
-    """[M, P, D], each distinct image of the batch once, as the projector gives them."""
+    """[M, P, D], the projected features of each distinct image of the batch."""
     image_index: torch.Tensor | None
-    """int64 [N]: which of the M images the n-th `<image>` of the rows, taken one after the other, shows."""
+    """int64 [N]: which of the M images the n-th `<image>` shows, counted through the rows in order."""
     members: tuple[int, ...]
-    """Positions of the rows in the caller's lists."""
+    """Position of each row in the caller's lists."""
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row without padding."""
+        """Tokens of each row, without padding."""
         return self.attention_mask.sum(dim=1).tolist()
 
 
@@ -55,39 +54,37 @@ def as_images(given: ImagesLike) -> tuple[OneImage, ...]:
 
 
 def check_pairs(images: Sequence[ImagesLike], prompts: Sequence[Prompt]) -> None:
-    """Raise ConfigError unless every prompt has its entry in `images`."""
+    """Raise ConfigError unless `images` has one entry per prompt."""
     if len(images) != len(prompts):
         raise ConfigError(f"{len(images)} images for {len(prompts)} prompts; give one image (or None) for every prompt")
 
 
 def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
-    """The turns of a prompt with one `<image>` for each of its images.
+    """The turns of a prompt, with one `<image>` for each of its images.
 
-    Where the text has none they go in front of the first turn. One image goes to the front of its turn, where LLaVA
-    trains it; several stay where the prompt has put them.
+    If the text has none, they are put before the first turn. A single image moves to the front of its turn, as in
+    LLaVA's training; several images stay where the prompt has them.
 
     Raises:
-        PromptError: the conversation does not end with the user's turn, or holds another number of `<image>`.
+        PromptError: The conversation does not end with a user turn, or the number of `<image>` is wrong.
     """
     turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
     if not turns or turns[-1].role != "user":
         raise PromptError(position, "a conversation to be answered must end with a user turn")
     placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     if placeholders not in (0, num_images) or (placeholders and not num_images):
-        given = {0: "no image", 1: "one image"}.get(num_images, f"{num_images} images")
+        given = {0: "no image", 1: "one image"}.get(num_images, count_of(num_images, "image"))
         raise PromptError(position, f"{placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given")
     if not placeholders:
         turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + turns[0].text)
     return list(place_image_first(turns)) if num_images == 1 else turns
 
 
-def encode_prompt(
-    loaded: InferenceModel, template: Template, prompt: Prompt, num_images: int, position: int
-) -> list[int]:
-    """Ids of a prompt that ends with the marker of the answer to come.
+def encode_prompt(loaded: LoadedModel, template: Template, prompt: Prompt, num_images: int, position: int) -> list[int]:
+    """Ids of a prompt, up to the template's marker for the answer.
 
     Raises:
-        PromptError: see `place_images`; a template that does not show all images, or a prompt that fills the context.
+        PromptError: As for `place_images`; or the template does not show all images, or the prompt fills the context.
     """
     turns = place_images(prompt, num_images, position)
     rendered = render(template, turns, add_generation_prompt=True)
@@ -99,24 +96,22 @@ def encode_prompt(
 
 
 def check_text(text: str, position: int) -> None:
-    """Raise PromptError for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PromptError(position, "it holds half of a surrogate pair, which is no character; remove it") from None
+    """Raise PromptError for an unpaired surrogate, which JSON can spell and no tokenizer accepts."""
+    if not is_text(text):
+        raise PromptError(position, f"it holds an {UNPAIRED_SURROGATE}")
 
 
 def check_shown(template: Template, shown: int, given: int, position: int) -> None:
-    """Raise PromptError where the template leaves out some of the images."""
+    """Raise PromptError if the template leaves out some of the images."""
     if shown != given:
         raise PromptError(
             position,
-            f"template {template.name!r} shows {shown} of {given} images; give one image, or take another template",
+            f"template {template.name!r} shows {shown} of {given} images; give one image, or choose another template",
         )
 
 
-def check_room(loaded: InferenceModel, tokens: int, position: int) -> None:
-    """Raise PromptError where `tokens` fill the model's context."""
+def check_room(loaded: LoadedModel, tokens: int, position: int) -> None:
+    """Raise PromptError if `tokens` fill the model's context."""
     if tokens >= loaded.context_length:
         raise PromptError(
             position,
@@ -126,7 +121,7 @@ def check_room(loaded: InferenceModel, tokens: int, position: int) -> None:
 
 
 def _check_router(loaded: LoadedModel) -> None:
-    if loaded.config.adapter.method != "mole":
+    if loaded.adapter != "mole":
         return
     from llava_mole.mole import missing_input
 
@@ -138,9 +133,9 @@ def _check_router(loaded: LoadedModel) -> None:
 
 
 def batches(
-    loaded: InferenceModel, rows: Sequence[list[int]], images: Sequence[ImagesLike], batch_size: int
+    loaded: LoadedModel, rows: Sequence[list[int]], images: Sequence[ImagesLike], batch_size: int
 ) -> Iterator[Batch]:
-    """The rows of ids as batches, shortest first so that they hold little padding.
+    """The rows of ids as batches, shortest first to keep padding low.
 
     Raises:
         ConfigError: the model's router needs to know each sample's source, which a prompt does not have.
@@ -174,14 +169,14 @@ def _key(image: OneImage) -> object:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
-def _open(image: OneImage) -> "Image":
+def _open(image: OneImage) -> Image:
     if isinstance(image, (str, os.PathLike)):
         return open_image(image)
     return image.convert("RGB")
 
 
 def _collate(
-    loaded: InferenceModel,
+    loaded: LoadedModel,
     rows: Sequence[list[int]],
     keys: Sequence[object],
     features: dict[object, torch.Tensor],

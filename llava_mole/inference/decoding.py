@@ -1,4 +1,4 @@
-"""Decoding: its options, when a sample is done, and how token ids become the answer's text, whole or piece by piece."""
+"""Decoding: its options, when an answer ends, and how token ids become text, at once or piece by piece."""
 
 import math
 import random
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from llava_mole.data.tokenization import TextTokenizer
 
 LOWEST_TEMPERATURE = 1e-4
-"""Below it, logits divided by the temperature no longer fit float32; it is as good as greedy."""
+"""Below it, logits divided by the temperature overflow float32; use greedy decoding instead."""
 TOP_K = 50
-"""Tokens that sampling chooses from, as in LLaVA."""
+"""Sampling chooses among this many most likely tokens, as in LLaVA."""
 INCOMPLETE_CHARACTER = "\ufffd"
-"""What tokenizers decode the first bytes of an unfinished character to."""
+"""The text that tokenizers decode an unfinished character's bytes to."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen. The defaults are greedy; LLaVA's meaning where LLaVA has the option."""
+    """How the next token is chosen; greedy by default. Options of LLaVA keep LLaVA's meaning."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    """0 is greedy; above it tokens are sampled, among the TOP_K likeliest."""
+    """0 is greedy; above 0, tokens are sampled among the TOP_K most likely."""
     top_p: float | None = None
-    """Sample within this probability mass only."""
+    """Sample only within this probability mass."""
     num_beams: int = 1
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class Decoding:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if self.temperature and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
-                f"temperature is {self.temperature}; it must be 0 (greedy) or a number from {LOWEST_TEMPERATURE} on"
+                f"temperature is {self.temperature}; it must be 0 (greedy) or at least {LOWEST_TEMPERATURE}"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -51,17 +51,17 @@ class Decoding:
         return self.temperature > 0
 
     def generation_config(self, *, eos_ids: Sequence[int], pad_id: int) -> "GenerationConfig":
-        """The same for transformers, without anything from the language model's own generation config.
+        """These options for transformers, unaffected by the language model's own generation config.
 
-        There Vicuna keeps sampling values, and others a repetition penalty or suppressed tokens.
+        Vicuna's holds sampling values; others hold a repetition penalty or suppressed tokens.
         """
         from transformers import GenerationConfig
 
         class Complete(GenerationConfig):
-            """What is unset takes transformers' defaults, not the model's values."""
+            """Unset values take transformers' defaults, not the model's."""
 
             def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> Any:
-                if allow_custom_entries:  # how transformers passes the model's values, custom ones among them
+                if allow_custom_entries:  # this is how transformers passes the model's values
                     return kwargs
                 return super().update(defaults_only=defaults_only, **kwargs)
 
@@ -78,7 +78,7 @@ class Decoding:
         )
 
     def processors(self, seeds: Sequence[int]) -> "LogitsProcessorList":
-        """What draws the tokens of a batch, one seed a row; nothing for greedy decoding and for beams."""
+        """The logits processors that sample a batch, one seed per row; none for greedy decoding or beam search."""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         if not self.samples or self.num_beams > 1:
@@ -89,9 +89,9 @@ class Decoding:
 
 
 class AnswerDecoder:
-    """Turns the ids a model continued a prompt with into the answer's text.
+    """Turns the ids that a model generated into the answer's text.
 
-    The answer ends before the first end-of-sequence id or the first stop text, and has no blanks around it.
+    The answer ends before the first end-of-sequence id or stop text; blanks around it are removed.
     """
 
     def __init__(self, tokenizer: "TextTokenizer", eos_ids: Sequence[int], stops: Sequence[str]):
@@ -100,16 +100,16 @@ class AnswerDecoder:
         self._stops = tuple(stop for stop in stops if stop)
 
     def final(self, ids: Sequence[int]) -> str:
-        """The answer, given all ids."""
+        """The answer, from all ids."""
         text = self._decode(ids)
         return text[: self._stop_position(text)].strip()
 
     def stable(self, ids: Sequence[int]) -> str:
-        """What can be shown already: a prefix of `final` of every continuation that is valid text.
+        """The text that can be shown already: a prefix of `final` for every continuation that is valid text.
 
-        Held back are unfinished characters, blanks at the end (they may turn out to be the answer's end) and what
-        may be the beginning of a stop text. It may be shorter than for fewer ids: tokenizers decode a run of single
-        bytes, such as two characters outside the vocabulary, as a whole or not at all.
+        Unfinished characters, trailing blanks and a possible beginning of a stop text are held back. More ids may
+        give a shorter text: tokenizers decode a run of single bytes, such as two characters outside the vocabulary,
+        as a whole or not at all.
         """
         text = self._decode(ids)
         stop = self._stop_position(text)
@@ -120,8 +120,8 @@ class AnswerDecoder:
         return text[: len(text) - held].strip()
 
     def is_done(self, ids: Sequence[int]) -> bool:
-        """Whether a stop text occurred near the end. To be asked after every id."""
-        # Every id adds at least one byte or is special, so a stop text that has just been completed lies in this tail.
+        """Whether a stop text occurred near the end. Call it after every id."""
+        # Every id adds at least one byte or is special, so a stop text that was just completed lies in this tail.
         tail = ids[-max((len(stop.encode()) for stop in self._stops), default=0) - 8 :]
         return bool(self._stops) and self._stop_position(self._decode(tail)) is not None
 
@@ -134,14 +134,15 @@ class AnswerDecoder:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class RowSampler:
-    """Logits processor of transformers that draws each row's tokens with a generator of its own.
+    """A logits processor for transformers that samples each row with its own random generator.
 
-    So an answer does not depend on the rows beside it. It stands last; greedy decoding then takes the drawn token.
+    An answer therefore does not depend on the other rows. It must be the last processor: greedy decoding then takes
+    the token it drew.
     """
 
     def __init__(self, seeds: Sequence[int]):
@@ -158,19 +159,19 @@ class RowSampler:
 
 
 class RowStop:
-    """Stopping criterion of transformers: each row ends by itself, at a stop text or at its own length limit.
+    """A stopping criterion for transformers: each row ends at a stop text or at its own length limit.
 
-    Setting `cancelled` ends all rows.
+    Set `cancelled` to end all rows.
     """
 
     def __init__(self, answer: AnswerDecoder, limits: Sequence[int]):
-        """`limits[i]`: new tokens sample i may have. Rows of one sample's beams follow each other."""
+        """`limits[i]` is the most new tokens of sample i. The beams of a sample are consecutive rows."""
         self._answer = answer
         self._limits = list(limits)
         self.cancelled = False
 
     def __call__(self, input_ids: "torch.Tensor", scores: object, **kwargs: object) -> "torch.Tensor":
-        """Done flags bool [rows] from the new ids int64 [rows, new] (prompts are given as embeddings)."""
+        """Flags bool [rows] of finished rows, from the new ids int64 [rows, new]; prompts come as embeddings."""
         import torch
 
         beams = input_ids.shape[0] // len(self._limits)

@@ -1,7 +1,8 @@
-"""Inference: images and prompts in, answers out, in batches or as a stream.
+"""Inference: images and prompts in; answers, streams of text or likelihoods out.
 
-A prompt goes the way of a training sample: `conversation.render` -> `tokenization.encode` -> model. Batches are padded
-on the left; a sample's answer does not depend on what else is in its batch.
+`Predictor` renders and encodes a prompt exactly as training does. Batches are padded on the left, and an answer does
+not depend on the other prompts of its batch. The command-line options for loading and decoding a model are here too,
+so that every command words them alike.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -35,81 +36,27 @@ from llava_mole.inference.batching import (
     place_images,
 )
 from llava_mole.inference.decoding import AnswerDecoder, Decoding, RowStop
-from llava_mole.model.builder import InferenceModel, LoadedModel, load_pretrained_model
+from llava_mole.model.builder import LoadedModel, load_pretrained_model
 from llava_mole.model.llava_arch import LlavaMole
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What the model thinks of one continuation."""
+    """How likely the model finds one continuation."""
 
     logprob: float
     """Sum of the log probabilities (natural logarithm) of its tokens, given the prompt and each other."""
     is_greedy: bool
-    """Whether greedy decoding would write exactly these tokens."""
+    """Whether greedy decoding would produce exactly these tokens."""
     tokens: int
+    """Tokens scored."""
 
 
-def encode_continuation(
-    loaded: InferenceModel, template: Template, turns: Sequence[Turn], continuation: str, position: int, with_end: bool
-) -> tuple[list[int], int]:
-    """Ids of the conversation with `continuation` as its last answer, and how many of them, at the end, are scored.
-
-    The answer is rendered and tokenized as in training, so its first token holds the space that the template puts in
-    front of it. Without `with_end` the ids end where the answer's text does.
-
-    Raises:
-        PromptError: the continuation is empty, or fills the context; a template that does not show all images.
-    """
-    if not continuation.strip():
-        raise PromptError(position, "its continuation is empty; give the text whose probability is asked for")
-    rendered = render(template, [*turns, Turn("assistant", continuation)])
-    check_text(rendered.text, position)
-    start, end = rendered.answer_spans[-1]
-    if not with_end:
-        end -= len(template.answer_end)
-    only_this = Rendered(rendered.text[:end], ((start, end),))
-    encoded = encode(only_this, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
-    given = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    check_shown(template, encoded.num_images, given, position)
-    check_room(loaded, len(encoded.input_ids) - 1, position)
-    return encoded.input_ids, encoded.num_supervised
-
-
-def score_batch(model: LlavaMole, batch: Batch, scored: Sequence[int]) -> list[Likelihood]:
-    """Likelihoods of the last `scored[n]` tokens of each row of a left-padded batch."""
-    causal_lm: Any = model.causal_lm
-    longest = max(scored)
-    position_ids = (batch.attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        # Rows end together, so the last positions of all of them hold what is asked for; the head computes no others.
-        logits = causal_lm(
-            inputs_embeds=model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features),
-            attention_mask=batch.attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=longest + 1,
-        ).logits[:, :-1]
-        target_BN = batch.input_ids[:, -longest:]
-        logprob_BN = logits.float().log_softmax(dim=-1).gather(-1, target_BN.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        greedy_BN = logits.argmax(dim=-1) == target_BN
-    return [
-        Likelihood(float(logprob_BN[row, -count:].double().sum()), bool(greedy_BN[row, -count:].all()), count)
-        for row, count in enumerate(scored)
-    ]
-
-
-Model = TypeVar("Model", bound=InferenceModel)
-
-
-class Predictor(Generic[Model]):
+class Predictor:
     """Answers prompts with a loaded model, or with one in training."""
 
-    def __init__(self, loaded: Model, *, template: str | None = None):
-        """`template` replaces the one stored in the checkpoint. Raises ConfigError for an unknown name."""
+    def __init__(self, loaded: LoadedModel, *, template: str | None = None):
+        """Use a loaded model; `template` replaces its own. Raises ConfigError for an unknown template."""
         self.loaded = loaded
         self.template = resolve_template(template or loaded.template, loaded.tokenizer)
         self._eos_ids = _end_ids(loaded, self.template.stop)
@@ -124,14 +71,17 @@ class Predictor(Generic[Model]):
         dtype: str = "float32",
         quantization: Quantization | None = None,
         template: str | None = None,
-    ) -> "Predictor[LoadedModel]":
-        """Load a checkpoint or run directory; errors as `load_pretrained_model` and the constructor."""
+    ) -> "Predictor":
+        """Load a checkpoint or run directory.
+
+        Arguments and errors are those of `load_pretrained_model`; `template` is that of the constructor.
+        """
         if template is not None:
             check_template_name(template)
         loaded = load_pretrained_model(
             Path(model_path), model_base=model_base, device=device, dtype=dtype, quantization=quantization
         )
-        return Predictor(loaded, template=template)
+        return cls(loaded, template=template)
 
     def generate(
         self,
@@ -146,23 +96,25 @@ class Predictor(Generic[Model]):
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
     ) -> list[str]:
-        """Answer every prompt; the answers stand in the order of the prompts.
+        """Answers to the prompts, in their order.
 
         Args:
-            images: One per prompt: a PIL image, a path, None, or a list of images for a prompt about several. The same
-                object or path is encoded once.
-            prompts: A question, or the turns of a conversation that ends with the user's. The image placeholders are
-                put in front of the first user turn where the text has none.
-            max_new_tokens: Upper bound of an answer; it also ends where the context does.
+            images: One entry per prompt: a PIL image, a path, None, or a list of images. An object or path that
+                occurs several times is encoded once.
+            prompts: Questions, or conversations that end with a user turn. If the text has no image placeholders, they
+                are put before the first turn.
+            max_new_tokens: Longest answer in tokens; an answer also ends at the context's limit.
             temperature: 0 is greedy, whatever the language model's own generation config says.
-            stop: Texts that end an answer besides the template's end marker.
-            seeds: One per prompt, for sampling; default: drawn from torch's generator. With `num_beams` above 1 that
-                generator decides alone, and answers depend on the batch.
-            batch_size: Prompts of one forward pass; they are batched by length.
+            top_p: Sample only within this probability mass.
+            num_beams: Beams of beam search; 1 turns it off.
+            stop: Texts that end an answer, in addition to the template's end marker.
+            seeds: One per prompt, for sampling; by default drawn from torch's generator. With `num_beams` above 1
+                they are not used: torch's generator decides, and answers depend on the batch.
+            batch_size: Prompts per forward pass; prompts of similar length share one.
 
         Raises:
-            ConfigError: lists of different lengths, or a decoding option outside its range.
-            DataError: an image that cannot be read, a placeholder without image, a prompt longer than the context.
+            ConfigError: The lists differ in length, or an option is out of range.
+            DataError: An image cannot be read, placeholders and images do not match, or a prompt fills the context.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
         if seeds is None:
@@ -185,10 +137,10 @@ class Predictor(Generic[Model]):
         top_p: float | None = None,
         stop: Sequence[str] | None = None,
     ) -> Iterator[str]:
-        """Yield the answer to one prompt in pieces, as they come; joined they equal `generate`'s answer.
+        """Yield the answer to one prompt piece by piece; the joined pieces equal `generate`'s answer.
 
-        Should the model write invalid UTF-8, the pieces end where that begins. Closing the iterator ends the
-        generation. Arguments and errors as for `generate`; errors of the arguments are raised at the call.
+        If the model writes invalid UTF-8, the pieces end where it begins. Closing the iterator stops the generation.
+        Arguments and errors are those of `generate`; wrong arguments raise at the call.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p)
         (batch,) = self.batches([image], [prompt], batch_size=1)
@@ -203,23 +155,21 @@ class Predictor(Generic[Model]):
         with_end: bool = False,
         batch_size: int = 16,
     ) -> list[Likelihood]:
-        """How likely each continuation is as the answer to its prompt; see `likelihood.Likelihood`.
+        """The likelihood of each continuation as the answer to its prompt.
 
         Args:
             images, prompts: As for `generate`.
-            continuations: The answer whose probability is asked for, one a prompt.
-            with_end: Whether the end marker counts, that is, the probability that the answer stops there.
-            batch_size: Rows of one forward pass; they are batched by length.
+            continuations: One answer per prompt.
+            with_end: Also score the end marker, that is, that the answer stops there.
+            batch_size: Rows per forward pass; rows of similar length share one.
 
         Raises:
-            ConfigError: lists of different lengths.
-            DataError: as for `generate`, or an empty continuation.
+            ConfigError: The lists differ in length.
+            DataError: As for `generate`, or a continuation is empty.
         """
         check_pairs(images, prompts)
         if len(continuations) != len(prompts):
-            raise ConfigError(
-                f"{len(continuations)} continuations for {len(prompts)} prompts; give one for every prompt"
-            )
+            raise ConfigError(f"{len(continuations)} continuations for {len(prompts)} prompts; give one per prompt")
         encoded = [
             encode_continuation(
                 self.loaded, self.template, place_images(prompt, len(as_images(own)), n), text, n, with_end
@@ -233,7 +183,7 @@ class Predictor(Generic[Model]):
         return [results[n] for n in range(len(prompts))]
 
     def batches(self, images: Sequence[ImagesLike], prompts: Sequence[Prompt], *, batch_size: int) -> Iterator[Batch]:
-        """The prompts as model input, shortest first so that batches hold little padding."""
+        """The prompts as model input, shortest first to keep padding low."""
         check_pairs(images, prompts)
         rows = [
             encode_prompt(self.loaded, self.template, prompt, len(as_images(own)), n)
@@ -258,7 +208,7 @@ class Predictor(Generic[Model]):
         criterion: RowStop | None = None,
         streamer: Any = None,
     ) -> list[list[int]]:
-        """New ids of every row, cut at the row's own limit."""
+        """The new ids of every row, up to the row's own limit."""
         limits = [min(decoding.max_new_tokens, self.loaded.context_length - length) for length in batch.lengths]
         criterion = criterion or RowStop(answer, limits)
         language_model: Any = self.loaded.model.language_model
@@ -276,7 +226,7 @@ class Predictor(Generic[Model]):
         return [ids[:limit] for ids, limit in zip(new_ids.tolist(), limits, strict=True)]
 
     def _pieces(self, batch: Batch, decoding: Decoding, answer: AnswerDecoder) -> Iterator[str]:
-        # transformers' generate() pushes tokens; a second thread turns it into something one can iterate over.
+        # transformers' generate() pushes tokens to a streamer; a second thread makes them iterable.
         tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         criterion = RowStop(answer, [min(decoding.max_new_tokens, self.loaded.context_length - batch.lengths[0])])
         seeds = _draw_seeds(decoding, 1)
@@ -285,7 +235,7 @@ class Predictor(Generic[Model]):
             try:
                 self._decode(batch, decoding, answer, seeds, criterion=criterion, streamer=_QueueStreamer(tokens))
                 tokens.put(None)
-            except BaseException as error:  # handed to the consumer, who raises it
+            except BaseException as error:  # raised by the consumer
                 tokens.put(error)
 
         worker = threading.Thread(target=work, name="llava-mole-stream", daemon=True)
@@ -298,7 +248,7 @@ class Predictor(Generic[Model]):
                     raise item
                 ids.append(item)
                 text = answer.stable(ids)
-                # The stable text can shrink for a while, see there; what has been sent is not taken back.
+                # The stable text can shrink for a while (see `AnswerDecoder.stable`); sent text stays sent.
                 if len(text) > len(sent) and text.startswith(sent):
                     yield text[len(sent) :]
                     sent = text
@@ -311,7 +261,7 @@ class Predictor(Generic[Model]):
 
 
 class _QueueStreamer:
-    """The receiving end that transformers' `generate` calls with each new id."""
+    """A streamer for transformers' `generate`: puts each new id into a queue."""
 
     def __init__(self, tokens: "queue.SimpleQueue[int | BaseException | None]"):
         self._tokens = tokens
@@ -321,11 +271,11 @@ class _QueueStreamer:
             self._tokens.put(token)
 
     def end(self) -> None:
-        """The end is put by the thread that runs `generate`, after its errors are known."""
+        """Does nothing: the thread that runs `generate` marks the end, once it knows of no error."""
 
 
 def _draw_seeds(decoding: Decoding, count: int) -> list[int]:
-    """Seeds from torch's generator, which greedy decoding leaves alone."""
+    """Seeds from torch's generator; greedy decoding leaves the generator untouched."""
     return torch.randint(2**62, (count,)).tolist() if decoding.samples else [0] * count
 
 
@@ -335,10 +285,10 @@ def _positive(batch_size: int) -> int:
     return batch_size
 
 
-def _end_ids(loaded: InferenceModel, stop: str) -> tuple[int, ...]:
+def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's, the language model's, and the template's end marker if it is one id.
 
-    A special token such as `<|im_end|>` never shows up in decoded text, so it has to be recognised by its id.
+    Special tokens such as `<|im_end|>` never appear in decoded text, so they must be recognised by id.
     """
     causal_lm: Any = loaded.model.causal_lm
     configured = causal_lm.generation_config.eos_token_id
@@ -349,31 +299,98 @@ def _end_ids(loaded: InferenceModel, stop: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
+def encode_continuation(
+    loaded: LoadedModel, template: Template, turns: Sequence[Turn], continuation: str, position: int, with_end: bool
+) -> tuple[list[int], int]:
+    """Ids of the conversation with `continuation` as its last answer, and how many ids at their end are scored.
+
+    The answer is rendered and tokenized as in training, so its first token includes the space that the template puts
+    before it. Without `with_end` the ids end with the answer's text.
+
+    Raises:
+        PromptError: The continuation is empty or fills the context, or the template does not show all images.
+    """
+    if not continuation.strip():
+        raise PromptError(position, "its continuation is empty; give the text to be scored")
+    rendered = render(template, [*turns, Turn("assistant", continuation)])
+    check_text(rendered.text, position)
+    start, end = rendered.answer_spans[-1]
+    if not with_end:
+        end -= len(template.answer_end)
+    only_this = Rendered(rendered.text[:end], ((start, end),))
+    encoded = encode(only_this, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
+    given = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    check_shown(template, encoded.num_images, given, position)
+    check_room(loaded, len(encoded.input_ids) - 1, position)
+    return encoded.input_ids, encoded.num_supervised
+
+
+def score_batch(model: LlavaMole, batch: Batch, scored: Sequence[int]) -> list[Likelihood]:
+    """Likelihoods of the last `scored[n]` tokens of each row of a left-padded batch."""
+    causal_lm: Any = model.causal_lm
+    longest = max(scored)
+    position_ids = (batch.attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        # Rows are padded on the left and end together, so the head runs on their last positions only.
+        logits = causal_lm(
+            inputs_embeds=model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features),
+            attention_mask=batch.attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        ).logits[:, :-1]
+        target_BN = batch.input_ids[:, -longest:]
+        logprob_BN = logits.float().log_softmax(dim=-1).gather(-1, target_BN.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        greedy_BN = logits.argmax(dim=-1) == target_BN
+    return [
+        Likelihood(float(logprob_BN[row, -count:].double().sum()), bool(greedy_BN[row, -count:].all()), count)
+        for row, count in enumerate(scored)
+    ]
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
+    """Add the options for loading a model and decoding its answers, with a command's own defaults."""
+    add = parser.add_argument
+    add("--model-base", metavar="DIR", help="language model, if it has moved since training")
+    add("--conv-mode", metavar="TEMPLATE", help="conversation template (default: the checkpoint's)")
+    add(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"0 is greedy; above 0, tokens are sampled (default {temperature:g})",
+    )
+    add("--top-p", "--top_p", type=float, metavar="P", help="sample only within this probability mass (default 1)")
+    add(
+        "--max-new-tokens",
+        "--max_new_tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"longest answer in tokens (default {max_new_tokens})",
+    )
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default auto: the GPU if there is one")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default float32; bfloat16 is for GPUs")
+    group = parser.add_mutually_exclusive_group()
+    for name, value, text in (
+        ("4bit", "4bit", "load the language model in 4 bits (default: as in training)"),
+        ("8bit", "8bit", "load the language model in 8 bits"),
+        ("full", "none", "load the language model unquantised"),
+    ):
+        group.add_argument(f"--load-{name}", dest="quantization", action="store_const", const=value, help=text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say how the model is loaded, batched and decoded."""
-    parser.add_argument("--model-base", metavar="DIR", help="language model, where it has moved since training")
-    parser.add_argument("--conv-mode", metavar="TEMPLATE", help="default: the template stored in the checkpoint")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
-    parser.add_argument("--top_p", "--top-p", type=float)
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=_batch_size, default=16)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is for GPUs")
-    add_quantization_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
+    """Add `add_loading_arguments` and the options of commands that answer many questions and write files."""
+    add_loading_arguments(parser, temperature=0.0, max_new_tokens=128)
+    add = parser.add_argument
+    add("--num-beams", "--num_beams", type=int, default=1, metavar="N", help="beams of beam search (default 1: none)")
+    add("--batch-size", type=_batch_size, default=16, metavar="N", help="questions per forward pass (default 16)")
+    add("--overwrite", action="store_true", help="replace existing output files")
 
 
-def _batch_size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
-    return int(text)
-
-
-def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
+def load_predictor(model_path: str, args: argparse.Namespace) -> Predictor:
     """The model that the options of `add_model_arguments` describe."""
-    from llava_mole.inference.predictor import Predictor
-
     return Predictor.from_pretrained(
         model_path,
         model_base=args.model_base,
@@ -384,14 +401,7 @@ def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
     )
 
 
-def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--load-4bit`, `--load-8bit`, `--load-full`: into `quantization`, which is None without them (as trained)."""
-    group = parser.add_mutually_exclusive_group()
-    for name, value, text in (
-        ("4bit", "4bit", "the language model in 4 bits (extra quant); default: as it was in training"),
-        ("8bit", "8bit", "in 8 bits"),
-        ("full", "none", "not quantised, also where it was in training"),
-    ):
-        group.add_argument(
-            f"--load-{name}", dest="quantization", action="store_const", const=value, default=None, help=text
-        )
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)

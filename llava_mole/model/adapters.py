@@ -1,4 +1,4 @@
-"""What is added to the frozen language model: nothing, plain LoRA, or the mixture of LoRA experts."""
+"""Adapters of the frozen language model: none, plain LoRA or the mixture of LoRA experts."""
 
 import math
 import re

@@ -1,4 +1,7 @@
-"""Builds the multimodal model: new for training, or from a checkpoint for inference."""
+"""Builds the multimodal model: a new one for training, or a trained one from its checkpoint.
+
+This is where a run's configuration ends: what is built here holds plain values.
+"""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from torch import nn
 
 from llava_mole.common.errors import CheckpointError, ConfigError, WeightsError, value_errors_as
 from llava_mole.common.log import get_logger
-from llava_mole.config import AdapterConfig, ModelConfig, Quantization, RunConfig, load_config
+from llava_mole.config import AdapterConfig, ModelConfig, Quantization, load_config
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import add_adapter
@@ -30,15 +33,14 @@ SAME_ADAPTER = (
     "r", "lora_alpha", "alpha", "attention_r", "num_experts", "mode", "top_k", "granularity", "router", "router_bias",
     "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale", "use_rslora", "alpha_pattern",
 )  # fmt: skip
-"""Fields of an adapter's configuration that say what its weights mean. How it is trained may change."""
-
+"""Fields of an adapter's configuration that determine what its weights mean. The others only affect training."""
 
 logger = get_logger(__name__)
 
 
 @dataclass
-class InferenceModel:
-    """A model and everything that turns images and text into its input."""
+class LoadedModel:
+    """A model ready for inference, with the tokenizer and image processor that prepare its input."""
 
     model: LlavaMole
     tokenizer: HFTextTokenizer
@@ -47,20 +49,16 @@ class InferenceModel:
     """Name of the conversation template it was trained with."""
     context_length: int
     """Longest sequence in tokens, image tokens included."""
-
-
-@dataclass
-class LoadedModel(InferenceModel):
-    """The model of a checkpoint, ready for inference."""
-
-    config: RunConfig
-    """The run's; paths and quantisation are those in use."""
     path: Path
-    """The checkpoint directory."""
+    """The checkpoint directory, or the run directory of a model in training."""
+    quantization: Quantization = "none"
+    """Of the language model, as loaded."""
+    adapter: str = "none"
+    """`none`, `lora` or `mole`."""
 
 
 def select_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, else the CPU."""
+    """The device called `name`; `auto` is the GPU if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
@@ -69,10 +67,12 @@ def select_device(name: str) -> torch.device:
 def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
     """The model without adapters, its Hugging Face tokenizer and the fingerprints of its frozen parts.
 
-    It is on the CPU with its weights as they are stored; `quantize_linears` is the next step where one is configured.
+    The model is on the CPU, in the dtype its weights are stored in. If quantisation is configured, call
+    `quantize_linears` next.
 
     Raises:
-        WeightsError, ConfigError: see the builders of the parts.
+        WeightsError: A weight file is missing, unreadable or does not fit.
+        ConfigError: A part of this name or kind does not exist, or bitsandbytes is needed and not installed.
     """
     require_bitsandbytes(config.quantization)
     check_language_model_dir(config.language_model)
@@ -92,11 +92,7 @@ def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
 
 
 def attach_adapter(model: LlavaMole, config: AdapterConfig) -> None:
-    """Add the configured adapter to the model's language model, in place.
-
-    Raises:
-        ConfigError: an unknown option, options that cannot learn, or a language model without a place for the adapter.
-    """
+    """Add the configured adapter to the model's language model, in place. Raises ConfigError for wrong options."""
     with value_errors_as(ConfigError):
         model.language_model = add_adapter(
             model.language_model,
@@ -114,7 +110,7 @@ def load_projector(projector: nn.Sequential, source: str | Path) -> None:
     """Load projector weights from a checkpoint, a run directory or a `.safetensors` file, in place.
 
     Raises:
-        WeightsError: no such file, not readable, keys or shapes that do not fit, each named, or values not finite.
+        WeightsError: The file is missing or unreadable, its keys or shapes do not fit, or a value is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -141,10 +137,12 @@ def load_projector(projector: nn.Sequential, source: str | Path) -> None:
 
 
 def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
-    """Load a checkpoint's adapter weights and counters into the adapter the model has already, in place.
+    """Load a checkpoint's adapter weights and counters into the model's existing adapter, in place.
+
+    A checkpoint without an adapter changes nothing.
 
     Raises:
-        CheckpointError: the checkpoint's adapter has other parameters.
+        CheckpointError: The parameters of the checkpoint's adapter differ from the model's.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -157,31 +155,32 @@ def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this run's adapter: {' '.join(str(error).split())}") from None
     if result.unexpected_keys:
-        raise CheckpointError(f"{path} has parameters this run's adapter has not: {result.unexpected_keys[:3]}")
+        raise CheckpointError(f"{path} has parameters that this run's adapter lacks: {result.unexpected_keys[:3]}")
     missing = [key for key in result.missing_keys if ".mole_" in key or ".lora_" in key]
     if missing:
         raise CheckpointError(f"{path} lacks parameters of this run's adapter: {missing[:3]}")
 
 
 def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fingerprints: dict[str, str]) -> None:
-    """Load a run's adapter and projector into a model that has the same kind of adapter, in place.
+    """Load a run's adapter and projector into a model with the same adapter, in place.
 
     Args:
-        model: with its adapter attached.
-        source: a run directory (its newest valid checkpoint) or a checkpoint of stage `finetune`.
-        config: of the adapter attached.
-        fingerprints: of the model's frozen parts.
+        model: The model, with its adapter attached.
+        source: A run directory (its newest valid checkpoint) or a checkpoint of stage `finetune`.
+        config: Configuration of the attached adapter.
+        fingerprints: Fingerprints of the model's frozen parts.
 
     Raises:
-        CheckpointError: it does not verify, has no adapter, another one, or was trained on another base model.
+        CheckpointError: The checkpoint does not verify, has no adapter or a different one, or was trained on
+            another base model.
     """
     checkpoint = resolve_checkpoint(source)
     check_base(checkpoint, fingerprints)
     method = read_manifest(checkpoint)["adapter"]
     if method != config.method or method == "none":
         raise CheckpointError(
-            f"init_from {checkpoint} has adapter.method {method!r}, this run has {config.method!r}; a checkpoint of "
-            "stage 'pretrain' is given as projector_weights"
+            f"init_from {checkpoint} has adapter.method {method!r}, this run has {config.method!r}; give a "
+            "checkpoint of stage 'pretrain' as projector_weights instead"
         )
     there = json.loads((checkpoint / ADAPTER_DIR / "adapter_config.json").read_text(encoding="utf-8"))
     here = model.language_model.peft_config["default"].to_dict()
@@ -194,7 +193,7 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
 
 
 def check_base(checkpoint: Path, fingerprints: dict[str, str]) -> None:
-    """Raise CheckpointError unless the frozen parts are those that the checkpoint was trained on."""
+    """Raise CheckpointError unless the checkpoint was trained on these frozen parts."""
     for part, found in fingerprints.items():
         recorded = read_manifest(checkpoint)["fingerprints"][part]
         if found != recorded:
@@ -216,28 +215,29 @@ def load_pretrained_model(
     """Load a checkpoint for inference.
 
     Args:
-        model_path: a `checkpoint-<step>` directory, or a run directory (its newest valid checkpoint).
-        model_base: directory of the language model, where it is no longer where the run found it.
+        model_path: A `checkpoint-<step>` directory, or a run directory (its newest valid checkpoint).
+        model_base: Directory of the language model, if it has moved since training.
         device: `auto`, `cpu` or `cuda`.
         dtype: `float32` or `bfloat16`.
-        quantization: of the language model; None as in training, which is what the adapter has learned to correct.
+        quantization: Quantisation of the language model. None keeps that of training, which the adapter has learned
+            to compensate.
 
     Raises:
-        CheckpointError: the directory does not verify, or the base model is another than the one trained on.
-        ConfigError: bitsandbytes is needed and absent.
-        WeightsError: a base model is not where it should be.
+        CheckpointError: The directory does not verify, or the base model is not the one it was trained on.
+        ConfigError: bitsandbytes is needed and not installed.
+        WeightsError: A part of the base model is missing.
     """
     path = resolve_checkpoint(model_path)
     manifest = read_manifest(path)
     config = load_config(path / CONFIG_FILE)
     locate_parts(config.model, manifest, path, model_base)
     if quantization is not None and quantization != config.model.quantization:
-        logger.info("language model: quantisation %s, in training %s", quantization, config.model.quantization)
+        logger.info("language model: quantisation %s; it was %s in training", quantization, config.model.quantization)
         config.model.quantization = quantization
     where, float_type = select_device(device), getattr(torch, dtype)
     model, _, fingerprints = build_parts(config.model)
     check_base(path, fingerprints)
-    # The checkpoint's own: the base directory's may have been changed since, down to its chat template.
+    # Not the base directory's: that one, or its chat template, may have changed since training.
     hf_tokenizer = load_tokenizer(str(path / TOKENIZER_DIR))
     quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
     load_projector(model.projector, path / PROJECTOR_FILE)
@@ -245,29 +245,35 @@ def load_pretrained_model(
         model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR)
     model.requires_grad_(False)
     model.to(where, float_type).eval()
-    context = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length)
     return LoadedModel(
         model=model,
         tokenizer=HFTextTokenizer(hf_tokenizer),
         image_processor=build_image_processor(model, config.data.image_aspect_ratio),
         template=manifest["template"],
-        context_length=context,
-        config=config,
+        context_length=context_length(model, config.data.max_length),
         path=path,
+        quantization=config.model.quantization,
+        adapter=config.adapter.method,
     )
 
 
+def context_length(model: LlavaMole, default: int) -> int:
+    """The language model's longest sequence in tokens; `default` if its configuration does not say."""
+    return getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", default)
+
+
 def build_image_processor(model: LlavaMole, aspect_ratio: Literal["pad", "square"]) -> ImageProcessor:
-    """The preprocessing that fits the model's tower."""
+    """The image preprocessing that the model's tower expects."""
     tower = model.vision_tower
     return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio)
 
 
 def locate_parts(config: ModelConfig, manifest: dict[str, Any], checkpoint: Path, model_base: str | None) -> None:
-    """Point `config`, in place, to where a checkpoint's language model and tower are now.
+    """Set the paths in `config`, in place, to where a checkpoint's language model and vision tower are now.
 
-    The configured path, or where the run found it if the working directory is another now. What the manifest has as a
-    relative path lies beside the checkpoint, and is looked for there first: such a directory can be moved.
+    A part is at the configured path or, if that does not exist from the present working directory, at the path that
+    the manifest records. A relative path in the manifest is relative to the checkpoint and is tried first, so that
+    such a directory can be moved.
     """
 
     def where(configured: str, key: str) -> str:

@@ -1,14 +1,13 @@
-"""Checkpoint directories: written whole or not at all, verified before they are read.
+"""Checkpoint directories: written completely or not at all, and verified before they are read.
 
-A checkpoint is a directory `checkpoint-<step>` with a `manifest.json` that names every file with its size and sha256.
-It is written under a temporary name, fsynced and renamed, so a directory of that name is complete unless something
-damaged it later; a directory whose manifest does not verify is never loaded. Nothing is decided by a folder's name
-except the order of the steps. What a killed process leaves behind has a name that starts with a dot:
-`.tmp-checkpoint-<step>-<pid>` is being written, `.old-...` is being replaced, `.gone-...` is being deleted.
+A checkpoint is a directory `checkpoint-<step>` with a `manifest.json` that lists every file with its size and sha256.
+It is written under a temporary name, fsynced and renamed, so a directory of that name is complete unless it was
+damaged later. A directory that does not match its manifest is never loaded. The folder's name only orders the steps.
+A killed process leaves names that start with a dot: `.tmp-checkpoint-<step>-<pid>` was being written, `.old-...`
+replaced and `.gone-...` deleted.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import CheckpointError
+from llava_mole.common.files import atomic_path, sha256_of, sha256_of_json
 from llava_mole.common.log import get_logger
 
 MANIFEST = "manifest.json"
@@ -29,13 +29,14 @@ logger = get_logger(__name__)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """`RUN/checkpoint-<step>`."""
     return run_dir / f"checkpoint-{step}"
 
 
 def check_free_space(directory: Path, expected_bytes: int) -> None:
-    """Raise OSError (ENOSPC) unless the file system of `directory` has twice the bytes that are about to be written.
+    """Raise OSError (ENOSPC) unless the file system of `directory` has twice `expected_bytes` free.
 
-    Twice, because others write to the disk too, and because what replaces a file needs room before that is gone.
+    Twice, because other processes write to the disk too and a replaced file is deleted only after its successor exists.
     """
     free = shutil.disk_usage(directory).free
     if free < 2 * expected_bytes:
@@ -49,55 +50,40 @@ def check_free_space(directory: Path, expected_bytes: int) -> None:
 def write_checkpoint(
     directory: Path, write_files: Callable[[Path], None], fields: dict[str, Any], expected_bytes: int = 0
 ) -> None:
-    """Create `directory` atomically.
+    """Create `directory` atomically, with its manifest.
 
     Args:
-        directory: final name; replaced if it exists.
-        write_files: writes every file of the checkpoint below the temporary directory it is given.
-        fields: stored in the manifest beside the list of files (stage, step, template, fingerprints, ...).
-        expected_bytes: about how much will be written; checked against the free space before anything is.
+        directory: Final path; replaced if it exists.
+        write_files: Writes every file of the checkpoint into the temporary directory it is given.
+        fields: Stored in the manifest beside the list of files (stage, step, template, fingerprints, ...).
+        expected_bytes: Approximate size; the free space is checked against it before anything is written.
 
     Raises:
-        OSError: the disk is full or cannot be written; the temporary directory is removed, older checkpoints stay.
-            `write_files` may raise what it likes, with the same effect.
+        OSError: The disk is full or cannot be written. The temporary directory is removed; older checkpoints stay.
+            Any exception of `write_files` has the same effect.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(directory.parent, expected_bytes)
-    temporary = directory.parent / f".tmp-{directory.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with atomic_path(directory) as temporary:
         temporary.mkdir()
         write_files(temporary)
-        files = {}
-        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            _fsync(path)
-            files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files = {
+            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
         manifest = {"format": FORMAT, **fields, "files": files}
         manifest[SELF_HASH] = _manifest_hash(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _fsync(temporary / MANIFEST)
-        for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
-            _fsync(folder)
-        replaced = None
-        if directory.exists():
-            replaced = directory.parent / f".old-{directory.name}-{os.getpid()}"
-            os.replace(directory, replaced)
-        os.replace(temporary, directory)
-        _fsync(directory.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises CheckpointError where there is none or it is of another format."""
+    """The manifest of a checkpoint. Raises CheckpointError if it is missing, damaged or of another format."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has no {MANIFEST}: it is no checkpoint, or its writing was cut short; "
-            f"give a directory checkpoint-<step> of a run"
+            f"{directory} has no {MANIFEST}: it is not a checkpoint, or it was not written completely; "
+            "give a checkpoint-<step> directory of a run"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -112,10 +98,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(directory: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return it.
+    """Check every file of a checkpoint against its manifest, and return the manifest.
 
     Raises:
-        CheckpointError: a file is missing, shorter or longer, or its sha256 differs; the message names it.
+        CheckpointError: A file is missing, or its size or sha256 differs. The message names it.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -130,7 +116,7 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
                 "use another checkpoint of the run"
             )
         try:
-            found = _sha256(path)
+            found = sha256_of(path)
         except OSError as error:
             raise CheckpointError(f"{directory} is damaged: {name} cannot be read ({error}); use another one") from None
         if found != recorded["sha256"]:
@@ -141,32 +127,33 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """`checkpoint-<step>` directories of a run, newest step first, verified or not."""
-    found = []
-    for path in Path(run_dir).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if path.is_dir() and step.isdecimal():
-            found.append((int(step), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    """The `checkpoint-<step>` directories of a run, newest step first. They are not verified."""
+    named = Path(run_dir).glob("checkpoint-*")
+    found = [path for path in named if path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_valid_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies, or None; each one passed over is logged with the reason."""
+    """The newest checkpoint of a run that verifies, or None. Each skipped one is logged with the reason."""
     for path in list_checkpoints(run_dir):
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("passing over %s: %s", path.name, error)
+            logger.warning("skipping %s: %s", path.name, error)
         else:
             return path
     return None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by `path`: itself, or the newest valid one of the run directory it is.
+    """The checkpoint at `path`, or the newest valid one if `path` is a run directory.
 
     Raises:
-        CheckpointError: neither; or the named checkpoint does not verify.
+        CheckpointError: `path` is neither, or no checkpoint there verifies.
     """
     path = Path(path)
     if not path.is_dir():
@@ -181,25 +168,25 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def rotate_checkpoints(published: Path, keep: int) -> None:
-    """Delete all checkpoints of a run but the newest `keep`, of which `published`, just completed, is the first.
+    """Keep `published`, which was just completed, and the `keep` - 1 checkpoints before it; delete all others.
 
-    Checkpoints of later steps go too: the run has passed over them when it resumed, because they do not verify. If they
-    counted as the newest, the good ones would be deleted in their place.
+    Checkpoints of later steps are deleted too. The run skipped them when it resumed because they do not verify; if
+    they counted as the newest, valid ones would be deleted in their place.
     """
-    step = int(published.name.removeprefix("checkpoint-"))
-    steps = [(int(path.name.removeprefix("checkpoint-")), path) for path in list_checkpoints(published.parent)]
-    earlier = [path for other, path in steps if other < step]
-    for path in [path for other, path in steps if other > step] + earlier[keep - 1 :]:
-        # Renamed first: a deletion that is cut short must not leave half a checkpoint under a checkpoint's name.
+    step = _step_of(published)
+    checkpoints = list_checkpoints(published.parent)
+    earlier = [path for path in checkpoints if _step_of(path) < step]
+    for path in [path for path in checkpoints if _step_of(path) > step] + earlier[keep - 1 :]:
+        # Rename first: an interrupted deletion must not leave half a checkpoint under a checkpoint's name.
         gone = path.parent / f".gone-{path.name}-{os.getpid()}"
         os.replace(path, gone)
         shutil.rmtree(gone)
 
 
 def clean_leftovers(run_dir: Path) -> None:
-    """Remove what killed saves and deletions left in a run directory. Nobody else may be writing to it.
+    """Remove what killed processes left in a run directory. No other process may be writing there.
 
-    A checkpoint that was about to be replaced, and whose replacement did not arrive, gets its name back.
+    A checkpoint that was moved aside for a replacement that was never completed gets its name back.
     """
     if not run_dir.is_dir():
         return
@@ -210,10 +197,12 @@ def clean_leftovers(run_dir: Path) -> None:
         kind, name = match.groups()
         if kind == "old" and not (run_dir / name).exists():
             os.replace(path, run_dir / name)
-            logger.warning("%s: an interrupted save had moved this checkpoint away; it is back", run_dir / name)
+            logger.warning(
+                "%s: an interrupted save had moved this checkpoint aside; it has been restored", run_dir / name
+            )
         else:
             shutil.rmtree(path, ignore_errors=True)
-            logger.info("removed %s, left by a process that was killed", path)
+            logger.info("removed %s, left by a killed process", path)
 
 
 def _recorded_files(directory: Path, manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -226,21 +215,4 @@ def _recorded_files(directory: Path, manifest: dict[str, Any]) -> list[tuple[str
 
 
 def _manifest_hash(manifest: dict[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != SELF_HASH}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return sha256_of_json({key: value for key, value in manifest.items() if key != SELF_HASH})

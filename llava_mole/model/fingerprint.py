@@ -1,4 +1,4 @@
-"""A short, cheap identity of a set of weights, so that an adapter is never put on another base by mistake."""
+"""A short, cheap identity of a set of weights; it prevents an adapter from being used on the wrong base model."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     Args:
         tensors: `(name, tensor)` pairs in any order, in the dtype they are stored in. Values are read as float32,
             so a file in half precision and its float32 copy have the same fingerprint. Quantised weights do not:
-            take it before.
+            call this before quantising.
     """
     return fingerprint_in_order(sorted(tensors, key=lambda pair: pair[0]))
 
 
 def fingerprint_in_order(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """`fingerprint` of pairs that come sorted by name; one tensor at a time is enough."""
+    """`fingerprint` of pairs already sorted by name, which may be generated one at a time."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name}:{tuple(tensor.shape)}".encode())

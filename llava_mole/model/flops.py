@@ -1,8 +1,8 @@
-"""How much arithmetic training takes: pure functions of a model's shape and of sums over a batch.
+"""FLOPs of training, from a model's shape and sums over a batch, and the peaks of known GPUs.
 
-Only what must be computed counts. A frozen linear needs its forward product and the gradient of its input, 4 FLOPs a
-weight and token; a trainable one also the gradient of its weight, 6; recomputed activations and padding are nobody's
-aim and are counted apart. So a rate from `training_flops` compares runs that recompute, pad or pack differently.
+A frozen linear needs its forward product and the gradient of its input, 4 FLOPs per weight and token; a trainable one
+also needs the gradient of its weight, 6 in all. Recomputation and padding are excluded, so that rates from
+`training_flops` are comparable between runs that recompute, pad or pack differently.
 """
 
 import re
@@ -23,7 +23,7 @@ Amount = TypeVar("Amount", float, npt.NDArray[np.float64])
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that its arithmetic and memory follow from."""
+    """The sizes that determine a model's FLOPs and memory."""
 
     hidden_size: int
     ffn_size: int
@@ -34,18 +34,18 @@ class ModelShape:
     key_value_width: int
     vocab_size: int
     linear_parameters: int
-    """Weights of the frozen matrix products of all decoder layers; each is used once a token."""
+    """Frozen weights of all decoder layers' linears; each is used once per token."""
     head_parameters: int
     adapter_parameters: float
-    """Adapter weights that one token uses: those of its experts, not of the others."""
+    """Adapter weights that one token uses, including only the experts it is routed to."""
     experts_used: int
-    """Experts whose rank activations are kept of a token: 1 without experts."""
+    """Experts per token whose rank activations are kept; 1 without experts."""
     has_router: bool
     projector_parameters: int
     projector_trains: bool
     tower_width: int
     image_tokens: int
-    """Positions of an image in the sequence."""
+    """Positions that an image takes in the sequence."""
     tower_flops: float
     """Forward pass of the vision tower on one image; it has no backward pass."""
 
@@ -59,10 +59,10 @@ class ModelShape:
 def training_flops(
     shape: ModelShape, tokens: Amount, squared_tokens: Amount, supervised: Amount, images: Amount
 ) -> Amount:
-    """FLOPs of forward and backward pass, without recomputation.
+    """FLOPs of the forward and backward pass, without recomputation.
 
     Args:
-        shape: of the model.
+        shape: The model's.
         tokens: Sum of the sequences' lengths.
         squared_tokens: Sum of their squares: causal attention within each sequence.
         supervised: Positions whose logits are computed.
@@ -84,7 +84,7 @@ def recompute_flops(shape: ModelShape, tokens: Amount, squared_tokens: Amount, l
 
 
 def model_shape(model: LlavaMole) -> ModelShape:
-    """The shape of a model with its adapter, on any device, meta included."""
+    """The shape of a model with its adapter; the model may be on any device, including meta."""
     lm = model.causal_lm
     config = lm.config.get_text_config()
     head = lm.get_output_embeddings()
@@ -122,7 +122,7 @@ def tower_flops(tower: VisionTower) -> float:
 
 
 def _weights(linear: Any) -> int:
-    """Weights of a linear from its widths, which hold for quantised ones too."""
+    """Weights of a linear, computed from its widths because quantised weights are packed."""
     from llava_mole.mole.ffn import linear_widths
 
     widths = linear_widths(linear)
@@ -130,7 +130,7 @@ def _weights(linear: Any) -> int:
 
 
 def _linear_parameters(lm: nn.Module, head: nn.Module) -> int:
-    """Weights of the base model's linears; a wrapper is passed over for what it wraps, and adapters are no base."""
+    """Weights of the base model's linears, without the head, adapters and PEFT's wrappers around linears."""
     return sum(
         _weights(module)
         for name, module in lm.named_modules()
@@ -141,7 +141,7 @@ def _linear_parameters(lm: nn.Module, head: nn.Module) -> int:
 
 
 def _adapter_parameters(language_model: nn.Module) -> float:
-    """Adapter weights that a token meets: all, but of stacked experts only those it is sent to."""
+    """Adapter weights that a token uses: all, except that of stacked experts only those it is routed to count."""
     used = _experts_used(language_model)
     total = 0.0
     for name, parameter in language_model.named_parameters():
@@ -169,14 +169,14 @@ class Gpu:
     """Dense bfloat16 peak, FLOP/s."""
     memory_bytes: int
     device: str
-    """Regular expression that the name torch gives the device contains."""
+    """Regular expression that matches torch's name of the device."""
 
 
 def _gpu(name: str, teraflops: float, gibibytes: int, device: str) -> Gpu:
     return Gpu(name, teraflops * 1e12, gibibytes * GIB, device)
 
 
-# In this order: the first whose `device` is found in torch's name is meant.
+# Ordered: the first entry whose `device` matches torch's name wins.
 _TABLE = (
     _gpu("a100-40g", 312.0, 40, r"A100.*40GB"),  # A100 Tensor Core GPU data sheet (2021)
     _gpu("a100-80g", 312.0, 80, r"A100|A800"),  # as above; A800 differs in its links only
@@ -194,11 +194,11 @@ _TABLE = (
     _gpu("rtx-5090", 209.5, 32, r"RTX 5090(?! D)"),  # RTX Blackwell architecture white paper, appendix A
 )
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _TABLE}
-"""Known GPUs by the name a user types."""
+"""Known GPUs by name."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU a user means. Raises ConfigError, listing the known ones, where there is none of that name."""
+    """The GPU called `name`. Raises ConfigError, listing the known ones, if there is none."""
     gpu = GPUS.get(name.lower().replace("_", "-"))
     if gpu is None:
         raise ConfigError(f"unknown GPU {name!r}; known are {', '.join(sorted(GPUS))}")

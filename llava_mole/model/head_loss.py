@@ -1,8 +1,8 @@
-"""Cross-entropy through the language model's head without ever holding all logits.
+"""Cross-entropy through the language model's head without holding all logits at once.
 
-The logits of a few hundred tokens at a time become losses and, in the same pass, their gradient for the hidden
-states; so the vocabulary-wide tensors never outlive a chunk, and nothing is computed twice. The head is only called,
-so any frozen head will do: quantized, with a bias, or with Gemma's soft cap.
+The logits are computed a few hundred tokens at a time and turned into losses and, in the same pass, gradients of the
+hidden states. Tensors of vocabulary size never outlive a chunk, and nothing is computed twice. Any frozen head works:
+quantised, with a bias, or with Gemma's soft cap.
 
 Shapes: n supervised positions, D hidden size, V vocabulary.
 """
@@ -58,7 +58,7 @@ class _HeadLosses(torch.autograd.Function):
                     logits = softcap * torch.tanh(logits / softcap)
                 loss = cross_entropy(logits, targets, reduction="none")
                 if wants_gradient:
-                    # A position's loss depends on its own hidden state only: the gradient of the sum holds them all.
+                    # A position's loss depends only on its own hidden state: the gradient of the sum holds them all.
                     gradients.append(torch.autograd.grad(loss.sum(), leaf)[0])
             losses.append(loss.detach())
         if wants_gradient:

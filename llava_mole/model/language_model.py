@@ -1,4 +1,4 @@
-"""The language model: any Hugging Face causal LM from a local directory, frozen."""
+"""The frozen language model: any Hugging Face causal LM from a local directory; recomputation and compilation."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from llava_mole.model.fingerprint import fingerprint
 
 
 def check_language_model_dir(path: str) -> None:
-    """Raise WeightsError unless `path` is a directory with the configuration of an unquantised model in it."""
+    """Raise WeightsError unless `path` is a directory with the configuration of an unquantised model."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise WeightsError(
@@ -36,8 +36,8 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
         The model and the fingerprint of its weights.
 
     Raises:
-        WeightsError: not a model directory, its files do not load, or tensors are missing, unexpected or of another
-            shape: transformers would draw them at random and go on.
+        WeightsError: It is not a model directory, its files do not load, or tensors are missing, unexpected or of
+            the wrong shape (transformers would silently initialise them at random).
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -62,7 +62,7 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
     if problems:
         shown = "; ".join(problems[:5])
         raise WeightsError(f"language model {path!r} does not fit its config.json: {len(problems)} problems: {shown}")
-    # Vicuna ships sampling values in its generation config; they would leak into greedy decoding and newer
+    # Vicuna's generation config has sampling values: they would leak into greedy decoding, and newer versions of
     # transformers refuse to save them.
     stored = model.generation_config
     model.generation_config = GenerationConfig(
@@ -79,7 +79,7 @@ def decoder_layers(causal_lm: Any) -> list[Any]:
     """The decoder layers of a transformers causal LM, in order.
 
     Raises:
-        ConfigError: the architecture keeps them in no known place.
+        ConfigError: The architecture keeps them under an unknown name.
     """
     decoder = causal_lm.get_decoder()
     for name in ("layers", "h"):
@@ -91,7 +91,7 @@ def decoder_layers(causal_lm: Any) -> list[Any]:
 def set_recompute(causal_lm: Any, policy: Recompute, every: int) -> None:
     """Recompute activations in the backward pass: in no layer, in layers 0, n, 2n, ..., or in all.
 
-    Always non-re-entrant: the re-entrant kind would silently give the router no gradient from the balance loss.
+    Always non-reentrant: with reentrant checkpointing the router would silently get no gradient from the balance loss.
     """
     if policy == "none":
         return
@@ -102,6 +102,6 @@ def set_recompute(causal_lm: Any, policy: Recompute, every: int) -> None:
 
 
 def compile_layers(causal_lm: Any, backend: str = "inductor") -> None:
-    """Compile every decoder layer by itself, for lengths that vary: one compilation serves all layers and steps."""
+    """Compile each decoder layer separately with dynamic lengths: one compilation serves all layers and steps."""
     for layer in decoder_layers(causal_lm):
         layer.compile(dynamic=True, backend=backend)

@@ -68,7 +68,7 @@ class LlavaMole(nn.Module):
         share is encoded once. `features` [N, P, D] are what `encode_images` gave, instead of the images.
 
         Raises:
-            DataError: the number of placeholders is not that of the features.
+            DataError: The number of placeholders does not match the features.
         """
         is_image_BL = ids_BL == IMAGE_TOKEN_INDEX
         shown = next((given for given in (image_index, images_NCHW, features) if given is not None), None)
@@ -88,8 +88,8 @@ class LlavaMole(nn.Module):
                 features_NPD = features_NPD[image_index]
             return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
         if self.training and torch.is_grad_enabled() and self._first_linear.weight.requires_grad:
-            # A rank without an image still gives the projector a (zero) gradient, at the same place of the graph as
-            # on the other ranks: gradient buckets are reduced by position, and a missing one would corrupt or hang.
+            # Without an image, a rank must still give the projector a (zero) gradient at the same place of the graph as
+            # other ranks: gradient buckets are reduced by position, and a missing one would corrupt them or hang.
             zeros = self._first_linear.weight.new_zeros(1, 1, self._first_linear.in_features)
             return text_BLD + 0.0 * self.projector(zeros).sum().to(text_BLD.dtype)
         return text_BLD
@@ -137,7 +137,7 @@ class LlavaMole(nn.Module):
         self, attention_mask_BL: torch.Tensor, sample_lengths: Sequence[int] | None
     ) -> dict[str, Any]:
         if sample_lengths is None:
-            # No mask at all where nothing is padded lets the attention kernels take their causal fast path.
+            # Without padding, no mask: the attention kernels then take their causal fast path.
             mask = None if bool(attention_mask_BL.all()) else attention_mask_BL
             return {"attention_mask": mask, "use_cache": False}
         kernel = self.causal_lm.config._attn_implementation

@@ -34,7 +34,7 @@ class VisionTower(nn.Module):
                 f"model.vision_tower.select_layer {select_layer}: the tower has {num_blocks} blocks; "
                 f"allowed are -{num_blocks}..-1 and 1..{num_blocks}"
             )
-        # Blocks above the selected one never run: not keeping them saves memory and start-up time.
+        # Blocks above the selected one never run; deleting them saves memory and start-up time.
         del visual.transformer.resblocks[block + 1 :]
         visual.ln_post = nn.Identity()
         visual.proj = None
@@ -49,12 +49,12 @@ class VisionTower(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stays in eval mode whatever is asked: the tower is frozen."""
+        """Stay in eval mode, whatever `mode` is: the tower is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Patch features [N, P, W] in the tower's dtype, of uint8 pixels or of normalised floats."""
+        """Patch features [N, P, W], in the tower's dtype, of uint8 pixels or normalised floats [N, 3, S, S]."""
         if images_NCHW.dtype == torch.uint8:
             images_NCHW = normalise_pixels(images_NCHW, self.image_mean, self.image_std)
         images_NCHW = images_NCHW.to(self.visual.conv1.weight.dtype)
@@ -84,7 +84,7 @@ def read_tower_config(name: str) -> dict[str, Any]:
                 "or give a JSON file"
             )
     if isinstance(config, dict):
-        config = config.get("model_cfg", config)  # the Hugging Face hub's open_clip_config.json has it one level down
+        config = config.get("model_cfg", config)  # nested in open_clip_config.json of the Hugging Face hub
     vision = config.get("vision_cfg") if isinstance(config, dict) and "embed_dim" in config else None
     if not isinstance(vision, dict) or not _VIT_KEYS <= vision.keys() or "timm_model_name" in vision:
         raise ConfigError(f"model.vision_tower.name {name!r}: only open_clip's own ViT towers are supported")
@@ -97,12 +97,12 @@ def build_vision_tower(name: str, weights: str, activation: str, select_layer: i
     Args:
         name: open_clip model name or JSON config path.
         weights: `.safetensors` or `.pt`/`.bin` state dict of the CLIP model or of its visual part.
-        activation: `quick_gelu` or `gelu`, what the weights were trained with.
+        activation: `quick_gelu` or `gelu`, as the weights were trained.
         select_layer: see the module docstring.
 
     Raises:
-        WeightsError: file absent, keys missing or unexpected, shapes differ, non-finite values.
-        ConfigError: the model of this name uses another activation.
+        WeightsError: The file is missing, its keys or shapes do not fit, or a value is not finite.
+        ConfigError: The model of this name does not exist or uses another activation.
     """
     import open_clip
 
@@ -122,7 +122,7 @@ def build_vision_tower(name: str, weights: str, activation: str, select_layer: i
                 text_cfg=open_clip.CLIPTextCfg(),
                 quick_gelu=built_with == "quick_gelu",
             )
-    except Exception as error:  # open_clip checks nothing: a value of another type or a zero ends anywhere
+    except Exception as error:  # open_clip does not check its values: a wrong type or a zero can raise anything
         raise ConfigError(f"model.vision_tower.name {name!r}: no ViT can be built of it: {error}") from None
     visual: Any = clip.visual
     if "proj" not in state:
@@ -167,7 +167,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             raise WeightsError(f"{path} is not a readable safetensors file ({error})") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here; all mean that the file holds more than tensors
+    except Exception as error:  # torch raises many kinds; each means that the file holds more than tensors
         reason = " ".join(str(error).split())[:120]
         raise WeightsError(
             f"{path} holds more than plain tensors (OpenAI's own .pt are TorchScript archives); use the open_clip "

@@ -13,7 +13,7 @@ ENDS = "+ends"
 class ImageEnds(nn.Module):
     """Learned vectors around the features of an image: [N, P, D] -> [N, P + 2, D].
 
-    The authors of LLaVA-MoLE trained theirs so; LLaVA-1.5 has none.
+    The LLaVA-MoLE authors' checkpoint has them; LLaVA-1.5 does not.
     """
 
     extra_positions = 2
@@ -36,7 +36,7 @@ def build_projector(kind: str, vision_size: int, hidden_size: int) -> nn.Sequent
 
     Args:
         kind: `linear`, or `mlp<N>x_gelu`: N linear layers with exact GELU in between. The state keys are LLaVA's
-            (`0.weight`, `0.bias`, `2.weight`, ...). With `+ends` behind it, `ImageEnds` follow.
+            (`0.weight`, `0.bias`, `2.weight`, ...). The suffix `+ends` appends `ImageEnds`.
 
     Raises:
         ConfigError: `kind` is neither.

@@ -1,4 +1,4 @@
-"""Attention over rows that hold several samples: every sample sees itself only.
+"""Attention over rows that hold several samples, each of which attends only to itself.
 
 With `sdpa`, each sample is one causal call of torch's own kernel on its slice of the row: no mask in memory, no work
 across samples, on every device. `flash_attention_2` gets the samples' boundaries and `flex_attention` builds its block
@@ -25,7 +25,7 @@ KERNELS = ("sdpa", "flash_attention_2", "flex_attention")
 class RowLayout:
     """Lengths of the samples of one packed row, in order.
 
-    An object of its own, because torch.compile would compile anew for every tuple of lengths that passes by.
+    Wrapped in a class because torch.compile would recompile for every new tuple of lengths.
     """
 
     sample_lengths: tuple[int, ...]
@@ -86,10 +86,10 @@ def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 
 def enable_packing(causal_lm: Any) -> None:
-    """Let a transformers causal LM take packed rows, and prove on a few tokens that samples do not see each other.
+    """Prepare a transformers causal LM for packed rows; verify on a few tokens that samples do not see each other.
 
     Raises:
-        ConfigError: its attention kernel cannot keep samples apart, or the proof fails for this architecture.
+        ConfigError: Its attention kernel cannot separate samples, or the verification fails for this architecture.
     """
     kernel = causal_lm.config._attn_implementation
     if kernel not in (*KERNELS, NAME):
@@ -116,7 +116,7 @@ def packed_arguments(kernel: str, sample_lengths: Sequence[int], device: torch.d
     position_ids = torch.cat([torch.arange(n, device=device) for n in sample_lengths]).unsqueeze(0)
     arguments: dict[str, Any] = {"position_ids": position_ids, "attention_mask": None, "use_cache": False}
     if kernel == NAME:
-        # transformers hands on a four-dimensional mask as it is, instead of building one of T x T from the positions.
+        # transformers passes on a four-dimensional mask unchanged instead of building one of T x T from the positions.
         arguments["attention_mask"] = torch.empty(1, 1, 1, 0, device=device)
         arguments["row_layout"] = RowLayout(tuple(sample_lengths))
     elif kernel == "flash_attention_2":
@@ -128,7 +128,7 @@ def packed_arguments(kernel: str, sample_lengths: Sequence[int], device: torch.d
 
 @torch.no_grad()
 def _prove_isolation(causal_lm: Any) -> None:
-    """Raise ConfigError unless the second of two packed samples comes out as it does alone."""
+    """Raise ConfigError unless the second of two packed samples has the same output as alone."""
     decoder = causal_lm.get_decoder()
     was_training = causal_lm.training
     causal_lm.eval()

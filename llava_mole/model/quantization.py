@@ -1,9 +1,9 @@
 """The language model's linears in 4 or 8 bits, through bitsandbytes (extra `quant`).
 
 4 bits are QLoRA's (https://arxiv.org/abs/2305.14314): NF4 in blocks of 64 weights, whose scales are quantised again.
-8 bits are LLM.int8() (https://arxiv.org/abs/2208.07339). Weights are loaded as they are stored, identified, and
-quantised then, so a base model has one fingerprint however it is used. Imports neither torch nor bitsandbytes before
-they are needed: whether a run can start is asked without them.
+8 bits are LLM.int8() (https://arxiv.org/abs/2208.07339). Weights are loaded as stored, fingerprinted and only then
+quantised, so a base model has the same fingerprint with every quantisation. torch and bitsandbytes are imported only
+when needed, because the checks before a run must work without them.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 OUTLIER_THRESHOLD = 6.0
 """8 bits: columns of the input with a larger value are multiplied in 16 bits (LLM.int8(), section 3.2)."""
 BYTES_PER_WEIGHT = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
-"""Of a quantised weight with its share of the scales: NF4 has one byte for 64 weights and four for 256 of those bytes.
-The scales of 8 bits are four bytes for a row, which is nothing."""
+"""Bytes of a quantised weight including its share of the scales. NF4 has a one-byte scale for 64 weights and four bytes
+for 256 scales; the four bytes per row of 8 bits are negligible."""
 
 BLOCK = 64
 """Weights that share a scale in 4 bits."""
@@ -46,14 +46,14 @@ def quantize_linears(
     """Replace every linear of a causal LM except its head by a quantised one on `device`, in place.
 
     Args:
-        causal_lm: on the CPU, in the dtype it is stored in, without adapters.
+        causal_lm: On the CPU, in the dtype it is stored in, without adapters.
         quantization: `none` changes nothing.
-        device: where the weights are quantised and stay; the rest of the model is not moved.
-        compute_dtype: what 4-bit weights are expanded to for a product.
+        device: Where the weights are quantised and stay; the rest of the model is not moved.
+        compute_dtype: The dtype to which 4-bit weights are expanded for a product.
 
     Raises:
-        ConfigError: bitsandbytes is absent or does not work there, or the model has no linear of torch's, or one that
-            would come out wrong.
+        ConfigError: bitsandbytes is not installed or does not work on `device`, the model has no torch linears, or
+            bitsandbytes would compute a linear wrongly.
     """
     if quantization == "none":
         return
@@ -82,7 +82,7 @@ def quantize_linears(
             f"model.quantization {quantization!r}: bitsandbytes does not work on {device}: "
             f"{' '.join(str(error).split())}; `python -m bitsandbytes` says more"
         ) from None
-    # What PEFT goes by when it chooses its LoRA layer.
+    # PEFT chooses its LoRA layer by this attribute.
     setattr(causal_lm, f"is_loaded_in_{quantization}", True)
     logger.info("%d linears of the language model are in %s now", len(names), quantization)
 
@@ -102,7 +102,7 @@ def _quantized(
     widths = (linear.in_features, linear.out_features, linear.bias is not None)
     weight: Any = linear.weight.data
     quantized: Any
-    # Made without memory: what the constructors would allocate and draw is replaced at once.
+    # On the meta device: the weights that the constructors would allocate are replaced at once.
     if quantization == "4bit":
         quantized = bnb.nn.Linear4bit(*widths, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
         weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)

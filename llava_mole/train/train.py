@@ -18,10 +18,11 @@ from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.adapters import parameter_report, trainable_parameters
 from llava_mole.model.builder import (
-    InferenceModel,
+    LoadedModel,
     attach_adapter,
     build_image_processor,
     build_parts,
+    context_length,
     load_adapter_state,
     load_projector,
     start_from,
@@ -181,10 +182,15 @@ def build_monitor(
             routes=routes,
         )
         if config.train.validation_answers:
-            context = getattr(
-                model.causal_lm.config.get_text_config(), "max_position_embeddings", config.data.max_length
+            parts = LoadedModel(
+                model,
+                tokenizer,
+                dataset.image_processor,
+                config.data.template,
+                context_length(model, config.data.max_length),
+                Path(config.train.output_dir),
+                adapter=config.adapter.method,
             )
-            parts = InferenceModel(model, tokenizer, dataset.image_processor, config.data.template, context)
             count = config.train.validation_answers
             answer_check = AnswerCheck(held_out, Predictor(parts), count=count, routes=routes)
     return Monitor(

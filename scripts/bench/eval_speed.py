@@ -58,8 +58,8 @@ def build(name: str, device: str) -> Predictor:
         image_processor=build_image_processor(model, "pad"),
         template="vicuna_v1",
         context_length=2048,
-        config=config,
         path=Path("random"),
+        adapter="mole",
     )
     predictor = Predictor(loaded)
     predictor._eos_ids = ()  # answers of one length, whatever the random weights say

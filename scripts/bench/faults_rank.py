@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  load
 import llava_mole.data.dataset
 import llava_mole.train.train
 import llava_mole.train.trainer
+from llava_mole.common import files
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.model import checkpoint
 from llava_mole.train import checkpointing as saving
@@ -144,8 +145,8 @@ def _die_at_call(number: int) -> None:
 
         return call
 
-    checkpoint._fsync = counted(checkpoint._fsync)
-    checkpoint._sha256 = counted(checkpoint._sha256)
+    files.sync = counted(files.sync)
+    checkpoint.sha256_of = counted(checkpoint.sha256_of)
     checkpoint.os.replace = counted(os.replace)
     checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree)
     saving.save_file = counted(saving.save_file)

@@ -166,7 +166,7 @@ def test_bad_arguments_write_nothing(
 def test_batch_size_is_checked(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(tmp_path, asked, tmp_path / "a.jsonl", "--batch-size", size)
-    assert f"argument --batch-size: '{size}' must be a number from 1 on" in capsys.readouterr().err
+    assert f"argument --batch-size: '{size}' must be a whole number, at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("loaded_once")
@@ -175,7 +175,7 @@ def test_batch_size_is_checked(asked: Path, tmp_path: Path, capsys: pytest.Captu
     [
         ("one " * 5000, "15067 tokens with its image leave no room"),
         ("<image> a", "1 <image> in the text, but no image"),
-        ("\ud800", "it holds half of a surrogate pair"),
+        ("\ud800", "it holds an unpaired surrogate"),
     ],
 )
 def test_a_question_that_cannot_be_asked_is_named(

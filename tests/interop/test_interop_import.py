@@ -11,6 +11,7 @@ from worlds.foreign_models import VOCABULARY, make_clip, make_llava, make_llava_
 from worlds.interop_tools import close, convert, hf_logits, load, our_logits, reference_logits
 from worlds.tiny_models import make_language_model
 
+from llava_mole.config import load_config
 from llava_mole.inference.predictor import Predictor
 
 
@@ -22,7 +23,7 @@ def test_llava_hf_gives_the_logits_of_transformers(names: str, tmp_path: Path) -
     for ours, expected in zip(our_logits(loaded), hf_logits(theirs, VOCABULARY), strict=True):
         close(ours, expected)
     assert loaded.template == "vicuna_v1"
-    assert loaded.config.model.vision_tower.activation == "quick_gelu"
+    assert load_config(loaded.path / "config.yaml").model.vision_tower.activation == "quick_gelu"
     # The directory can be moved, and answers prompts.
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     (answer,) = Predictor.from_pretrained(tmp_path / "elsewhere", device="cpu").generate(
@@ -61,8 +62,8 @@ def test_a_full_llava_checkpoint_with_its_tower(binary: bool, tmp_path: Path) ->
     loaded = load(tmp_path / "run")
     expected = reference_logits(tmp_path / "vicuna", tower, projector_state())
     close(our_logits(loaded)[0], expected)
-    assert loaded.config.data.image_aspect_ratio == "pad"
-    assert loaded.config.model.vision_tower.select_layer == -2
+    assert load_config(loaded.path / "config.yaml").data.image_aspect_ratio == "pad"
+    assert load_config(loaded.path / "config.yaml").model.vision_tower.select_layer == -2
 
 
 def test_a_llava_lora_on_its_base(tmp_path: Path) -> None:
@@ -75,7 +76,11 @@ def test_a_llava_lora_on_its_base(tmp_path: Path) -> None:
     expected = reference_logits(tmp_path / "vicuna", tower, projector_state(), tmp_path / "lora")
     close(our_logits(loaded)[0], expected)
     assert (expected - reference_logits(tmp_path / "vicuna", tower, projector_state())).abs().max() > 0.1
-    assert (loaded.config.adapter.method, loaded.config.adapter.rank, loaded.config.adapter.alpha) == ("lora", 4, 8.0)
+    assert (
+        load_config(loaded.path / "config.yaml").adapter.method,
+        load_config(loaded.path / "config.yaml").adapter.rank,
+        load_config(loaded.path / "config.yaml").adapter.alpha,
+    ) == ("lora", 4, 8.0)
     assert not (tmp_path / "run" / "language_model").exists(), "a usable base is not copied"
 
 
@@ -87,7 +92,7 @@ def test_a_projector_alone_is_a_stage_1_checkpoint(tmp_path: Path) -> None:
     assert convert(*command, "--vision-tower", tmp_path / "clip") == 0
     loaded = load(tmp_path / "run")
     close(our_logits(loaded)[0], reference_logits(tmp_path / "vicuna", tower, projector_state()))
-    assert loaded.config.stage == "pretrain"
+    assert load_config(loaded.path / "config.yaml").stage == "pretrain"
     assert loaded.template == "plain"
     assert convert(tmp_path / "p.bin", "--to", "projector", "--out", tmp_path / "p.safetensors") == 0
     state = load_file(tmp_path / "p.safetensors")

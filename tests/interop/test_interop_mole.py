@@ -14,6 +14,7 @@ from worlds.interop_tools import close, convert, example, load, our_logits
 from worlds.released_mole import CASES, LAYERS, golden, make_released
 from worlds.tiny_models import NUM_IMAGE_TOKENS
 
+from llava_mole.config import load_config
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.interop.own import open_own
 from llava_mole.mole import MoleMlp
@@ -41,7 +42,7 @@ def test_released_experts_give_the_recorded_outputs(case: dict[str, Any], mode: 
             out = mlp(data["x"].float())
         expected = data[f"{mode}.out"]  # float64, of up to 30 in size
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    assert loaded.config.adapter.preset == "released"
+    assert load_config(loaded.path / "config.yaml").adapter.preset == "released"
     stored = load_file(tmp_path / "run" / "checkpoint-0" / "adapter" / "adapter_model.safetensors")
     for k in range(case["num_experts"]):
         for projection in ("gate", "up", "down"):
@@ -56,7 +57,7 @@ def test_released_vectors_around_the_image_are_in_the_sequence(tmp_path: Path) -
     assert import_released(tmp_path, case) == 0
     loaded = load(tmp_path / "run")
     assert loaded.model.num_image_tokens == NUM_IMAGE_TOKENS + 2
-    assert loaded.config.model.vision_tower.select_layer == -1
+    assert load_config(loaded.path / "config.yaml").model.vision_tower.select_layer == -1
     ids = torch.full((1, 9), 5)
     ids[:, 1 : 1 + NUM_IMAGE_TOKENS + 2] = IMAGE_TOKEN_INDEX
     with torch.no_grad():

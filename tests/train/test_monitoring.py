@@ -88,7 +88,7 @@ def test_validation_answers_are_those_of_the_saved_model(world: Path) -> None:
     answered = run(world, "answered", *OPTIONS, "--train.validation_answers", "3")
     entry = read_metrics(answered / "metrics.jsonl")[-1]
     predictor = Predictor.from_pretrained(answered, device="cpu")
-    config, model = predictor.loaded.config, predictor.loaded.model
+    config, model = load_config(predictor.loaded.path / "config.yaml"), predictor.loaded.model
     processor = build_image_processor(model, config.data.image_aspect_ratio)
     held_out = build_dataset(
         config.data, predictor.loaded.tokenizer, processor, model.num_image_tokens, seed=config.train.seed, epochs=1
@@ -115,7 +115,7 @@ def test_validation_answers_are_those_of_the_saved_model(world: Path) -> None:
 
 def test_a_question_without_room_for_an_answer_is_left_out(world: Path, validated: Path) -> None:
     predictor = Predictor.from_pretrained(validated, device="cpu")
-    config, loaded = predictor.loaded.config, predictor.loaded
+    config, loaded = load_config(predictor.loaded.path / "config.yaml"), predictor.loaded
     processor = build_image_processor(loaded.model, config.data.image_aspect_ratio)
     arguments = (config.data, loaded.tokenizer, processor, loaded.model.num_image_tokens)
     held_out = build_dataset(*arguments, seed=config.train.seed, epochs=1).validation

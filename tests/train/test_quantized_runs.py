@@ -89,7 +89,7 @@ def test_it_learns_and_loads_as_it_was_trained(world: Path, method: str, quantiz
     assert [name for name, value in trained.items() if torch.equal(value, parameters[name])] == []
     assert not model.load_state_dict(trained, strict=False).unexpected_keys
     loaded = load_pretrained_model(out, device="cpu")
-    assert loaded.config.model.quantization == quantization
+    assert loaded.quantization == quantization
     with torch.no_grad():
         assert torch.equal(loaded.model(IDS, MASK), model.eval()(IDS, MASK))
 
@@ -128,7 +128,7 @@ def test_either_way_round(four: Path, full: Path) -> None:
         logits = {}
         for quantization in ("none", "8bit", "4bit"):
             loaded = load_pretrained_model(out, device="cpu", quantization=quantization)
-            assert loaded.config.model.quantization == quantization
+            assert loaded.quantization == quantization
             with torch.no_grad():
                 logits[quantization] = loaded.model(IDS, MASK)
         as_trained = load_pretrained_model(out, device="cpu")

@@ -1,6 +1,6 @@
 """A run's model without its weights: the real classes on the meta device, so every count is exact.
 
-Where a weight directory is absent the architecture comes from a table of known models; the caller is told so.
+If a weight directory is missing, the architecture comes from a table of known models, and the plan says so.
 """
 
 from dataclasses import dataclass
@@ -33,14 +33,14 @@ class MetaModel:
 
     model: LlavaMole
     assumptions: tuple[str, ...]
-    """What was taken from a table because a path is absent, a sentence each."""
+    """One sentence for each part taken from a table because its path does not exist."""
 
 
 def build_meta_model(config: RunConfig) -> MetaModel:
     """The run's model on the meta device, with its adapter, trainable and frozen as in training.
 
     Raises:
-        ConfigError, WeightsError: an architecture that is neither on disk nor known, or a wrong option.
+        ConfigError, WeightsError: The architecture is neither on disk nor known, or an option is wrong.
     """
     import open_clip
     from transformers import AutoModelForCausalLM
@@ -74,11 +74,11 @@ def build_meta_model(config: RunConfig) -> MetaModel:
 
 
 def language_model_config(path: str) -> tuple[Any, str]:
-    """The transformers configuration of the model in directory `path`, and the assumption made where it is absent.
+    """The transformers configuration of the model in `path`, and the assumption made if it is missing (else empty).
 
     Raises:
-        WeightsError: the directory is absent and its name is none of `KNOWN_LANGUAGE_MODELS`.
-        ConfigError: its config.json is of no model that transformers knows.
+        WeightsError: The directory is missing and its name is not in `KNOWN_LANGUAGE_MODELS`.
+        ConfigError: transformers does not know the model of its config.json.
     """
     from transformers import AutoConfig, LlamaConfig
 
@@ -90,8 +90,8 @@ def language_model_config(path: str) -> tuple[Any, str]:
     name = Path(path).name
     if name not in KNOWN_LANGUAGE_MODELS:
         raise WeightsError(
-            f"language model {path!r} is absent and of no known name (known: {', '.join(KNOWN_LANGUAGE_MODELS)}); put "
-            "its config.json there, which is enough for a plan"
+            f"language model {path!r} is absent and its name is not known (known: {', '.join(KNOWN_LANGUAGE_MODELS)}); "
+            "put its config.json there, which is enough for a plan"
         )
     return LlamaConfig(**KNOWN_LANGUAGE_MODELS[name]), f"language model {name} from the table of known models; " + (
         f"{path} is absent"

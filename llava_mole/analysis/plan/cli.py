@@ -1,8 +1,7 @@
-"""`llava-mole plan CONFIG --gpus N --gpu NAME`: what a run takes, before it starts: memory, FLOPs, hours, disk."""
+"""`llava-mole plan CONFIG --gpus N --gpu NAME`: memory, FLOPs, hours and disk space of a run before it starts."""
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 from llava_mole.analysis.plan.estimates import Estimate
 from llava_mole.analysis.plan.plan import Plan
 from llava_mole.common.errors import ConfigError, command
+from llava_mole.common.files import write_json
 from llava_mole.common.log import setup_logging
 from llava_mole.config import parse_run_config
-from llava_mole.model.flops import find_gpu
+from llava_mole.model.flops import GIB, find_gpu
 
 FIGURE = "plan.png"
 
 
 def parse_source(text: str) -> tuple[str, tuple[int, float]]:
-    """`NAME=RECORDS,MEAN_TOKENS` of option `--source`. Raises ConfigError where it is something else."""
+    """`NAME=RECORDS,MEAN_TOKENS` of option `--source`. Raises ConfigError for any other form."""
     name, _, numbers = text.partition("=")
     try:
         records, mean = numbers.split(",")
@@ -26,7 +26,7 @@ def parse_source(text: str) -> tuple[str, tuple[int, float]]:
     except ValueError:
         raise ConfigError(f"--source {text!r}: it must be NAME=RECORDS,MEAN_TOKENS, as in notes=20000,700") from None
     if not name or result[1][0] < 1 or result[1][1] < 1:
-        raise ConfigError(f"--source {text!r}: name, records and tokens must be there and above 0")
+        raise ConfigError(f"--source {text!r}: give a name, and records and tokens of at least 1")
     return result
 
 
@@ -34,27 +34,41 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-mole plan",
         allow_abbrev=False,
-        description="What a run takes, before it starts. Further options are the configuration's own: --key.sub value.",
+        description="Estimate what a run takes before it starts. Options --key.sub VALUE override the configuration.",
     )
     parser.add_argument("config", metavar="CONFIG", help="configuration of the run, as for `llava-mole train`")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default 8)")
-    parser.add_argument("--gpu", default="a100-80g", help="kind of GPU (default a100-80g); a wrong one lists all")
-    parser.add_argument("--utilisation", type=float, default=0.5, help="share of the peak in use (default 0.5)")
-    parser.add_argument("--source", action="append", default=[], metavar="NAME=RECORDS,MEAN_TOKENS")
-    parser.add_argument("--sample", type=int, default=2000, help="records of a source to tokenize (default 2000)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps to simulate (default 200)")
-    parser.add_argument("--out", type=Path, help="folder of plan.png (default: the run directory if it exists, else .)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs (default 8)")
+    parser.add_argument(
+        "--gpu", default="a100-80g", metavar="NAME", help="GPU model (default a100-80g); an unknown name lists all"
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=0.5, metavar="SHARE", help="share of the GPU's peak in use (default 0.5)"
+    )
+    parser.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=RECORDS,MEAN_TOKENS",
+        help="size of a source that is not on disk; repeatable",
+    )
+    parser.add_argument(
+        "--sample", type=int, default=2000, metavar="N", help="records to tokenize per source (default 2000)"
+    )
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps to simulate (default 200)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for plan.png (default: the run directory if it exists, else .)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan and draw it. The exit code is 0 whether it fits or not: both are answers."""
+    """Print the plan and draw it. The exit code is 0 whether or not the run fits."""
     arguments, overrides = _parser().parse_known_args(argv)
     gpu = find_gpu(arguments.gpu)
     config = parse_run_config([arguments.config, *overrides], prog="llava-mole plan")
-    setup_logging()  # before libraries are imported that warn of what does not concern a plan
+    setup_logging()  # before the imports, whose warnings do not concern a plan
     from llava_mole.analysis.plan.estimates import PlanOptions
     from llava_mole.analysis.plan.figure import draw_plan
     from llava_mole.analysis.plan.plan import make_plan
@@ -70,15 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = make_plan(config, options)
     print(plan_text(plan))
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(plan_values(plan), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, plan_values(plan), indent=1)
     run_dir = Path(config.train.output_dir)
     out = arguments.out or (run_dir if run_dir.is_dir() else Path())
     print(f"\npicture: {draw_plan(plan, out / FIGURE)}")
     return 0
-
-
-GIB = 2**30
 
 
 def plan_text(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""Ways to run a configuration, and which one is best: batching, rows and recomputation on some number of GPUs."""
+"""Ways to run a configuration (batching, row length, recomputation, number of GPUs) and the best of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from llava_mole.analysis.plan.memory import Precision, Row, Strategy, memory_ite
 from llava_mole.analysis.plan.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
 from llava_mole.config import RunConfig, check_batch, deepspeed_config
 from llava_mole.data.batching import assign_step
-from llava_mole.model.flops import Gpu, ModelShape
+from llava_mole.model.flops import GIB, Gpu, ModelShape
 from llava_mole.model.head_loss import CHUNK_ELEMENTS
 
 Batching = Literal["padded", "grouped", "packed"]
@@ -24,18 +24,18 @@ EVERY = (8, 4, 3, 2)
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan needs besides the configuration."""
+    """The options of a plan besides the configuration."""
 
     gpus: int
     gpu: Gpu
     utilisation: float = 0.5
-    """Share of the GPU's peak that a rank sustains while it computes."""
+    """Share of the GPU's peak that a rank sustains while computing."""
     steps: int = 200
-    """Steps simulated."""
+    """Optimizer steps to simulate."""
     sample: int = 2000
-    """Records of each source that are tokenized."""
+    """Records to tokenize per source."""
     given: Mapping[str, tuple[int, float]] | None = None
-    """Records and mean length of sources without data."""
+    """`(records, mean tokens)` of sources without data."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Policy:
 
     @property
     def setting(self) -> str:
-        """The options of `llava-mole train` that ask for it."""
+        """The options of `llava-mole train` that select it."""
         if not self.name.startswith("every_"):
             return f"--train.activation_checkpointing {self.name}"
         n = self.name.removeprefix("every_")
@@ -57,7 +57,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to run it."""
+    """One way to run a configuration."""
 
     gpus: int
     batching: str
@@ -77,7 +77,7 @@ class Estimate:
 
     @property
     def setting(self) -> str:
-        """The options of `llava-mole train` that ask for it."""
+        """The options of `llava-mole train` that select it."""
         rows = f" --train.pack_length {self.row_tokens}" if self.batching == "packed" else ""
         return f"--train.batching {self.batching}{rows} {self.policy.setting}"
 
@@ -99,7 +99,7 @@ class Planner:
     frozen: int
 
     def configured(self, gpus: int) -> Estimate:
-        """The configuration as it is. Raises ConfigError where its batch cannot be spread over the ranks."""
+        """The configuration as it is. Raises ConfigError if its batch cannot be spread over the ranks."""
         train = self.config.train
         layers = {"none": 0, "every_n": -(-self.shape.layers // train.checkpoint_every_n), "all": self.shape.layers}
         recomputes = train.activation_checkpointing
@@ -109,10 +109,10 @@ class Planner:
         return self.estimate(gpus, train.batching, Policy(name, layers[recomputes]), row_tokens)
 
     def recommend(self, gpus: int, batching: Batching) -> tuple[Estimate, str]:
-        """The fastest estimate that fits, and why; where none fits, the one with the most recomputation.
+        """The fastest estimate that fits, and the reason; if none fits, the one with the most recomputation.
 
-        Padded micro-batches are what the configuration says. Packed rows may be longer than a sample: fewer of them
-        means fewer times that ranks wait for each other.
+        Padded micro-batches have the configured size. Packed rows may be longer than a sample: ranks wait for each
+        other less often when there are fewer rows.
         """
         sizes = [self._padded_row()]
         if batching == "packed":
@@ -165,7 +165,7 @@ class Planner:
         return sorted(estimates, key=lambda e: e.gpus)
 
     def estimate(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> Estimate:
-        """Memory and time of one way to run it. Raises ConfigError where padded batches do not divide."""
+        """Memory and time of one way to run it. Raises ConfigError if padded batches do not divide."""
         train, peak = self.config.train, self.options.gpu.bf16_flops
         check_batch(batching, train.global_batch_size, train.micro_batch_size, gpus)
 
@@ -219,7 +219,7 @@ class Planner:
         )
 
     def policies(self) -> list[Policy]:
-        """From no recomputation to all of it."""
+        """The policies compared, from no recomputation to full recomputation."""
         layers = self.shape.layers
         every = [Policy(f"every_{n}", -(-layers // n)) for n in EVERY if n < layers]
         return [Policy("none", 0), *every, Policy("all", layers)]
@@ -255,4 +255,4 @@ def _same(a: Estimate, b: Estimate) -> bool:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"
+    return f"{size / GIB:.1f}"

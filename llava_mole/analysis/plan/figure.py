@@ -1,4 +1,4 @@
-"""The picture of a plan: memory of one GPU by item, hours by cause."""
+"""The figure of a plan: memory of one GPU by item, hours by cause."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from llava_mole.analysis.plan.estimates import Estimate
 from llava_mole.analysis.plan.plan import Plan
 from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
+from llava_mole.model.flops import GIB
 
-GIB = 2**30
 CAUSES = (
     ("useful", "useful compute", COLORS[2]),
     ("padding", "padding", COLORS[1]),
@@ -17,7 +17,7 @@ CAUSES = (
 
 
 def draw_plan(plan: Plan, path: Path) -> Path:
-    """Draw the plan's two panels as a PNG. Raises ConfigError where matplotlib is not installed."""
+    """Draw the plan's two panels as a PNG and return its path. Raises ConfigError without matplotlib."""
     figure = new_figure(12.5, 5.4)
     memory, time = figure.subplots(1, 2, width_ratios=(1.0, 1.5))
     _memory_panel(memory, plan)
@@ -64,5 +64,5 @@ def _time_panel(axes: Any, plan: Plan) -> None:
 
 
 def _is_drawn(estimate: Estimate, plan: Plan) -> bool:
-    """All on the GPUs asked for; of the other numbers only packed."""
+    """Whether the figure shows it: every estimate on the requested GPUs, only packed ones on other numbers."""
     return estimate.gpus == plan.options.gpus or estimate.batching == "packed"

@@ -1,4 +1,4 @@
-"""How long the samples of each source are: measured where its data are on disk, else assumed and said so."""
+"""Sample lengths of each source: measured if its data is on disk, otherwise assumed (and marked as assumed)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from llava_mole.data.store import is_prepared
 ANSWER_SHARE = 0.5
 """Assumed share of a sample's text that is supervised. Only the language model's head depends on it."""
 BYTES_PER_TOKEN = 4.0
-"""Assumed for text whose tokenizer is absent; Llama's takes about 4 bytes of English a token."""
+"""Assumed without a tokenizer; Llama's averages about 4 bytes of English per token."""
 POOL = 20_000
-"""Lengths drawn to stand for an assumed distribution."""
+"""Number of lengths drawn from an assumed distribution."""
 
 
 @dataclass(frozen=True)
 class AssumedSource:
-    """What is assumed of a source without data. Lengths are those of LLaVA-1.5 with 576 tokens an image."""
+    """Assumptions about a source without data. Lengths are those of LLaVA-1.5, with 576 tokens per image."""
 
     records: int
     text_tokens: float
-    """Mean tokens besides the image's, log-normal."""
+    """Mean of the log-normal text length in tokens, without the image's."""
     spread: float
     """Standard deviation of the logarithm."""
     tail_share: float
@@ -49,7 +49,7 @@ KNOWN_SOURCES: dict[str, AssumedSource] = {
 
 @dataclass(frozen=True)
 class SourceLengths:
-    """Lengths that stand for a source, one entry a sample."""
+    """Sample lengths that represent a source; one entry per sample, int64."""
 
     name: str
     records: int
@@ -57,7 +57,7 @@ class SourceLengths:
     supervised: npt.NDArray[np.int64]
     images: npt.NDArray[np.int64]
     basis: str
-    """Where the numbers come from, for the reader of a plan."""
+    """Where the numbers come from, as the plan shows it."""
     assumed: bool
 
 
@@ -73,14 +73,14 @@ def source_lengths(
 
     Args:
         data: Section `data` of the configuration.
-        language_model: Directory whose tokenizer measures, if it is there.
+        language_model: Directory whose tokenizer is used, if it exists.
         image_tokens: Tokens of an image.
         sample: Most records to tokenize of each source, evenly spaced.
-        given: `(records, mean tokens)` by source, in place of an assumption.
+        given: `(records, mean tokens)` by source; overrides data and assumptions.
 
     Raises:
-        ConfigError: a source that is neither on disk nor known nor given.
-        DataError: a file or record is wrong.
+        ConfigError: A source is neither given nor on disk nor known.
+        DataError: A file or record is wrong.
     """
     given = dict(given or {})
     unknown = sorted(given.keys() - data.sources.keys())

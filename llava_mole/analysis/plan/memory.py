@@ -1,6 +1,6 @@
-"""Memory of one GPU in training, by item. docs/planning.md derives the formulas.
+"""Memory of one GPU in training, by item; docs/planning.md derives the formulas.
 
-Bytes per number: e is that of the compute precision (bfloat16 2, float32 4); float32 copies count 4 whatever e is.
+e is the bytes per number of the compute precision (bfloat16 2, float32 4); float32 copies always take 4.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from llava_mole.model.quantization import BYTES_PER_WEIGHT
 RESERVE_BYTES = 2 * 2**30
 """CUDA context, NCCL's buffers, cuBLAS's workspace."""
 FRAGMENTATION = 0.05
-"""Share of everything else that the allocator cannot hand out."""
+"""Share of everything else that the allocator loses to fragmentation."""
 DEEPSPEED_BUCKET = 500_000_000
-"""DeepSpeed's `reduce_bucket_size` where the configuration names none; a buffer of as many numbers is allocated."""
+"""DeepSpeed's default `reduce_bucket_size`: the length of the buffer it allocates."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How wide numbers are."""
+    """The width of numbers."""
 
     compute_bytes: int
     """Of frozen weights, activations and, under DeepSpeed, trainable weights and gradients."""
@@ -103,9 +103,9 @@ def frozen_bytes(shape: ModelShape, parameters: int, compute_bytes: int, quantiz
 
 
 def int8_input_bytes(shape: ModelShape, tokens: int, adapter: str, compute_bytes: int, recomputed_layers: int) -> float:
-    """Bytes of the linears' inputs that 8-bit products keep and that nothing else does.
+    """Bytes of the linears' inputs that only 8-bit products keep.
 
-    bitsandbytes keeps the input of an 8-bit product, though its weight is frozen, and out of reach of recomputation.
+    bitsandbytes keeps the input of an 8-bit product although its weight is frozen, and recomputation does not free it.
     """
     d, w, f = shape.hidden_size, shape.attention_width, shape.ffn_size
     beyond_others = {"none": 2 * d + f, "lora": 0, "mole": f}[adapter]
@@ -127,7 +127,7 @@ def memory_items(
     head_chunk: int,
     quantization: Quantization = "none",
 ) -> dict[str, float]:
-    """Bytes per item on one GPU at its fullest.
+    """Bytes per item on one GPU at its peak.
 
     Args:
         shape: of the model.

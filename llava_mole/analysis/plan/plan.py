@@ -1,4 +1,4 @@
-"""Works out a run before it starts: parameters, memory of a GPU, arithmetic, hours. Needs no weights, data or GPU."""
+"""Estimates parameters, GPU memory, FLOPs and hours of a run before it starts; needs no weights, data or GPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from llava_mole.model.flops import ModelShape, model_shape, training_flops
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source of the mixture in the whole run."""
+    """One source of the mixture over the whole run."""
 
     name: str
     samples: int
     mean_tokens: float
     longest: int
     teraflops: float
-    """Mean of a sample, without recomputation."""
+    """Mean per sample, without recomputation."""
     basis: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, worked out."""
+    """The estimates of a run."""
 
     options: PlanOptions
     stage: str
@@ -44,24 +44,25 @@ class Plan:
     sample_teraflops: float
     checkpoint_bytes: int
     configured: Estimate
-    """The configuration as it is, on the GPUs asked for."""
+    """The configuration as it is, on the requested GPUs."""
     recommended: Estimate
-    """The configured batching on the GPUs asked for, with the rows and the recomputation that suit them."""
+    """The configured batching on the requested GPUs, with the best rows and recomputation."""
     reason: str
-    """Why that recomputation."""
+    """Why this recomputation was chosen."""
     estimates: list[Estimate]
-    """All that were compared, these two among them."""
+    """All estimates compared, including these two."""
 
     def fits(self, estimate: Estimate) -> bool:
-        """Whether an estimate's memory is there."""
+        """Whether an estimate fits into the GPU's memory."""
         return estimate.memory_bytes <= self.options.gpu.memory_bytes
 
 
 def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
-    """Work out a run.
+    """Estimate a run.
 
     Raises:
-        ConfigError, WeightsError, DataError: something in the configuration is wrong, or unknown and not on disk.
+        ConfigError, WeightsError, DataError: The configuration is wrong, or names a model or source that is neither
+            known nor on disk.
     """
     _check(options)
     meta = build_meta_model(config)

@@ -1,4 +1,4 @@
-"""How long steps last when ranks wait for the slowest one: a simulation over drawn or real steps."""
+"""Simulates how long steps last when all ranks wait for the slowest one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from llava_mole.data.batching import grouped_order
 from llava_mole.model.flops import ModelShape, recompute_flops, training_flops
 
 Rows = list[list[int]]
-"""Indices into a step's samples that share a micro-batch, for each micro-batch of a rank."""
+"""For each micro-batch of a rank, the indices of its samples in the step."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A mean step, in seconds per cause that add up to `seconds`."""
+    """The mean step in seconds; the four causes add up to `seconds`."""
 
     seconds: float
     useful: float
-    """Forward and backward pass of tokens that are not padding, spread evenly over the ranks."""
+    """Forward and backward pass of real tokens, spread evenly over the ranks."""
     padding: float
     recompute: float
     stragglers: float
@@ -47,7 +47,7 @@ class StepTime:
 
 
 def padded_rows(num_samples: int, world_size: int, micro_batch_size: int) -> list[Rows]:
-    """Rank -> micro-batches in the order of the plan, as `data.sampler.BatchPlan` deals them out."""
+    """Rank -> micro-batches in the order of the plan, as `data.batching.BatchPlan` assigns them."""
     per_pass = world_size * micro_batch_size
     return [
         [
@@ -59,7 +59,7 @@ def padded_rows(num_samples: int, world_size: int, micro_batch_size: int) -> lis
 
 
 def grouped_rows(lengths: Sequence[int], world_size: int, micro_batch_size: int) -> list[Rows]:
-    """As `padded_rows`, after LLaVA's grouping of a step's samples by length (and one modality a step)."""
+    """`padded_rows` after grouping the step's samples by length, as LLaVA does; all have one modality."""
     generator = torch.Generator().manual_seed(0)
     chunks = len(lengths) // micro_batch_size
     order = grouped_order(lengths, micro_batch_size, chunks, generator, by_modality=False)
@@ -108,7 +108,7 @@ def step_time(
 def _sample_flops(
     shape: ModelShape, samples: Samples, row_G: npt.NDArray[np.int64], padded: bool, recomputed_layers: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Useful work, padding and recomputation that each sample brings, `row_G` being the row it is in."""
+    """FLOPs of useful work, padding and recomputation per sample [G]; `row_G` is the row of each sample."""
     tokens = samples.tokens.astype(float)
     run = tokens
     if padded:

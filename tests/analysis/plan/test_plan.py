@@ -229,7 +229,7 @@ MISTAKES = {
     "source": (["--source", "red"], "it must be NAME=RECORDS,MEAN_TOKENS"),
     "unknown source": (["--source", "green=10,100"], "--source green: no such source; data.sources has "),
     "unknown key": (["--train.learning_rat", "1"], "learning_rat"),
-    "unknown model": (["--model.language_model", "x/unheard-of-7b"], "absent and of no known name"),
+    "unknown model": (["--model.language_model", "x/unheard-of-7b"], "absent and its name is not known"),
     "indivisible": (["--gpus", "3", "--train.batching", "padded"], "train.global_batch_size 4 is not a multiple"),
 }
 

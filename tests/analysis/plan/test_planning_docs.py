@@ -29,6 +29,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / "playground" / "data" / "tiny" / domain
         folder.mkdir(parents=True)
         (folder / "train.json").write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(20)]))
+    (tmp_path / "playground" / "models").mkdir()
+    (tmp_path / "playground" / "models" / "tiny").symlink_to(ROOT / "playground" / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
