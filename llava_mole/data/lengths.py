@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_mole.common.errors import DataError
+from llava_mole.common.files import sync
 from llava_mole.common.log import get_logger
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Template, Turn, render
 from llava_mole.data.batching import modality_length
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.records import Record, RecordSubset
-from llava_mole.data.store import PreparedRecords, sync_directory
+from llava_mole.data.store import PreparedRecords
 from llava_mole.data.tokenization import (
     VERSION,
     HFTextTokenizer,
@@ -204,7 +205,7 @@ def _store(path: Path, counts: Counts) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except OSError as error:
         logger.warning("%s: cannot be written (%s); the next run counts the tokens again", path, error.strerror)
         temporary.unlink(missing_ok=True)
@@ -364,7 +365,9 @@ def _counted(
         if all_lengths:
             return None, stored_counts(records, template, tokenizer)
         long = np.flatnonzero(most_tokens(records, template, limits.num_image_tokens) > limits.max_length)
-        quiet = [row for row in records.quiet_rows() if not render_record(records[int(row)], template).answer_spans]
+        quiet = [
+            row for row in records.rows_without_answer() if not render_record(records[int(row)], template).answer_spans
+        ]
         which = np.union1d(long, np.array(quiet, dtype=np.int64))
     elif all_lengths:
         return None, count_tokens(records, template, tokenizer)

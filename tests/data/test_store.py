@@ -189,12 +189,18 @@ def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
 
 
 WRONG_ROWS = {
-    "two questions": (dict(turns=(Turn("user", "a"), Turn("user", "b")), images=()), "turn 2 is again from the user"),
+    "two questions": (
+        dict(turns=(Turn("user", "a"), Turn("user", "b")), images=()),
+        r"two consecutive turns from the user \(turns 1 and 2\)",
+    ),
     "no answer": (dict(turns=(Turn("user", "a"),), images=()), "no question with an answer"),
-    "no marker": (dict(turns=(Turn("user", "a"), Turn("assistant", "b"))), "0 times <image> for 1 images"),
+    "no marker": (dict(turns=(Turn("user", "a"), Turn("assistant", "b"))), "0 times <image> for 1 image"),
     "marker in answer": (dict(turns=(Turn("user", "a"), Turn("assistant", "<image>"))), "stands in an answer"),
-    "one size for no image": (dict(images=(), turns=row(0).turns, image_sizes=((1, 2),)), "1 image sizes for 0 images"),
-    "half a surrogate": (dict(turns=(Turn("user", "<image>\ud83d"), Turn("assistant", "b"))), "half of a surrogate"),
+    "one size for no image": (dict(images=(), turns=row(0).turns, image_sizes=((1, 2),)), "1 image size for 0 images"),
+    "half a surrogate": (
+        dict(turns=(Turn("user", "<image>\ud83d"), Turn("assistant", "b"))),
+        "holds an unpaired surrogate; remove it",
+    ),
 }
 
 
@@ -248,7 +254,7 @@ def zeroed_shard(directory: Path) -> None:
         (no_json, "damaged"),
         (lost_shard, "incomplete, shard-00001.arrow is missing"),
         (cut_shard, "damaged, shard-00002.arrow has"),
-        (zeroed_shard, "no Arrow file"),
+        (zeroed_shard, "not an Arrow file"),
     ],
 )
 def test_a_damaged_set_is_refused_in_one_line(damage, expected: str, tmp_path: Path) -> None:
@@ -294,6 +300,4 @@ def test_changed_bytes_raise_nothing_but_our_own_errors(changes: list[tuple[int,
     ["", " ", "one", " one  two\n", "a\tb\vc\fd\re\x1cf\x1dg\x1eh\x1fi", "\x85a", "a\u00a0b \u3000c", "x x", "\0 \x7f"],
 )
 def test_words_are_those_of_split(text: str) -> None:
-    from llava_mole.data.store import _count_words
-
-    assert _count_words(Turn("user", text), text.encode()) == len(text.split())
+    assert store._count_words(Turn("user", text), text.encode()) == len(text.split())
