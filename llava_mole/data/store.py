@@ -7,7 +7,8 @@ A set is a folder with `manifest.json` and `shard-*.arrow`, each shard one Arrow
 holds the names behind the indices in the columns (`source`, `where_file`, `answer_type`), rows, bytes and SHA-256 of
 every shard, what the converter counted, and its own SHA-256. Token counts may lie beside it, see `lengths`.
 
-Shards are written with `pa.array`. Records are cut out of the mapped buffers: @@READS@@.
+Records are cut out of the mapped buffers through memory views, which is as fast as pyarrow's scalars, 3.4 times as fast
+as `slice(i, 1).to_pylist()`, and safe: pyarrow trusts the offsets in a file, and a damaged one aborts the process.
 """
 
 import json
@@ -32,7 +33,7 @@ from llava_mole.common.files import remove, sha256_of, sha256_of_json, sync
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import UNPAIRED_SURROGATE, count_of
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.conversation import ROLES, Turn, consecutive_turns
+from llava_mole.conversation import ROLES, Turn
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.records import Record, RecordSubset, parse_record
 
@@ -306,7 +307,7 @@ class _Strings:
 class _Columns:
     """The rows of the next shard, as Arrow buffers that grow without a Python object per value.
 
-    With lists of values and `pa.array`, `prepare` took 7% more time and 18% more memory (300,000 records).
+    With lists of values and `pa.array`, `prepare` took 6% more time and 18% more memory (300,000 records).
     """
 
     def __init__(self) -> None:
@@ -346,16 +347,18 @@ def _numbers(values: array, kind: pa.DataType) -> pa.Array:
 
 
 def _check_row(row: PreparedRow) -> None:
-    if (pair := consecutive_turns(row.turns)) is not None:
-        role = row.turns[pair[0]].role
-        raise DataError(
-            f"{row.where}: two consecutive turns from the {role} (turns {pair[0]} and {pair[1]}); merge them"
-        )
-    if len(row.turns) < 2 or row.turns[0].role != "user":
-        raise DataError(f"{row.where}: no question with an answer at the start; there is nothing to train on")
-    if any([DEFAULT_IMAGE_TOKEN in turn.text for turn in row.turns[1::2]]):
-        raise DataError(f"{row.where}: {DEFAULT_IMAGE_TOKEN} stands in an answer; move it to a user turn")
-    markers = sum([turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in row.turns])
+    markers = 0
+    for index, turn in enumerate(row.turns):
+        if turn.role != ROLES[index & 1]:
+            twice = f"two consecutive turns from the {turn.role} (turns {index} and {index + 1})"
+            wrong = twice if index else "the first turn is an answer"
+            raise DataError(f"{row.where}: {wrong}; user and assistant must alternate, the user first")
+        found = turn.text.count(DEFAULT_IMAGE_TOKEN)
+        if found and index & 1:
+            raise DataError(f"{row.where}: {DEFAULT_IMAGE_TOKEN} stands in an answer; move it to a user turn")
+        markers += found
+    if len(row.turns) < 2:
+        raise DataError(f"{row.where}: no question with an answer; there is nothing to train on")
     if markers != len(row.images):
         raise DataError(f"{row.where}: {markers} times {DEFAULT_IMAGE_TOKEN} for {count_of(len(row.images), 'image')}")
     if row.image_sizes and len(row.image_sizes) != len(row.images):
