@@ -1,4 +1,4 @@
-"""From examples to one batch: a row each with padding, or one row for all of them."""
+"""Batches: one padded row per example, or one packed row for all of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,35 +11,34 @@ from llava_mole.constants import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Example:
-    """One sample, ready to be batched."""
+    """One tokenized sample with its pixels."""
 
     id: str
     source: str
     source_index: int
     input_ids: list[int]
-    """Image positions hold IMAGE_TOKEN_INDEX."""
+    """IMAGE_TOKEN_INDEX at image positions."""
     labels: list[int]
     """Not shifted; IGNORE_INDEX where nothing is supervised."""
     images: torch.Tensor | None
-    """uint8 [n, 3, S, S], not normalised, in the order of their positions; None for text only."""
+    """uint8 [n, 3, S, S], not normalised, in the order of their positions; None for a text-only sample."""
     replaced_image: str | None = None
-    """Why another record of the source was to come here, whose image cannot be read; None in the usual case."""
+    """Why this record replaces another one of its source, whose image cannot be read; None if it does not."""
 
 
 def collate(
     examples: Sequence[Example], *, pad_token_id: int, padding_side: Literal["right", "left"] = "right"
 ) -> dict[str, Any]:
-    """Batch N examples, one a row, padded to the longest, L tokens.
+    """Batch N examples as rows, padded to the L tokens of the longest.
 
-    What is padding follows from the lengths, never from ids: with Llama's tokenizer the padding id is that of the real
-    token `<unk>`, which LLaVA therefore masks out of the attention.
+    Padding follows from lengths, never from ids: the padding id of Llama's tokenizer is that of the real token `<unk>`,
+    which LLaVA therefore excludes from attention.
 
     Returns:
         `input_ids` int64 [N, L]; `labels` int64 [N, L]; `attention_mask` bool [N, L], true at tokens; `images`
-        uint8 [M, 3, S, S], those of all examples in their order, or None; `has_image` bool [N];
-        `source_index` int64 [N]; `sample_index` int64 [N, L], the example of each position; `sample_lengths` None;
-        `ids` and `sources`, N strings each; `replaced_images`, `(source, what was wrong)` of those that stand for
-        another.
+        uint8 [M, 3, S, S] of all examples in order, or None; `has_image` bool [N]; `source_index` int64 [N];
+        `sample_index` int64 [N, L], the example of each position; `sample_lengths` None; `ids` and `sources`, N
+        strings each; `replaced_images`, `(source, problem)` for each example that replaces another record.
     """
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
@@ -63,11 +62,11 @@ def collate(
 
 
 def collate_packed(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, Any]:
-    """Put N examples into one row of T tokens, one after the other; for N = 0 a row of one token that counts nowhere.
+    """Concatenate N examples in one row of T tokens; N = 0 gives a row of one token that is masked everywhere.
 
     Returns:
-        As `collate`, with rows [1, T] and `sample_lengths`, the examples' lengths in order. The first label of every
-        example is IGNORE_INDEX: what precedes it belongs to another one.
+        Like `collate`, with rows [1, T] and the lengths of the examples, in order, as `sample_lengths`. The first label
+        of every example is IGNORE_INDEX, because the token before it belongs to another example.
     """
     lengths = [len(example.input_ids) for example in examples]
     ids = [token for example in examples for token in example.input_ids]

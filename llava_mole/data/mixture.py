@@ -1,11 +1,11 @@
-"""Which sample comes when: the plan of an epoch over a weighted mixture of datasets.
+"""The order of samples: the plan of an epoch over a weighted mixture of sources, and samples held out for validation.
 
-Lambda is the sampling frequency of a source (LLaVA-MoLE paper, section 4.3): 2 means that each of its samples is seen
-twice an epoch. The plan is computed, not drawn: it is a pure function of (sizes, lambdas, seed, epoch), so every rank
-derives the same one and a run resumes from the number of samples consumed.
+Lambda is the sampling frequency of a source (LLaVA-MoLE paper, section 4.3): with 2 each of its samples is seen twice
+per epoch. The plan is a pure function of sizes, lambdas, seed and epoch, so every rank computes the same one, and a run
+resumes from the number of samples it has consumed.
 
-Random keys are raw words of NumPy's Philox counter generator, whose stream is fixed, sorted by a stable sort; so a
-plan does not change with the version of NumPy.
+Permutations sort raw words of NumPy's Philox counter generator with a stable sort. The stream of this generator is
+fixed, so a plan does not depend on the version of NumPy.
 """
 
 import functools
@@ -19,43 +19,44 @@ import numpy as np
 import numpy.typing as npt
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.common.text import count_of
 from llava_mole.config import check_lambdas
 from llava_mole.data.records import Record, RecordSubset
 
 MOST_SAMPLES = 1 << 31
-"""Samples of an epoch, whose plan is in memory."""
+"""Most samples of an epoch: its plan is held in memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """The samples of one epoch in order; n samples from len(names) sources."""
+    """The n samples of one epoch in order."""
 
     source_index: npt.NDArray[np.int16]
-    """[n], position in `names`."""
+    """[n], index of the source in `names`."""
     sample_index: npt.NDArray[np.int64]
-    """[n], position in that source."""
+    """[n], index of the record in its source."""
     names: tuple[str, ...]
     counts: dict[str, int]
-    """Samples taken of each source."""
+    """Samples from each source."""
     digest: str
-    """SHA-256 (hex) of names and order; equal on all ranks and in a resumed run."""
+    """SHA-256 (hex) of names, sizes and order; equal on all ranks and in a resumed run."""
 
 
 def plan_epoch(sizes: Mapping[str, int], lambdas: Mapping[str, float], seed: int, epoch: int) -> EpochPlan:
-    """Plan epoch number `epoch` (from 0).
+    """The plan of epoch number `epoch`, from 0.
 
-    Of a source with n samples, floor(lambda) full passes are taken and a slice of round(fraction * n) samples. The
-    slices of successive epochs follow each other through one permutation of the source, so that no sample is left out
-    or doubled before all have had their turn. Everything is then shuffled together.
+    A source with n samples contributes floor(lambda) full passes and a slice of round(fraction * n) samples. The
+    slices of successive epochs walk through one permutation of the source, so no sample is repeated in them before
+    all others have been used. The samples of all sources are then shuffled together.
 
     Args:
-        sizes: Samples in each source, by name; the order of the names gives the source indices.
-        lambdas: Sampling frequency by name; a source without an entry has 1.
+        sizes: Samples of each source, by name; the order of the names defines the source indices.
+        lambdas: Sampling frequency by name; 1 for a source without an entry.
         seed: Seed of the run.
         epoch: Number of the epoch.
 
     Raises:
-        ConfigError: lambda below 0 or not finite, a lambda without its source, or a mixture without samples.
+        ConfigError: a lambda is below 0, not finite or without a source, or the mixture has no samples.
     """
     counts = mixture_counts(sizes, lambdas)
     sources, samples = [], []
@@ -79,7 +80,7 @@ def plan_epoch(sizes: Mapping[str, int], lambdas: Mapping[str, float], seed: int
 
 
 def mixture_counts(sizes: Mapping[str, int], lambdas: Mapping[str, float]) -> dict[str, int]:
-    """Samples of each source in one epoch. Raises ConfigError as `plan_epoch` does."""
+    """Samples from each source in one epoch. Raises ConfigError like `plan_epoch`."""
     check_lambdas(sizes, lambdas)
     counts = {}
     for name, size in sizes.items():
@@ -90,22 +91,29 @@ def mixture_counts(sizes: Mapping[str, int], lambdas: Mapping[str, float]) -> di
     if not total:
         raise ConfigError("data.mixture is empty: lambda times the number of records is below 1; raise a lambda")
     if total > MOST_SAMPLES:
-        raise ConfigError(f"data.mixture takes more than {MOST_SAMPLES:,} samples an epoch; lower a lambda")
+        raise ConfigError(f"data.mixture takes more than {MOST_SAMPLES:,} samples per epoch; lower a lambda")
     return counts
 
 
 def random_keys(count: int, purpose: str) -> npt.NDArray[np.uint64]:
-    """`count` random words that depend on `purpose` alone; sorting by them gives a permutation."""
+    """`count` random words that depend only on `purpose`; sorting by them gives a permutation."""
     key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:16], "little")
     return np.random.Philox(key=key).random_raw(count)
 
 
 class TrainingPlan:
-    """The plans of `epochs` epochs, one after the other, each built when it is first needed.
+    """The plans of successive epochs, each computed when it is first needed.
 
     `plan[i]` is `(source name, sample index)` of the i-th sample of the run. At most two epochs are kept in memory (10
-    bytes a sample), and none is pickled into data loader workers. `detail`, what else decides which samples these are,
-    goes into the digest.
+    bytes per sample), and none is pickled into data loader workers.
+
+    Args:
+        sizes, lambdas, seed: See `plan_epoch`.
+        epochs: Number of epochs.
+        detail: Anything else that determines the samples; it becomes part of the digest.
+
+    Raises:
+        ConfigError: as `plan_epoch`, or `epochs` is below 1.
     """
 
     def __init__(
@@ -139,12 +147,12 @@ class TrainingPlan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples taken of each source in the whole run."""
+        """Samples from each source in the whole run."""
         return {name: self.epochs * count for name, count in self._epoch_counts.items()}
 
     @property
     def digest(self) -> str:
-        """Digest of the first epoch. It does not depend on `epochs`, so a run may be resumed to last longer."""
+        """Digest of the first epoch. It does not depend on `epochs`, so a resumed run may have more of them."""
         own = self.epoch_plan(0).digest
         return hashlib.sha256(f"{own} {self._detail}".encode()).hexdigest() if self._detail else own
 
@@ -166,12 +174,15 @@ class TrainingPlan:
 def hold_out(
     records: Mapping[str, Sequence[Record]], count: int, seed: int
 ) -> tuple[dict[str, Sequence[Record]], dict[str, Sequence[Record]]]:
-    """Split every source into `(training, validation)`; both keep the order of the file.
+    """Split every source into training and validation records, each in the order of the source.
 
     Args:
         records: Records by source.
-        count: Validation samples of each source; 0 leaves everything to training.
+        count: Validation samples per source; 0 holds out none.
         seed: Seed of the run.
+
+    Returns:
+        The training and the validation records by source; the latter is empty for a count of 0.
 
     Raises:
         ConfigError: a source has no record left for training.
@@ -183,8 +194,8 @@ def hold_out(
     for name, source in records.items():
         if count >= len(source):
             raise ConfigError(
-                f"data.validation_samples is {count}, but source {name} has {len(source)} records: none would be left "
-                "to train on; lower it"
+                f"data.validation_samples is {count}, but source {name} has {count_of(len(source), 'record')}: none would "
+                "be left to train on; lower it"
             )
         order = np.argsort(random_keys(len(source), f"validation/{seed}/{name}"), kind="stable")
         validation[name] = RecordSubset(source, np.sort(order[:count]))

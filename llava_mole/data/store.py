@@ -14,6 +14,7 @@ as `slice(i, 1).to_pylist()`, and safe: pyarrow trusts the offsets in a file, an
 import json
 import os
 import platform
+import shutil
 import struct
 from array import array
 from bisect import bisect_right
@@ -29,7 +30,7 @@ import pyarrow as pa
 
 import llava_mole
 from llava_mole.common.errors import DataError
-from llava_mole.common.files import remove, sha256_of, sha256_of_json, sync
+from llava_mole.common.files import sha256_of, sha256_of_json, sync
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import UNPAIRED_SURROGATE, count_of
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
@@ -178,7 +179,7 @@ class StoreWriter:
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise DataError(f"{self.directory}: exists already; remove it, or give another directory to prepare into")
         try:
-            remove(self._temporary)
+            self.close()
             self._temporary.mkdir(parents=True)
         except OSError as error:
             raise DataError(f"{self.directory}: cannot be written: {error.strerror}") from None
@@ -265,7 +266,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Remove what was written, unless `finish` has renamed it."""
-        remove(self._temporary)
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def __enter__(self) -> "StoreWriter":
         return self

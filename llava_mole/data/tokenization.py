@@ -1,7 +1,7 @@
-"""From a rendered prompt to token ids and labels.
+"""From a record or a rendered prompt to token ids and labels, and the tokenizers that do it.
 
-The text between image markers is tokenized piece by piece, each piece as if it began a text, as LLaVA's
-`tokenizer_image_token` does. Labels follow from the answers' character spans and the tokens' character offsets.
+The pieces of text between image markers are tokenized separately, as in LLaVA's `tokenizer_image_token`. The labels
+follow from the character spans of the answers and the character offsets of the tokens.
 """
 
 import hashlib
@@ -16,15 +16,16 @@ from llava_mole.data.records import Record
 Offsets = list[tuple[int, int]]
 
 VERSION = 1
-"""Raised whenever `encode` makes other ids of the same text: stored token counts are then counted again."""
+"""Increase it whenever `encode` returns other ids for the same text: stored token counts then become invalid."""
+LengthPolicy = Literal["truncate", "error", "drop", "truncate_history"]
 
 
 class TextTokenizer(Protocol):
-    """What this package needs of a tokenizer."""
+    """The part of a tokenizer that this package uses."""
 
     @property
     def bos_token_id(self) -> int | None:
-        """Id that goes in front of every text; None where the tokenizer puts none."""
+        """Id in front of every text; None if the tokenizer adds none."""
 
     @property
     def eos_token_id(self) -> int | None:
@@ -32,20 +33,20 @@ class TextTokenizer(Protocol):
 
     @property
     def pad_token_id(self) -> int:
-        """Id of padding positions. It may equal a real token's id: only lengths tell what is padding."""
+        """Id of padding positions. It may equal the id of a real token: only lengths identify padding."""
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        """Ids of `text` without BOS, special tokens in it parsed, and each token's character range in `text`."""
+        """Ids of `text` without BOS, with special tokens parsed, and the character range of each token in `text`."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids` without special tokens."""
 
 
 class HFTextTokenizer:
-    """A Hugging Face fast tokenizer as a `TextTokenizer`; the original is `.hf`.
+    """A fast tokenizer of transformers as a `TextTokenizer`; `hf` is the original.
 
     Raises:
-        WeightsError: the tokenizer reports no character offsets (a slow one), or has no token to pad with.
+        WeightsError: the tokenizer is slow and reports no character offsets, or has no token for padding.
     """
 
     def __init__(self, hf_tokenizer: Any) -> None:
@@ -55,7 +56,7 @@ class HFTextTokenizer:
                 "AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         self.hf = hf_tokenizer
-        # Asked of the tokenizer, because `bos_token_id` is also set where none is put in front of texts.
+        # Some tokenizers have a `bos_token_id` but do not put it in front of texts.
         first = hf_tokenizer("a").input_ids[0]
         self.bos_token_id: int | None = first if first == hf_tokenizer.bos_token_id else None
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
@@ -67,19 +68,32 @@ class HFTextTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that decides which ids a text has."""
+        """SHA-256 (hex) of everything that determines the ids of a text."""
         content = f"{self.hf.backend_tokenizer.to_str()}\n{self.bos_token_id}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """See `TextTokenizer`."""
-        # verbose=False: the length is this package's business, the tokenizer's own warning would mislead.
+        # verbose=False suppresses a warning about the length, which this package checks itself.
         encoding = self.hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoding.input_ids, encoding.offset_mapping
 
     def decode(self, ids: list[int]) -> str:
         """See `TextTokenizer`."""
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the fast tokenizer in directory `path`. Raises WeightsError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_fast=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise WeightsError(f"no tokenizer loads from {path!r}: {' '.join(str(error).split())}") from None
+    if not tokenizer.is_fast:
+        raise WeightsError(f"the tokenizer in {path!r} has no fast form, which labels by character spans require")
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -102,17 +116,17 @@ class Encoded:
 def encode(rendered: Rendered, tokenizer: TextTokenizer, *, num_image_tokens: int, max_length: int | None) -> Encoded:
     """Tokenize a rendered conversation.
 
-    A token is supervised when it begins inside an answer span. So the piece that joins the space after the marker with
-    the answer's first word is, and so is one that runs over the end of an answer whose end marker is ordinary text.
+    A token is supervised if it begins inside an answer span. This includes the token that joins the space after the
+    marker with the first word of the answer, and one that crosses the end of an answer whose end marker is plain text.
 
     Args:
         rendered: Text with `<image>` markers, and answer spans.
-        tokenizer: Gives ids and offsets; its BOS, if it has one, goes in front.
-        num_image_tokens: Copies of IMAGE_TOKEN_INDEX that stand for one image; 1 gives LLaVA's ids.
-        max_length: Most tokens to keep, image tokens included; None keeps all.
+        tokenizer: Its BOS, if it adds one, comes first.
+        num_image_tokens: Copies of IMAGE_TOKEN_INDEX for each image; 1 gives LLaVA's ids.
+        max_length: Most tokens to keep, including those of images; None keeps all.
 
     Raises:
-        DataError: the cut at `max_length` would remove an image or a part of one.
+        DataError: truncation at `max_length` would remove an image or a part of one.
     """
     bos = tokenizer.bos_token_id
     input_ids = [] if bos is None else [bos]
@@ -147,11 +161,8 @@ def encode(rendered: Rendered, tokenizer: TextTokenizer, *, num_image_tokens: in
     return Encoded(input_ids, labels, len(chunks) - 1, truncated)
 
 
-LengthPolicy = Literal["truncate", "error", "drop", "truncate_history"]
-
-
 def render_record(record: Record, template: Template) -> Rendered:
-    """The prompt of a record. Raises DataError where the template cannot hold it; the message starts with `where`."""
+    """The prompt of a record. Raises DataError, starting with `where`, if the template cannot represent the record."""
     try:
         rendered = render(template, record.turns)
     except DataError as error:
@@ -168,11 +179,11 @@ def render_record(record: Record, template: Template) -> Rendered:
 def encode_record(
     record: Record, template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int | None
 ) -> Encoded:
-    """Render and tokenize one record; what is longer than `max_length` is cut at the end, as LLaVA does.
+    """Render and tokenize a record, and truncate it at `max_length` as LLaVA does.
 
     Raises:
-        DataError: the template cannot hold it, an image is cut off by `max_length`, or no supervised token is left;
-            the message starts with `file:line`.
+        DataError: the template cannot represent the record, truncation would remove an image, or no supervised token
+            is left; the message starts with `file:line`.
     """
     rendered = render_record(record, template)
     try:
@@ -181,12 +192,12 @@ def encode_record(
         raise DataError(f"{record.where}: {error}") from None
     if not encoded.num_supervised and not encoded.truncated:
         raise DataError(
-            f"{record.where}: no answer of it has any text with template {template.name!r}; give it one, or remove the "
+            f"{record.where}: none of its answers has text with template {template.name!r}; add one, or remove the "
             "record"
         )
     if not encoded.num_supervised:
         raise DataError(
-            f"{record.where}: no token of an answer is left after the cut at data.max_length {max_length} "
+            f"{record.where}: no token of an answer is left after truncation at data.max_length {max_length} "
             f"({len(encoded.input_ids) + encoded.truncated} tokens); raise it, or shorten or remove the record"
         )
     return encoded
@@ -195,15 +206,14 @@ def encode_record(
 def encode_shortened(
     record: Record, template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int
 ) -> Encoded | None:
-    """Encode a record without as many of its oldest rounds as it takes to fit; None if it cannot be made to fit.
+    """Encode a record without its oldest rounds, removing as few as possible; None if it cannot be made to fit.
 
-    Rounds that show an image stay, and so does the last answered one; a last question without an answer, which carries
-    no loss, goes first. `Encoded.truncated` is 0.
+    Rounds with an image and the last answered round stay. A final question without an answer, which carries no loss,
+    is removed first. `Encoded.truncated` is 0.
 
     Raises:
-        DataError: the template cannot hold the record; the message starts with `file:line`.
+        DataError: the template cannot represent the record; the message starts with `file:line`.
     """
-
     whole = encode_record(record, template, tokenizer, num_image_tokens, None)
     if len(whole.input_ids) <= max_length:
         return whole
@@ -213,14 +223,14 @@ def encode_shortened(
     if len(rounds[-1]) == 1 and DEFAULT_IMAGE_TOKEN not in rounds[-1][0].text:
         del rounds[-1]
     removable = [n for n, turns in enumerate(rounds[:-1]) if DEFAULT_IMAGE_TOKEN not in turns[0].text]
-    # The fewest rounds, found by bisection: every round that goes makes the sample shorter.
+    # Bisection finds the fewest rounds: every removed round makes the sample shorter.
     low, high, best = 0, len(removable), None
     while low <= high:
         middle = (low + high) // 2
         gone = set(removable[:middle])
         turns = tuple([turn for n, pair in enumerate(rounds) if n not in gone for turn in pair])
         rendered = render(template, turns)
-        if not rendered.answer_spans:  # only questions are left, and fewer rounds would not bring an answer back
+        if not rendered.answer_spans:  # only questions are left; removing more rounds brings no answer back
             high = middle - 1
             continue
         shorter = encode(rendered, tokenizer, num_image_tokens=num_image_tokens, max_length=None)
@@ -229,16 +239,3 @@ def encode_shortened(
         else:
             low = middle + 1
     return best if best is not None and best.num_supervised else None
-
-
-def load_tokenizer(path: str):
-    """The fast tokenizer in directory `path`. Raises WeightsError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_fast=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise WeightsError(f"no tokenizer loads from {path!r}: {' '.join(str(error).split())}") from None
-    if not tokenizer.is_fast:
-        raise WeightsError(f"the tokenizer in {path!r} has no fast form, which label masking by text spans needs")
-    return tokenizer

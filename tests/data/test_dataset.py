@@ -177,7 +177,7 @@ def image_out_of_reach(world: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("damage", "start", "message"),
     [
-        (missing_image, "general.json:4: ", "image '2.png' is no file in the image folder"),
+        (missing_image, "general.json:4: ", "image '2.png' is not a file in the image folder"),
         (missing_file, "document.json: ", "does not exist"),
         (missing_folder, "document.json:2: ", "this folder does not exist, check data.sources.<name>.image_folder"),
         (path_that_climbs, "document.json:3: ", "must be relative to the image folder"),
@@ -185,7 +185,7 @@ def image_out_of_reach(world: DataConfig) -> None:
         (
             answer_out_of_reach,
             "document.json:3: ",
-            "no token of an answer is left after the cut at data.max_length 128",
+            "no token of an answer is left after truncation at data.max_length 128",
         ),
         (image_out_of_reach, "document.json:2: ", "behind max_length 128; raise data.max_length"),
     ],
@@ -246,7 +246,7 @@ def test_image_that_breaks_in_a_run_is_replaced_by_the_next_of_its_source(world:
                 assert example.replaced_image.startswith(f"{tmp_path}/general.json:{int(before.id[1]) + 2}: image ")
             else:
                 assert (example.id, example.replaced_image) == (before.id, None)
-    with pytest.raises(DataError, match=r"general\.json:5: image '3\.png' is no file"):
+    with pytest.raises(DataError, match=r"general\.json:5: image '3\.png' is not a file"):
         build(world)
 
 

@@ -193,9 +193,9 @@ def test_links_inside_the_folder_and_of_the_folder_itself_are_fine(tmp_path: Pat
 
 def test_missing_file_folder_and_directory(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    with pytest.raises(DataError, match=r"'a\.png' is no file in the image folder"):
+    with pytest.raises(DataError, match=r"'a\.png' is not a file in the image folder"):
         load_image("a.png", tmp_path)
-    with pytest.raises(DataError, match="'sub' is no file"):
+    with pytest.raises(DataError, match="'sub' is not a file"):
         load_image("sub", tmp_path)
     with pytest.raises(DataError, match="this folder does not exist"):
         load_image("a.png", tmp_path / "absent")

@@ -257,6 +257,6 @@ def test_an_answer_that_renders_to_nothing_is_found_before_training(
     with pytest.raises(DataError) as caught:
         build_silent(tmp_path, tokenizer, kind, policy, batching)
     assert str(caught.value) == (
-        f"{tmp_path}/{kind}/raw.json:3: no answer of it has any text with template 'gemma'; give it one, or remove the "
+        f"{tmp_path}/{kind}/raw.json:3: none of its answers has text with template 'gemma'; add one, or remove the "
         "record"
     )

@@ -80,7 +80,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         read_questions([str(tmp_path / "nowhere.jsonl")])
     questions = read_questions([write(tmp_path / "q.jsonl", {"question_id": 1, "text": "a", "image": "no.png"})])
-    with pytest.raises(DataError, match=r"q\.jsonl:1: image 'no\.png' is no file in the image folder"):
+    with pytest.raises(DataError, match=r"q\.jsonl:1: image 'no\.png' is not a file in the image folder"):
         check_images(questions, tmp_path)
     with pytest.raises(DataError, match=r"--image-folder .*nowhere is not a directory; .*q\.jsonl:1 needs an image"):
         check_images(questions, tmp_path / "nowhere")

@@ -83,7 +83,7 @@ def test_a_run_goes_on_after_an_image_has_vanished_but_none_starts(tmp_path: Pat
     train(parse_run_config(arguments(tmp_path, "run", *options, "--train.max_steps", "3")))
     (tmp_path / "red" / "images" / "red-0.png").unlink()
     train(parse_run_config(arguments(tmp_path, "run", *options, "--train.max_steps", "10")))
-    with pytest.raises(faults.UserError, match="red-0.png' is no file"):
+    with pytest.raises(faults.UserError, match="red-0.png' is not a file"):
         train(parse_run_config(arguments(tmp_path, "new", *options)))
 
 
