@@ -8,19 +8,32 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def open_pool(workers: int) -> Executor:
-    """A pool of fresh processes (no inherited threads or locks) that end with this one, even if it is killed."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_watch_parent, initargs=(os.getpid(),))
+def open_pool(
+    workers: int,
+    *,
+    method: Literal["spawn", "fork"] = "spawn",
+    initializer: Callable[..., object] | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> Executor:
+    """A pool of processes that end with this one, even if it is killed.
+
+    Args:
+        workers: Number of processes.
+        method: `spawn` starts fresh processes without inherited threads or locks; `fork` starts at once and inherits
+            `arguments` without pickling them.
+        initializer: Called with `arguments` in each process before any work.
+    """
+    context = multiprocessing.get_context(method)
+    return ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), initializer, arguments))
 
 
-def _watch_parent(parent: int) -> None:
+def _start_worker(parent: int, initializer: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
     """End this process when its parent is gone. The parent alone reacts to Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -30,6 +43,8 @@ def _watch_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
 
 
 class WorkQueue(Generic[Item, Result]):

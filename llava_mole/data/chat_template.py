@@ -1,7 +1,9 @@
-"""The chat template that a tokenizer brings along, as a `Template` whose answers are supervised by span.
+"""The chat template of a tokenizer as a `Template`, so that the spans of its answers are known.
 
-A chat template is a program, so its fixed strings are found by running it on marked texts, and the result is believed
-only after it has rebuilt the program's own output for conversations of one to three rounds.
+A chat template is a program. Its fixed strings are found by running it on marked texts, and they are accepted only if
+they rebuild the program's own output for conversations of one to three rounds. Fixed strings, rather than spans found
+by rendering each prefix of a conversation, are what generation (stop string), the bound of the tokens and the key of
+stored token counts need; they also keep Jinja out of the data loader.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,21 +16,21 @@ from llava_mole.data.tokenization import HFTextTokenizer, TextTokenizer
 
 Render = Callable[[Sequence[Turn], bool], str]
 _MARKS = ("qqAskedFirstqq", "qqSaidFirstqq", "qqAskedLastqq", "qqSaidLastqq")
-"""Words that no chat template holds."""
+"""Words that occur in no chat template."""
 _ALTERNATIVE = "name a template of conversation.TEMPLATES instead"
 
 
 def check_template_name(name: str) -> None:
-    """Raise ConfigError for a name that `resolve_template` knows nothing about, before a tokenizer is loaded."""
+    """Raise ConfigError for a name unknown to `resolve_template`; needs no tokenizer."""
     if name != TOKENIZER_TEMPLATE:
         get_template(name)
 
 
 def resolve_template(name: str, tokenizer: TextTokenizer | None) -> Template:
-    """The template called `name`; the name `tokenizer` stands for the chat template of the tokenizer given.
+    """The template called `name`; the name `tokenizer` selects the chat template of `tokenizer`.
 
     Raises:
-        ConfigError: no template has this name, or see `read_chat_template`.
+        ConfigError: no template has this name, or as `read_chat_template`.
     """
     if name != TOKENIZER_TEMPLATE:
         return get_template(name)
@@ -36,15 +38,15 @@ def resolve_template(name: str, tokenizer: TextTokenizer | None) -> Template:
 
 
 def read_chat_template(hf_tokenizer: Any) -> Template:
-    """The fixed strings of the tokenizer's own chat template.
+    """The fixed strings of a tokenizer's own chat template.
 
-    The beginning-of-text token is left out where the tokenizer adds it to every text, since `tokenization.encode` then
-    puts it in front; else it is part of the text. An answer is supervised up to
-    the last special token of what follows it (`<|im_end|>`), the line break behind that is not.
+    The beginning-of-text token is removed if the tokenizer adds it to every text, because `tokenization.encode` then
+    adds it; otherwise it is part of the text. An answer is supervised up to the last special token behind it
+    (`<|im_end|>`), but not the line break after that token.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or one that no fixed strings describe: that writes the last
-            answer otherwise than earlier ones, depends on the date, or changes the texts beyond stripping blanks.
+        ConfigError: the tokenizer has no chat template, or fixed strings cannot describe it: it renders the last answer
+            differently from earlier ones, depends on the date, or changes texts beyond stripping white space.
     """
     if hf_tokenizer is None or not getattr(hf_tokenizer, "chat_template", None):
         raise ConfigError(f"template 'tokenizer': the language model's tokenizer has no chat template; {_ALTERNATIVE}")
@@ -60,7 +62,7 @@ def read_chat_template(hf_tokenizer: Any) -> Template:
 
 
 def _renderer(hf_tokenizer: Any) -> Render:
-    # `tokenization.encode` puts a BOS in front where the tokenizer adds one; elsewhere the template's own stays.
+    # `tokenization.encode` adds a BOS if the tokenizer does; otherwise the one of the template stays.
     bos = "" if HFTextTokenizer(hf_tokenizer).bos_token_id is None else hf_tokenizer.bos_token
 
     def published(turns: Sequence[Turn], add_generation_prompt: bool) -> str:
@@ -69,7 +71,7 @@ def _renderer(hf_tokenizer: Any) -> Render:
             text = hf_tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        # Templates are foreign programs in Jinja: they fail with its errors and with any error of Python's.
+        # Templates are foreign programs: they can raise errors of Jinja and any error of Python.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
@@ -93,17 +95,16 @@ def _take_apart(published: Render, special_tokens: set[str]) -> Template:
     head, to_answer, to_user, to_last_answer = pieces
     prompt = published(rounds[:1], True).partition(asked)[2]
     if to_answer != to_last_answer or not to_answer.startswith(prompt):
-        raise _unfit("announces the last answer otherwise than the one before it, or than the prompt does")
+        raise _unfit("announces the last answer differently from the one before it, or from the prompt")
     answer_end, tail = _split_end(rest, special_tokens)
     if not to_user.startswith(answer_end):
-        raise _unfit("ends the last answer otherwise than the one before it")
+        raise _unfit("ends the last answer differently from the one before it")
     to_user = to_user[len(answer_end) :]
     between, user_start = _split_start(to_user, tail, head)
-    # What a first question has in front of it and a later one has not: the system text, or what stands in for it.
-    system, prefix = (head[: -len(user_start)], "") if head.endswith(user_start) else (head, "")
-    if not head.endswith(user_start):
-        if not (user_start and user_start in head):
-            raise _unfit("begins the first question otherwise than later ones")
+    # Only the first question is preceded by a system text: in front of `user_start`, or between it and the question.
+    if head.endswith(user_start):
+        system, prefix = head[: len(head) - len(user_start)], ""
+    else:
         system, _, prefix = head.partition(user_start)
     user_end, answer_marker = _split_marker(prompt, special_tokens)
     return Template(
@@ -121,34 +122,34 @@ def _take_apart(published: Render, special_tokens: set[str]) -> Template:
 
 
 def _split_end(rest: str, special_tokens: set[str]) -> tuple[str, str]:
-    """What ends the last answer, up to its last special token, and the unsupervised rest."""
+    """The end of the last answer, up to its last special token, and the unsupervised rest."""
     ends = [rest.rfind(token) + len(token) for token in special_tokens if token and token in rest]
     end = max(ends, default=len(rest))
     if not end:
-        raise _unfit("writes nothing behind an answer, so a model could not learn to stop")
+        raise _unfit("writes nothing after an answer, so a model could not learn to stop")
     return rest[:end], rest[end:]
 
 
 def _split_start(to_user: str, tail: str, head: str) -> tuple[str, str]:
-    """What only stands between rounds (the tail of an answer, a second BOS), and what begins every question."""
+    """The text that only stands between rounds (the tail of an answer, a second BOS), and the start of a question."""
     for start in range(len(to_user) + 1):
         user_start = to_user[start:]
         if to_user[:start].startswith(tail) and user_start in head:
             return to_user[:start], user_start
-    raise _unfit("begins the first question otherwise than later ones")
+    raise _unfit("begins the first question differently from later ones")
 
 
 def _split_marker(prompt: str, special_tokens: set[str]) -> tuple[str, str]:
-    """What ends a question, and what announces the answer; together they are `prompt`."""
+    """The end of a question and the marker of its answer, which together are `prompt`."""
     ends = [prompt.find(token) + len(token) for token in special_tokens if token and token in prompt]
     end = min(ends, default=len(prompt))
-    # The line break behind the token belongs to it: an answer's marker begins with a visible character.
+    # Line breaks after the token belong to the question: the marker of an answer begins with a visible character.
     end += len(prompt[end:]) - len(prompt[end:].lstrip("\n")) if prompt[end:].strip("\n") else 0
     return prompt[:end], prompt[end:]
 
 
 def _check(template: Template, published: Render, blanks: list[Turn]) -> None:
-    """Raise ConfigError where the template does not rebuild the published output."""
+    """Raise ConfigError if the template does not rebuild the published output."""
     texts = ["What?", "One.", "And then,\n\nwhat?", "Two: a & b", "Why <b>?", "So."]
     for count in (2, 4, 6):
         turns = [Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts[:count])]
@@ -160,7 +161,7 @@ def _check(template: Template, published: Render, blanks: list[Turn]) -> None:
 
 
 def _whole(template: Template, turns: Sequence[Turn], wanted: str, prompt: bool = False) -> str:
-    """Our rendering, with the line breaks that the published one has behind its last end marker."""
+    """The template's rendering, with the white space that `wanted` has after its last end marker."""
     text = render(template, turns, add_generation_prompt=prompt).text
     tail = wanted[len(text) :] if wanted.startswith(text) else ""
     return text + tail if not prompt and not tail.strip() else text

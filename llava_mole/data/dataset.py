@@ -1,4 +1,4 @@
-"""The training set: positions of a plan become examples, and `build_dataset` checks everything before a run starts."""
+"""The training set: examples at the positions of a plan, and `build_dataset`, which checks all data before a run."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,20 +13,21 @@ from PIL import Image
 from llava_mole.common.distributed import on_main
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.common.log import get_logger
+from llava_mole.common.text import count_of
 from llava_mole.config import DataConfig, check_lambdas
 from llava_mole.conversation import Template
-from llava_mole.data.batching import GroupedPlan
+from llava_mole.data.batching import GroupedPlan, modality_lengths
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
 from llava_mole.data.images import ImageProcessor, load_image, resolve_image
-from llava_mole.data.lengths import Fitted, Limits, fit_source, image_counts, modality_lengths, sample_of
+from llava_mole.data.lengths import Fitted, Limits, fit_source, image_counts, sample_of
 from llava_mole.data.mixture import TrainingPlan, hold_out
 from llava_mole.data.records import Record, RecordSubset
 from llava_mole.data.store import PreparedRecords, read_records
 from llava_mole.data.tokenization import Encoded, TextTokenizer, encode_record, encode_shortened
 
 SUBSTITUTES = 100
-"""Records that are tried in place of one whose image cannot be read: beyond that the whole folder is gone."""
+"""Most records tried in place of one with an unreadable image; if all fail, the whole folder is probably missing."""
 
 logger = get_logger(__name__)
 
@@ -37,10 +38,10 @@ class SupervisedDataset:
     Args:
         records_by_source: Records of each source of the plan.
         image_folders: Root of the image paths, by source.
-        plan: Which sample comes when.
-        limits: Template, tokenizer, tokens of an image, and what becomes of samples that are too long.
-        image_processor: Makes the tower's input of an image.
-        lengths: Tokens of every record, by source; only `lengths` needs them.
+        plan: Order of the samples.
+        limits: Template, tokenizer, tokens per image, longest sample and length policy.
+        image_processor: Converts an image to the input of the vision tower.
+        lengths: Tokens of every record, by source; required by the method `lengths` only.
         image_draft: See `DataConfig.image_draft`.
     """
 
@@ -48,7 +49,7 @@ class SupervisedDataset:
         self,
         records_by_source: Mapping[str, Sequence[Record]],
         image_folders: Mapping[str, str],
-        plan: TrainingPlan | GroupedPlan,
+        plan: TrainingPlan,
         limits: Limits,
         image_processor: ImageProcessor,
         lengths: Mapping[str, npt.NDArray[np.int32]] | None = None,
@@ -64,12 +65,12 @@ class SupervisedDataset:
         self._lengths = lengths
         self._draft_size = 2 * image_processor.image_size if image_draft else None
         self.validation: SupervisedDataset | None = None
-        """Samples held out of the plan, each once; None where validation is off."""
+        """Each held-out sample once; None if validation is off."""
         self.report: dict[str, dict[str, int]] = {}
-        """By source: records, text_only, and how many were cut, shortened or dropped for their length."""
+        """By source: the numbers of records, text_only, cut, shortened and dropped records."""
 
     def lengths(self, positions: Iterable[int]) -> list[int]:
-        """Tokens of the samples at some positions of the plan. Raises ValueError if lengths were not counted."""
+        """Tokens of the samples at positions of the plan. Raises ValueError if lengths were not counted."""
         if self._lengths is None:
             raise ValueError("this data set was built without lengths")
         return [int(self._lengths[source][sample]) for source, sample in (self.plan[p] for p in positions)]
@@ -85,11 +86,12 @@ class SupervisedDataset:
     def __getitem__(self, position: int) -> Example:
         """The example at a position of the plan.
 
-        Where an image of it cannot be read, the next record of its source whose images can be takes its place: the same
-        one at every attempt, on every rank. `Example.replaced_image` then says what was wrong.
+        If an image of the record cannot be read, the next record of its source with readable images replaces it: the
+        same one at every attempt and on every rank. `Example.replaced_image` then holds the reason.
 
         Raises:
-            DataError: the record cannot be used, or no image near it can be read; the message starts with `file:line`.
+            DataError: the record cannot be used, or none of the records after it has readable images; the message
+                starts with `file:line`.
         """
         source, sample = self.plan[position]
         record, pictures, replaced = readable_record(
@@ -101,10 +103,10 @@ class SupervisedDataset:
         return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced)
 
     def sample(self, position: int) -> tuple[str, Record, list[Image.Image]]:
-        """Source, record and decoded images of the sample at a position; a record in its place as `__getitem__` says.
+        """Source, record and decoded images of the sample at a position, replaced as in `__getitem__`.
 
         Raises:
-            DataError: no image near it can be read.
+            DataError: none of the records after it has readable images.
         """
         source, sample = self.plan[position]
         record, pictures, _ = readable_record(self._records[source], sample, self._image_folders[source])
@@ -123,10 +125,13 @@ class SupervisedDataset:
 def readable_record(
     records: Sequence[Record], sample: int, image_folder: str, *, draft_size: int | None = None
 ) -> tuple[Record, list[Image.Image], str | None]:
-    """Record `sample` with its decoded images, or the next one with images that can be read, and what was wrong.
+    """Record `sample` or, if its images cannot be read, the next record with readable images.
+
+    Returns:
+        The record, its decoded images, and the problem of the record it replaces (None if it replaces none).
 
     Raises:
-        DataError: none of the next 100 records has images that can be read.
+        DataError: none of the next 100 records has readable images.
     """
     problem = None
     for offset in range(min(len(records), 1 + SUBSTITUTES)):
@@ -154,27 +159,28 @@ def build_dataset(
     micro_batch_size: int = 1,
     resuming: bool = False,
 ) -> SupervisedDataset:
-    """Read the sources of a configuration and check all of it: template, files, records, images, lengths.
+    """Read the sources of a configuration and check templates, files, records, images and lengths.
 
-    Sources with lambda 0 are not read. Logs for each source how many records it has, how many samples of it an epoch
-    takes, and how many of its records are cut at `max_length`.
+    Sources with lambda 0 are not read. For each source, logs the numbers of records, of samples per epoch, and of
+    records cut at `max_length`.
 
     Args:
         data_config: Section `data` of the configuration.
-        tokenizer: Of the language model.
-        image_processor: Of the vision tower.
-        num_image_tokens: Feature rows of one image.
+        tokenizer: Tokenizer of the language model.
+        image_processor: Image processor of the vision tower.
+        num_image_tokens: Tokens of one image.
         seed: Seed of the order.
         epochs: Passes over the mixture.
-        batching: `packed` counts the tokens of every record, which takes a minute for some 300,000; `grouped` puts
-            the plan into LLaVA's order for `global_batch_size` and `micro_batch_size`.
+        batching: `packed` counts the tokens of every record (about a minute for 300,000); `grouped` uses LLaVA's order
+            for `global_batch_size` and `micro_batch_size`.
         global_batch_size, micro_batch_size: Samples of a step and of a micro-batch, for `grouped`.
-        resuming: The run has trained on this data before: an image that is gone by now is replaced when its turn
-            comes, as it would be without a restart.
+        resuming: Whether the run has trained on this data before. Missing images are then not an error; they are
+            replaced when they are read, as without a restart.
 
     Raises:
-        ConfigError: unknown template, empty mixture, lambda below 0, `max_length` too small for one image.
-        DataError: anything wrong with a file, a record or an image; the message starts with the file.
+        ConfigError: the template is unknown, the mixture is empty, a lambda is below 0, or `max_length` is too small
+            for one image.
+        DataError: a file, a record or an image is invalid; the message starts with the file.
     """
     template = resolve_template(data_config.template, tokenizer)
     names = _active_sources(data_config)
@@ -192,34 +198,34 @@ def build_dataset(
     for name in names:
         if not resuming:
             _check_images(all_records[name], image_folders[name])
-        # One process counts, and decides for all.
+        # Rank 0 counts for all ranks.
         fit = partial(fit_source, all_records[name], limits, name, all_lengths=all_lengths)
         fitted[name] = on_main(fit)
     fitting = {name: fitted[name].select(all_records[name]) for name in names}
     records, held_out = hold_out(fitting, data_config.validation_samples, seed)
     lambdas = {name: value for name, value in data_config.mixture.items() if name in records}
     sizes = {name: len(records[name]) for name in names}
-    plan: TrainingPlan | GroupedPlan
-    plan = base = TrainingPlan(sizes, lambdas, seed, epochs, detail=_plan_detail(all_records, fitted))
+    plan = TrainingPlan(sizes, lambdas, seed, epochs, detail=_plan_detail(all_records, fitted))
     report = {}
     for name in names:
         counts = {"cut": fitted[name].cut, "shortened": fitted[name].shortened, "dropped": fitted[name].dropped}
         text_only = int((image_counts(records[name]) == 0).sum())
         report[name] = {"records": sizes[name], "text_only": text_only, **counts}
         logger.info(
-            "data: %s: %d records, lambda %g, %d samples an epoch, %d text only, %s at %d tokens",
+            "data: %s: %s, lambda %g, %s per epoch, %d text only, %s at %d tokens",
             name,
-            sizes[name],
+            count_of(sizes[name], "record"),
             lambdas.get(name, 1.0),
-            base.counts[name] // epochs,
+            count_of(plan.counts[name] // epochs, "sample"),
             text_only,
             ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "cut"),
             data_config.max_length,
         )
     if batching == "grouped":
         words = {name: modality_lengths(records[name]).tolist() for name in names}
-        plan = GroupedPlan(base, words, global_batch_size, micro_batch_size, seed)
-    logger.info("data: %d samples in %d epochs, plan %s", len(plan), epochs, plan.digest[:12])
+        plan = GroupedPlan(plan, words, global_batch_size, micro_batch_size, seed)
+    samples, passes = count_of(len(plan), "sample"), count_of(epochs, "epoch")
+    logger.info("data: %s in %s, plan %s", samples, passes, plan.digest[:12])
     lengths = {name: _lengths_of(records[name], fitted[name]) for name in names} if all_lengths else None
     draft = data_config.image_draft
     dataset = SupervisedDataset(records, image_folders, plan, limits, image_processor, lengths, image_draft=draft)
@@ -230,12 +236,13 @@ def build_dataset(
         dataset.validation = SupervisedDataset(
             held_out, image_folders, once, limits, image_processor, held_out_lengths, image_draft=draft
         )
-        logger.info("data: %d samples of each source are held out for validation", data_config.validation_samples)
+        held = count_of(data_config.validation_samples, "sample")
+        logger.info("data: held out for validation: %s of each source", held)
     return dataset
 
 
 def _lengths_of(records: Sequence[Record], fitted: Fitted) -> npt.NDArray[np.int32]:
-    """Lengths of what `hold_out` has made of a fitted source."""
+    """Lengths of the records that `hold_out` selected from a fitted source."""
     assert fitted.lengths is not None
     if isinstance(records, RecordSubset) and len(records) < len(fitted.lengths):
         return fitted.lengths[records.indices]
@@ -243,8 +250,10 @@ def _lengths_of(records: Sequence[Record], fitted: Fitted) -> npt.NDArray[np.int
 
 
 def _plan_detail(records: Mapping[str, Sequence[Record]], fitted: Mapping[str, Fitted]) -> str:
-    """What the plan's digest has to cover besides sizes: which records were left out, and what prepared sets hold (not
-    when they were made). Empty if there is neither."""
+    """The part of the plan's digest beyond sizes: kept records and shards of prepared sets; empty without either.
+
+    The digest of a prepared set is not used, because it also covers the time of preparation.
+    """
     digest = hashlib.sha256()
     kept = {name: outcome.kept for name, outcome in fitted.items() if outcome.kept is not None}
     for name, indices in kept.items():
@@ -258,7 +267,7 @@ def _plan_detail(records: Mapping[str, Sequence[Record]], fitted: Mapping[str, F
 
 
 def _active_sources(data_config: DataConfig) -> list[str]:
-    """Names with lambda above 0. The mixture is checked here, before any file is read."""
+    """Names of the sources with lambda above 0. Checks the mixture before any file is read."""
     check_lambdas(data_config.sources, data_config.mixture)
     return [name for name in data_config.sources if data_config.mixture.get(name, 1.0) > 0]
 
@@ -266,15 +275,15 @@ def _active_sources(data_config: DataConfig) -> list[str]:
 def _warn_about_end_marker(template: Template, tokenizer: TextTokenizer) -> None:
     if template.stop.strip() and len(tokenizer.encode_with_offsets(template.stop)[0]) != 1:
         logger.warning(
-            "template %r ends answers with %r, which is several tokens of this tokenizer: the model learns to write it "
-            "out, and generation must stop at that string",
+            "template %r ends answers with %r, which this tokenizer splits into several tokens: the model learns to "
+            "write it out, and generation must stop at that string",
             template.name,
             template.stop,
         )
 
 
 def _check_images(records: Sequence[Record], folder: str) -> None:
-    """Raise DataError for an image that is not there; of a prepared set, which was checked then, a sample is tried."""
+    """Raise DataError for a missing image. `prepare` has checked prepared sets, so only a sample of them is tried."""
     known: set[str] = set()
     indices = sample_of(len(records)) if isinstance(records, PreparedRecords) else range(len(records))
     for index in indices:

@@ -121,14 +121,11 @@ class TrainingPlan:
     ) -> None:
         if epochs < 1:
             raise ConfigError(f"train.epochs is {epochs}; it must be at least 1")
-        self._sizes = dict(sizes)
-        self._lambdas = dict(lambdas)
-        self._seed = seed
-        self._detail = detail
-        self.epochs = epochs
+        self.sizes, self.lambdas = dict(sizes), dict(lambdas)
+        self.seed, self.epochs, self.detail = seed, epochs, detail
         self._epoch_counts = mixture_counts(sizes, lambdas)
         self.samples_per_epoch = sum(self._epoch_counts.values())
-        self._epoch_plan = self._cached()
+        self._epoch_plan = functools.lru_cache(maxsize=2)(self._compute)
 
     def __len__(self) -> int:
         return self.epochs * self.samples_per_epoch
@@ -143,7 +140,7 @@ class TrainingPlan:
     @property
     def names(self) -> tuple[str, ...]:
         """Sources in the order of their indices."""
-        return tuple(self._sizes)
+        return tuple(self.sizes)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -154,21 +151,21 @@ class TrainingPlan:
     def digest(self) -> str:
         """Digest of the first epoch. It does not depend on `epochs`, so a resumed run may have more of them."""
         own = self.epoch_plan(0).digest
-        return hashlib.sha256(f"{own} {self._detail}".encode()).hexdigest() if self._detail else own
+        return hashlib.sha256(f"{own} {self.detail}".encode()).hexdigest() if self.detail else own
 
     def epoch_plan(self, epoch: int) -> EpochPlan:
         """The plan of one epoch."""
         return self._epoch_plan(epoch)
 
-    def _cached(self) -> Any:
-        return functools.lru_cache(maxsize=2)(functools.partial(plan_epoch, self._sizes, self._lambdas, self._seed))
+    def _compute(self, epoch: int) -> EpochPlan:
+        return plan_epoch(self.sizes, self.lambdas, self.seed, epoch)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_epoch_plan"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._epoch_plan = self._cached()
+        self._epoch_plan = functools.lru_cache(maxsize=2)(self._compute)
 
 
 def hold_out(
@@ -194,8 +191,8 @@ def hold_out(
     for name, source in records.items():
         if count >= len(source):
             raise ConfigError(
-                f"data.validation_samples is {count}, but source {name} has {count_of(len(source), 'record')}: none would "
-                "be left to train on; lower it"
+                f"data.validation_samples is {count}, but source {name} has {count_of(len(source), 'record')}: none "
+                "would be left to train on; lower it"
             )
         order = np.argsort(random_keys(len(source), f"validation/{seed}/{name}"), kind="stable")
         validation[name] = RecordSubset(source, np.sort(order[:count]))

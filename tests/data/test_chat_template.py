@@ -160,11 +160,11 @@ def test_markers_made_of_ordinary_text() -> None:
         ("{{ messages[0]['content'] }}{{ nothing.at.all }}", "fails on a plain conversation"),
         ("{{ strftime_now('%d %b %Y') }}\n" + QWEN, "chat template depends on the date; name a template of"),
         ("{{ messages[-1]['content'] }}</s>", "leaves a turn out"),
-        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}", "writes nothing behind an answer"),
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}", "writes nothing after an answer"),
         (
             "{% for m in messages %}{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
             "{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}",
-            "announces the last answer otherwise",
+            "announces the last answer differently",
         ),
         (
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper if m['content'] == 'So.' else "
@@ -180,7 +180,7 @@ def test_unfit_chat_template_is_refused(chat_template: str | None, message: str)
 
 def test_phi_3_adds_an_end_token_to_finished_conversations_only() -> None:
     """Its training text ends in the end-of-text token, which earlier answers do not have: no fixed strings."""
-    with pytest.raises(ConfigError, match="ends the last answer otherwise than the one before it"):
+    with pytest.raises(ConfigError, match="ends the last answer differently from the one before it"):
         read_chat_template(tokenizer_with(PHI_3, SPECIAL["phi_3"]))
 
 

@@ -102,8 +102,8 @@ def test_counts_are_logged_for_each_source(world: DataConfig, caplog: pytest.Log
     rewrite(world, "general", image_record(0), text_record(0, "long " * 200))
     with caplog.at_level(logging.INFO, "llava_mole"):
         build(world, epochs=3)
-    assert "general: 2 records, lambda 1, 2 samples an epoch, 1 text only, 1 cut at 128 tokens" in caplog.text
-    assert "document: 3 records, lambda 2, 6 samples an epoch, 0 text only, 0 cut at 128 tokens" in caplog.text
+    assert "general: 2 records, lambda 1, 2 samples per epoch, 1 text only, 1 cut at 128 tokens" in caplog.text
+    assert "document: 3 records, lambda 2, 6 samples per epoch, 0 text only, 0 cut at 128 tokens" in caplog.text
     assert "24 samples in 3 epochs" in caplog.text
 
 
@@ -265,7 +265,7 @@ def test_end_marker_of_several_tokens_is_warned_about(world: DataConfig, caplog:
     world.template = "chatml_direct"
     with caplog.at_level(logging.WARNING, "llava_mole"):
         build(world)
-    assert "'<|im_end|>', which is several tokens" in caplog.text
+    assert "'<|im_end|>', which this tokenizer splits into several tokens" in caplog.text
     caplog.clear()
     world.template = "vicuna_v1"
     with caplog.at_level(logging.WARNING, "llava_mole"):

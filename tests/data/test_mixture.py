@@ -106,7 +106,7 @@ def test_empty_mixture_is_refused(sizes: dict[str, int], lambdas: dict[str, floa
 
 @pytest.mark.parametrize("value", [1e9, 1.7e308])
 def test_an_epoch_that_no_memory_holds_is_refused(value: float) -> None:
-    with pytest.raises(ConfigError, match=r"data\.mixture takes more than 2,147,483,648 samples an epoch"):
+    with pytest.raises(ConfigError, match=r"data\.mixture takes more than 2,147,483,648 samples per epoch"):
         plan_epoch({"a": 3, "b": 1}, {"a": value}, 0, 0)
 
 

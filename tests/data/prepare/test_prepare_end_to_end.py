@@ -72,7 +72,7 @@ def test_both_stages_on_the_four_sets(tmp_path: Path) -> None:
     printed = run("bash", "scripts/finetune_mole.sh", str(finetune), *four)
     for line in ("m3it: 10 records", "sharegpt4v-instruct: 6 records", "ureader: 6 records", "pathvqa: 4 records"):
         assert line in printed
-    assert "ureader: 6 records, lambda 2, 12 samples an epoch" in printed
+    assert "ureader: 6 records, lambda 2, 12 samples per epoch" in printed
     steps = [json.loads(line) for line in (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()]
     losses = [step["loss"] for step in steps if "loss" in step]
     assert len(losses) == 3
