@@ -256,7 +256,8 @@ def _check_turns(template: Template, turns: Sequence[Turn], add_generation_promp
     for index, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[index % 2]:
             raise DataError(
-                f"turn {index + 1} of the conversation is again from the {turn.role}; user and assistant must alternate"
+                f"two consecutive turns from the {turn.role} (turns {index} and {index + 1} of the conversation); user "
+                "and assistant must alternate"
             )
     if add_generation_prompt and turns[-1].role != "user":
         raise DataError("the conversation ends with an answer; a prompt for generation must end with the user's turn")

@@ -15,12 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llava_mole.common.errors import DataError
-from llava_mole.common.log import get_logger
+from llava_mole.common.text import UNPAIRED_SURROGATE
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, drop_leading_answer, place_image_first
-
-logger = get_logger(__name__)
-
 
 ROLES: dict[str, Literal["user", "assistant"]] = {"human": "user", "gpt": "assistant"}
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
@@ -68,8 +65,10 @@ def parse_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
     for index, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[index % 2]:
             name = conversations[index + skipped]["from"]
+            number = index + skipped
             raise DataError(
-                f"{where}: turn {index + skipped + 1} is again from {name!r}; human and gpt must alternate, merge them"
+                f"{where}: two consecutive turns from {name!r} (turns {number} and {number + 1}); human and gpt must "
+                "alternate, merge them"
             )
     if not any(turn.role == "assistant" and turn.text for turn in turns):
         raise DataError(f"{where}: no gpt turn with text answers a human turn; there is nothing to train on")
@@ -120,7 +119,7 @@ def _check_characters(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where} holds half of a surrogate pair, which is no character; remove it") from None
+        raise DataError(f"{where} holds an {UNPAIRED_SURROGATE}") from None
 
 
 def _check_markers(turns: tuple[Turn, ...], images: tuple[str, ...], where: str) -> None:

@@ -111,12 +111,18 @@ BAD_RECORDS = {
     "turn without from": ({"conversations": [{"value": "x"}]}, "turn 1 has no 'from'"),
     "unknown role": (text_record(("user", "Hi"), ("gpt", "Hello")), "'user'; allowed are 'human' and 'gpt'"),
     "role no string": (text_record((["human"], "Hi"), ("gpt", "Hello")), "allowed are 'human' and 'gpt'"),  # type: ignore[arg-type]
-    "two questions": (text_record(("human", "a"), ("human", "b"), ("gpt", "c")), "turn 2 is again from 'human'"),
-    "two answers": (text_record(("human", "a"), ("gpt", "b"), ("gpt", "c")), "turn 3 is again from 'gpt'"),
-    "late two answers": (text_record(("gpt", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d")), "turn 4 is again"),
+    "two questions": (
+        text_record(("human", "a"), ("human", "b"), ("gpt", "c")),
+        "from 'human' (turns 1 and 2)",
+    ),
+    "two answers": (
+        text_record(("human", "a"), ("gpt", "b"), ("gpt", "c")),
+        "from 'gpt' (turns 2 and 3)",
+    ),
+    "late two answers": (text_record(("gpt", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d")), "(turns 3 and 4)"),
     "value no string": (text_record(("human", "a"), ("gpt", 3)), "turn 2: 'value' must be a string, got a number"),
     "value null": (text_record(("human", None), ("gpt", "b")), "turn 1: 'value' must be a string, got null"),
-    "half a surrogate": (text_record(("human", "\ud83d"), ("gpt", "b")), "turn 1: 'value' holds half of a surrogate"),
+    "half a surrogate": (text_record(("human", "\ud83d"), ("gpt", "b")), "turn 1: 'value' holds an unpaired surrogate"),
     "no answer": (text_record(("human", "a")), "nothing to train on"),
     "only an answer": (text_record(("gpt", "a")), "nothing to train on"),
     "empty answer": (text_record(("human", "a"), ("gpt", "")), "nothing to train on"),
@@ -150,8 +156,8 @@ BAD_RECORDS = {
         "is a URL; images are read from the image folder",
     ),
     "image inside the record": (GOOD | {"image": "data:image/png;base64,iVBORw0"}, "is a URL"),
-    "surrogate in the path": (GOOD | {"image": "\ud83d.png"}, "'image' holds half of a surrogate"),
-    "surrogate in the id": (GOOD | {"id": "\ud83d"}, "'id' holds half of a surrogate"),
+    "surrogate in the path": (GOOD | {"image": "\ud83d.png"}, "'image' holds an unpaired surrogate"),
+    "surrogate in the id": (GOOD | {"id": "\ud83d"}, "'id' holds an unpaired surrogate"),
     "image null": (GOOD | {"image": None}, "got null"),
     "image empty": (GOOD | {"image": ""}, "got an empty string"),
 }

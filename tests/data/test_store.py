@@ -121,7 +121,7 @@ def test_a_copy_does_not_read_another_set_of_the_same_name(tmp_path: Path) -> No
     data = pickle.dumps(write(tmp_path / "set", 3))
     os.rename(tmp_path / "set", tmp_path / "old")
     write(tmp_path / "set", 4)
-    with pytest.raises(DataError, match="has been prepared anew while it was in use"):
+    with pytest.raises(DataError, match="was prepared again while it was in use"):
         pickle.loads(data)
 
 
@@ -189,12 +189,15 @@ def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
 
 
 WRONG_ROWS = {
-    "two questions": (dict(turns=(Turn("user", "a"), Turn("user", "b")), images=()), "turn 2 is again from the user"),
+    "two questions": (
+        dict(turns=(Turn("user", "a"), Turn("user", "b")), images=()),
+        r"\(turns 1 and 2\)",
+    ),
     "no answer": (dict(turns=(Turn("user", "a"),), images=()), "no question with an answer"),
     "no marker": (dict(turns=(Turn("user", "a"), Turn("assistant", "b"))), "0 times <image> for 1 images"),
     "marker in answer": (dict(turns=(Turn("user", "a"), Turn("assistant", "<image>"))), "stands in an answer"),
     "one size for no image": (dict(images=(), turns=row(0).turns, image_sizes=((1, 2),)), "1 image sizes for 0 images"),
-    "half a surrogate": (dict(turns=(Turn("user", "<image>\ud83d"), Turn("assistant", "b"))), "half of a surrogate"),
+    "half a surrogate": (dict(turns=(Turn("user", "<image>\ud83d"), Turn("assistant", "b"))), "unpaired surrogate"),
 }
 
 
@@ -248,7 +251,7 @@ def zeroed_shard(directory: Path) -> None:
         (no_json, "damaged"),
         (lost_shard, "incomplete, shard-00001.arrow is missing"),
         (cut_shard, "damaged, shard-00002.arrow has"),
-        (zeroed_shard, "no Arrow file"),
+        (zeroed_shard, "not an Arrow file"),
     ],
 )
 def test_a_damaged_set_is_refused_in_one_line(damage, expected: str, tmp_path: Path) -> None:
