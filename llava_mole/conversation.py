@@ -1,8 +1,9 @@
-"""Conversations: from turns to the prompt text and the character spans that training supervises.
+"""Conversations: turns, templates, and `render`, which turns them into prompt text and supervised character spans.
 
-`render` is the only place that builds a prompt: training, evaluation and chat call it, with a template from
-`templates.py`. The spans replace LLaVA's counting of tokens: whatever the tokenizer does, a token is supervised when it
-begins inside an answer's span.
+`render` is the only place that builds a prompt: training, evaluation and chat all call it. The spans replace LLaVA's
+counting of tokens: whatever the tokenizer does, a token is supervised if it begins inside the span of an answer.
+
+A template for another family of language models is one more entry in `TEMPLATES`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,81 @@ from typing import Literal
 
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+
+Role = Literal["user", "assistant"]
+ROLES: tuple[Role, Role] = ("user", "assistant")
+"""The roles in the order in which they take turns."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; `text` may contain the image marker `<image>`."""
+
+    role: Role
+    text: str
+
+
+def consecutive_turns(turns: Sequence[Turn]) -> tuple[int, int] | None:
+    """Numbers, from 1, of the first two consecutive turns with the same role; None if the roles alternate."""
+    for number in range(1, len(turns)):
+        if turns[number].role == turns[number - 1].role:
+            return number, number + 1
+    return None
+
+
+def drop_leading_answer(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The turns without an answer that no question precedes, as in LLaVA."""
+    return tuple(turns[1:] if turns and turns[0].role == "assistant" else turns)
+
+
+def place_image_first(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Put one image marker and a newline in front of each turn that contains markers (LLaVA's multimodal step)."""
+    return tuple(
+        replace(turn, text=f"{DEFAULT_IMAGE_TOKEN}\n{_without_image(turn.text)}".strip())
+        if DEFAULT_IMAGE_TOKEN in turn.text
+        else turn
+        for turn in turns
+    )
+
+
+def _without_image(text: str) -> str:
+    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+
+
+@dataclass(frozen=True)
+class Template:
+    """The fixed strings around the turns of a conversation.
+
+    A prompt is `system`, then `user_start text user_end` for a question and `answer_marker answer_start text
+    answer_end` for an answer. Everything after `answer_marker` is supervised.
+    """
+
+    name: str
+    answer_end: str
+    """Ends an answer and is supervised: the model must learn to write it in order to stop."""
+    system: str = ""
+    first_text_prefix: str = ""
+    """Precedes the text of the first user turn (Llama-2's `<<SYS>>` block)."""
+    between_rounds: str = ""
+    """Precedes every user turn but the first, unless that turn renders to nothing."""
+    user_start: str = ""
+    user_end: str = ""
+    user_empty: str = ""
+    """Replaces a whole user turn without text."""
+    answer_marker: str = ""
+    """Announces an answer. A prompt for generation ends with it, and an answer without text consists of it alone."""
+    answer_start: str = ""
+    """Stands between marker and text. Its space belongs to the answer: tokenizers join it to the first word."""
+    strip: bool = False
+    """Whether white space around every text is removed, as the published template does."""
+    caption: bool = False
+    """Whether the training text is only the image marker and the answer, without the question (LLaVA's `plain`)."""
+
+    @property
+    def stop(self) -> str:
+        """The string at which generation may stop."""
+        return self.answer_end.strip(" ")
+
 
 VICUNA_SYSTEM = (
     "A chat between a curious {user} and an artificial intelligence assistant. "
@@ -24,41 +100,6 @@ LLAVA_LLAMA_2_SYSTEM = (
 MPT_SYSTEM = (
     "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 )
-
-
-@dataclass(frozen=True)
-class Template:
-    """The fixed strings around the turns.
-
-    A prompt is `system`, then per turn `user_start text user_end` or `answer_marker answer_start text answer_end`.
-    The supervised span of an answer is everything after `answer_marker`.
-    """
-
-    name: str
-    answer_end: str
-    """Ends an answer and is supervised: what the model must learn to say in order to stop."""
-    system: str = ""
-    first_text_prefix: str = ""
-    """Put in front of the first user text (Llama-2's `<<SYS>>` block)."""
-    between_rounds: str = ""
-    """Put in front of every user turn but the first, if that renders to anything."""
-    user_start: str = ""
-    user_end: str = ""
-    user_empty: str = ""
-    """Replaces a whole user turn without text."""
-    answer_marker: str = ""
-    """Announces an answer. A prompt for generation ends with it, and an answer without text is only this."""
-    answer_start: str = ""
-    """Between marker and text. The space is the answer's: tokenizers join it to the answer's first word."""
-    strip: bool = False
-    """Blanks around every text are removed, as the published template does."""
-    caption: bool = False
-    """Training text is the image marker and the answer; what the user says is left out (LLaVA's `plain`)."""
-
-    @property
-    def stop(self) -> str:
-        """The string at which generation may stop."""
-        return self.answer_end.strip(" ")
 
 
 def _vicuna(name: str, user: str) -> Template:
@@ -75,7 +116,7 @@ def _vicuna(name: str, user: str) -> Template:
 
 
 def _chatml(name: str, system: str) -> Template:
-    """LLaVA's ChatML, which has no line break between the messages."""
+    """ChatML as LLaVA writes it, without a line break between the messages."""
     return Template(
         name=name,
         system=f"<|im_start|>system\n{system}<|im_end|>",
@@ -88,7 +129,10 @@ def _chatml(name: str, system: str) -> Template:
 
 
 def _messages(name: str, start: str, end: str, assistant: str, *, system: str = "", strip: bool = False) -> Template:
-    """A model's own format of messages, each from `start` (with the role) to `end` and a line break if it has one."""
+    """Messages that each begin with `start`, which contains `{role}`, and end with `end`.
+
+    Line breaks at the end of `end` separate the messages; they are not part of an answer.
+    """
     marker, gap = end.rstrip("\n"), end[len(end.rstrip("\n")) :]
     user = start.format(role="user")
     return Template(
@@ -105,7 +149,7 @@ def _messages(name: str, start: str, end: str, assistant: str, *, system: str = 
 
 
 def _instruct(name: str, *, before: str, after: str, answer_end: str, between_rounds: str = "") -> Template:
-    """`[INST]` as Llama-2 and Mistral use it; they differ in blanks, and the blanks in tokens."""
+    """`[INST]` of Llama-2 and Mistral. The variants differ in white space, and therefore in tokens."""
     return Template(
         name=name,
         between_rounds=between_rounds,
@@ -148,14 +192,14 @@ TEMPLATES: dict[str, Template] = {
     ),
     "gemma": _messages("gemma", "<start_of_turn>{role}\n", "<end_of_turn>\n", "model", strip=True),
 }
-"""Templates by name; `v1` is another name of `vicuna_v1`. Up to `mistral_instruct` the names and texts are LLaVA's."""
+"""Templates by name; `v1` is an alias of `vicuna_v1`. Names and texts up to `mistral_instruct` are those of LLaVA."""
 
 TOKENIZER_TEMPLATE = "tokenizer"
-"""Stands for the chat template that the language model's tokenizer brings along, see `data/chat_template.py`."""
+"""Name that selects the chat template of the language model's tokenizer, see `data/chat_template.py`."""
 
 
 def get_template(name: str) -> Template:
-    """The template called `name`. Raises ConfigError that lists the names (LLaVA would silently take `vicuna_v1`)."""
+    """The template called `name`. Raises ConfigError, which lists the names, if there is none."""
     try:
         return TEMPLATES[name]
     except KeyError:
@@ -166,57 +210,36 @@ def get_template(name: str) -> Template:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one side says; `text` may hold the image marker `<image>`."""
-
-    role: Literal["user", "assistant"]
-    text: str
-
-
-@dataclass(frozen=True)
 class Rendered:
-    """A prompt with the literal `<image>` markers and its supervised character ranges, ascending, end excluded."""
+    """A prompt with literal `<image>` markers."""
 
     text: str
     answer_spans: tuple[tuple[int, int], ...]
-
-
-def place_image_first(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """LLaVA's multimodal step: in each turn with image markers, one marker and a newline go in front of the text."""
-    return tuple(
-        replace(turn, text=f"{DEFAULT_IMAGE_TOKEN}\n{_without_image(turn.text)}".strip())
-        if DEFAULT_IMAGE_TOKEN in turn.text
-        else turn
-        for turn in turns
-    )
-
-
-def drop_leading_answer(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The turns from the first user turn on if only one answer precedes it, as LLaVA does."""
-    return tuple(turns[1:] if turns and turns[0].role == "assistant" else turns)
+    """Supervised ranges of characters, ascending, each `(start, end)` without the end."""
 
 
 def render(template: Template, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> Rendered:
-    """Build the prompt of a conversation.
+    """The prompt of a conversation and the spans of its answers.
 
-    An answer without text renders as the bare marker, without `answer_end`, and is not supervised; that is what LLaVA
-    trains on. A leading answer is dropped. The image markers stay where they are: see `place_image_first`.
+    An answer without text renders as the bare marker, without `answer_end`, and is not supervised, as in LLaVA. A
+    leading answer is dropped. Image markers stay where they are; see `place_image_first`.
 
     Args:
-        template: One of `TEMPLATES`.
-        turns: User and assistant in turn. The last one may be the user's.
-        add_generation_prompt: End with the marker of an answer to come; the last turn must then be the user's.
+        template: One of `TEMPLATES`, or the one of a tokenizer.
+        turns: Alternating turns. The last one may be a question.
+        add_generation_prompt: End with the marker of the answer to be generated; the last turn must be a question.
 
     Returns:
-        The text and the answers' character ranges, from behind the marker to the end of `answer_end`.
+        The text, and for each answer its range from behind the marker to the end of `answer_end`.
 
     Raises:
-        DataError: no turns, turns that do not alternate, or a shape that the template cannot hold.
+        DataError: there are no turns, they do not alternate, or the template cannot represent them.
     """
+    _check_order(turns)
     turns = drop_leading_answer(turns)
     if template.strip:
         turns = [replace(turn, text=turn.text.strip()) for turn in turns]
-    _check_turns(template, turns, add_generation_prompt)
+    _check_ends(template, turns, add_generation_prompt)
     if template.caption:
         return _render_caption(template, turns, add_generation_prompt)
     pieces = [template.system]
@@ -239,8 +262,21 @@ def render(template: Template, turns: Sequence[Turn], *, add_generation_prompt: 
     return Rendered("".join(pieces), tuple(spans))
 
 
-def _without_image(text: str) -> str:
-    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+def _check_order(turns: Sequence[Turn]) -> None:
+    if (pair := consecutive_turns(turns)) is not None:
+        raise DataError(
+            f"two consecutive turns from the {turns[pair[0]].role} (turns {pair[0]} and {pair[1]}); user and assistant "
+            "must alternate"
+        )
+
+
+def _check_ends(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> None:
+    if not turns:
+        raise DataError("the conversation has no user turn; it must start with one")
+    if add_generation_prompt and turns[-1].role != "user":
+        raise DataError("the conversation ends with an answer; a prompt for generation must end with a user turn")
+    if template.first_text_prefix and not turns[0].text:
+        raise DataError(f"the first user turn is empty; template {template.name!r} needs text there")
 
 
 def _user_piece(template: Template, text: str, *, first: bool) -> str:
@@ -250,23 +286,8 @@ def _user_piece(template: Template, text: str, *, first: bool) -> str:
     return piece if first or not piece else template.between_rounds + piece
 
 
-def _check_turns(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> None:
-    if not turns:
-        raise DataError("the conversation has no user turn; it must start with one")
-    for index, turn in enumerate(turns):
-        if turn.role != ("user", "assistant")[index % 2]:
-            raise DataError(
-                f"two consecutive turns from the {turn.role} (turns {index} and {index + 1} of the conversation); user "
-                "and assistant must alternate"
-            )
-    if add_generation_prompt and turns[-1].role != "user":
-        raise DataError("the conversation ends with an answer; a prompt for generation must end with the user's turn")
-    if template.first_text_prefix and not turns[0].text:
-        raise DataError(f"the first user turn is empty; template {template.name!r} needs text there")
-
-
 def _render_caption(template: Template, turns: Sequence[Turn], add_generation_prompt: bool) -> Rendered:
-    """Training: marker and caption. Generation: the marker, then what the user says, if anything, as in LLaVA."""
+    """Training: marker and caption. Generation: the marker, then the user's text if there is any, as in LLaVA."""
     if add_generation_prompt:
         if len(turns) != 1:
             raise DataError(f"template {template.name!r} holds one turn, the prompt has {len(turns)}")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_mole.common.errors import DataError
-from llava_mole.common.files import atomic_path
+from llava_mole.common.files import sync
 from llava_mole.common.log import get_logger
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Template, Turn, render
@@ -48,7 +48,7 @@ NEVER = int(np.iinfo(np.int32).max) // 2
 """Second column of a record without any supervised token."""
 _CHUNK = 1024
 _ALONE = 8
-"""Up to this many chunks run in this process; more use several."""
+"""So many chunks are worked off in this process; more by several."""
 
 
 def count_record(record: Record, template: Template, tokenizer: TextTokenizer) -> tuple[int, int]:
@@ -146,7 +146,7 @@ def lengths_path(records: PreparedRecords, template: Template, tokenizer: TextTo
 
 
 def read_lengths(path: Path | None, rows: int) -> Counts | None:
-    """Stored counts, or None (logged) if they are missing or invalid."""
+    """Counts that were stored; None where there are none that can be used, which is said."""
     if path is None or not path.is_file():
         return None
     try:
@@ -198,11 +198,17 @@ def add_lengths(
 
 
 def _store(path: Path, counts: Counts) -> None:
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
+        with temporary.open("wb") as file:
             np.save(file, counts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         logger.warning("%s: cannot be written (%s); the next run counts the tokens again", path, error.strerror)
+        temporary.unlink(missing_ok=True)
 
 
 def most_tokens(records: PreparedRecords, template: Template, num_image_tokens: int) -> npt.NDArray[np.int64]:
@@ -235,7 +241,7 @@ def image_counts(records: Sequence[Record]) -> npt.NDArray[Any]:
 
 
 def modality_lengths(records: Sequence[Record]) -> npt.NDArray[Any]:
-    """`modality_length` of every record, [n]. Raises DataError for a record without a word."""
+    """`grouping.modality_length` of every record, [n]. Raises DataError for a record without a word."""
     lengths = _column(records, "words", modality_length)
     for index in np.flatnonzero(lengths == 0)[:1]:
         modality_length(records[int(index)])
@@ -359,10 +365,10 @@ def _counted(
         if all_lengths:
             return None, stored_counts(records, template, tokenizer)
         long = np.flatnonzero(most_tokens(records, template, limits.num_image_tokens) > limits.max_length)
-        unanswered = [
+        quiet = [
             row for row in records.rows_without_answer() if not render_record(records[int(row)], template).answer_spans
         ]
-        which = np.union1d(long, np.array(unanswered, dtype=np.int64))
+        which = np.union1d(long, np.array(quiet, dtype=np.int64))
     elif all_lengths:
         return None, count_tokens(records, template, tokenizer)
     else:
@@ -381,7 +387,7 @@ def _check_sample(records: PreparedRecords, template: Template) -> None:
 
 
 def _may_not_fit(record: Record, limits: Limits) -> bool:
-    """Whether a bound of the tokens, by bytes, is above the limit (see `most_tokens`), or no answer is seen."""
+    """Whether a bound of the tokens, by bytes, is above the limit (see `lengths.most_tokens`), or no answer is seen."""
     rendered = render_record(record, limits.template)
     size = len(rendered.text.encode())
     images = len(record.images)

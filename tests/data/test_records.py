@@ -93,7 +93,7 @@ def test_answer_before_the_first_question_is_left_out_and_said(
     with caplog.at_level(logging.WARNING, "llava_mole"):
         (read,) = read_records(write(tmp_path / "a.json", json.dumps([record])), "s")
     assert [turn.text for turn in read.turns] == ["Hi", "Hello"]
-    assert "1 records" in caplog.text
+    assert "the first answer of 1 record, which" in caplog.text
 
 
 def test_last_question_may_stay_unanswered(tmp_path: Path) -> None:
@@ -113,23 +113,26 @@ BAD_RECORDS = {
     "role no string": (text_record((["human"], "Hi"), ("gpt", "Hello")), "allowed are 'human' and 'gpt'"),  # type: ignore[arg-type]
     "two questions": (
         text_record(("human", "a"), ("human", "b"), ("gpt", "c")),
-        "from 'human' (turns 1 and 2)",
+        "two consecutive turns from 'human' (turns 1 and 2)",
     ),
     "two answers": (
         text_record(("human", "a"), ("gpt", "b"), ("gpt", "c")),
-        "from 'gpt' (turns 2 and 3)",
+        "two consecutive turns from 'gpt' (turns 2 and 3)",
     ),
     "late two answers": (text_record(("gpt", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d")), "(turns 3 and 4)"),
     "value no string": (text_record(("human", "a"), ("gpt", 3)), "turn 2: 'value' must be a string, got a number"),
     "value null": (text_record(("human", None), ("gpt", "b")), "turn 1: 'value' must be a string, got null"),
-    "half a surrogate": (text_record(("human", "\ud83d"), ("gpt", "b")), "turn 1: 'value' holds an unpaired surrogate"),
+    "half a surrogate": (
+        text_record(("human", "\ud83d"), ("gpt", "b")),
+        "turn 1: 'value' holds an unpaired surrogate; remove it",
+    ),
     "no answer": (text_record(("human", "a")), "nothing to train on"),
     "only an answer": (text_record(("gpt", "a")), "nothing to train on"),
     "empty answer": (text_record(("human", "a"), ("gpt", "")), "nothing to train on"),
     "two markers": (text_record(("human", "<image><image>"), ("gpt", "b"), image="i.png"), "2 times <image>"),
     "two markers in two turns": (
         text_record(("human", "<image>"), ("gpt", "b"), ("human", "<image>"), ("gpt", "c"), image="i.png"),
-        "2 times <image> for one image",
+        "2 times <image> for 1 image; keep one marker",
     ),
     "marker without image": (text_record(("human", "<image>\na"), ("gpt", "b")), "without 'image'"),
     "image without marker": (text_record(("human", "a"), ("gpt", "b"), image="i.png"), "would never be seen"),
@@ -156,8 +159,8 @@ BAD_RECORDS = {
         "is a URL; images are read from the image folder",
     ),
     "image inside the record": (GOOD | {"image": "data:image/png;base64,iVBORw0"}, "is a URL"),
-    "surrogate in the path": (GOOD | {"image": "\ud83d.png"}, "'image' holds an unpaired surrogate"),
-    "surrogate in the id": (GOOD | {"id": "\ud83d"}, "'id' holds an unpaired surrogate"),
+    "surrogate in the path": (GOOD | {"image": "\ud83d.png"}, "'image' holds an unpaired surrogate; remove it"),
+    "surrogate in the id": (GOOD | {"id": "\ud83d"}, "'id' holds an unpaired surrogate; remove it"),
     "image null": (GOOD | {"image": None}, "got null"),
     "image empty": (GOOD | {"image": ""}, "got an empty string"),
 }

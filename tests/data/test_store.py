@@ -121,7 +121,7 @@ def test_a_copy_does_not_read_another_set_of_the_same_name(tmp_path: Path) -> No
     data = pickle.dumps(write(tmp_path / "set", 3))
     os.rename(tmp_path / "set", tmp_path / "old")
     write(tmp_path / "set", 4)
-    with pytest.raises(DataError, match="was prepared again while it was in use"):
+    with pytest.raises(DataError, match="has been prepared anew while it was in use"):
         pickle.loads(data)
 
 
@@ -191,13 +191,16 @@ def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
 WRONG_ROWS = {
     "two questions": (
         dict(turns=(Turn("user", "a"), Turn("user", "b")), images=()),
-        r"\(turns 1 and 2\)",
+        r"two consecutive turns from the user \(turns 1 and 2\)",
     ),
     "no answer": (dict(turns=(Turn("user", "a"),), images=()), "no question with an answer"),
-    "no marker": (dict(turns=(Turn("user", "a"), Turn("assistant", "b"))), "0 times <image> for 1 images"),
+    "no marker": (dict(turns=(Turn("user", "a"), Turn("assistant", "b"))), "0 times <image> for 1 image"),
     "marker in answer": (dict(turns=(Turn("user", "a"), Turn("assistant", "<image>"))), "stands in an answer"),
-    "one size for no image": (dict(images=(), turns=row(0).turns, image_sizes=((1, 2),)), "1 image sizes for 0 images"),
-    "half a surrogate": (dict(turns=(Turn("user", "<image>\ud83d"), Turn("assistant", "b"))), "unpaired surrogate"),
+    "one size for no image": (dict(images=(), turns=row(0).turns, image_sizes=((1, 2),)), "1 image size for 0 images"),
+    "half a surrogate": (
+        dict(turns=(Turn("user", "<image>\ud83d"), Turn("assistant", "b"))),
+        "holds an unpaired surrogate; remove it",
+    ),
 }
 
 
@@ -297,6 +300,4 @@ def test_changed_bytes_raise_nothing_but_our_own_errors(changes: list[tuple[int,
     ["", " ", "one", " one  two\n", "a\tb\vc\fd\re\x1cf\x1dg\x1eh\x1fi", "\x85a", "a\u00a0b \u3000c", "x x", "\0 \x7f"],
 )
 def test_words_are_those_of_split(text: str) -> None:
-    from llava_mole.data.store import _count_words
-
-    assert _count_words(Turn("user", text), text.encode()) == len(text.split())
+    assert store._count_words(Turn("user", text), text.encode()) == len(text.split())
