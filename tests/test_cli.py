@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llava_mole import __version__, cli
-from llava_mole.data.prepare.sources.registry import MODULES, get_module
+from llava_mole.data.prepare.sources import MODULES, get_module
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

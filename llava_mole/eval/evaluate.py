@@ -34,8 +34,15 @@ from llava_mole.eval.questions import check_images
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import build_benchmarks
 from llava_mole.eval.report.formats import to_text
-from llava_mole.eval.scoring.score import check_answers, check_scorable, format_scores, score_benchmark
-from llava_mole.eval.scoring.score_file import FORMAT, SCORE_SUFFIX, write_score_file
+from llava_mole.eval.scoring.score import (
+    FORMAT,
+    SCORE_SUFFIX,
+    check_answers,
+    check_scorable,
+    format_scores,
+    score_benchmark,
+    write_score_file,
+)
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor, add_model_arguments, load_predictor
 

@@ -10,7 +10,7 @@ import torch
 from llava_mole.common.errors import WeightsError
 from llava_mole.interop.names import BUFFERS
 from llava_mole.interop.tensors import Weights, check_shapes, open_weights, read_object, write_object, write_shards
-from llava_mole.model.fingerprint import fingerprint_in_order
+from llava_mole.model.checkpoint import fingerprint_in_order
 from llava_mole.model.language_model import check_language_model_dir, load_language_model
 
 TOKENIZER_FILES = (

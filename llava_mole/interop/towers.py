@@ -12,7 +12,7 @@ from llava_mole.common.errors import WeightsError
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.interop.names import BUFFERS
 from llava_mole.interop.tensors import check_names, open_weights, read_object, save_tensors, write_object
-from llava_mole.model.fingerprint import fingerprint
+from llava_mole.model.checkpoint import fingerprint
 from llava_mole.model.multimodal_encoder import build_vision_tower, read_tower_config, read_visual_state
 
 OPEN_CLIP_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -8,24 +8,28 @@ replaced and `.gone-...` deleted.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llava_mole.common.errors import CheckpointError
 from llava_mole.common.files import atomic_path, sha256_of, sha256_of_json
 from llava_mole.common.log import get_logger
 
+logger = get_logger(__name__)
+
+
 MANIFEST = "manifest.json"
 SELF_HASH = "manifest_sha256"
 LEFTOVER = re.compile(r"\.(tmp|old|gone)-(checkpoint-\d+)-\d+")
 FORMAT = "llava_mole.checkpoint/1"
-
-logger = get_logger(__name__)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -216,3 +220,28 @@ def _recorded_files(directory: Path, manifest: dict[str, Any]) -> list[tuple[str
 
 def _manifest_hash(manifest: dict[str, Any]) -> str:
     return sha256_of_json({key: value for key, value in manifest.items() if key != SELF_HASH})
+
+
+_SAMPLES = 64
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hex digest over the names, shapes and up to 64 evenly spaced values of every tensor.
+
+    Args:
+        tensors: `(name, tensor)` pairs in any order, in the dtype they are stored in. Values are read as float32,
+            so a file in half precision and its float32 copy have the same fingerprint. Quantised weights do not:
+            call this before quantising.
+    """
+    return fingerprint_in_order(sorted(tensors, key=lambda pair: pair[0]))
+
+
+def fingerprint_in_order(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`fingerprint` of pairs already sorted by name, which may be generated one at a time."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLES)
+        digest.update(flat[::stride][:_SAMPLES].to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_mole.common.errors import ConfigError, WeightsError
-from llava_mole.model.fingerprint import fingerprint
+from llava_mole.model.checkpoint import fingerprint
 
 
 def check_language_model_dir(path: str) -> None:

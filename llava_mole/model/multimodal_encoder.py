@@ -15,7 +15,7 @@ from torch import nn
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.data.images import normalise_pixels
-from llava_mole.model.fingerprint import fingerprint
+from llava_mole.model.checkpoint import fingerprint
 
 _VIT_KEYS = {"image_size", "patch_size", "width", "layers"}
 

@@ -66,12 +66,7 @@ def train(config: RunConfig) -> Path:
     check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
     with StopSignal() as stop:
         strategy = start_strategy(config.train, config.device)
-        # Before the model is loaded, which takes minutes.
-        checkpoint, resuming = on_main(lambda: (find_resume(config.train), was_started(config.train)))
-        if checkpoint is not None:
-            kind = {"adapter": config.adapter.method, "quantization": config.model.quantization}
-            check_same_run(checkpoint, stage=config.stage, **kind)
-
+        checkpoint, resuming = find_checkpoint(config)  # before the model is loaded, which takes minutes
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         model, hf_tokenizer, fingerprints = build_parts(config.model)
         tokenizer = HFTextTokenizer(hf_tokenizer)
@@ -88,6 +83,7 @@ def train(config: RunConfig) -> Path:
         if is_main_process():
             save_config(values, run_dir / "config.yaml")
             write_environment(run_dir, strategy.world_size, str(strategy.device), type(strategy.engine).__name__)
+        most_bad = config.train.max_bad_steps, config.data.max_bad_image_share
         Trainer(
             name=f"{config.stage} ({config.adapter.method})",
             train=config.train,
@@ -101,17 +97,19 @@ def train(config: RunConfig) -> Path:
             writer=CheckpointWriter(run_dir, values, hf_tokenizer, fingerprints),
             tracker=Tracker(config.tracker, run_dir, progress.step, run=values, enabled=is_main_process()),
             monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
-            guard=StepGuard(
-                progress,
-                dataset.source_names,
-                stop,
-                strategy.device,
-                config.train.max_bad_steps,
-                config.data.max_bad_image_share,
-            ),
+            guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
             progress=progress,
         ).run()
     return run_dir
+
+
+def find_checkpoint(config: RunConfig) -> tuple[Path | None, bool]:
+    """The checkpoint to resume from, if any, and whether an earlier process of this run wrote to the run directory."""
+    checkpoint, resuming = on_main(lambda: (find_resume(config.train), was_started(config.train)))
+    if checkpoint is not None:
+        kind = {"adapter": config.adapter.method, "quantization": config.model.quantization}
+        check_same_run(checkpoint, stage=config.stage, **kind)
+    return checkpoint, resuming
 
 
 def load_data(config: RunConfig, model: LlavaMole, tokenizer: HFTextTokenizer, resuming: bool) -> SupervisedDataset:

@@ -50,6 +50,8 @@ LLAMA_2_SYSTEM = (
     "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 REGISTERED = {"qwen": QWEN, "llama_3": LLAMA_3, "gemma": GEMMA, "mistral_v3": MISTRAL_V3, "llama_2": LLAMA_2}
+WITHOUT_BOS = {"qwen"}
+"""Published templates that do not write the beginning-of-text token."""
 SPECIAL = {
     "qwen": ["<|im_start|>", "<|im_end|>"],
     "llama_3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
@@ -86,7 +88,7 @@ def tokenizer_with(
 @pytest.mark.parametrize("name", REGISTERED)
 def test_registered_template_is_the_published_one(name: str) -> None:
     hf = tokenizer_with(REGISTERED[name], SPECIAL.get(name, []))
-    bos = hf.bos_token if name != "qwen" else ""
+    bos = hf.bos_token if name not in WITHOUT_BOS else ""
     for turns in (ROUNDS, [*ROUNDS[:2], Turn("user", ""), ROUNDS[3]]):
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         text = render(get_template(name), turns).text
@@ -101,14 +103,14 @@ def test_registered_template_is_the_published_one(name: str) -> None:
 @pytest.mark.parametrize("adds_bos", [True, False], ids=["adds", "adds-none"])
 def test_supervised_tokens_are_those_transformers_marks(name: str, own: bool, adds_bos: bool) -> None:
     """The chat templates of this test mark what the assistant generates; transformers turns that into a mask."""
-    adds_bos = adds_bos and name != "qwen"  # no tokenizer adds what its chat template does not write
+    adds_bos = adds_bos and name not in WITHOUT_BOS  # no tokenizer adds what its chat template does not write
     hf = tokenizer_with(REGISTERED[name], SPECIAL.get(name, []), adds_bos=adds_bos)
     messages = [{"role": turn.role, "content": turn.text} for turn in ROUNDS]
     wanted = hf.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     template = resolve_template("tokenizer" if own else name, HFTextTokenizer(hf))
     encoded = encode(render(template, ROUNDS), HFTextTokenizer(hf), num_image_tokens=1, max_length=None)
     ids, mask = wanted["input_ids"], wanted["assistant_masks"]
-    assert (ids[0] == hf.bos_token_id) == (name != "qwen")
+    assert (ids[0] == hf.bos_token_id) == (name not in WITHOUT_BOS)
     if ids[0] == hf.bos_token_id and not own and not adds_bos:  # registered templates leave it to the tokenizer
         ids, mask = ids[1:], mask[1:]
     tail = len(ids) - len(encoded.input_ids)

@@ -14,6 +14,7 @@ from worlds.tiny_models import make_language_model, make_vision_tower, make_worl
 from llava_mole import cli
 from llava_mole.common.errors import CheckpointError
 from llava_mole.config import load_config, parse_run_config
+from llava_mole.model.builder import locate_parts
 from llava_mole.model.checkpoint import read_manifest
 from llava_mole.train.train import train
 
@@ -92,9 +93,9 @@ def test_open_clip_towers_of_the_hub(layout: str, tmp_path: Path, capsys: pytest
         weights = hub / "open_clip_model.safetensors"
         assert convert(*command, "--vision-tower", weights, "--vision-tower-name", name) == 0
     loaded = load(tmp_path / "run")
-    assert load_config(loaded.path / "config.yaml").model.vision_tower.weights == str(
-        hub / "open_clip_model.safetensors"
-    )
+    used = load_config(loaded.path / "config.yaml").model
+    locate_parts(used, read_manifest(loaded.path), loaded.path, None)
+    assert used.vision_tower.weights == str(hub / "open_clip_model.safetensors")
 
 
 def test_options_replace_what_a_checkpoint_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

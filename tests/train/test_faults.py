@@ -70,7 +70,10 @@ def test_short_campaign(farm: Farm, tmp_path: Path) -> None:
     assert expected["progress"]["skipped_steps"] > 0
     assert expected["progress"]["replaced_images"]["red"] > 0
     assert expected["leftovers"] == []
-    campaign.disturb_until_done("run", expected, kills=4)
+    for name in ("one", "two", "three"):  # kills are timed by the reference run: a faster run may outrun them
+        campaign.disturb_until_done(name, expected, kills=4)
+        if campaign.kills >= 2:
+            break
     assert campaign.kills >= 2
     assert not campaign.lost
     assert not campaign.wrong

@@ -152,7 +152,8 @@ def test_an_older_checkpoint_without_the_field_resumes(world: Path, full: Path) 
     manifest = json.loads((old / MANIFEST).read_text())
     del manifest["quantization"], manifest[SELF_HASH]
     (old / MANIFEST).write_text(json.dumps(manifest))
-    check_same_run(old, load_config(full / "config.yaml"))
+    config = load_config(full / "config.yaml")
+    check_same_run(old, stage=config.stage, adapter=config.adapter.method, quantization=config.model.quantization)
 
 
 def test_answers_do_not_depend_on_the_batch(four: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llava_mole.common.errors import ConfigError, WeightsError
-from llava_mole.config import RunConfig
+from llava_mole.config import AdapterConfig, ModelConfig
 from llava_mole.model.builder import attach_adapter
 from llava_mole.model.llava_arch import LlavaMole
 
@@ -36,7 +36,7 @@ class MetaModel:
     """One sentence for each part taken from a table because its path does not exist."""
 
 
-def build_meta_model(config: RunConfig) -> MetaModel:
+def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_projector: bool) -> MetaModel:
     """The run's model on the meta device, with its adapter, trainable and frozen as in training.
 
     Raises:
@@ -49,10 +49,10 @@ def build_meta_model(config: RunConfig) -> MetaModel:
     from llava_mole.model.multimodal_projector import build_projector
 
     assumptions = []
-    lm_config, assumption = language_model_config(config.model.language_model)
+    lm_config, assumption = language_model_config(config.language_model)
     if assumption:
         assumptions.append(assumption)
-    tower = config.model.vision_tower
+    tower = config.vision_tower
     tower_config = read_tower_config(tower.name)
     if not Path(tower.weights).is_file():
         assumptions.append(f"vision tower {tower.name} as open_clip defines it; {tower.weights} is absent")
@@ -66,10 +66,10 @@ def build_meta_model(config: RunConfig) -> MetaModel:
         )
         vision = VisionTower(clip.visual, tower.select_layer, "")
         width = language_model.config.get_text_config().hidden_size
-        projector = build_projector(config.model.projector, vision.hidden_size, width)
+        projector = build_projector(config.projector, vision.hidden_size, width)
         model = LlavaMole(vision, projector, language_model)
-        attach_adapter(model, config.adapter)
-    model.projector.requires_grad_(config.train_projector)
+        attach_adapter(model, adapter)
+    model.projector.requires_grad_(train_projector)
     return MetaModel(model, tuple(assumptions))
 
 

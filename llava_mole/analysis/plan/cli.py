@@ -81,7 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sample=arguments.sample,
         given=dict(parse_source(text) for text in arguments.source),
     )
-    plan = make_plan(config, options)
+    plan = make_plan(
+        options,
+        stage=config.stage,
+        model=config.model,
+        adapter=config.adapter,
+        data=config.data,
+        train=config.train,
+        train_projector=config.train_projector,
+    )
     print(plan_text(plan))
     if arguments.json is not None:
         write_json(arguments.json, plan_values(plan), indent=1)

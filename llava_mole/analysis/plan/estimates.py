@@ -6,7 +6,7 @@ from typing import Literal
 
 from llava_mole.analysis.plan.memory import Precision, Row, Strategy, memory_items
 from llava_mole.analysis.plan.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
-from llava_mole.config import RunConfig, check_batch, deepspeed_config
+from llava_mole.config import AdapterConfig, Quantization, TrainConfig, check_batch, deepspeed_config
 from llava_mole.data.batching import assign_step
 from llava_mole.model.flops import GIB, Gpu, ModelShape
 from llava_mole.model.head_loss import CHUNK_ELEMENTS
@@ -90,7 +90,11 @@ class Estimate:
 class Planner:
     """Estimates of one model and mixture on different numbers of GPUs."""
 
-    config: RunConfig
+    train: TrainConfig
+    adapter: AdapterConfig
+    quantization: Quantization
+    max_length: int
+    """Longest sample in tokens."""
     options: PlanOptions
     shape: ModelShape
     drawn: Sequence[Samples]
@@ -100,11 +104,11 @@ class Planner:
 
     def configured(self, gpus: int) -> Estimate:
         """The configuration as it is. Raises ConfigError if its batch cannot be spread over the ranks."""
-        train = self.config.train
+        train = self.train
         layers = {"none": 0, "every_n": -(-self.shape.layers // train.checkpoint_every_n), "all": self.shape.layers}
         recomputes = train.activation_checkpointing
         name = f"every_{train.checkpoint_every_n}" if recomputes == "every_n" else recomputes
-        packed = train.pack_length or self.config.data.max_length
+        packed = train.pack_length or self.max_length
         row_tokens = packed if train.batching == "packed" else self._padded_row()
         return self.estimate(gpus, train.batching, Policy(name, layers[recomputes]), row_tokens)
 
@@ -116,8 +120,8 @@ class Planner:
         """
         sizes = [self._padded_row()]
         if batching == "packed":
-            given = self.config.train.pack_length
-            sizes = [multiple * self.config.data.max_length for multiple in ROWS] if given is None else [given]
+            given = self.train.pack_length
+            sizes = [multiple * self.max_length for multiple in ROWS] if given is None else [given]
         best: tuple[Estimate, str] | None = None
         for row_tokens in sizes:
             policy, reason, fits = self._choose_policy(gpus, batching, row_tokens)
@@ -150,7 +154,7 @@ class Planner:
 
     def compare(self, configured: Estimate, recommended: Estimate) -> list[Estimate]:
         """On each number of GPUs: padded with all recomputed (as LLaVA trains), padded or grouped, and packed."""
-        padded: Batching = "grouped" if self.config.train.batching == "grouped" else "padded"
+        padded: Batching = "grouped" if self.train.batching == "grouped" else "padded"
         estimates = []
         for gpus in sorted({*COMPARED_GPUS, self.options.gpus}):
             if self._divides(gpus):
@@ -166,7 +170,7 @@ class Planner:
 
     def estimate(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> Estimate:
         """Memory and time of one way to run it. Raises ConfigError if padded batches do not divide."""
-        train, peak = self.config.train, self.options.gpu.bf16_flops
+        train, peak = self.train, self.options.gpu.bf16_flops
         check_batch(batching, train.global_batch_size, train.micro_batch_size, gpus)
 
         def place(samples: Samples) -> Sequence[Rows]:
@@ -203,19 +207,18 @@ class Planner:
 
     def memory(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> dict[str, float]:
         """Bytes per item on one GPU at its fullest."""
-        adapter = self.config.adapter
         return memory_items(
             self.shape,
             frozen_parameters=self.frozen,
             trainable_parameters=self.trainable,
-            precision=Precision(2 if self.config.train.precision == "bf16" else 4),
+            precision=Precision(2 if self.train.precision == "bf16" else 4),
             strategy=self._strategy(gpus),
             row=self._row(batching, row_tokens),
-            adapter=adapter.method,
-            rank=adapter.rank,
+            adapter=self.adapter.method,
+            rank=self.adapter.rank,
             recomputed_layers=policy.recomputed_layers,
             head_chunk=CHUNK_ELEMENTS // self.shape.vocab_size,
-            quantization=self.config.model.quantization,
+            quantization=self.quantization,
         )
 
     def policies(self) -> list[Policy]:
@@ -226,27 +229,27 @@ class Planner:
 
     @property
     def batch(self) -> int:
-        return self.config.train.global_batch_size
+        return self.train.global_batch_size
 
     def _divides(self, gpus: int) -> bool:
-        return self.batch % (gpus * self.config.train.micro_batch_size) == 0
+        return self.batch % (gpus * self.train.micro_batch_size) == 0
 
     def _strategy(self, gpus: int) -> Strategy:
-        if gpus == 1 or self.config.train.distributed == "ddp":
+        if gpus == 1 or self.train.distributed == "ddp":
             return Strategy("single" if gpus == 1 else "ddp", gpus)
-        zero = deepspeed_config(self.config.train, gpus)["zero_optimization"]
+        zero = deepspeed_config(self.train, gpus)["zero_optimization"]
         bucket = zero.get("reduce_bucket_size")
         return Strategy(f"zero{zero['stage']}", gpus, *([bucket] if isinstance(bucket, int) else []))
 
     def _padded_row(self) -> int:
-        return self.config.train.micro_batch_size * self.config.data.max_length
+        return self.train.micro_batch_size * self.max_length
 
     def _row(self, batching: Batching, row_tokens: int) -> Row:
         """The largest micro-batch: samples of full length, or a full row of samples with hardly any text."""
-        image, size = self.shape.image_tokens, self.config.train.micro_batch_size
+        image, size = self.shape.image_tokens, self.train.micro_batch_size
         packed = batching == "packed"
         images = row_tokens // image if packed else size
-        fewest_images = row_tokens // self.config.data.max_length if packed else size
+        fewest_images = row_tokens // self.max_length if packed else size
         return Row(tokens=row_tokens, images=images, supervised=row_tokens - fewest_images * image, packed=packed)
 
 

@@ -8,7 +8,7 @@ from llava_mole.analysis.plan.estimates import Estimate, Planner, PlanOptions
 from llava_mole.analysis.plan.lengths import SourceLengths, source_lengths
 from llava_mole.analysis.plan.simulation import Samples, draw_steps
 from llava_mole.common.errors import ConfigError
-from llava_mole.config import RunConfig
+from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from llava_mole.data.batching import count_steps
 from llava_mole.data.mixture import mixture_counts
 from llava_mole.model.adapters import parameter_report
@@ -57,36 +57,46 @@ class Plan:
         return estimate.memory_bytes <= self.options.gpu.memory_bytes
 
 
-def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
-    """Estimate a run.
+def make_plan(
+    options: PlanOptions,
+    *,
+    stage: str,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    train_projector: bool,
+) -> Plan:
+    """Estimate a run from the sections of its configuration.
 
     Raises:
         ConfigError, WeightsError, DataError: The configuration is wrong, or names a model or source that is neither
             known nor on disk.
     """
     _check(options)
-    meta = build_meta_model(config)
+    meta = build_meta_model(model, adapter, train_projector=train_projector)
     shape = model_shape(meta.model)
-    lengths = source_lengths(
-        config.data, config.model.language_model, shape.image_tokens, sample=options.sample, given=options.given
-    )
-    sizes = {source.name: max(1, source.records - config.data.validation_samples) for source in lengths}
-    lambdas = {name: value for name, value in config.data.mixture.items() if name in sizes}
-    counts = {name: n * config.train.epochs for name, n in mixture_counts(sizes, lambdas).items()}
-    batch = config.train.global_batch_size
+    lengths = source_lengths(data, model.language_model, shape.image_tokens, sample=options.sample, given=options.given)
+    sizes = {source.name: max(1, source.records - data.validation_samples) for source in lengths}
+    lambdas = {name: value for name, value in data.mixture.items() if name in sizes}
+    counts = {name: n * train.epochs for name, n in mixture_counts(sizes, lambdas).items()}
+    batch = train.global_batch_size
     steps, _ = count_steps(sum(counts.values()), batch)
-    steps = steps if config.train.max_steps is None else min(steps, config.train.max_steps)
+    steps = steps if train.max_steps is None else min(steps, train.max_steps)
     pools = [Samples(source.tokens, source.supervised, source.images) for source in lengths]
-    drawn = list(draw_steps(pools, list(counts.values()), batch, options.steps, seed=config.train.seed))
+    drawn = list(draw_steps(pools, list(counts.values()), batch, options.steps, seed=train.seed))
     parameters = parameter_report(meta.model)
     trainable = sum(part[1] for part in parameters)
-    planner = Planner(config, options, shape, drawn, steps, trainable, sum(part[2] for part in parameters) - trainable)
+    frozen = sum(part[2] for part in parameters) - trainable
+    planner = Planner(
+        train, adapter, model.quantization, data.max_length, options, shape, drawn, steps, trainable, frozen
+    )
     configured = planner.configured(options.gpus)
-    recommended, reason = planner.recommend(options.gpus, config.train.batching)
+    recommended, reason = planner.recommend(options.gpus, train.batching)
     sources = [_source_plan(shape, source, counts[source.name]) for source in lengths]
     return Plan(
         options=options,
-        stage=config.stage,
+        stage=stage,
         assumptions=meta.assumptions + _assumed(lengths),
         parameters=parameters,
         sources=sources,

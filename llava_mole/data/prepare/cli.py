@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from llava_mole.common.errors import ConfigError, DataError, WeightsError, command, one_line
 from llava_mole.data.chat_template import check_template_name
 from llava_mole.data.prepare.files import unpack_archives
-from llava_mole.data.prepare.source import Source, SourceOptions
-from llava_mole.data.prepare.sources.registry import MODULES, get_module, get_source
+from llava_mole.data.prepare.samples import Source, SourceOptions
+from llava_mole.data.prepare.sources import MODULES, get_module, get_source
 
 
 @command

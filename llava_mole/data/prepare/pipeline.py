@@ -23,8 +23,7 @@ from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.data.prepare.defects import Defects, Issue
 from llava_mole.data.prepare.image_pool import CheckedSample, CheckImages, ImagePolicy, Journal, check_images
 from llava_mole.data.prepare.report import QuestionFiles, published_counts
-from llava_mole.data.prepare.samples import TEXT_ONLY, WITH_IMAGES, RawSample
-from llava_mole.data.prepare.source import Source, SourceOptions
+from llava_mole.data.prepare.samples import TEXT_ONLY, WITH_IMAGES, RawSample, Source, SourceOptions
 from llava_mole.data.store import PreparedRow, StoreWriter
 
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"

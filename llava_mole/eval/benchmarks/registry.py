@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.eval.benchmarks.benchmark import ANY_GROUP, COUNTED, Benchmark, Number
+from llava_mole.eval.benchmarks.benchmark import ANY_GROUP, COUNTED, Benchmark, Number, load_yaml, read_value
 from llava_mole.eval.benchmarks.official import CONVERTERS
-from llava_mole.eval.benchmarks.strict_yaml import load_yaml, read_value
 from llava_mole.eval.benchmarks.submission import WRITERS
 from llava_mole.eval.metrics.table import METRICS, get_metric
 

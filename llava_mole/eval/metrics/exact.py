@@ -1,6 +1,10 @@
-"""Equality of texts, after what each benchmark's evaluator does to them first."""
+"""Whether an answer equals the gold text, or contains it, after what each benchmark's evaluator does to both first."""
+
+import re
+from collections.abc import Sequence
 
 from llava_mole.common.text import plain
+from llava_mole.eval.metrics.normalise import vqa_normalise
 from llava_mole.eval.metrics.relaxed import ERROR_MARK, GENERATION_ERROR
 
 
@@ -27,3 +31,19 @@ def exact_ureader(prediction: str, gold: str) -> bool | None:
 def plain_exact(prediction: str, gold: str) -> bool:
     """The tiny world's rule: equal in lower case, without outer blanks and one trailing period; empty is wrong."""
     return bool(prediction.strip()) and plain(prediction) == plain(gold)
+
+
+def contains_words(text: str, words: str) -> bool:
+    """Whether `words` occurs in `text` between word boundaries (`\\b` of regular expressions)."""
+    return re.search(rf"\b{re.escape(words)}\b", text) is not None
+
+
+def word_match(prediction: str, golds: Sequence[str]) -> bool:
+    r"""Whether any gold, normalised, occurs in the normalised prediction as whole words (Tiny LVLM-eHub).
+
+    Source: Multi-Modality-Arena, `tiny_lvlm_evaluation/utils/tools.py` (`VQAEval.evaluate`, `has_word`).
+    As published, a gold that normalises to nothing (such as "the") occurs in every prediction that has a word, and one
+    that begins or ends with a non-word character (such as "5%") needs a word character beside it.
+    """
+    text = vqa_normalise(prediction)
+    return any(contains_words(text, vqa_normalise(gold)) for gold in golds)

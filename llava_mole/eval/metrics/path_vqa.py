@@ -9,8 +9,8 @@ LLaVA-Med row is token recall, another quantity.
 import re
 from collections import Counter
 
+from llava_mole.eval.metrics.exact import contains_words
 from llava_mole.eval.metrics.normalise import llava_med_normalise
-from llava_mole.eval.metrics.word_match import contains_words
 
 YES_NO = ("yes", "no")
 

@@ -10,18 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.eval.metrics import (
-    anls,
-    choice,
-    exact,
-    key_values,
-    path_vqa,
-    relaxed,
-    text_vqa,
-    word_match,
-    wtq,
-    yes_no,
-)
+from llava_mole.eval.metrics import anls, choice, exact, key_values, path_vqa, relaxed, text_vqa, wtq, yes_no
 
 Fields = dict[str, float]
 QuestionLine = Mapping[str, Any]
@@ -182,7 +171,7 @@ _POPE_FIELDS = ("hit", "said_yes", "is_yes", "both_yes")
 
 METRICS: Mapping[str, Metric] = {
     "plain_exact": _one(exact.plain_exact),
-    "word_match": _any(word_match.word_match),
+    "word_match": _any(exact.word_match),
     "relaxed_ureader": _one(relaxed.relaxed_ureader),
     "relaxed_lmms_eval": _one(relaxed.relaxed_lmms_eval),
     "anls_due": _graded(anls.anls_due),

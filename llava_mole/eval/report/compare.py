@@ -9,7 +9,7 @@ from llava_mole.eval.benchmarks.benchmark import Benchmark
 from llava_mole.eval.benchmarks.registry import read_definition
 from llava_mole.eval.scoring.aggregate import Units, compare_units
 from llava_mole.eval.scoring.intervals import RESAMPLES, SEED, holm_adjusted
-from llava_mole.eval.scoring.score_file import SCORE_SUFFIX, read_score_file
+from llava_mole.eval.scoring.score import SCORE_SUFFIX, read_score_file
 
 Runs = Mapping[str, Mapping[str, dict[str, Any]]]
 """Run -> benchmark -> the content of its score file, with its path as `score_file`."""

@@ -11,8 +11,7 @@ from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, BenchmarkQuestions, 
 from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.benchmarks.submission import WRITERS
 from llava_mole.eval.questions import parse_named_file
-from llava_mole.eval.scoring.score import check_answers, format_scores, score_benchmark
-from llava_mole.eval.scoring.score_file import SCORE_SUFFIX, write_score_file
+from llava_mole.eval.scoring.score import SCORE_SUFFIX, check_answers, format_scores, score_benchmark, write_score_file
 
 
 @command

@@ -1,19 +1,24 @@
-"""Scores answers to a benchmark: its numbers with intervals, each question's scores, and what decided them."""
+"""Scores answers to a benchmark: its numbers with intervals, the commonest-answer baseline, and the score file."""
 
-from collections import Counter
-from collections.abc import Mapping
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import DataError
-from llava_mole.common.text import format_table
+from llava_mole.common.files import read_json, write_text
+from llava_mole.common.text import format_table, plain
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.data.store import read_records
 from llava_mole.eval.answers import Answers
 from llava_mole.eval.benchmarks.benchmark import UNKNOWN_VARIANT, BenchmarkQuestions
-from llava_mole.eval.metrics.table import METRICS, Fields
-from llava_mole.eval.questions import resolve_argument
-from llava_mole.eval.scoring.aggregate import Units, build_units, compute_numbers
+from llava_mole.eval.metrics.exact import plain_exact
+from llava_mole.eval.metrics.table import METRICS, Fields, gold
+from llava_mole.eval.questions import NO_GROUP, parse_named_file, resolve_argument
+from llava_mole.eval.scoring.aggregate import Units, build_units, compute_numbers, share_entry
 from llava_mole.eval.scoring.intervals import LEVEL, RESAMPLES, SEED
-from llava_mole.eval.scoring.majority import score_groups
-from llava_mole.eval.scoring.score_file import FORMAT
 
 
 def check_answers(loaded: BenchmarkQuestions, answers: Answers) -> str:
@@ -163,3 +168,165 @@ def format_scores(scores: Mapping[str, Any]) -> str:
     for name, count in scores["dropped"].items():
         lines.append(f"note: {name} leaves {count} questions out of the denominator")
     return "\n".join(lines)
+
+
+Pairs = Sequence[tuple[str, str]]
+"""(question, answer) each."""
+
+
+class MajorityBaseline:
+    """The commonest normalised answer to each question text; for an unseen text, the commonest answer of all."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
+        """Count the answers of (question, answer) pairs. Ties go to the alphabetically first answer."""
+        by_question: dict[str, Counter[str]] = defaultdict(Counter)
+        overall: Counter[str] = Counter()
+        for question, answer in pairs:
+            by_question[_question_text(question)][plain(answer)] += 1
+            overall[plain(answer)] += 1
+        self._answers = {question: _commonest(counts) for question, counts in by_question.items()}
+        self._fallback = _commonest(overall) if overall else ""
+
+    def predict(self, question: str) -> str:
+        """Return the baseline's answer; empty if there were no pairs."""
+        return self._answers.get(_question_text(question), self._fallback)
+
+    def knows(self, question: str) -> bool:
+        """Whether this question text occurred among the pairs."""
+        return _question_text(question) in self._answers
+
+
+def _commonest(counts: Counter[str]) -> str:
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def _question_text(text: str) -> str:
+    return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+
+
+def read_train_files(arguments: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """Read every user turn with its reply from `[GROUP=]FILE`s in LLaVA's JSON format.
+
+    Returns:
+        Group -> pairs; those of files without a group, which count for every group, are under `NO_GROUP`.
+
+    Raises:
+        DataError: a malformed file.
+    """
+    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for argument in arguments:
+        group, path = parse_named_file(argument)
+        for record in read_records(path, "train"):
+            turns = zip(record.turns[::2], record.turns[1::2], strict=False)
+            pairs[group or NO_GROUP] += [(asked.text, replied.text) for asked, replied in turns]
+    return dict(pairs)
+
+
+def score_groups(loaded: BenchmarkQuestions, answers: Answers) -> dict[str, Any]:
+    """Count right answers by group and category, beside those of the majority baseline.
+
+    The baseline comes from the benchmark's training files. If there are none, or they are not on this machine, it comes
+    from the test itself, which no real predictor could know: a question text that occurs once then counts as right.
+
+    Returns:
+        `majority_from` (`train` or `test`) and `groups`: name -> `share_entry` with `empty_answers`, `categories` (name
+        -> `share_entry`) and `majority` (a `share_entry` with `unseen_questions`).
+
+    Raises:
+        DataError: a question without exactly one gold answer, a malformed training file, or a group without pairs.
+    """
+    files = loaded.train_files or []
+    present = bool(files) and all(parse_named_file(argument)[1].is_file() for argument in files)
+    train = read_train_files(files) if present else None
+    groups: dict[str, Any] = {}
+    for group in dict.fromkeys(question.group for question in loaded.questions):
+        members = [(q, gold(line)) for q, line in zip(loaded.questions, loaded.lines, strict=True) if q.group == group]
+        pairs = [(q.text, wanted) for q, wanted in members] if train is None else _pairs_of(train, group)
+        baseline = MajorityBaseline(pairs)
+        hits = [plain_exact(answers[q.key]["text"], wanted) for q, wanted in members]
+        guessed = sum(plain_exact(baseline.predict(q.text), wanted) for q, wanted in members)
+        categories: dict[str, list[bool]] = defaultdict(list)
+        for (question, _), hit in zip(members, hits, strict=True):
+            if question.category is not None:
+                categories[question.category].append(hit)
+        groups[group] = share_entry(sum(hits), len(members)) | {
+            "empty_answers": sum(not answers[q.key]["text"].strip() for q, _ in members),
+            "categories": {name: share_entry(sum(found), len(found)) for name, found in sorted(categories.items())},
+            "majority": share_entry(guessed, len(members))
+            | {"unseen_questions": sum(not baseline.knows(q.text) for q, _ in members)},
+        }
+    return {"majority_from": "test" if train is None else "train", "groups": groups}
+
+
+def _pairs_of(train: Mapping[str, Pairs], group: str) -> Pairs:
+    pairs = [*train.get(group, ()), *(train.get(NO_GROUP, ()) if group != NO_GROUP else ())]
+    if not pairs:
+        given = ", ".join(train) or "none"
+        raise DataError(f"--train-file gives nothing for group {group!r} (groups given: {given}); add {group}=FILE")
+    return pairs
+
+
+FORMAT = 2
+SCORE_SUFFIX = ".score.json"
+"""Replaces `.jsonl` in the name of an answers file."""
+
+_KEYS = {
+    **{"benchmark": str, "numbers": dict, "definition": object, "per_question": object, "question_set": str},
+    **{"prompt": dict, "total": int, "empty_answers": int, "dropped": dict, "groups": dict, "questions": list},
+    **{"image_folder": str, "answers": list, "model_path": str, "routing": (str, type(None))},
+}
+_OPTIONAL = {"majority_from": str}
+
+
+def write_score_file(path: Path, scores: Mapping[str, Any]) -> None:
+    """Write scores atomically, each long column of `per_question` on one line. Raises ConfigError if it cannot."""
+    units = scores["per_question"]
+    text = json.dumps({key: value for key, value in scores.items() if key != "per_question"}, indent=2)
+    fields = ",\n      ".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in units["fields"].items())
+    columns = f'    "ids": {json.dumps(units["ids"])},\n    "groups": {json.dumps(units["groups"])},\n'
+    block = f'"per_question": {{\n{columns}    "fields": {{\n      {fields}\n    }}\n  }}'
+    write_text(path, f"{text[:-2]},\n  {block}\n}}\n")
+
+
+def read_score_file(path: Path) -> dict[str, Any]:
+    """Read a score file.
+
+    Raises:
+        DataError: a file of another format, or one that lacks or damages a value that a report shows.
+    """
+    scores = read_json(path)
+    found = scores.get("format") if isinstance(scores, dict) else None
+    if found != FORMAT:
+        raise DataError(
+            f"{path}: not a score file of format {FORMAT} (found {found!r}); score the answers again, with the "
+            "`llava-mole eval` or `llava-mole score` command that wrote it"
+        )
+    absent = [key for key in _KEYS if key not in scores]
+    if absent:
+        raise DataError(f"{path}: no {', '.join(absent)} in it; score the answers again")
+
+    def check(name: str, right: bool, value: Any) -> None:
+        if not right:
+            raise DataError(f"{path}: {name} is damaged ({value!r}); score the answers again")
+
+    for key, kind in {**_KEYS, **_OPTIONAL}.items():
+        check(key, key not in scores or isinstance(scores[key], kind), scores.get(key))  # type: ignore[arg-type]
+    for name, entry in scores["numbers"].items():
+        ratio = ("k", "n") if isinstance(entry, dict) and "k" in entry else ()
+        empty = isinstance(entry, dict) and entry.get("value", 0) is None
+        check(f"number {name!r}", empty or _has_numbers(entry, "value", "low", "high", *ratio), entry)
+    check("prompt", isinstance(scores["prompt"].get("variant"), str), scores["prompt"])
+    if "majority_from" in scores:
+        check("groups", bool(scores["groups"]), scores["groups"])
+        keys = ("value", "low", "high", "k", "n")
+        for name, entry in scores["groups"].items():
+            right = _has_numbers(entry, *keys) and _has_numbers(entry.get("majority"), *keys)
+            check(f"group {name!r}", right, entry)
+    return scores
+
+
+def _has_numbers(entry: Any, *keys: str) -> bool:
+    """Whether these are finite numbers in it; JSON cannot represent NaN and infinity."""
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), (int, float)) and abs(entry[key]) < math.inf for key in keys
+    )

@@ -10,12 +10,12 @@ from PIL import Image
 from worlds.tiny_models import make_world
 
 from llava_mole import cli
-from llava_mole.analysis.plan.architecture import build_meta_model
+from llava_mole.analysis.plan.architecture import MetaModel, build_meta_model
 from llava_mole.analysis.plan.estimates import PlanOptions
 from llava_mole.analysis.plan.lengths import KNOWN_SOURCES, source_lengths
 from llava_mole.analysis.plan.plan import Plan, make_plan
 from llava_mole.common.errors import ConfigError, WeightsError
-from llava_mole.config import load_config, parse_run_config
+from llava_mole.config import RunConfig, load_config, parse_run_config
 from llava_mole.model.adapters import parameter_report
 from llava_mole.model.builder import attach_adapter, build_parts
 from llava_mole.model.flops import GIB, GPUS, find_gpu, gpu_of_device, model_shape
@@ -29,6 +29,17 @@ def paper(*overrides: str):
     return parse_run_config([str(path), "--train.deepspeed_config", str(ROOT / "scripts" / "zero2.json"), *overrides])
 
 
+def plan_of(config: RunConfig, options: PlanOptions) -> Plan:
+    sections = {
+        name: getattr(config, name) for name in ("stage", "model", "adapter", "data", "train", "train_projector")
+    }
+    return make_plan(options, **sections)
+
+
+def meta_model(config: RunConfig) -> MetaModel:
+    return build_meta_model(config.model, config.adapter, train_projector=config.train_projector)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
@@ -38,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(paper(), PlanOptions(64, find_gpu("a100-80g"), steps=60))
+    return plan_of(paper(), PlanOptions(64, find_gpu("a100-80g"), steps=60))
 
 
 def find(plan: Plan, gpus: int, batching: str, policy: str | None = None):
@@ -63,7 +74,7 @@ def test_parameters_of_the_papers_model_by_hand(plan: Plan) -> None:
 
 
 def test_shape_of_the_papers_model(plan: Plan) -> None:
-    shape = model_shape(build_meta_model(paper()).model)
+    shape = model_shape(meta_model(paper()).model)
     assert shape.linear_parameters == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert shape.adapter_parameters == 33_554_432 + 139_198_464 / 3 + 393_216
     assert (shape.image_tokens, shape.layers, shape.has_router) == (576, 32, True)
@@ -71,7 +82,7 @@ def test_shape_of_the_papers_model(plan: Plan) -> None:
 
 
 def test_thirteen_billion_is_known_too() -> None:
-    meta = build_meta_model(paper("--model.language_model", "somewhere/vicuna-13b-v1.5"))
+    meta = meta_model(paper("--model.language_model", "somewhere/vicuna-13b-v1.5"))
     assert dict((part, whole) for part, _, whole in parameter_report(meta.model))["language model"] == 13_015_864_320
     assert "vicuna-13b-v1.5 from the table of known models; somewhere/vicuna-13b-v1.5 is absent" in meta.assumptions[0]
 
@@ -127,7 +138,7 @@ def test_hours_and_memory_add_up(plan: Plan) -> None:
 )
 def test_the_policy_is_the_least_that_fits(gpu: str, micro: int, policy: str, fits: bool, reason: str) -> None:
     config = paper("--train.batching", "padded", "--train.micro_batch_size", str(micro))
-    plan = make_plan(config, PlanOptions(8, find_gpu(gpu), steps=2))
+    plan = plan_of(config, PlanOptions(8, find_gpu(gpu), steps=2))
     assert plan.recommended.policy.name.startswith(policy)
     assert plan.fits(plan.recommended) is fits
     assert plan.reason.startswith(reason)
@@ -153,7 +164,7 @@ def test_known_gpus() -> None:
 
 def test_models_on_disk_are_counted_as_training_counts_them(world: Path) -> None:
     config = load_config(world / "config.yaml")
-    meta = build_meta_model(config)
+    meta = meta_model(config)
     model, _, _ = build_parts(config.model)
     attach_adapter(model, config.adapter)
     assert parameter_report(meta.model) == parameter_report(model)
@@ -246,16 +257,16 @@ def test_mistakes_are_one_line(name: str, world: Path, tmp_path: Path, capsys: p
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(ConfigError, match=r"config\.json is not usable"):
-        build_meta_model(paper("--model.language_model", str(tmp_path)))
+        meta_model(paper("--model.language_model", str(tmp_path)))
     with pytest.raises(WeightsError, match="known: vicuna-7b-v1.5, vicuna-13b-v1.5"):
-        build_meta_model(paper("--model.language_model", str(tmp_path / "other")))
+        meta_model(paper("--model.language_model", str(tmp_path / "other")))
 
 
 def test_a_quantised_language_model_is_planned_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     frozen = {}
     for quantization in ("none", "8bit", "4bit"):
-        plan = make_plan(paper("--model.quantization", quantization), PlanOptions(8, find_gpu("a100-80g"), steps=2))
+        plan = plan_of(paper("--model.quantization", quantization), PlanOptions(8, find_gpu("a100-80g"), steps=2))
         frozen[quantization] = plan.configured.memory["frozen weights"]
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert frozen["none"] - frozen["8bit"] == pytest.approx(linears)

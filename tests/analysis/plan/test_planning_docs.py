@@ -9,7 +9,7 @@ import pytest
 
 from llava_mole import cli
 from llava_mole.analysis.plan.lengths import KNOWN_SOURCES
-from llava_mole.data.prepare.sources.registry import MODULES
+from llava_mole.data.prepare.sources import MODULES
 from llava_mole.model.flops import GPUS
 
 ROOT = Path(__file__).parents[3]

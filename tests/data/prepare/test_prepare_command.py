@@ -15,7 +15,7 @@ from llava_mole.data.prepare import image_pool
 from llava_mole.data.prepare.cli import help_text
 from llava_mole.data.prepare.defects import KINDS, Defects
 from llava_mole.data.prepare.report import published_counts
-from llava_mole.data.prepare.sources.registry import MODULES, get_source
+from llava_mole.data.prepare.sources import MODULES, get_source
 
 PACKAGE = Path(__file__).parents[3] / "llava_mole"
 CONVERTED = [name for name in MODULES if name != "tiny"]

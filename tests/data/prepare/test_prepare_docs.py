@@ -9,7 +9,7 @@ from worlds import published_sets, raw_sets
 
 from llava_mole.cli import main
 from llava_mole.config import load_config, parse_run_config
-from llava_mole.data.prepare.sources.registry import MODULES
+from llava_mole.data.prepare.sources import MODULES
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -17,8 +17,7 @@ from llava_mole.common.errors import DataError
 from llava_mole.data.images import open_image
 from llava_mole.data.prepare.defects import KINDS, Defects, SkipRecord
 from llava_mole.data.prepare.images import look, path_problem, safe_name
-from llava_mole.data.prepare.samples import Embedded, RawSample
-from llava_mole.data.prepare.source import MultiImage
+from llava_mole.data.prepare.samples import Embedded, MultiImage, RawSample
 from llava_mole.data.prepare.sources import llava, m3it, messages, pathvqa, ureader
 from llava_mole.data.store import PreparedRow, StoreWriter
 

@@ -4,6 +4,7 @@ import pytest
 
 from llava_mole.common.errors import DataError
 from llava_mole.eval.metrics import text_vqa
+from llava_mole.eval.metrics.exact import word_match
 from llava_mole.eval.metrics.normalise import (
     COMMA_LOOKAROUND,
     CONTRACTIONS,
@@ -13,7 +14,6 @@ from llava_mole.eval.metrics.normalise import (
     strip_punctuation,
     vqa_normalise,
 )
-from llava_mole.eval.metrics.word_match import word_match
 
 
 @pytest.mark.parametrize(

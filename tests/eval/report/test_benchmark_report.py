@@ -12,8 +12,7 @@ from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.report.compare import build_benchmarks, read_runs
 from llava_mole.eval.report.figure import draw_benchmarks
 from llava_mole.eval.report.formats import format_p, to_latex, to_markdown, to_text
-from llava_mole.eval.scoring.score import score_benchmark
-from llava_mole.eval.scoring.score_file import write_score_file
+from llava_mole.eval.scoring.score import score_benchmark, write_score_file
 
 RIGHT = {"mix": 10, "mole": 18}
 COUNT = 20

@@ -9,8 +9,7 @@ from llava_mole.common.errors import DataError
 from llava_mole.eval.benchmarks.benchmark import BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.scoring.aggregate import Units, compare_units
-from llava_mole.eval.scoring.score import format_scores, score_benchmark, score_units
-from llava_mole.eval.scoring.score_file import write_score_file
+from llava_mole.eval.scoring.score import format_scores, score_benchmark, score_units, write_score_file
 
 
 def loaded(folder: Path, name: str, lines: list[dict]) -> BenchmarkQuestions:

@@ -13,13 +13,14 @@ from llava_mole.data.prepare.samples import (
     TEXT_ONLY,
     WITH_IMAGES,
     RawSample,
+    Source,
+    SourceOptions,
     Split,
     check_turns,
     read_turns,
     require_object,
     usable_samples,
 )
-from llava_mole.data.prepare.source import Source, SourceOptions
 
 _READ = {"id", "image", "images", "conversations"}
 SubSourceOf = Callable[[str | None], str]

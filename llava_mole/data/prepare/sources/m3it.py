@@ -11,16 +11,20 @@ from llava_mole.common.errors import DataError
 from llava_mole.data.prepare.defects import Defects, SkipRecord
 from llava_mole.data.prepare.files import find_files, read_rows, read_values, show, split_of
 from llava_mole.data.prepare.samples import (
+    MULTI_IMAGE,
     Embedded,
+    MultiImage,
     RawSample,
+    Source,
+    SourceOptions,
     Split,
     check_turns,
     choose_images,
+    option,
     question_and_answer,
     require_object,
     usable_samples,
 )
-from llava_mole.data.prepare.source import MULTI_IMAGE, MultiImage, Source, SourceOptions, option
 
 ALIASES: Mapping[str, str] = {
     "image_base64_str": "image",

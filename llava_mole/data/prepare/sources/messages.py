@@ -14,20 +14,24 @@ from llava_mole.data.prepare.defects import Action, Defects, SkipRecord
 from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
 from llava_mole.data.prepare.samples import (
     CHAT_ROLES,
+    MULTI_IMAGE,
     TEXT_ONLY,
     WITH_IMAGES,
     Embedded,
+    MultiImage,
     RawSample,
+    Source,
+    SourceOptions,
     Split,
     check_turns,
     choose_images,
     keep_first_marker,
     merge_turns,
+    option,
     require_object,
     usable_samples,
     without_marker,
 )
-from llava_mole.data.prepare.source import MULTI_IMAGE, MultiImage, Source, SourceOptions, option
 
 QUESTIONS = ("question", "instruction", "prompt", "query")
 ANSWERS = ("answer", "output", "outputs", "response")

@@ -15,14 +15,16 @@ from llava_mole.data.prepare.samples import (
     SPLITS,
     Embedded,
     RawSample,
+    Source,
+    SourceOptions,
     Split,
     check_turns,
+    option,
     question_and_answer,
     read_turns,
     require_object,
     usable_samples,
 )
-from llava_mole.data.prepare.source import Source, SourceOptions, option
 
 LARGEST = 1 << 30
 """Most bytes of a pickle; PathVQA's have two million."""

@@ -12,18 +12,23 @@ from llava_mole.data.prepare.defects import Defects, SkipRecord
 from llava_mole.data.prepare.files import find_files, read_values
 from llava_mole.data.prepare.samples import (
     CHAT_ROLES,
+    MULTI_IMAGE,
     SPLITS,
+    TRAIN_SPLITS,
+    MultiImage,
     RawSample,
+    Source,
+    SourceOptions,
     Split,
     check_turns,
     choose_images,
     keep_first_marker,
     merge_turns,
+    option,
     read_turns,
     require_object,
     usable_samples,
 )
-from llava_mole.data.prepare.source import MULTI_IMAGE, TRAIN_SPLITS, MultiImage, Source, SourceOptions, option
 
 PRESETS = {
     "official": {
