@@ -1,11 +1,11 @@
 """Data at the paper's scale: preparing, opening and reading a million records, and decoding images for two workers.
 
-Everything is measured, on records and JPEGs that are generated here: records/s and peak memory of `llava-mole prepare
-llava-json` (one process, no look at images); seconds and memory to open the prepared set, beside `json.load` of the
-same file; records/s in random order; images/s of a loader with two workers at 336 px, beside the
-CLIP processors of transformers in LLaVA's way (pad with the mean colour, then `preprocess`): `hf_pil` is the Pillow
-one, which LLaVA used, `hf_torchvision` is today's `CLIPImageProcessor`. Memory is that of a fresh process: `rss` counts
-the mapped pages it has touched, which all processes share; `own` does not.
+All figures are measured on generated records and JPEGs: records/s and peak memory of `llava-mole prepare llava-json`
+(one process, images are not checked); seconds and memory to open the prepared set, compared with `json.load` of the
+same file; records/s in random order; images/s of a loader with two workers at 336 px, compared with the CLIP processors
+of transformers used as in LLaVA (pad with the mean colour, then `preprocess`): `hf_pil` is the Pillow version, which
+LLaVA used, `hf_torchvision` is today's `CLIPImageProcessor`. Memory is that of a fresh process: `rss` includes the
+mapped pages it has touched, which all processes share; `own` does not.
 """
 
 import argparse
@@ -53,13 +53,13 @@ def memory() -> dict[str, int]:
 
 
 def peak_memory() -> int:
-    """Most resident bytes this process has had (`ru_maxrss` would include the parent it was forked from)."""
+    """Peak resident bytes of this process (`ru_maxrss` would include the parent it was forked from)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def prepare(raw: Path, directory: Path) -> dict[str, Any]:
-    """`llava-mole prepare llava-json`, without a look at the images, which do not exist."""
+    """`llava-mole prepare llava-json` without checking the images, which do not exist."""
     import contextlib
 
     from llava_mole.data.prepare.cli import main
@@ -118,13 +118,13 @@ CHILDREN: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 
 
 def child(name: str, raw: Path, directory: Path) -> dict[str, Any]:
-    """Run one of `CHILDREN` in a process of its own and return what it measured."""
+    """Run one of `CHILDREN` in a process of its own and return its figures."""
     command = [sys.executable, __file__, "--child", name, str(raw), str(directory)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def write_images(directory: Path, count: int) -> list[Path]:
-    """JPEGs of smooth blobs with some noise, of about the bytes a pixel of photos."""
+    """Write JPEGs of smooth blobs with some noise; they have about as many bytes per pixel as photos."""
     import numpy as np
     from PIL import Image
 
@@ -184,9 +184,9 @@ class Images:
 
 
 def measure_loaders(paths: list[Path], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Images/s of every loader, a number a round, interleaved; and how far its pixels are from ours at most, of 255.
+    """Images/s of every loader in each round, interleaved, and the largest difference of its pixels from ours (of 255).
 
-    Sets this process to one thread: it only finishes batches, and further ones would spin beside the two workers.
+    Sets this process to one thread: it only finishes batches, and more threads would compete with the two workers.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -215,7 +215,7 @@ def measure_loaders(paths: list[Path], repeats: int) -> tuple[dict[str, list[flo
 
 
 def record_rows(records: int, directory: Path, repeats: int) -> list[dict[str, Any]]:
-    """Preparing and opening, one row a way."""
+    """One row for preparing, and one for each way of opening."""
     from tqdm import tqdm
 
     raw, prepared = directory / "raw.json", directory / "out" / "train"
@@ -250,7 +250,7 @@ def record_rows(records: int, directory: Path, repeats: int) -> list[dict[str, A
 
 
 def image_rows(count: int, directory: Path, repeats: int) -> list[dict[str, Any]]:
-    """The loaders, one row each."""
+    """One row per loader."""
     speeds, distance = measure_loaders(write_images(directory, count), repeats)
     rows = []
     for kind, values in speeds.items():
