@@ -27,7 +27,7 @@ import llava_mole.train.trainer
 from llava_mole.common import files
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.model import checkpoint
-from llava_mole.train import checkpointing as saving
+from llava_mole.train import checkpointing
 from llava_mole.train.checkpointing import CheckpointWriter
 
 PRELOADED = (accelerate, open_clip, peft, torch, transformers)
@@ -130,7 +130,7 @@ def _disturb_saves(sabotage: Sabotage) -> None:
         return original(self, *arguments)
 
     CheckpointWriter.write = write  # type: ignore[method-assign]
-    saving.FINAL_SAVE_WAITS_S = (0.0, 0.1, 0.1)
+    checkpointing.FINAL_SAVE_WAITS_S = (0.0, 0.1, 0.1)
 
 
 def _die_at_call(number: int) -> None:
@@ -149,8 +149,8 @@ def _die_at_call(number: int) -> None:
     checkpoint.sha256_of = counted(checkpoint.sha256_of)
     checkpoint.os.replace = counted(os.replace)
     checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree)
-    saving.save_file = counted(saving.save_file)
-    saving.save_config = counted(saving.save_config)
+    checkpointing.save_file = counted(checkpointing.save_file)
+    checkpointing.save_config = counted(checkpointing.save_config)
 
 
 def _after_step(number: int, action: Any) -> None:
