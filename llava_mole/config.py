@@ -219,6 +219,11 @@ class TrainConfig:
     `validation_exact` and `validation_f1` by source."""
     resume: str | None = None
     """`auto`: the newest valid checkpoint of output_dir, if any; or the directory of a checkpoint."""
+    accept_changed: list[str] = field(default_factory=list)
+    """Keys that may differ from the checkpoint's run when resuming, e.g. `[train.max_steps, data.sources.NAME]`. Any
+    other change that affects the result is refused."""
+    break_lock: bool = False
+    """Take over output_dir from a process on another machine that has ended without releasing it."""
     max_bad_steps: int = 3
     """Steps in a row whose loss or gradient is not finite before the run gives up; each one is skipped."""
     check_ranks_every: int = 500

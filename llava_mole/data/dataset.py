@@ -23,7 +23,7 @@ from llava_mole.data.images import ImageProcessor, load_image, resolve_image
 from llava_mole.data.lengths import Fitted, Limits, fit_source, image_counts, sample_of
 from llava_mole.data.mixture import TrainingPlan, hold_out
 from llava_mole.data.records import Record, RecordSubset
-from llava_mole.data.store import PreparedRecords, read_records
+from llava_mole.data.store import PreparedRecords, content_digest, read_records
 from llava_mole.data.tokenization import Encoded, TextTokenizer, encode_record, encode_shortened
 
 SUBSTITUTES = 100
@@ -68,6 +68,8 @@ class SupervisedDataset:
         """Each held-out sample once; None if validation is off."""
         self.report: dict[str, dict[str, int]] = {}
         """By source: the numbers of records, text_only, cut, shortened and dropped records."""
+        self.digests: dict[str, str] = {}
+        """By source: digest of its records' content."""
 
     def lengths(self, positions: Iterable[int]) -> list[int]:
         """Tokens of the samples at positions of the plan. Raises ValueError if lengths were not counted."""
@@ -230,6 +232,7 @@ def build_dataset(
     draft = data_config.image_draft
     dataset = SupervisedDataset(records, image_folders, plan, limits, image_processor, lengths, image_draft=draft)
     dataset.report = report
+    dataset.digests = on_main(lambda: {name: content_digest(data_config.sources[name].annotations) for name in names})
     if held_out:
         once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
         held_out_lengths = {name: _lengths_of(held_out[name], fitted[name]) for name in names}

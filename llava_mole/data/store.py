@@ -602,3 +602,19 @@ def read_records(path: str | os.PathLike[str], source: str) -> Sequence[Record]:
             "%s: removed the first answer of %s, which no question precedes", path, count_of(dropped, "record")
         )
     return records
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of the records at `path`: of a file's bytes, or of a prepared set's shards and their order.
+
+    The manifest of a prepared set is not part of it, because it also holds the time of preparation.
+
+    Raises:
+        DataError: the file cannot be read, or as `read_manifest`.
+    """
+    if is_prepared(path):
+        return sha256_of_json([shard["sha256"] for shard in read_manifest(path)["shards"]])
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -2,9 +2,12 @@
 
 A checkpoint is a directory `checkpoint-<step>` with a `manifest.json` that lists every file with its size and sha256.
 It is written under a temporary name, fsynced and renamed, so a directory of that name is complete unless it was
-damaged later. A directory that does not match its manifest is never loaded. The folder's name only orders the steps.
-A killed process leaves names that start with a dot: `.tmp-checkpoint-<step>-<pid>` was being written, `.old-...`
-replaced and `.gone-...` deleted.
+damaged later. A directory that does not match its manifest is never loaded.
+
+The folder's name only orders the steps. Whose checkpoint it is, `run.json` inside says: the identifier of the run that
+wrote it, and the name it wrote it under. A run replaces and deletes only what bears its own identifier. A killed
+process leaves names that start with a dot: `.tmp-checkpoint-<step>-<pid>` was being written, `.old-...` replaced and
+`.gone-...` deleted.
 """
 
 import errno
@@ -20,16 +23,19 @@ from typing import Any
 import torch
 
 from llava_mole.common.errors import CheckpointError
-from llava_mole.common.files import atomic_path, sha256_of, sha256_of_json
+from llava_mole.common.files import atomic_path, remove, sha256_of, sha256_of_json
 from llava_mole.common.log import get_logger
 
 logger = get_logger(__name__)
 
 
 MANIFEST = "manifest.json"
+OWNER_FILE = "run.json"
 SELF_HASH = "manifest_sha256"
 LEFTOVER = re.compile(r"\.(tmp|old|gone)-(checkpoint-\d+)-\d+")
-FORMAT = "llava_mole.checkpoint/1"
+FORMAT = "llava_mole.checkpoint/2"
+READABLE_FORMATS = ("llava_mole.checkpoint/1", FORMAT)
+"""Format 1 has neither an owner nor the contents of data, tokenizer and template."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -52,24 +58,36 @@ def check_free_space(directory: Path, expected_bytes: int) -> None:
 
 
 def write_checkpoint(
-    directory: Path, write_files: Callable[[Path], None], fields: dict[str, Any], expected_bytes: int = 0
+    directory: Path,
+    write_files: Callable[[Path], None],
+    fields: dict[str, Any],
+    expected_bytes: int = 0,
+    run: str | None = None,
 ) -> None:
     """Create `directory` atomically, with its manifest.
 
     Args:
-        directory: Final path; replaced if it exists.
+        directory: Final path; replaced if it exists and, where `run` is given, is that run's own.
         write_files: Writes every file of the checkpoint into the temporary directory it is given.
         fields: Stored in the manifest beside the list of files (stage, step, template, fingerprints, ...).
         expected_bytes: Approximate size; the free space is checked against it before anything is written.
+        run: Identifier of the run that owns the checkpoint; None for one that no run wrote.
 
     Raises:
+        FileExistsError: Something that is not the run's own is in the way. It is left alone.
         OSError: The disk is full or cannot be written. The temporary directory is removed; older checkpoints stay.
             Any exception of `write_files` has the same effect.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
+    if run is not None and os.path.lexists(directory) and not is_owned(directory, run):
+        raise FileExistsError(errno.EEXIST, f"{directory} exists and does not belong to this run; move it away")
     check_free_space(directory.parent, expected_bytes)
     with atomic_path(directory) as temporary:
         temporary.mkdir()
+        if run is not None:  # first of all, so that whatever a killed process leaves can be told from others' files
+            owner = json.dumps({"run": run, "checkpoint": directory.name})
+            (temporary / OWNER_FILE).write_text(owner + "\n", encoding="utf-8")
+            fields = {**fields, "run": run}
         write_files(temporary)
         files = {
             path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -95,9 +113,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); use another checkpoint of the run") from None
     if isinstance(manifest, dict) and manifest.get(SELF_HASH, "") not in ("", _manifest_hash(manifest)):
         raise CheckpointError(f"{path} is damaged (it differs from what was written); use another checkpoint")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in READABLE_FORMATS:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
+        known = " and ".join(map(repr, READABLE_FORMATS))
+        raise CheckpointError(f"{path} has format {found!r}; this version reads {known}")
     return manifest
 
 
@@ -171,41 +190,77 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return newest
 
 
-def rotate_checkpoints(published: Path, keep: int) -> None:
-    """Keep `published`, which was just completed, and the `keep` - 1 checkpoints before it; delete all others.
+def is_owned(directory: Path, run: str) -> bool:
+    """Whether `directory` is a checkpoint that the run with this identifier wrote under this name.
+
+    A link is not, nor is a copy under another name. The manifest answers where `run.json` is missing or damaged.
+    """
+    if directory.is_symlink() or not directory.is_dir():
+        return False
+    name = (LEFTOVER.fullmatch(directory.name) or ("", "", directory.name))[2]
+    if _owner(directory) == {"run": run, "checkpoint": name}:
+        return True
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError:
+        return False
+    return manifest.get("run") == run and f"checkpoint-{manifest['step']}" == name
+
+
+def _owner(directory: Path) -> Any:
+    """Content of `run.json`; None if it cannot be read."""
+    try:
+        return json.loads((directory / OWNER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def rotate_checkpoints(published: Path, keep: int, run: str) -> None:
+    """Keep `published`, which was just completed, and the `keep` - 1 of the run before it; delete its others.
 
     Checkpoints of later steps are deleted too. The run skipped them when it resumed because they do not verify; if
-    they counted as the newest, valid ones would be deleted in their place.
+    they counted as the newest, valid ones would be deleted in their place. What the run did not write stays.
     """
     step = _step_of(published)
-    checkpoints = list_checkpoints(published.parent)
+    checkpoints = [path for path in list_checkpoints(published.parent) if is_owned(path, run)]
     earlier = [path for path in checkpoints if _step_of(path) < step]
     for path in [path for path in checkpoints if _step_of(path) > step] + earlier[keep - 1 :]:
         # Rename first: an interrupted deletion must not leave half a checkpoint under a checkpoint's name.
         gone = path.parent / f".gone-{path.name}-{os.getpid()}"
         os.replace(path, gone)
-        shutil.rmtree(gone)
+        _delete(gone)
+
+
+def _delete(directory: Path) -> None:
+    """Delete a checkpoint, its owner's mark last: what an interruption leaves can be recognised and removed."""
+    for path in directory.iterdir():
+        if path.name != OWNER_FILE:
+            remove(path)
+    shutil.rmtree(directory)
 
 
 def clean_leftovers(run_dir: Path) -> None:
     """Remove what killed processes left in a run directory. No other process may be writing there.
 
-    A checkpoint that was moved aside for a replacement that was never completed gets its name back.
+    A checkpoint that was moved aside for a replacement that was never completed gets its name back. A folder that has
+    such a name and is not a checkpoint's is left alone.
     """
     if not run_dir.is_dir():
         return
     for path in sorted(run_dir.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
-        if match is None:
+        if match is None or path.is_symlink() or not path.is_dir():
             continue
         kind, name = match.groups()
-        if kind == "old" and not (run_dir / name).exists():
+        if any(path.iterdir()) and _owner(path) is None and not (path / MANIFEST).is_file():
+            logger.warning("%s was not written by a run of this version: it is left alone", path)
+        elif kind == "old" and not (run_dir / name).exists():
             os.replace(path, run_dir / name)
             logger.warning(
                 "%s: an interrupted save had moved this checkpoint aside; it has been restored", run_dir / name
             )
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
             logger.info("removed %s, left by a killed process", path)
 
 

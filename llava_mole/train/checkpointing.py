@@ -1,6 +1,5 @@
-"""The run directory: writing and finding checkpoints, environment, summary (docs/architecture.md, Checkpoint)."""
+"""What a run writes to its directory: checkpoints, environment, summary (docs/architecture.md, Checkpoint)."""
 
-import os
 import platform
 import sys
 import time
@@ -18,19 +17,9 @@ from llava_mole.common.distributed import all_gather_objects, get_rank
 from llava_mole.common.errors import CheckpointError
 from llava_mole.common.files import read_json, write_json
 from llava_mole.common.log import get_logger
-from llava_mole.common.text import count_of
-from llava_mole.config import TrainConfig, save_config
+from llava_mole.config import save_config
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
-from llava_mole.model.checkpoint import (
-    checkpoint_path,
-    clean_leftovers,
-    list_checkpoints,
-    newest_valid_checkpoint,
-    read_manifest,
-    resolve_checkpoint,
-    rotate_checkpoints,
-    write_checkpoint,
-)
+from llava_mole.model.checkpoint import checkpoint_path, rotate_checkpoints, write_checkpoint
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.metrics import finite
 from llava_mole.train.strategy import MASTER
@@ -79,6 +68,10 @@ class CheckpointWriter:
     hf_tokenizer: Any
     fingerprints: dict[str, str]
     """Of the model's frozen parts."""
+    contents: dict[str, str]
+    """Digests of everything else the run reads, by configuration key."""
+    run: str
+    """Identifier of the run."""
 
     def write(self, model: LlavaMole, optimizer_state: Mapping[str, torch.Tensor], progress: Progress) -> Path:
         """Write `checkpoint-<step>`. Weights are taken from the float32 masters in `optimizer_state`.
@@ -107,7 +100,7 @@ class CheckpointWriter:
         path = checkpoint_path(self.run_dir, progress.step)
         # Masters and two moments of everything trainable, the masters again as weights, and the tokenizer's files.
         expected = sum(value.nbytes for value in optimizer_state.values()) * 4 // 3 + TOKENIZER_BYTES
-        write_checkpoint(path, write_files, self._manifest_fields(progress), expected)
+        write_checkpoint(path, write_files, self._manifest_fields(progress), expected, self.run)
         return path
 
     def _write_adapter(self, model: LlavaMole, masters: Mapping[str, torch.Tensor], directory: Path) -> None:
@@ -128,6 +121,7 @@ class CheckpointWriter:
             "quantization": model["quantization"],
             "template": self.config["data"]["template"],
             "fingerprints": self.fingerprints,
+            "contents": self.contents,
             "paths": {
                 "language_model": str(Path(model["language_model"]).resolve()),
                 "vision_tower_weights": str(Path(tower["weights"]).resolve()),
@@ -190,90 +184,20 @@ def _try_to_write(
         return " ".join(f"{type(error).__name__}: {error}".split())
     logger.info("saved %s", path)
     try:
-        rotate_checkpoints(path, keep)
+        rotate_checkpoints(path, keep, writer.run)
     except OSError as error:
         logger.warning("an old checkpoint could not be deleted: %s", error)
     return None
 
 
-def find_resume(train: TrainConfig) -> Path | None:
-    """Find the checkpoint to resume from; None for a new run. Call it on one rank: it reads whole checkpoints.
-
-    A process that torchrun has restarted (`--max-restarts`) resumes from what its predecessor left, as with `auto`.
-
-    Raises:
-        CheckpointError: the output directory already has checkpoints and `train.resume` is not set (a new run would
-            overwrite them), the given checkpoint does not verify, or it is not the newest of its own run.
-    """
-    run_dir, resume = Path(train.output_dir), train.resume
-    clean_leftovers(run_dir)
-    existing = list_checkpoints(run_dir)
-    if resume == "auto" or (_restarted() and existing):
-        newest = newest_valid_checkpoint(run_dir)
-        if newest is None and existing:
-            logger.error(
-                "none of the %s in %s verifies: the run starts anew", count_of(len(existing), "checkpoint"), run_dir
-            )
-        return newest
-    if resume is not None:
-        checkpoint = resolve_checkpoint(resume)
-        later = [path.name for path in existing if _step(path) > read_manifest(checkpoint)["step"]]
-        if later and checkpoint.parent.resolve() == run_dir.resolve():
-            raise CheckpointError(
-                f"{checkpoint} is not the newest checkpoint of its run ({later[0]} is later), and resuming from it "
-                "would overwrite the later ones; choose another --train.output_dir, or remove them"
-            )
-        return checkpoint
-    if existing:
-        raise CheckpointError(
-            f"{run_dir} already has {count_of(len(existing), 'checkpoint')}, newest {existing[0].name}; continue with "
-            "--train.resume auto, or choose another --train.output_dir"
-        )
-    return None
+def read_progress(checkpoint: Path) -> Progress:
+    """Progress of a verified checkpoint."""
+    return Progress(**read_json(checkpoint / STATE_FILE))
 
 
-def was_started(train: TrainConfig) -> bool:
-    """Whether an earlier process of this run wrote to the run directory, even without a checkpoint."""
-    resumes = train.resume is not None or _restarted()
-    return resumes and (Path(train.output_dir) / CONFIG_FILE).exists()
-
-
-def _restarted() -> bool:
-    """Whether torchrun started this process to replace one that failed (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def check_same_run(checkpoint: Path, *, stage: str, adapter: str, quantization: str) -> None:
-    """Raise CheckpointError unless the checkpoint has this stage, adapter method and quantisation."""
-    manifest = {"quantization": "none", **read_manifest(checkpoint)}
-    for key, wanted in (("stage", stage), ("adapter", adapter), ("quantization", quantization)):
-        if manifest[key] != wanted:
-            raise CheckpointError(
-                f"{checkpoint} has {key} {manifest[key]!r}, this run has {wanted!r}: it belongs to another run"
-            )
-
-
-def check_same_plan(progress: Progress, digest: str, global_batch_size: int, checkpoint: Path) -> None:
-    """Raise CheckpointError if the coming steps would take other samples than the checkpoint's own run."""
-    if progress.samples_consumed != progress.step * global_batch_size:
-        raise CheckpointError(
-            f"{checkpoint} took {progress.samples_consumed} samples in {progress.step} steps, but "
-            f"train.global_batch_size is {global_batch_size}: restore it, or start from the weights with --init-from"
-        )
-    if progress.plan_digest != digest:
-        raise CheckpointError(
-            f"{checkpoint} consumed {progress.samples_consumed} samples of another sample order: data files, mixture, "
-            "epochs or seed have changed. Restore them, or start a new run in another --train.output_dir"
-        )
-
-
-def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """Progress and optimizer state of a verified checkpoint."""
-    return Progress(**read_json(checkpoint / STATE_FILE)), load_file(checkpoint / OPTIMIZER_FILE)
+def read_optimizer_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Trainable parameters and optimizer state of a verified checkpoint."""
+    return load_file(checkpoint / OPTIMIZER_FILE)
 
 
 def write_summary(

@@ -34,11 +34,8 @@ from llava_mole.model.quantization import quantize_linears
 from llava_mole.train.checkpointing import (
     CheckpointWriter,
     Progress,
-    check_same_plan,
-    check_same_run,
-    find_resume,
+    read_optimizer_state,
     read_progress,
-    was_started,
     write_environment,
 )
 from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
@@ -46,6 +43,15 @@ from llava_mole.train.metrics import Tracker
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import build_optimizer
 from llava_mole.train.preflight import check_inputs
+from llava_mole.train.resume import (
+    Start,
+    check_same_contents,
+    check_same_plan,
+    check_steps_free,
+    contents_of,
+    find_start,
+    run_directory,
+)
 from llava_mole.train.strategy import Strategy, start_strategy
 from llava_mole.train.trainer import Trainer
 from llava_mole.train.validation import AnswerCheck, Validator
@@ -64,52 +70,60 @@ def train(config: RunConfig) -> Path:
         StopRequested: SIGTERM or SIGUSR1 came; the run has saved.
     """
     check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
+    values, run_dir = config_to_dict(config), Path(config.train.output_dir)
     with StopSignal() as stop:
         strategy = start_strategy(config.train, config.device)
-        checkpoint, resuming = find_checkpoint(config)  # before the model is loaded, which takes minutes
-        torch.manual_seed(config.train.seed)  # the same initial weights on every rank
-        model, hf_tokenizer, fingerprints = build_parts(config.model)
-        tokenizer = HFTextTokenizer(hf_tokenizer)
-        dataset = load_data(config, model, tokenizer, resuming)
-        steps, _ = count_steps(len(dataset), config.train.global_batch_size)
-        steps = min(steps, config.train.max_steps or steps)
-        make_trainable(config, model, strategy.device, fingerprints, checkpoint)
-        strategy.prepare(model, build_optimizer(trainable_parameters(model), config.train))
-        progress = Progress(plan_digest=dataset.plan.digest)
-        if checkpoint is not None:
-            progress = restore(checkpoint, strategy, dataset, config.train.global_batch_size)
-
-        values, run_dir = config_to_dict(config), Path(config.train.output_dir)
-        if is_main_process():
-            save_config(values, run_dir / "config.yaml")
-            write_environment(run_dir, strategy.world_size, str(strategy.device), type(strategy.engine).__name__)
-        most_bad = config.train.max_bad_steps, config.data.max_bad_image_share
-        Trainer(
-            name=f"{config.stage} ({config.adapter.method})",
-            train=config.train,
-            total_steps=steps,
-            row_tokens=config.train.pack_length or config.data.max_length,
-            has_experts=config.adapter.method == "mole",
-            strategy=strategy,
-            model=model,
-            dataset=dataset,
-            pad_token_id=tokenizer.pad_token_id,
-            writer=CheckpointWriter(run_dir, values, hf_tokenizer, fingerprints),
-            tracker=Tracker(config.tracker, run_dir, progress.step, run=values, enabled=is_main_process()),
-            monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
-            guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
-            progress=progress,
-        ).run()
+        with run_directory(config.train):
+            start = on_main(lambda: find_start(config.train, values))  # before the model, which takes minutes to load
+            if start.finished:
+                return run_dir
+            torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+            model, hf_tokenizer, fingerprints = build_parts(config.model)
+            tokenizer = HFTextTokenizer(hf_tokenizer)
+            dataset = load_data(config, model, tokenizer, start.begun)
+            steps, _ = count_steps(len(dataset), config.train.global_batch_size)
+            steps = min(steps, config.train.max_steps or steps)
+            contents = contents_of(fingerprints, tokenizer.fingerprint, dataset.limits.template, dataset.digests)
+            progress = check_start(config, start, dataset, contents, steps)
+            make_trainable(config, model, strategy.device, fingerprints, start.checkpoint)
+            strategy.prepare(model, build_optimizer(trainable_parameters(model), config.train))
+            if start.checkpoint is not None:
+                strategy.load_state(read_optimizer_state(start.checkpoint), progress.updates)
+            if is_main_process():
+                write_environment(run_dir, strategy.world_size, str(strategy.device), type(strategy.engine).__name__)
+                save_config(values, run_dir / "config.yaml")
+            most_bad = config.train.max_bad_steps, config.data.max_bad_image_share
+            Trainer(
+                name=f"{config.stage} ({config.adapter.method})",
+                train=config.train,
+                total_steps=steps,
+                row_tokens=config.train.pack_length or config.data.max_length,
+                has_experts=config.adapter.method == "mole",
+                strategy=strategy,
+                model=model,
+                dataset=dataset,
+                pad_token_id=tokenizer.pad_token_id,
+                writer=CheckpointWriter(run_dir, values, hf_tokenizer, fingerprints, contents, start.run),
+                tracker=Tracker(config.tracker, run_dir, progress.step, run=values, enabled=is_main_process()),
+                monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
+                guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
+                progress=progress,
+            ).run()
     return run_dir
 
 
-def find_checkpoint(config: RunConfig) -> tuple[Path | None, bool]:
-    """The checkpoint to resume from, if any, and whether an earlier process of this run wrote to the run directory."""
-    checkpoint, resuming = on_main(lambda: (find_resume(config.train), was_started(config.train)))
-    if checkpoint is not None:
-        kind = {"adapter": config.adapter.method, "quantization": config.model.quantization}
-        check_same_run(checkpoint, stage=config.stage, **kind)
-    return checkpoint, resuming
+def check_start(
+    config: RunConfig, start: Start, dataset: SupervisedDataset, contents: dict[str, str], steps: int
+) -> Progress:
+    """The progress that the run starts with, once it is proven that it continues the same experiment."""
+    progress = Progress(plan_digest=dataset.plan.digest)
+    if start.checkpoint is not None:
+        check_same_contents(start.checkpoint, contents, config.train.accept_changed)
+        progress = read_progress(start.checkpoint)
+        check_same_plan(progress, dataset.plan.digest, config.train.global_batch_size, start.checkpoint)
+        logger.info("resuming from %s: %d samples consumed", start.checkpoint, progress.samples_consumed)
+    on_main(lambda: check_steps_free(Path(config.train.output_dir), start.run, progress.step, steps))
+    return progress
 
 
 def load_data(config: RunConfig, model: LlavaMole, tokenizer: HFTextTokenizer, resuming: bool) -> SupervisedDataset:
@@ -149,15 +163,6 @@ def make_trainable(
         compile_layers(model.causal_lm)
     if is_main_process():
         print(trainable_table(model), file=sys.stderr, flush=True)
-
-
-def restore(checkpoint: Path, strategy: Strategy, dataset: SupervisedDataset, global_batch_size: int) -> Progress:
-    """Load a checkpoint's trainable parameters and optimizer state; returns its progress."""
-    progress, state = read_progress(checkpoint)
-    check_same_plan(progress, dataset.plan.digest, global_batch_size, checkpoint)
-    strategy.load_state(state, progress.updates)
-    logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
-    return progress
 
 
 def build_monitor(

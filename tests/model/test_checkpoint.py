@@ -1,5 +1,6 @@
 """A checkpoint is written whole or not at all, and a damaged one is never read."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +10,13 @@ from llava_mole.common.errors import CheckpointError
 from llava_mole.model import checkpoint
 
 
-def write(directory: Path, text: str = "weights", **fields) -> Path:
+def write(directory: Path, text: str = "weights", run: str | None = None, **fields) -> Path:
     def files(temporary: Path) -> None:
         (temporary / "part").mkdir()
         (temporary / "part" / "a.bin").write_text(text)
         (temporary / "b.txt").write_text("b")
 
-    checkpoint.write_checkpoint(directory, files, {"step": 1, **fields})
+    checkpoint.write_checkpoint(directory, files, {"step": 1, **fields}, run=run)
     return directory
 
 
@@ -114,25 +115,98 @@ def test_resolve_names_what_is_wrong(tmp_path: Path) -> None:
         checkpoint.resolve_checkpoint(tmp_path)
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_steps_are_ordered_as_numbers_and_rotated(tmp_path: Path) -> None:
     for step in (9, 10, 100):
-        write(tmp_path / f"checkpoint-{step}")
+        write(tmp_path / f"checkpoint-{step}", run="own")
     (tmp_path / "checkpoint-old").mkdir()
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == [
         "checkpoint-100",
         "checkpoint-10",
         "checkpoint-9",
     ]
-    checkpoint.rotate_checkpoints(tmp_path / "checkpoint-100", keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-old"]
+    checkpoint.rotate_checkpoints(tmp_path / "checkpoint-100", keep=2, run="own")
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-old"]
 
 
 def test_rotation_never_deletes_what_was_just_published(tmp_path: Path) -> None:
     for step in (3, 4, 9):
-        write(tmp_path / f"checkpoint-{step}")
+        write(tmp_path / f"checkpoint-{step}", run="own")
     damage_flipped(tmp_path / "checkpoint-9")  # a run that resumed from 3 passed over it
-    checkpoint.rotate_checkpoints(tmp_path / "checkpoint-4", keep=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
+    checkpoint.rotate_checkpoints(tmp_path / "checkpoint-4", keep=1, run="own")
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_rotation_deletes_only_what_its_own_run_wrote(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    run_dir = tmp_path / "run"
+    write(elsewhere / "checkpoint-1", run="own")
+    write(run_dir / "checkpoint-10", run="own", step=10)
+    write(run_dir / "checkpoint-11", run="own", step=11)
+    write(run_dir / "checkpoint-2", run="another")  # copied here from another run
+    write(run_dir / "checkpoint-3")  # imported: no run wrote it
+    (run_dir / "checkpoint-4").mkdir()  # of another tool
+    (run_dir / "checkpoint-4" / "model.bin").write_text("weights")
+    (run_dir / "checkpoint-5").write_text("a file")
+    (run_dir / "checkpoint-6").symlink_to(elsewhere / "checkpoint-1")
+    shutil.copytree(run_dir / "checkpoint-10", run_dir / "checkpoint-7")  # a backup under another name
+    write(run_dir / "checkpoint-99", run="another")
+    write(run_dir / "checkpoint-98", format="llava_mole.checkpoint/9", step=98)
+    before = set(names(run_dir)) - {"checkpoint-10"}
+    checkpoint.rotate_checkpoints(run_dir / "checkpoint-11", keep=1, run="own")
+    assert set(names(run_dir)) == before
+    assert (elsewhere / "checkpoint-1" / "b.txt").exists()
+
+
+@pytest.mark.parametrize("damage", [damage_manifest, damage_no_manifest, "owner missing", "owner torn"])
+def test_one_damage_does_not_make_a_checkpoint_foreign(tmp_path: Path, damage) -> None:
+    path = write(tmp_path / "checkpoint-1", run="own")
+    if damage == "owner missing":
+        (path / checkpoint.OWNER_FILE).unlink()
+    elif damage == "owner torn":
+        (path / checkpoint.OWNER_FILE).write_text('{"ru')
+    else:
+        damage(path)
+    assert checkpoint.is_owned(path, "own")
+    assert not checkpoint.is_owned(path, "another")
+
+
+@pytest.mark.parametrize("way", ["other run", "no run", "other tool", "file", "link", "broken link"])
+def test_a_run_never_replaces_what_it_does_not_own(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "checkpoint-1"
+    target = tmp_path / "target"
+    if way in ("other run", "no run"):
+        write(path, "theirs", run="another" if way == "other run" else None)
+    elif way == "other tool":
+        path.mkdir()
+        (path / "model.bin").write_text("theirs")
+    elif way == "file":
+        path.write_text("theirs")
+    else:
+        path.symlink_to(target)
+        if way == "link":
+            write(target, "theirs", run="own")
+    before = names(tmp_path)
+    with pytest.raises(FileExistsError, match="does not belong to this run; move it away"):
+        write(path, "ours", run="own")
+    assert names(tmp_path) == before
+    assert "ours" not in "".join(p.read_text() for p in path.rglob("*.bin") if p.is_file())
+    assert path.is_symlink() == way.endswith("link")
+
+
+def test_a_run_replaces_its_own(tmp_path: Path) -> None:
+    damage_missing(write(tmp_path / "checkpoint-1", "old", run="own"))
+    path = write(tmp_path / "checkpoint-1", "new", run="own")
+    assert (path / "part" / "a.bin").read_text() == "new"
+    assert checkpoint.verify_checkpoint(path)["run"] == "own"
+
+
+def test_format_1_is_still_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoint-1", format="llava_mole.checkpoint/1")
+    assert checkpoint.verify_checkpoint(path)["step"] == 1
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
@@ -145,6 +219,20 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "checkpoint-4"]
     checkpoint.verify_checkpoint(good)
     checkpoint.clean_leftovers(tmp_path / "none")
+
+
+def test_what_only_looks_like_a_leftover_stays(tmp_path: Path) -> None:
+    empty, half, theirs = (tmp_path / f".tmp-checkpoint-{n}-1" for n in (1, 2, 3))
+    for path in (empty, half, theirs):
+        path.mkdir()
+    (half / checkpoint.OWNER_FILE).write_text('{"run": "own", "checkpoint": "checkpoint-2"}')
+    (half / "half").write_text("x")
+    (theirs / "notes.txt").write_text("x")
+    (tmp_path / ".gone-checkpoint-4-1").write_text("a file")
+    (tmp_path / ".old-checkpoint-5-1").symlink_to(theirs)
+    checkpoint.clean_leftovers(tmp_path)
+    assert names(tmp_path) == [".gone-checkpoint-4-1", ".old-checkpoint-5-1", theirs.name]
+    assert (theirs / "notes.txt").exists()
 
 
 def test_a_checkpoint_moved_away_for_its_replacement_comes_back(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_a_run_goes_on_after_an_image_has_vanished_but_none_starts(tmp_path: Pat
     options = ("--train.save_every", "3", "--train.resume", "auto")
     train(parse_run_config(arguments(tmp_path, "run", *options, "--train.max_steps", "3")))
     (tmp_path / "red" / "images" / "red-0.png").unlink()
-    train(parse_run_config(arguments(tmp_path, "run", *options, "--train.max_steps", "10")))
+    longer = ("--train.max_steps", "10", "--train.accept_changed", "[train.max_steps]")
+    train(parse_run_config(arguments(tmp_path, "run", *options, *longer)))
     with pytest.raises(faults.UserError, match="red-0.png' is not a file"):
         train(parse_run_config(arguments(tmp_path, "new", *options)))
 
@@ -279,7 +280,7 @@ def test_a_restarted_process_resumes_without_being_told(world: Path, monkeypatch
     with pytest.raises(CheckpointError, match="already has 1 checkpoint"):
         train(parse_run_config(arguments(world, "again", *options)))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    train(parse_run_config(arguments(world, "again", *options)))
+    train(parse_run_config(arguments(world, "again", *options, "--train.accept_changed", "[train.max_steps]")))
     assert [entry["step"] for entry in read_metrics(world / "again" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 

@@ -226,9 +226,12 @@ def test_a_finished_run_is_not_overwritten(world: Path, reference: Path) -> None
 def test_changed_data_cannot_resume(world: Path, reference: Path) -> None:
     changed = world / "changed"
     shutil.copytree(reference, changed)
-    with pytest.raises(CheckpointError, match="another sample order"):
+    with pytest.raises(CheckpointError, match=r"another experiment: data\.mixture\.red is 1\.0 there and 0\.5 here"):
         run(world, "changed", "--train.resume", "auto", "--data.mixture.red", "0.5")
-    with pytest.raises(CheckpointError, match="has adapter 'mole', this run has 'lora'"):
+    accepted = ["--train.accept_changed", "[data.mixture.red]"]
+    with pytest.raises(CheckpointError, match="another sample order"):
+        run(world, "changed", "--train.resume", "auto", "--data.mixture.red", "0.5", *accepted)
+    with pytest.raises(CheckpointError, match=r"adapter\.method is 'mole' there and 'lora' here"):
         run(world, "changed", "--train.resume", "auto", "--adapter", "{method: lora, rank: 2}")
 
 
@@ -270,8 +273,11 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
 
 
 def test_a_resumed_run_keeps_its_batch(world: Path, reference: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"samples in \d+ steps, but train.global_batch_size is 8"):
+    with pytest.raises(CheckpointError, match=r"train\.global_batch_size is \d+ there and 8 here"):
         run(world, reference.name, "--train.global_batch_size", "8", "--train.resume", "auto")
+    accepted = ["--train.accept_changed", "[train.global_batch_size]"]
+    with pytest.raises(CheckpointError, match=r"samples in \d+ steps, but train.global_batch_size is 8"):
+        run(world, reference.name, "--train.global_batch_size", "8", "--train.resume", "auto", *accepted)
 
 
 def test_layers_become_histograms() -> None:
