@@ -38,6 +38,10 @@ READABLE_FORMATS = ("llava_mole.checkpoint/1", FORMAT)
 """Format 1 has neither an owner nor the contents of data, tokenizer and template."""
 
 
+class UnknownFormatError(CheckpointError):
+    """A checkpoint that another version of this program wrote, or another program."""
+
+
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """`RUN/checkpoint-<step>`."""
     return run_dir / f"checkpoint-{step}"
@@ -116,7 +120,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") not in READABLE_FORMATS:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         known = " and ".join(map(repr, READABLE_FORMATS))
-        raise CheckpointError(f"{path} has format {found!r}; this version reads {known}")
+        raise UnknownFormatError(f"{path} has format {found!r}; this version reads {known}")
     return manifest
 
 
@@ -193,17 +197,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def is_owned(directory: Path, run: str) -> bool:
     """Whether `directory` is a checkpoint that the run with this identifier wrote under this name.
 
-    A link is not, nor is a copy under another name. The manifest answers where `run.json` is missing or damaged.
+    A link is not, nor is a copy under another name, nor one in a format that this version does not read. Where the
+    manifest is missing or damaged, `run.json` answers.
     """
     if directory.is_symlink() or not directory.is_dir():
         return False
     name = (LEFTOVER.fullmatch(directory.name) or ("", "", directory.name))[2]
-    if _owner(directory) == {"run": run, "checkpoint": name}:
-        return True
     try:
         manifest = read_manifest(directory)
-    except CheckpointError:
+    except UnknownFormatError:
         return False
+    except CheckpointError:
+        return _owner(directory) == {"run": run, "checkpoint": name}
     return manifest.get("run") == run and f"checkpoint-{manifest['step']}" == name
 
 

@@ -83,14 +83,13 @@ def run_directory(train: TrainConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
-            new = not run_dir.exists()
             with write_errors(run_dir):
-                run_dir.mkdir(parents=True, exist_ok=True)
+                if not run_dir.exists():
+                    run_dir.mkdir(parents=True)
+                    stack.callback(_remove_if_empty, run_dir)
                 free = shutil.disk_usage(run_dir).free
                 if free < MIN_FREE_BYTES:
                     raise OSError(errno.ENOSPC, f"only {free:,} bytes are free on its disk")
-            if new:
-                stack.callback(_remove_if_empty, run_dir)
             where = f"train.output_dir {run_dir}"
             stack.enter_context(locked(run_dir / LOCK_FILE, where, "--train.break_lock true", train.break_lock))
 
@@ -253,9 +252,16 @@ def changed_keys(directory: Path, values: Mapping[str, Any]) -> dict[str, tuple[
         directory: A checkpoint or run directory with its `config.yaml`.
         values: The complete configuration as plain values.
     """
-    there, here = _comparable(config_to_dict(load_config(directory / CONFIG_FILE))), _comparable(values)
-    keys = [key for key in {**there, **here} if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)]
-    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+    both = config_to_dict(load_config(directory / CONFIG_FILE)), values
+    there, here = (dict(_flat(side)) for side in both)
+    meant_there, meant_here = (dict(_flat(_with_defaults(side))) for side in both)
+    different = [
+        key
+        for key in {**meant_there, **meant_here}
+        if there.get(key) != here.get(key) and meant_there.get(key) != meant_here.get(key)
+    ]
+    keys = [key for key in different if not any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)]
+    return {key: (meant_there.get(key), meant_here.get(key)) for key in keys}
 
 
 def check_same_config(directory: Path, values: Mapping[str, Any], accepted: Sequence[str]) -> None:
@@ -335,8 +341,8 @@ def contents_of(
     }
 
 
-def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat `{a.b.c: value}`, with defaults that depend on other keys filled in."""
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the defaults filled in that depend on other keys."""
     adapter, train, data = dict(values["adapter"]), dict(values["train"]), dict(values["data"])
     if adapter["alpha"] is None:
         adapter["alpha"] = 2 * adapter["rank"]
@@ -344,7 +350,7 @@ def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
         if train[key] is None:
             train[key] = train["learning_rate"]
     data["mixture"] = {name: float(data["mixture"].get(name, 1.0)) for name in data["sources"]}
-    return dict(_flat({**values, "adapter": adapter, "train": train, "data": data}))
+    return {**values, "adapter": adapter, "train": train, "data": data}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,9 @@ def write(directory: Path, text: str = "weights", run: str | None = None, **fiel
         (temporary / "part" / "a.bin").write_text(text)
         (temporary / "b.txt").write_text("b")
 
-    checkpoint.write_checkpoint(directory, files, {"step": 1, **fields}, run=run)
+    step = directory.name.rpartition("-")[2]
+    fields = {"step": int(step) if step.isdecimal() else 1, **fields}
+    checkpoint.write_checkpoint(directory, files, fields, run=run)
     return directory
 
 
@@ -70,7 +72,7 @@ def damage_no_manifest(path: Path) -> None:
 
 
 def damage_manifest_value(path: Path) -> None:
-    (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"step": 1', '"step": 9'))
+    (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"step": 2', '"step": 9'))
 
 
 def damage_manifest_key(path: Path) -> None:
@@ -144,8 +146,8 @@ def test_rotation_deletes_only_what_its_own_run_wrote(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     run_dir = tmp_path / "run"
     write(elsewhere / "checkpoint-1", run="own")
-    write(run_dir / "checkpoint-10", run="own", step=10)
-    write(run_dir / "checkpoint-11", run="own", step=11)
+    write(run_dir / "checkpoint-10", run="own")
+    write(run_dir / "checkpoint-11", run="own")
     write(run_dir / "checkpoint-2", run="another")  # copied here from another run
     write(run_dir / "checkpoint-3")  # imported: no run wrote it
     (run_dir / "checkpoint-4").mkdir()  # of another tool
@@ -154,7 +156,7 @@ def test_rotation_deletes_only_what_its_own_run_wrote(tmp_path: Path) -> None:
     (run_dir / "checkpoint-6").symlink_to(elsewhere / "checkpoint-1")
     shutil.copytree(run_dir / "checkpoint-10", run_dir / "checkpoint-7")  # a backup under another name
     write(run_dir / "checkpoint-99", run="another")
-    write(run_dir / "checkpoint-98", format="llava_mole.checkpoint/9", step=98)
+    write(run_dir / "checkpoint-98", format="llava_mole.checkpoint/9")
     before = set(names(run_dir)) - {"checkpoint-10"}
     checkpoint.rotate_checkpoints(run_dir / "checkpoint-11", keep=1, run="own")
     assert set(names(run_dir)) == before
