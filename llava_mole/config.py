@@ -303,8 +303,8 @@ class RunConfig:
         self._check_validation()
 
     def _check_validation(self) -> None:
-        held_out, every = self.data.validation_samples, self.train.validate_every
-        answers = self.train.validation_answers
+        held_out = self.data.validation_samples
+        every, answers = self.train.validate_every, self.train.validation_answers
         if not 0 <= answers <= held_out:
             raise ConfigError(
                 f"train.validation_answers is {answers}; it must be 0 to data.validation_samples ({held_out}), of "
