@@ -1,4 +1,4 @@
-"""Defects of raw data: the one table of their kinds, which `check-data` uses too, and the counter of `prepare`."""
+"""Defects of raw data: the table of their kinds, shared with `check-data`, and the counter of `prepare`."""
 
 import json
 from collections import Counter
@@ -55,9 +55,9 @@ KINDS: dict[str, str] = {
 
 REFUSED_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",
                   "bad-text", "image-cut", "masked", "too-long")  # fmt: skip
-"""Kinds of records with which training does not start."""
+"""Kinds of defects with which training does not start."""
 OVERLONG_RECORD = ("truncated", "shortened", "dropped")
-"""Kinds of records that are longer than `data.max_length` and that `data.max_length_policy` lets pass."""
+"""Kinds of records longer than `data.max_length` that `data.max_length_policy` allows."""
 MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
 BAD_IMAGE = ("corrupt-image", "too-large-image")
 
@@ -72,7 +72,7 @@ class Issue(NamedTuple):
 
 
 class SkipRecord(Exception):
-    """Leaves out the current record; `usable_samples` counts it and continues."""
+    """Raised to leave out the current record; `usable_samples` counts it and continues."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -84,7 +84,7 @@ class Defects:
     """Counts defects and lists them in a file.
 
     Args:
-        path: The list file; each line is `{"where", "kind", "action", "detail"}`. None lists nothing.
+        path: The list file; each line is `{"where", "kind", "action", "detail"}`. None counts only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -116,7 +116,7 @@ class Defects:
             self._file = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """`{kind, action, count, meaning}`, most frequent first."""
+        """Return `{kind, action, count, meaning}` for each kind and action, most frequent first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return [
             {"kind": kind, "action": action, "count": count, "meaning": KINDS[kind]}

@@ -31,13 +31,7 @@ from llava_mole.data.prepare.samples import (
 )
 
 PRESETS = {
-    "official": {
-        "DocVQA": 3,
-        "InfographicsVQA": 3,
-        "WikiTableQuestions": 3,
-        "DeepForm": 2,
-        "KleisterCharity": 2,
-    },
+    "official": {"DocVQA": 3, "InfographicsVQA": 3, "WikiTableQuestions": 3, "DeepForm": 2, "KleisterCharity": 2},
     "none": {},
 }
 """Names that `--upsample` takes; `official` has the factors of the UReader paper."""
@@ -74,7 +68,7 @@ class Options(SourceOptions):
 
 
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
-    """Rows of train.jsonl and val.jsonl, repeated as `--upsample` says, then those of every test_<set>.jsonl."""
+    """Yield the rows of train.jsonl and val.jsonl, repeated as `--upsample` says, then of every test_<set>.jsonl."""
     seen: set[str] = set()
     for path, split in _files(raw):
         if not options.wants(split):
@@ -88,7 +82,7 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample
             again = [replace(sample, id=f"{sample.id}#{copy}", again=True) for copy in range(2, copies + 1)]
             yield sample
             yield from again
-    # The raw data may lack a set of the official factors; a name among your own factors must be a typing error.
+    # The raw data may lack a set of the official factors. An unknown name in your own factors is a typing error.
     official = options.upsample == PRESETS["official"]
     unknown = [] if official else sorted(options.upsample.keys() - seen)
     if unknown and seen:
@@ -109,7 +103,7 @@ def _files(raw: Path) -> list[tuple[Path, Split]]:
 
 
 def source_of(image: str) -> str:
-    """Sub-source of an image path: `ChartQA/...` or `DUE_Benchmark/<set>/...`; DocDownstream puts `imgs/` in front."""
+    """Return the sub-source of an image: `ChartQA/...`, `DUE_Benchmark/<set>/...`; DocDownstream prefixes `imgs/`."""
     path = image.removeprefix("./").removeprefix("imgs/").removeprefix(_DUE)
     folder, slash, _ = path.partition("/")
     return folder if slash else "ureader"
