@@ -62,7 +62,8 @@ def unpack_archive(archive: Path, folder: Path) -> int:
         return 0
     try:
         is_zip = archive.suffix.lower() == ".zip"
-        with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=_Header) as opened:
+        opening: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=_Header)
+        with opening as opened:
             members = _checked_members(opened, archive, folder, max(_SMALL, LARGEST_RATIO * size))
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files", disable=None, delay=3.0):
                 opened.extract(member, folder, **({} if is_zip else _DATA_FILTER))
