@@ -121,7 +121,7 @@ def _checked_members(opened: Any, archive: Path, folder: Path, most: int) -> lis
         # The checksum of a compressed file is at its very end, after the last member.
         while rest := opened.fileobj.read(_BLOCK):
             if rest.strip(b"\0"):  # a hole in a download consists of zeros, as the end does
-                raise tarfile.ReadError("more data behind its end")
+                raise tarfile.ReadError("more data after its end")
             total = _add_size(total, len(rest), most, archive)
     return list(files.values())
 

@@ -109,8 +109,8 @@ SOURCES = (
         "RAW/share-captioner_coco_lcs_sam_1246k_1107.json\n"
         "Images stay in place, below --image-root (default --raw): llava/llava_pretrain/images,\n"
         "coco/train2017, sam/images (SA-1B archives 000000 to 000050).\n"
-        "Known: about half of the SAM images are in none of these archives. They are counted and left\n"
-        "out; --missing-images error stops instead.",
+        "Known: these archives lack about half of the SAM images. Their records are counted and left out;\n"
+        "--missing-images error stops instead.",
         "share-captioner_coco_lcs_sam_1246k_1107.json",
         "sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json",
     ),
@@ -122,8 +122,8 @@ SOURCES = (
         f"{_FOLDERS}, sam/images,\n"
         "llava/llava_pretrain/images, share_textvqa/images, web-celebrity/images, web-landmark/images,\n"
         "wikiart/images.\n"
-        "Known: 23K records of the mix are replaced, not added; most OCR-VQA links are dead, and some\n"
-        "covers are GIFs called .jpg; text-only records have the key `model`.",
+        "Known: 23K records of the mix are replaced, not added. Most OCR-VQA links are dead, and some\n"
+        "covers are GIFs called .jpg. Text-only records have the key `model`.",
         "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
         "sharegpt4v/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
     ),
@@ -151,8 +151,8 @@ SOURCES = (
         'Records: {"id", "image" or "images" (a path, a list of paths, or absent), "conversations":\n'
         '[{"from": "human"|"gpt", "value"}]}; one <image> marker for each image.\n'
         "Image paths are relative to --image-root (default: RAW, or the folder of the file).\n"
-        "A file whose name says test (`test.json`, `my_test.jsonl`) becomes a question file; one whose\n"
-        "name says val is left out unless --train-splits or --test-splits names it.",
+        "A file with test in its name (`test.json`, `my_test.jsonl`) becomes a question file. One with val\n"
+        "in its name is left out unless --train-splits or --test-splits has val.",
         _iterate_own,
     ),
 )

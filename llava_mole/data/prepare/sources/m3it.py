@@ -174,14 +174,14 @@ SOURCES = (
     Source(
         "m3it",
         "general instructions, 40 sets, 1.59M for training: data/<task>/<set>/*.jsonl",
-        "Hub data set MMInstruction/M3IT (each set keeps its own licence); its loading script no longer\n"
-        "runs, so RAW/data/<task>/<set>/{train,val,test}.jsonl is read, with instructions.json beside them.\n"
+        "Hub data set MMInstruction/M3IT (each set keeps its own licence). Its loading script no longer\n"
+        "runs: RAW/data/<task>/<set>/{train,val,test}.jsonl and instructions.json beside them are read.\n"
         "A record without an instruction gets one from there, drawn with --seed.\n"
         "Or the single-image copy HuggingFaceM4/M3IT: RAW/**/*.parquet, of which train-*.parquet is read\n"
         "for training.\n"
         "Images are base64 in the records; each is decoded and written once as\n"
         "OUT/images/<set>/<sha1>.<ext>.\n"
-        "Known: nlvr, vist and the video sets have several images a row (--multi-image); some nlvr rows\n"
+        "Known: nlvr, vist and the video sets have several images a row (--multi-image). Some nlvr rows\n"
         "are broken. An unknown key stops the conversion (--ignore-keys NAME lets it pass).",
         iterate,
         Options,

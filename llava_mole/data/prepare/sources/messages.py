@@ -218,16 +218,16 @@ SOURCES = (
     Source(
         "messages",
         "your own chat messages, or questions and answers: JSON, parquet, `datasets`",
-        "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read (so\n"
-        "also the folders of save_to_disk of `datasets`; the package itself is not needed). The name of\n"
-        "the file or folder says the split.\n"
+        "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read.\n"
+        "Folders written by save_to_disk of `datasets` work too, without that package. The name of the file\n"
+        "or folder gives the split.\n"
         "Records have `messages` (role, content: text, or parts of type text, image, image_url),\n"
         "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
         "(answer, output, response).\n"
         "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW),\n"
         "bytes, base64 or a data: address. Web addresses are counted and left out. A part of type image\n"
         "without an address takes the next of `images`.\n"
-        "A system prompt (a turn, or the key `system`) is left out, since the template brings one.",
+        "A system prompt (a turn, or the key `system`) is left out because the template has its own.",
         iterate,
         Options,
     ),

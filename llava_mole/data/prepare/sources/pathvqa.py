@@ -199,16 +199,16 @@ SOURCES = (
         "biomedicine, 19,755 train and 6,761 test: pickles, parquet, LLaVA-Med's JSON",
         "One of:\n"
         "RAW/pvqa/qas/<split>/<split>_qa.pkl and RAW/pvqa/images/<split>/*.jpg (UCSD-AI4H/PathVQA), with\n"
-        "the paper's counts. The pickles are read without calling anything in them.\n"
+        "the paper's counts. Nothing in the pickles is executed.\n"
         "RAW/**/{train,validation,test}*.parquet (flaviagiammarino/path-vqa): 19,654 / 6,259 / 6,719,\n"
-        "de-duplicated, so its test scores have other denominators than the paper's 3,370 open and 3,391\n"
-        "closed questions.\n"
-        "RAW/**/*.json in LLaVA-Med's form (its misspelt key is understood); the file name says the split,\n"
+        "de-duplicated. Its test scores therefore have other denominators than the paper's 3,370 open and\n"
+        "3,391 closed questions.\n"
+        "RAW/**/*.json in LLaVA-Med's format (its misspelt key is accepted); the file name gives the split,\n"
         "and images are below --image-root.\n"
         "A question is CLOSED if its answer is yes or no. --closed-suffix adds LLaVA-Med's\n"
         "`Please choose ...` to those.\n"
-        "MIT licence; the images belong to textbook publishers, so do not pass them on. Some are CMYK or\n"
-        "grey.",
+        "MIT licence; the images belong to textbook publishers: do not pass them on. Some images are CMYK\n"
+        "or grey.",
         iterate,
         Options,
     ),

@@ -150,11 +150,11 @@ SOURCES = (
         "leaves val.jsonl out).\n"
         "--upsample DocVQA=3,... repeats sub-sources; `official` is the UReader paper's choice: DocVQA,\n"
         "InfographicsVQA and WikiTableQuestions three times, DeepForm and KleisterCharity twice.\n"
-        "Known: many answers of DeepForm and KleisterCharity are the word None, on purpose: kept and\n"
-        "counted; some TabFact images are missing. Images called x.tiff.<page>, counted from 0, of which\n"
-        "only x.tiff exists: the first page is used in place, the others need --images unpack, else they\n"
-        "are counted as tiff-page.\n"
-        "DocDownstream-1.0 has the same form (its imgs/ is understood).",
+        "Known: many answers of DeepForm and KleisterCharity are the word None, which the source intends;\n"
+        "they are kept and counted. Some TabFact images are missing. Some images are called x.tiff.<page>,\n"
+        "counted from 0, but only x.tiff exists. The first page is used in place. The others need --images\n"
+        "unpack; without it they are left out and counted as tiff-page.\n"
+        "DocDownstream-1.0 has the same format (its imgs/ is accepted).",
         iterate,
         Options,
         image_folder="ureader_images",
