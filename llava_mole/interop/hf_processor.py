@@ -52,9 +52,10 @@ def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:
 
 
 def embeddings_to_grow(own: OwnCheckpoint, tokenizer: Any, image_id: int) -> dict[str, tuple[int, int]]:
-    """Matrices with too few rows for the image token: name -> (rows needed, row to copy, the unknown token's).
+    """Matrices with too few rows for the image token: name -> (rows needed, row to copy).
 
-    The image token's logit then equals the unknown token's, so it never wins, and all other logits stay as they are.
+    The copied row is the unknown token's. The two tokens have equal logits, so the image token never wins, and all
+    other logits stay as they are.
     """
     copied = next(t for t in (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None)
     model = own.skeleton.model
@@ -65,7 +66,7 @@ def embeddings_to_grow(own: OwnCheckpoint, tokenizer: Any, image_id: int) -> dic
 
 
 def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
-    """The `LlavaConfig` of a checkpoint, with the image token. Raises ConfigError for a projector that it lacks."""
+    """`LlavaConfig` of a checkpoint, with the image token. Raises ConfigError for other projectors than mlp2x_gelu."""
     from transformers import LlavaConfig
 
     model = own.config.model

@@ -1,4 +1,4 @@
-"""Finds out what a directory or file is from its content; names of folders and weight files decide nothing."""
+"""Recognises directories and files by their content; names of folders and weight files do not matter."""
 
 from dataclasses import dataclass
 from pathlib import Path

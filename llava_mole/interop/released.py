@@ -168,7 +168,7 @@ def adapt(released: ReleasedMole, skeleton: Skeleton) -> Any:
 
 
 def check_base_weights(released: ReleasedMole, base: Weights, where: Path) -> None:
-    """Raise WeightsError if base weights in the file differ from `base` in bfloat16, in which the authors use them."""
+    """Raise WeightsError if base weights in the file differ from `base` as bfloat16, to which the authors round."""
     file = released.source.found.path
     for name, there in released.base_names.items():
         if name not in base:

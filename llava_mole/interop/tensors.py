@@ -42,7 +42,7 @@ class Weights(Mapping[str, torch.Tensor]):
         """Shape of every tensor, from the files' headers."""
         self._stored: dict[str, tuple[Path, str]] = {}
         """File of a tensor and its name there."""
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, Any] = {}  # at most one file, also over all parts
         for file in self.files:
             handle = self._handle(file)
             for name in handle.keys():

@@ -39,7 +39,7 @@ BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-"""The same for the layers of a block, which have weight and bias. open_clip stacks query, key and value besides."""
+"""The same inside a block, for layers with weight and bias. open_clip also stacks query, key and value."""
 CONFIG_NAMES = {
     "image_size": "image_size",
     "layers": "num_hidden_layers",
