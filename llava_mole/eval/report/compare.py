@@ -63,8 +63,7 @@ def read_run(name: str, path: Path) -> dict[str, dict[str, Any]]:
 def read_runs(named: Sequence[str], positional: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Read all runs by name, in order. Raises ConfigError if a name comes twice, and as `read_run` does."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
-    arguments = [(argument, False) for argument in positional] + [(argument, True) for argument in named]
-    for argument, must_name in arguments:
+    for argument, must_name in [*((a, False) for a in positional), *((a, True) for a in named)]:
         name, path = split_argument(argument, named=must_name)
         if name in runs:
             raise ConfigError(f"{argument}: the name {name!r} is given twice; give NAME=PATH with different names")
