@@ -90,7 +90,7 @@ def parse_named_file(argument: str) -> tuple[str | None, Path]:
 
 
 def resolve_argument(argument: str) -> str:
-    """`[GROUP=]FILE` with the absolute path, so that a report finds the file from any directory."""
+    """Return `[GROUP=]FILE` with the absolute path, with which a report finds the file from any directory."""
     group, path = parse_named_file(argument)
     return str(path.resolve()) if group is None else f"{group}={path.resolve()}"
 
@@ -148,7 +148,7 @@ def _parse(line: dict[str, Any], where: str, group: str | None) -> Question:
 
 
 def _image(line: dict[str, Any], where: str) -> str | None:
-    """The one path in `image` and `images`, each a path or a list of paths; None if there is none."""
+    """Return the one path in `image` and `images`, each a path or a list of paths; None if there is none."""
     paths: list[str] = []
     for key in ("image", "images"):
         value = line.get(key)

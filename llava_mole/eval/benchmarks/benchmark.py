@@ -1,4 +1,4 @@
-"""What a benchmark is, and its questions: everything that decides its numbers, apart from the metrics' code.
+"""A benchmark's definition and questions: everything that decides its numbers except the metrics' code.
 
 A benchmark is a YAML file in `configs/benchmarks/` (`registry.get_benchmark`), or is made from your own question files
 (`own_questions`).
@@ -49,7 +49,7 @@ class BenchmarkData:
     """Training splits, `FILE` or `GROUP=FILE`, whose commonest answers are the majority baseline. An empty list takes
     them from the test itself; None leaves the baseline out."""
     converter: str | None = None
-    """What `prepare-benchmark` converts the official files with; None if they are question files already."""
+    """Converter of the official files for `prepare-benchmark`; None if they are question files already."""
     options: dict[str, str] = field(default_factory=dict)
     """The converter's options, such as file names."""
     source: str = ""
@@ -102,7 +102,7 @@ class Benchmark:
     data: BenchmarkData
     prompt: BenchmarkPrompt = field(default_factory=BenchmarkPrompt)
     groups: list[str] = field(default_factory=list)
-    """All possible groups; a question of another group is an error. Empty: whatever the questions have."""
+    """All possible groups; a question of another group is an error. Empty: any group is allowed."""
     metrics: dict[str, list[str]] = field(default_factory=dict)
     """Group, or `*`, to the metrics its questions are scored with."""
     numbers: dict[str, Number] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class Benchmark:
     submission: str | None = None
     """Format of the file that the benchmark's server takes."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the number must know."""
+    """Remarks that a reader of the numbers needs."""
     published: list[Published] = field(default_factory=list)
 
     def metrics_of(self, group: str) -> list[str]:
@@ -265,7 +265,7 @@ def own_questions(
 
 
 def _below(folder: Path, argument: str) -> str:
-    """`[GROUP=]NAME` with `folder` in front of the name."""
+    """Return `[GROUP=]NAME` with `folder` in front of the name."""
     group, path = parse_named_file(argument)
     return f"{folder / path}" if group is None else f"{group}={folder / path}"
 

@@ -90,7 +90,7 @@ def stored_benchmark(scores: Mapping[str, Any]) -> Benchmark:
 def build_benchmarks(
     runs: Runs, *, published: str = "main", resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, Any]:
-    """Return what the report says about each benchmark, as plain values.
+    """Build the report's content on each benchmark, as plain values.
 
     Args:
         published: Which published rows: `main`, `all` or `none`.

@@ -29,7 +29,7 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
     baseline, where there is one, is a dashed line.
 
     Returns:
-        Whether it was drawn. Without matplotlib the log says so.
+        Whether the figure was drawn; False, with a warning in the log, if matplotlib is not installed.
 
     Raises:
         ConfigError: `path` cannot be written.

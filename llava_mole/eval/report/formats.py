@@ -170,14 +170,10 @@ def tables(benchmarks: Mapping[str, Any]) -> list[Table]:
                 remarks.append(f"note: {run} has {scores['empty_answers']} empty answers")
             remarks += [f"note: {m} leaves {n} questions of {run} out" for m, n in (scores["dropped"] or {}).items()]
         result[-1].remarks = list(map(_line, remarks))
-    for entry in _with_groups(benchmarks):
+    for entry in [entry for entry in benchmarks.values() if "groups" in entry]:
         result += [accuracies(entry), *([verdicts(entry)] if len(entry["runs"]) > 1 else [])]
         result += [routing(name, shares) for name, shares in entry["routing"].items()]
     return result
-
-
-def _with_groups(benchmarks: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [entry for entry in benchmarks.values() if "groups" in entry]
 
 
 def to_text(benchmarks: Mapping[str, Any]) -> str:
@@ -188,7 +184,7 @@ def to_text(benchmarks: Mapping[str, Any]) -> str:
         if 0 < table.rule < len(table.rows):
             lines.insert(2 + table.rule, lines[1])
         parts.append("\n".join([table.caption, *lines, *table.remarks]))
-    for entry in _with_groups(benchmarks):
+    for entry in [entry for entry in benchmarks.values() if "groups" in entry]:
         if entry["examples"]:
             parts.append(_examples(list(entry["runs"])[-1], entry["examples"]))
         runs = entry["runs"].items()

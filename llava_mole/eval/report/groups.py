@@ -22,7 +22,7 @@ Scores = Mapping[str, Any]
 
 
 def add_groups(report: Mapping[str, dict[str, Any]], runs: Runs) -> None:
-    """Add what the report says about groups to each benchmark with a majority baseline.
+    """Add the part about groups to each benchmark with a majority baseline.
 
     Adds to `build_benchmarks`'s entry: `groups`: group -> {`majority`, `runs`: name -> number, `verdicts`: name ->
     {other: verdict}}; `majority_from`; `routing`: name -> `expert_shares`; `examples`: the last run's, by group.

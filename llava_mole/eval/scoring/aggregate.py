@@ -19,7 +19,7 @@ PERCENT = 100.0
 
 @dataclass(frozen=True)
 class Units:
-    """What is scored and resampled: questions, or for example the images that several questions share.
+    """The units that are scored and resampled: questions, or for example the images that several questions share.
 
     `fields["<metric>.<field>"]` has one value per unit, 0 if the metric does not apply to the unit's group.
     """

@@ -30,13 +30,9 @@ def group_sums(groups: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def bootstrap_sums(groups: Mapping[str, Array], *, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, Array]:
-    """Sum resamples drawn with replacement within each group; the groups' sizes are part of the benchmark.
+    """Return the sums, `[resamples, F]` each, of resamples of groups of questions `[n, F]`.
 
-    Args:
-        groups: Group -> fields of its questions, `[n, F]`.
-
-    Returns:
-        Group -> `[resamples, F]`.
+    Questions are drawn with replacement within each group; the groups' sizes are part of the benchmark.
     """
     generator = np.random.default_rng(seed)
     return {name: _multinomial_sums(rows, resamples, generator) for name, rows in groups.items()}
@@ -73,8 +69,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     probability 1/2, at most 1, and 1 without discordant pairs. McNemar (1947).
 
     Args:
-        only_first: Number of questions that only the first run answers correctly.
-        only_second: Number that only the second run answers correctly.
+        only_first, only_second: Number of questions that only this run answers correctly.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
     if not total:

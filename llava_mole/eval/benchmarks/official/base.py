@@ -1,4 +1,4 @@
-"""What the converters share: reading official files, and the result."""
+"""Shared by the converters: reading official files, and the type of the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ def read_lines(path: Path) -> list[Item]:
 
 
 def make_line(question_id: Any, image: Any, text: Any, **others: Any) -> Line:
-    """Return a question line; `others` are its category, gold answers and what else the metrics read."""
+    """Return a question line; `others` are its category, gold answers and other keys that the metrics read."""
     return {"question_id": question_id, "image": image, "text": text, **others}
 
 
@@ -91,6 +91,6 @@ def find(raw: Path, *names: str) -> Path:
 
 
 def without(text: str, suffix: str) -> str:
-    """Return a question of LLaVA's files without image placeholder and prompt suffix, which the benchmark adds."""
+    """Return a question of LLaVA's files without the image placeholder and the suffix, which the benchmark adds."""
     text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
     return text.removesuffix(suffix.strip()).rstrip("\n") if suffix else text

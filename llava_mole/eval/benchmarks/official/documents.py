@@ -129,7 +129,7 @@ def _match(questions: Sequence[str], keys: Sequence[str]) -> tuple[list[int], in
 
 
 def _letters(text: str) -> str:
-    """Return what is compared of a question: UReader's rows have "minor revisions" of the first 100 characters."""
+    """Return the first 100 characters as lower-case letters and digits: UReader's rows have "minor revisions"."""
     return re.sub(r"[\W_]+", "", text[:100]).lower()
 
 
