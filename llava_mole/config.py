@@ -23,7 +23,7 @@ import yaml
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
-from llava_mole.common.text import count_of
+from llava_mole.common.text import HELP_WIDTH, count_of
 
 Quantization = Literal["none", "8bit", "4bit"]
 SHARDED = ("zero3", "fsdp")
@@ -344,7 +344,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         exit_on_error=False,
         allow_abbrev=False,
         description="Train one stage; see configs/ for examples.",
-        formatter_class=functools.partial(DefaultHelpFormatter, width=100),  # type: ignore[arg-type]
+        formatter_class=functools.partial(DefaultHelpFormatter, width=HELP_WIDTH),  # type: ignore[arg-type]
     )
     parser.add_argument("--config", action="config", help="YAML file; may come first without the option name")
     parser.add_class_arguments(RunConfig, as_group=False)

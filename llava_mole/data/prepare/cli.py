@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llava_mole.common.errors import ConfigError, DataError, WeightsError, command, one_line
-from llava_mole.config import HELP_WIDTH
+from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.chat_template import check_template_name
 from llava_mole.data.prepare.files import unpack_archives
 from llava_mole.data.prepare.samples import Source, SourceOptions

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.files import read_json, sha256_of, write_json
-from llava_mole.config import HELP_WIDTH
+from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
 
