@@ -1,11 +1,11 @@
 """The configuration of a run: dataclasses, filled from YAML files and `--a.b value` overrides by jsonargparse.
 
-Every hyper-parameter has exactly one home: a YAML file or a default here, with its source. Topology (nodes, GPUs,
-addresses) is not configuration; it comes from the launcher's environment. Relative paths are relative to the
-working directory, except the names of nested YAML files, which are relative to the file that names them.
+Every hyper-parameter has one home: a YAML file, or a default here with its source. The topology (nodes, GPUs,
+addresses) comes from the launcher's environment. Relative paths start at the working directory; those of nested YAML
+files start at the file that names them.
 
-Each section checks its own values when it is built and `RunConfig` checks the sections against each other; the
-messages name the full key. Values assigned to a section later are not checked.
+Each section checks its own values when it is built, and `RunConfig` checks the sections against each other. Values
+assigned later are not checked.
 """
 
 import dataclasses
@@ -23,9 +23,8 @@ import yaml
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
-from llava_mole.common.text import count_of
+from llava_mole.common.text import HELP_WIDTH, count_of
 
-HELP_WIDTH = 100
 Quantization = Literal["none", "8bit", "4bit"]
 SHARDED = ("zero3", "fsdp")
 SHARDED_REASON = (
@@ -35,7 +34,7 @@ SHARDED_REASON = (
 
 
 def _require(section: object, name: str, keys: str, allowed: Callable[[Any], bool], rule: str) -> None:
-    """Raise ConfigError for the first of the section's `keys`, separated by blanks, whose value is not allowed."""
+    """Raise ConfigError for the first of the section's `keys` (separated by blanks) whose value is not allowed."""
     for key in keys.split():
         if not allowed(value := getattr(section, key)):
             raise ConfigError(f"{name}.{key} is {value}; it {rule}")
@@ -54,25 +53,25 @@ class VisionTowerConfig:
     weights: str = "playground/models/clip-vit-large-patch14-336/open_clip_model.safetensors"
     """State dict of the whole CLIP model or of its visual part (`.safetensors`, or `.pt` with plain tensors)."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """The activation the weights were trained with (OpenAI: quick_gelu). A model with another one is refused."""
+    """The activation the weights were trained with (OpenAI: quick_gelu); a model with another one is refused."""
     select_layer: int = -2
-    """The block whose output is used, counted as in Hugging Face's `hidden_states`; LLaVA-1.5 takes -2."""
+    """The block whose output is used, counted as in Hugging Face's `hidden_states` (LLaVA-1.5: -2)."""
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The parts that make up the multimodal model."""
+    """The parts of the multimodal model."""
 
     language_model: str = "playground/models/vicuna-7b-v1.5"
     """Directory of a Hugging Face causal LM with its tokenizer."""
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
-    """`linear` or `mlp<N>x_gelu`; LLaVA-1.5 has `mlp2x_gelu`. `+ends` adds learned vectors around an image."""
+    """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`); `+ends` adds learned vectors around an image."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel of the language model. Packed rows cannot use `eager`."""
     quantization: Quantization = "none"
-    """Keep the language model's frozen linears (not its head) in 8 bits, or in 4 (NF4 with double quantisation, as
-    QLoRA and LLaVA do), through bitsandbytes (extra `quant`). The directory holds the unquantised weights."""
+    """Keep the language model's frozen linears (not its head) in 8 bits, or in 4 bits (NF4 with double quantisation, as
+    in QLoRA and LLaVA), with bitsandbytes (extra `quant`). The directory holds the unquantised weights."""
 
 
 @dataclass(kw_only=True)
@@ -84,13 +83,13 @@ class AdapterConfig:
     rank: int = 32
     """LoRA rank r of every adapter (paper, section 4)."""
     alpha: float | None = None
-    """LoRA alpha; the update is scaled by alpha / rank. None takes 2 * rank, as LLaVA-1.5 and the released code do."""
+    """LoRA alpha; the update is scaled by alpha / rank. None takes 2 * rank, as in LLaVA-1.5 and the released code."""
     dropout: float | None = None
     """Dropout on the adapters' input. None takes the preset's (0 for `lora` and `paper`)."""
     num_experts: int = 3
     """K, the experts in each FFN (paper: 3 for three domains, 2 for two)."""
     preset: Literal["paper", "released", "coupled", "best"] = "paper"
-    """Named set of MoLE options, see docs/mole.md."""
+    """Named set of MoLE options; see docs/mole.md."""
     options: dict[str, Any] = field(default_factory=dict)
     """MoLE options that differ from the preset, e.g. `{expert_scale: straight_through, balance_coef: 0.001}`."""
 
@@ -105,39 +104,38 @@ class SourceConfig:
     annotations: str
     """LLaVA JSON (one list), JSONL, or the directory of a prepared data set."""
     image_folder: str = "playground/data"
-    """Root of the records' image paths; nothing outside it is read."""
+    """Root of the records' image paths; images outside it are refused."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The training data and how a record becomes tokens."""
+    """The training data, and how a record becomes tokens."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Name -> dataset (`annotations` and `image_folder`)."""
     mixture: dict[str, float] = field(default_factory=dict)
-    """Name -> lambda, the sampling frequency (1: each sample once an epoch; 0.5: half of them; 2: twice). A source
-    without an entry has lambda 1."""
+    """Name -> lambda, the sampling frequency (default 1: each sample once an epoch; 0.5: half of them; 2: twice)."""
     template: str = "vicuna_v1"
     """Conversation template; `plain` for stage `pretrain`."""
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
     image_draft: bool = False
-    """Decode large JPEGs at a half, quarter or eighth of their size, as long as the shorter side keeps twice the
-    tower's. Faster for large images, but pixels differ by up to 3/255 on average; evaluation never does it."""
+    """Decode large JPEGs at a half, quarter or eighth of their size if the shorter side keeps twice the tower's. It is
+    faster, but pixels differ by up to 3/255 on average; evaluation never does it."""
     max_length: int = 4096
     """Longest sample in tokens, image tokens included."""
     max_length_policy: Literal["truncate", "error", "drop", "truncate_history"] = "truncate"
-    """What happens to longer samples; the numbers are reported by source. `truncate`: cut at the end, as LLaVA does;
-    `error`: refuse to start; `drop`: leave out; `truncate_history`: remove the oldest rounds until the sample fits,
-    except those with an image and the last one, and drop it if that is not enough."""
+    """What happens to longer samples; their numbers are reported by source. `truncate`: cut at the end, as in LLaVA;
+    `error`: refuse to start; `drop`: leave out; `truncate_history`: remove the oldest rounds, except the last one and
+    those with an image, and drop the sample if it still does not fit."""
     validation_samples: int = 0
     """Samples of each source held out of training for the validation loss; 0 turns it off."""
     max_bad_image_share: float = 0.001
-    """Share of a source's samples whose image may be unreadable. Such a sample is replaced and counted; beyond this
-    share (and 10 samples) the run stops. 0 stops at the first."""
+    """Share of a source's samples whose image may be unreadable. Such samples are replaced and counted; the run stops
+    when they exceed this share and 10 samples. 0 stops at the first."""
 
     def __post_init__(self) -> None:
-        if self.sources or self.mixture:  # neither: the default, which `RunConfig` refuses
+        if self.sources or self.mixture:  # `RunConfig` refuses data without sources
             check_lambdas(self.sources, self.mixture)
         _require(self, "data", "max_bad_image_share", _is_share, "is a share, 0 to 1")
 
@@ -156,7 +154,7 @@ class TrackerConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Optimization, checkpoints and the ranks."""
+    """Optimization, checkpoints and ranks."""
 
     output_dir: str
     """Run directory: config.yaml, metrics.jsonl, environment.json and the checkpoints."""
@@ -164,7 +162,7 @@ class TrainConfig:
     """Samples per optimizer step over all ranks."""
     batching: Literal["packed", "padded", "grouped"] = "packed"
     """How the samples of a step become rows. `packed`: several in a row, spread over ranks by cost; the same result as
-    `padded` at a fraction of the work. `padded`: one a row. `grouped`: padded, in LLaVA's modality-length order."""
+    `padded` for a fraction of the work. `padded`: one a row. `grouped`: padded, in LLaVA's modality-length order."""
     pack_length: int | None = None
     """Most tokens of a packed row, which bounds memory. None takes data.max_length."""
     micro_batch_size: int = 1
@@ -173,13 +171,13 @@ class TrainConfig:
     epochs: int = 1
     """Passes over the mixture."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps (the schedule then spans these steps)."""
+    """Stop after this many optimizer steps; the learning-rate schedule spans them."""
     learning_rate: float = 2e-5
     """Peak learning rate of adapters and projector (paper, Table 1)."""
     projector_learning_rate: float | None = None
-    """Peak learning rate of the projector; None takes learning_rate. Its floor scales alike."""
+    """Peak learning rate of the projector; its floor scales with it. None takes learning_rate."""
     router_learning_rate: float | None = None
-    """Peak learning rate of the routers; None takes learning_rate. Its floor scales alike."""
+    """Peak learning rate of the routers; its floor scales with it. None takes learning_rate."""
     min_learning_rate: float = 2e-6
     """Floor of the cosine schedule (paper, Table 1)."""
     warmup_steps: int = 500
@@ -194,14 +192,14 @@ class TrainConfig:
     """Compute precision; optimizer state is always float32."""
     activation_checkpointing: Literal["none", "every_n", "all"] = "none"
     """Recompute the activations of no decoder layer, of every n-th or of all in the backward pass: less memory, up to a
-    third more time. `llava-mole plan` says which one a GPU needs."""
+    third more time. `llava-mole plan` recommends one for a GPU."""
     checkpoint_every_n: int = 2
     """n of `activation_checkpointing: every_n`."""
     compile: bool = False
     """Compile each decoder layer with torch.compile; the first steps take minutes."""
     distributed: Literal["zero2", "ddp", "zero3", "fsdp"] = "zero2"
-    """DeepSpeed ZeRO stage 2 or torch DDP; `zero3` and `fsdp` are refused with the reason. Plain `python` without a
-    launcher runs one process without either."""
+    """DeepSpeed ZeRO stage 2 or torch DDP; `zero3` and `fsdp` are refused with the reason. One process without a
+    launcher uses neither."""
     deepspeed_config: str = "scripts/zero2.json"
     """DeepSpeed's settings; its "auto" values are filled from this configuration."""
     num_workers: int = 4
@@ -213,10 +211,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; an older one is deleted after a newer one is complete."""
     validate_every: int = 0
-    """Optimizer steps between two validation losses; the last step always has one. 0 turns it off."""
+    """Optimizer steps between validation losses; the last step always has one. 0 turns it off."""
     validation_answers: int = 0
-    """Held-out samples of each source that every validation also answers, greedily, and compares with the reference:
-    `validation_exact` and `validation_f1` by source."""
+    """Held-out samples of each source that every validation also answers greedily and compares with the reference
+    (`validation_exact`, `validation_f1`)."""
     resume: str | None = None
     """`auto`: the newest valid checkpoint of output_dir, if any; or the directory of a checkpoint."""
     accept_changed: list[str] = field(default_factory=list)
@@ -225,9 +223,9 @@ class TrainConfig:
     break_lock: bool = False
     """Take over output_dir from a process on another machine that has ended without releasing it."""
     max_bad_steps: int = 3
-    """Steps in a row whose loss or gradient is not finite before the run gives up; each one is skipped."""
+    """Consecutive steps with a loss or gradient that is not finite before the run stops; each of them is skipped."""
     check_ranks_every: int = 500
-    """Optimizer steps between two comparisons of the ranks' trainable parameters; 0 compares before saving only."""
+    """Optimizer steps between comparisons of the ranks' trainable parameters; 0 compares only before saving."""
 
     def __post_init__(self) -> None:
         if self.distributed in SHARDED:
@@ -249,20 +247,20 @@ class CheckConfig:
     evaluation_images: list[str] = field(default_factory=list)
     """Folders of images and question files (`.jsonl`) whose images must not be trained on."""
     max_bad_records: float = 0.0
-    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise, too
-    long where data.max_length_policy is `error`."""
+    """Records that training refuses: unknown roles, markers that do not fit, no answer, nothing left to supervise, or
+    too long under the data.max_length_policy `error`."""
     max_missing_images: float = 0.0
-    """Images that are missing or lead out of the image folder; training does not start with one."""
+    """Images that are missing or outside the image folder; training does not start with one."""
     max_bad_images: float = 0.001
-    """Images that do not decode; training replaces such samples, see data.max_bad_image_share."""
+    """Images that do not decode; training replaces such samples (data.max_bad_image_share)."""
     max_truncated: float = 0.2
-    """Records longer than data.max_length, which are cut, shortened or dropped, see data.max_length_policy."""
+    """Records longer than data.max_length that are cut, shortened or dropped (data.max_length_policy)."""
     max_duplicates: float = 0.5
-    """Records that repeat another one word for word, as up-sampling makes them."""
+    """Records that repeat another one word for word, as after up-sampling."""
     max_overlap: float = 0.0
-    """Share of the evaluation images that are trained on, by content."""
+    """Share of the evaluation images that are also trained on, compared by content."""
     huge_pixels: int = 50_000_000
-    """List images of more pixels than this; they take memory and seconds in a data loader."""
+    """List images with more pixels than this; they take memory and seconds in a data loader."""
 
     def __post_init__(self) -> None:
         keys = "max_bad_records max_missing_images max_bad_images max_truncated max_duplicates max_overlap"
@@ -271,7 +269,7 @@ class CheckConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """One run, complete."""
+    """A complete run."""
 
     stage: Literal["pretrain", "finetune"]
     """`pretrain` trains the projector only; `finetune` trains adapters and projector."""
@@ -280,10 +278,10 @@ class RunConfig:
     projector_weights: str | None = None
     """Projector to start from: a run or checkpoint directory of stage `pretrain`, or a `.safetensors` file."""
     init_from: str | None = None
-    """A run or checkpoint directory whose adapter and projector this run starts from, with a new optimizer and its own
+    """Run or checkpoint directory whose adapter and projector this run starts from, with a new optimizer and its own
     data (task fine-tuning). The adapter must be configured as it was there."""
     train_projector: bool = True
-    """Whether the projector trains. True in both stages of LLaVA-1.5."""
+    """Whether the projector trains, as in both stages of LLaVA-1.5."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -310,23 +308,19 @@ class RunConfig:
         self._check_validation()
 
     def _check_validation(self) -> None:
-        held_out, every, answers = (
-            self.data.validation_samples,
-            self.train.validate_every,
-            self.train.validation_answers,
-        )
+        held_out = self.data.validation_samples
+        every, answers = self.train.validate_every, self.train.validation_answers
         if not 0 <= answers <= held_out:
             raise ConfigError(
                 f"train.validation_answers is {answers}; it must be 0 to data.validation_samples ({held_out}), of "
                 "which it takes the first"
             )
-        blind = {"router": ("oracle",), "granularity": ("task", "given")}
-        for key, values in blind.items():
-            if answers and self.adapter.options.get(key) in values:
+        options = self.adapter.options
+        for key, value in (("router", "oracle"), ("granularity", "task"), ("granularity", "given")):
+            if answers and options.get(key) == value:
                 raise ConfigError(
-                    f"train.validation_answers cannot be used with adapter.options.{key} "
-                    f"{self.adapter.options[key]!r}: that router needs to be told a sample's source, which a prompt "
-                    "does not have; set it to 0"
+                    f"train.validation_answers cannot be used with adapter.options.{key} {value!r}: that router needs "
+                    "to be told a sample's source, which a prompt does not have; set it to 0"
                 )
         if (held_out > 0) != (every > 0) or held_out < 0:
             raise ConfigError(
@@ -339,10 +333,9 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
     """Build a `RunConfig` from `[CONFIG.yaml] [--key.sub value ...]`; later arguments win.
 
     Raises:
-        ConfigError: unknown key, wrong type, a value that is not allowed or an unreadable file; the message names the
-            key or file.
+        ConfigError: unknown key, wrong type, value that is not allowed, or unreadable file; the message names it.
     """
-    # Takes half a second, which commands that only name a section of the configuration need not wait for.
+    # Importing it takes half a second, which commands that only name a section need not wait for.
     from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of every option
@@ -358,7 +351,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         description="Train one stage; see configs/ for examples.",
         formatter_class=functools.partial(DefaultHelpFormatter, width=HELP_WIDTH),  # type: ignore[arg-type]
     )
-    parser.add_argument("--config", action="config", help="YAML file; may stand first without the option name")
+    parser.add_argument("--config", action="config", help="YAML file; may come first without the option name")
     parser.add_class_arguments(RunConfig, as_group=False)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
@@ -375,18 +368,18 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dict of every field, as written to `config.yaml`."""
+    """Every field as nested plain values, as in `config.yaml`."""
     return dataclasses.asdict(config)
 
 
 def save_config(config: RunConfig | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write the complete configuration, or the dict that `config_to_dict` made of it, as YAML."""
+    """Write a configuration, or the result of `config_to_dict`, as YAML."""
     values = dict(config) if isinstance(config, Mapping) else config_to_dict(config)
     write_text(Path(path), yaml.safe_dump(values, sort_keys=False))
 
 
 def check_lambdas(names: Collection[str], lambdas: Mapping[str, float]) -> None:
-    """Raise ConfigError for a lambda below 0, not finite or without its source, or if no source takes part."""
+    """Raise ConfigError if a lambda is negative, not finite or of an unknown source, or if every source's is 0."""
     for name, value in lambdas.items():
         if name not in names:
             raise ConfigError(f"data.mixture.{name}: no such source; there are {', '.join(names) or 'none'}")
@@ -416,7 +409,7 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """`train.deepspeed_config` with every "auto" replaced by the run's own value.
 
     Raises:
-        ConfigError: the file is missing or not JSON, asks for another ZeRO stage or repeats a number of the run.
+        ConfigError: the file is missing or not JSON, asks for another ZeRO stage or offload, or contradicts the run.
     """
     path = Path(train.deepspeed_config)
     if not path.is_file():
@@ -436,15 +429,10 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
             f"{path}: zero_optimization.offload_optimizer is set; leave it out. The optimizer's state takes about 2 GB "
             "over all GPUs, and the check for gradients that are not finite looks for them on the GPU"
         )
-    # DeepSpeed requires its batch sizes to add up, but they scale nothing here: the trainer itself marks the last
-    # micro-batch of a step, because packed steps differ in their number of micro-batches.
-    values = {
-        "train_batch_size": world_size,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": train.max_grad_norm,
-    }
-    for key, value in values.items():
+    # DeepSpeed requires consistent batch sizes, but these scale nothing: the trainer marks the last micro-batch of a
+    # step itself, because the number of micro-batches differs between packed steps.
+    values = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    for key, value in {**values, "gradient_clipping": train.max_grad_norm}.items():
         if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(f'{path}: {key} is {settings[key]}, the run has {value}; write "auto"')
         settings[key] = value

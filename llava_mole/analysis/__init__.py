@@ -1,1 +1,1 @@
-"""What is worked out about runs: plans before them, pictures after them."""
+"""What can be said about a run before it starts: its cost, and the defects of its data."""

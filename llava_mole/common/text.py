@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+HELP_WIDTH = 100
+"""Columns of a command's help."""
 UNPAIRED_SURROGATE = "unpaired surrogate; remove it"
 """Ends a message about a text that fails `is_text`."""
 

@@ -1,9 +1,9 @@
-"""The chat template of a tokenizer as a `Template`, so that the spans of its answers are known.
+"""Converts the chat template of a tokenizer to a `Template`, whose answers have known spans.
 
-A chat template is a program. Its fixed strings are found by running it on marked texts, and they are accepted only if
-they rebuild the program's own output for conversations of one to three rounds. Fixed strings, rather than spans found
-by rendering each prefix of a conversation, are what generation (stop string), the bound of the tokens and the key of
-stored token counts need; they also keep Jinja out of the data loader.
+A chat template is a program. Running it on marked texts yields its fixed strings, which are accepted only if they
+reproduce the program's output for conversations of one to three rounds. Spans could also be found by rendering each
+prefix of a conversation, but generation (stop string), the bound of the tokens and the key of stored token counts need
+the fixed strings, which also keep Jinja out of the data loader.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ _ALTERNATIVE = "name a template of conversation.TEMPLATES instead"
 
 
 def check_template_name(name: str) -> None:
-    """Raise ConfigError for a name unknown to `resolve_template`; needs no tokenizer."""
+    """Raise ConfigError for a name that `resolve_template` does not know; needs no tokenizer."""
     if name != TOKENIZER_TEMPLATE:
         get_template(name)
 
@@ -40,9 +40,9 @@ def resolve_template(name: str, tokenizer: TextTokenizer | None) -> Template:
 def read_chat_template(hf_tokenizer: Any) -> Template:
     """The fixed strings of a tokenizer's own chat template.
 
-    The beginning-of-text token is removed if the tokenizer adds it to every text, because `tokenization.encode` then
-    adds it; otherwise it is part of the text. An answer is supervised up to the last special token behind it
-    (`<|im_end|>`), but not the line break after that token.
+    The beginning-of-text token is part of the text unless the tokenizer adds it to every text: `tokenization.encode`
+    then adds it. Supervision of an answer includes the last special token after it (`<|im_end|>`), but not the line
+    break after that token.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or fixed strings cannot describe it: it renders the last answer
@@ -62,16 +62,14 @@ def read_chat_template(hf_tokenizer: Any) -> Template:
 
 
 def _renderer(hf_tokenizer: Any) -> Render:
-    # `tokenization.encode` adds a BOS if the tokenizer does; otherwise the one of the template stays.
+    # `tokenization.encode` adds a BOS if the tokenizer does; otherwise that of the template stays.
     bos = "" if HFTextTokenizer(hf_tokenizer).bos_token_id is None else hf_tokenizer.bos_token
 
-    def published(turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    def published(turns: Sequence[Turn], prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
-            text = hf_tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        # Templates are foreign programs: they can raise errors of Jinja and any error of Python.
+            text = hf_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        # A template is a foreign program, which can raise errors of Jinja and any error of Python.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
@@ -101,7 +99,7 @@ def _take_apart(published: Render, special_tokens: set[str]) -> Template:
         raise _unfit("ends the last answer differently from the one before it")
     to_user = to_user[len(answer_end) :]
     between, user_start = _split_start(to_user, tail, head)
-    # Only the first question is preceded by a system text: in front of `user_start`, or between it and the question.
+    # Only the first question has a system text: before `user_start`, or between it and the question.
     if head.endswith(user_start):
         system, prefix = head[: len(head) - len(user_start)], ""
     else:
@@ -131,7 +129,7 @@ def _split_end(rest: str, special_tokens: set[str]) -> tuple[str, str]:
 
 
 def _split_start(to_user: str, tail: str, head: str) -> tuple[str, str]:
-    """The text that only stands between rounds (the tail of an answer, a second BOS), and the start of a question."""
+    """The text that occurs only between rounds (the tail of an answer, a second BOS), and the start of a question."""
     for start in range(len(to_user) + 1):
         user_start = to_user[start:]
         if to_user[:start].startswith(tail) and user_start in head:
@@ -143,13 +141,13 @@ def _split_marker(prompt: str, special_tokens: set[str]) -> tuple[str, str]:
     """The end of a question and the marker of its answer, which together are `prompt`."""
     ends = [prompt.find(token) + len(token) for token in special_tokens if token and token in prompt]
     end = min(ends, default=len(prompt))
-    # Line breaks after the token belong to the question: the marker of an answer begins with a visible character.
+    # Line breaks after the token belong to the question; the marker of an answer begins with a visible character.
     end += len(prompt[end:]) - len(prompt[end:].lstrip("\n")) if prompt[end:].strip("\n") else 0
     return prompt[:end], prompt[end:]
 
 
 def _check(template: Template, published: Render, blanks: list[Turn]) -> None:
-    """Raise ConfigError if the template does not rebuild the published output."""
+    """Raise ConfigError if the template does not reproduce the published output."""
     texts = ["What?", "One.", "And then,\n\nwhat?", "Two: a & b", "Why <b>?", "So."]
     for count in (2, 4, 6):
         turns = [Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts[:count])]
@@ -161,7 +159,7 @@ def _check(template: Template, published: Render, blanks: list[Turn]) -> None:
 
 
 def _whole(template: Template, turns: Sequence[Turn], wanted: str, prompt: bool = False) -> str:
-    """The template's rendering, with the white space that `wanted` has after its last end marker."""
+    """The template's rendering with the white space that follows the last end marker in `wanted`."""
     text = render(template, turns, add_generation_prompt=prompt).text
     tail = wanted[len(text) :] if wanted.startswith(text) else ""
     return text + tail if not prompt and not tail.strip() else text

@@ -1,7 +1,7 @@
-"""Images: from a file to the pixels of the vision tower.
+"""Images, from a file to the pixels of the vision tower.
 
 The pixels equal those of LLaVA-1.5 with the Pillow version of the CLIP processor: RGB by `convert` (alpha is dropped,
-EXIF rotation is ignored), bicubic resize of 8-bit pixels, centre crop, mean and standard deviation.
+EXIF rotation is ignored), bicubic resize of 8-bit pixels, centre crop, normalisation by mean and standard deviation.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM")
-"""Formats that Pillow may recognise, whatever the file's name: for PostScript it would run Ghostscript. The JPEG reader
+"""Formats that Pillow may recognise, whatever the file's name; for PostScript it would run Ghostscript. The JPEG reader
 also reads MPO."""
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError,
     struct.error, zlib.error,
 )  # fmt: skip
-"""Errors that Pillow raises for damaged files, depending on the format and on the place of the damage."""
+"""Errors that Pillow raises for damaged files, depending on the format and the place of the damage."""
 ASPECT_RATIOS = ("pad", "square")
 
 _LARGEST_SIDE = 8192
-"""Longer images are first reduced by an integer factor: padded to a square they would take gigabytes."""
+"""Longer images are first reduced by an integer factor; padded to a square they would take gigabytes."""
 _LONGEST_STRIP = 64
-"""Ratio of the sides above which `square` crops before it resizes; the removed part would not be in the result."""
+"""Ratio of the sides above which `square` crops before it resizes, removing only what the result would not show."""
 
 
 class ImageProcessor:
@@ -72,10 +72,10 @@ class ImageProcessor:
         return normalise_pixels(self.pixels(image), self.mean, self.std)
 
     def pixels(self, image: Image.Image) -> "torch.Tensor":
-        """The image as uint8 [3, S, S], a quarter of the bytes; the vision tower normalises them."""
+        """The image as uint8 [3, S, S], a quarter of the bytes; the vision tower normalises it."""
         image = decode_rgb(image)
         square = self._padded_square(image) if self.aspect_ratio == "pad" else self._resize_and_crop(_cut_strip(image))
-        import torch  # imported here: `prepare` and `check-data` only open images and need to start fast
+        import torch  # here because `prepare` and `check-data` only open images and must start fast
 
         return torch.from_numpy(np.stack([np.asarray(channel) for channel in square.split()]))
 
@@ -87,8 +87,8 @@ class ImageProcessor:
         width, height = image.size
         side = max(width, height)
         if width > height:
-            # Pillow resizes each row on its own and then the columns, so the rows of the padding can be added between
-            # the two passes. The pixels are identical.
+            # Pillow resizes the rows one by one and then the columns. Adding the rows of the padding between the two
+            # passes gives identical pixels.
             image = image.resize((size, height), Image.Resampling.BICUBIC)
         if width != height:
             red, green, blue = (int(255 * value) for value in self.mean)
@@ -101,10 +101,8 @@ class ImageProcessor:
         """The shorter side resized to S, then the central S x S."""
         size = self.image_size
         width, height = image.size
-        if width <= height:
-            resized = (size, int(size * height / width))
-        else:
-            resized = (int(size * width / height), size)
+        shorter = min(width, height)
+        resized = (int(size * width / shorter), int(size * height / shorter))
         image = image.resize(resized, Image.Resampling.BICUBIC)
         left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
         return image.crop((left, top, left + size, top + size))
@@ -154,10 +152,10 @@ def open_image(path: str | os.PathLike[str], *, draft_size: int | None = None) -
     """Decode an image file completely and convert it to RGB.
 
     Args:
-        path: File in one of `FORMATS`, whatever its name; of several frames the first is read.
-        draft_size: Let the JPEG decoder reduce the image, to an eighth at most, as long as both sides keep this many
-            pixels and no size is rounded. The pixels then differ from those of the full decoder: for photos and
-            pages, resized to half of `draft_size`, by up to 3 of 255 on average and 32 at most.
+        path: File in one of `FORMATS`, whatever its name. The first of several frames is read.
+        draft_size: Let the JPEG decoder reduce the image, to an eighth at most, if both sides keep this many pixels and
+            no size is rounded. The pixels then differ from those of the full decoder: for photos and pages that are
+            resized to half of `draft_size`, by up to 3 of 255 on average and 32 at most.
 
     Raises:
         DataError: the file is missing, not an image or truncated, or has more pixels than Pillow decodes (a

@@ -7,10 +7,10 @@ so a file under its final name always holds every answer. One process (with its 
 """
 
 import base64
-import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -123,12 +123,11 @@ class AnswerFile:
 
     def _locked(self) -> TextIO:
         """Open and lock the partial file of rank 0, which one process may hold at a time."""
+        busy = "another process is writing it now; wait for it, or give another --answers-file"
         while True:
             file = self.partial.open("a", encoding="utf-8")
             try:
-                try_lock(
-                    file, self.path, "another process is writing it now; wait for it, or give another --answers-file"
-                )
+                try_lock(file, self.path, busy)
                 if os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
                     return file
             except FileNotFoundError:
@@ -140,8 +139,8 @@ class AnswerFile:
 
     def _partials(self) -> list[Path]:
         """Return the partial files of all ranks, in order."""
-        name = f"{self.path.name}.partial"
-        found = [path for path in self.path.parent.glob(f"{glob.escape(name)}*") if _is_partial(path.name, name)]
+        name = re.compile(re.escape(f"{self.path.name}.partial") + r"(\.\d+)?")
+        found = [path for path in self.path.parent.iterdir() if name.fullmatch(path.name)]
         return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def _publish(self) -> None:
@@ -156,8 +155,7 @@ class AnswerFile:
                 f"{self.path}: {len(missing)} of {len(self._questions)} questions have no answer, the first is "
                 f"{missing[0].where}; the answers so far are in {self.partial}"
             )
-        lines = [json.dumps(answers[key]) + "\n" for key in self._questions]
-        write_text(self.path, "".join(lines))
+        write_text(self.path, "".join(json.dumps(answers[key]) + "\n" for key in self._questions))
         for partial in self._partials():
             partial.unlink()
 
@@ -177,16 +175,14 @@ class AnswerFile:
                     f"{partial} comes from a run with {key} {header.get(key)!r}, this one has {run.get(key)!r}; "
                     "give --overwrite to start over, or another --answers-file"
                 )
+        answered = []
         for where, record in lines[1:]:
-            if str(record.get("question_id")) not in self._questions:
+            answered.append(str(record.get("question_id")))
+            if answered[-1] not in self._questions:
                 raise DataError(
                     f"{where}: no question has the id {record.get('question_id')!r}; give --overwrite to start over"
                 )
-        return [str(record["question_id"]) for _, record in lines[1:]]
-
-
-def _is_partial(name: str, partial: str) -> bool:
-    return name == partial or (name.startswith(f"{partial}.") and name[len(partial) + 1 :].isdecimal())
+        return answered
 
 
 def _drop_torn_line(partial: Path) -> None:

@@ -3,15 +3,14 @@
     llava-mole eval RUN --benchmarks tiny,chartqa
     llava-mole eval RUN --questions general=Q1.jsonl document=Q2.jsonl --image-folder DIR --answers-file answers.jsonl
 
-The first form takes everything from the benchmarks' files and writes `RUN/eval/<benchmark>.jsonl`, `.score.json` and
-so on. The second is for question files of your own and writes the same files beside `answers.jsonl`.
-`llava-mole report` compares the score files.
+The first form writes `RUN/eval/<benchmark>.jsonl`, `.score.json` and so on. The second is for question files of your
+own and writes the same files beside `answers.jsonl`. `llava-mole report` compares the score files.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,7 @@ from llava_mole.eval.questions import check_images
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import build_benchmarks
 from llava_mole.eval.report.formats import to_text
-from llava_mole.eval.scoring.score import (
-    FORMAT,
-    SCORE_SUFFIX,
-    check_answers,
-    check_scorable,
-    format_scores,
-    score_benchmark,
-    write_score_file,
-)
+from llava_mole.eval.scoring import score
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor, add_model_arguments, load_predictor
 
@@ -59,11 +50,11 @@ class Job:
     @property
     def scores(self) -> Path:
         """The score file."""
-        return self.answers.with_suffix(SCORE_SUFFIX)
+        return self.answers.with_suffix(score.SCORE_SUFFIX)
 
     @property
     def record(self) -> Path:
-        """What the answers depend on, as returned by `describe_run`."""
+        """Everything the answers depend on, as `describe_run` returns it."""
         return self.answers.with_suffix(".run.json")
 
     @property
@@ -111,7 +102,7 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
 def _plan(loaded: BenchmarkQuestions, answers: Path, args: argparse.Namespace) -> Job:
     check_images(loaded.questions, loaded.image_folder)
     check_submission(loaded)
-    check_scorable(loaded)
+    score.check_scorable(loaded)
     limit = args.max_new_tokens or loaded.benchmark.prompt.max_new_tokens
     job = Job(loaded, args.prompt_variant, Decoding(limit, args.temperature, args.top_p, args.num_beams), answers)
     if not job.record.exists():
@@ -134,9 +125,7 @@ def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[s
     """Return one benchmark's scores, from a finished run or a new one; None if a server scores it."""
     asked = job.loaded.asked(job.variant)
     run = describe_run(predictor, asked, job.loaded.image_folder, job.decoding)
-    has_experts = predictor.loaded.adapter == "mole"
-    answered = on_main(lambda: _is_answered(job, run, overwrite=args.overwrite))
-    if not answered:
+    if not on_main(lambda: _is_answered(job, run, overwrite=args.overwrite)):
         answer_questions(
             predictor,
             asked,
@@ -145,7 +134,7 @@ def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[s
             job.decoding,
             batch_size=args.batch_size,
             overwrite=args.overwrite,
-            routing_stats=job.routing if has_experts else None,
+            routing_stats=job.routing if predictor.loaded.adapter == "mole" else None,
             begin=lambda: _begin(job, run),
         )
     return on_main(lambda: _finish(predictor, job, run))
@@ -169,7 +158,7 @@ def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
 
 
 def _begin(job: Job, run: Mapping[str, Any]) -> None:
-    """Write what the new answers depend on, after removing what another run left there, answers first."""
+    """Remove the files of another run, answers first, and record what the new answers depend on."""
     for path in (job.answers, job.scores, job.submission, job.routing):
         if path is not None:
             path.unlink(missing_ok=True)
@@ -177,21 +166,20 @@ def _begin(job: Job, run: Mapping[str, Any]) -> None:
 
 
 def _finish(predictor: Predictor, job: Job, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Write the server's file, if the benchmark has one, and the scores, unless they are there and up to date."""
+    """Write the server's file, if the benchmark has one, and the scores, unless they are up to date."""
     benchmark = job.loaded.benchmark
     answers = read_answers([job.answers])
     if job.submission is not None:
-        check_answers(job.loaded, answers)
+        score.check_answers(job.loaded, answers)
         write_bytes(job.submission, WRITERS[benchmark.submission or ""](job.loaded, answers))
         print(f"{benchmark.name}: submission file {job.submission}")
     if benchmark.primary is None:
         return None
     digests = [sha256_of(job.answers)]
-    scores = _current_scores(job, digests)
-    if scores is not None:
+    if scores := _current_scores(job, digests):
         print(f"{benchmark.name}: done already, see {job.scores}")
     else:
-        scores = score_benchmark(job.loaded, answers)
+        scores = score.score_benchmark(job.loaded, answers)
         scores |= {
             "model_path": str(predictor.loaded.path.resolve()),
             "template": predictor.template.name,
@@ -200,8 +188,8 @@ def _finish(predictor: Predictor, job: Job, run: Mapping[str, Any]) -> dict[str,
             "routing": str(job.routing.resolve()) if job.routing.exists() else None,
             "run": run,
         }
-        write_score_file(job.scores, scores)
-        print(format_scores(scores) + "\n")
+        score.write_score_file(job.scores, scores)
+        print(score.format_scores(scores) + "\n")
     return scores | {"score_file": str(job.scores)}
 
 
@@ -211,9 +199,9 @@ def _current_scores(job: Job, answers_sha256: list[str]) -> dict[str, Any] | Non
         return None
     stored = read_json(job.scores)
     expected = {
-        "format": FORMAT,
+        "format": score.FORMAT,
         "question_set": job.loaded.fingerprint(),
-        "definition": json.loads(json.dumps(job.loaded.benchmark.to_dict())),
+        "definition": json.loads(json.dumps(asdict(job.loaded.benchmark))),
         "answers_sha256": answers_sha256,
     }
     same = isinstance(stored, dict) and all(stored.get(key) == value for key, value in expected.items())
@@ -240,32 +228,18 @@ def check_forms(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and score."""
     parser = argparse.ArgumentParser(prog="llava-mole eval", description=__doc__.split("\n")[0])
-    parser.add_argument("model_path", metavar="MODEL_DIR", help="run directory or checkpoint")
-    parser.add_argument(
-        "--benchmarks",
-        nargs="+",
-        metavar="NAME",
-        help="benchmarks to run: names or YAML files, separated by commas or blanks",
+    add = parser.add_argument
+    add("model_path", metavar="MODEL_DIR", help="run directory or checkpoint")
+    add(
+        "--benchmarks", nargs="+", metavar="NAME", help="benchmarks, names or YAML files, separated by commas or blanks"
     )
-    parser.add_argument(
-        "--prompt-variant",
-        default=DEFAULT_VARIANT,
-        metavar="NAME",
-        help="prompt to use, of those in the benchmark's file",
-    )
-    parser.add_argument(
-        "--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is (default {DATA_ROOT})"
-    )
-    parser.add_argument("--out", metavar="DIR", help="where benchmarks' results go (default MODEL_DIR/eval)")
-    parser.add_argument("--questions", nargs="+", metavar="[GROUP=]FILE", help="your own question files, with answers")
-    parser.add_argument("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
-    parser.add_argument("--answers-file", metavar="FILE", help="answers to --questions; scores are written beside it")
-    parser.add_argument(
-        "--train-file",
-        nargs="+",
-        metavar="[GROUP=]FILE",
-        help="training splits for the majority baseline of --questions",
-    )
+    add("--prompt-variant", default=DEFAULT_VARIANT, metavar="NAME", help="which of the benchmark's prompts to use")
+    add("--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is (default {DATA_ROOT})")
+    add("--out", metavar="DIR", help="where benchmarks' results go (default MODEL_DIR/eval)")
+    add("--questions", nargs="+", metavar="[GROUP=]FILE", help="your own question files, with answers")
+    add("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
+    add("--answers-file", metavar="FILE", help="answers to --questions; scores are written beside it")
+    add("--train-file", nargs="+", metavar="[GROUP=]FILE", help="training splits for --questions' majority baseline")
     add_model_arguments(parser)
     parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from llava_mole.common.distributed import get_rank, get_world_size, is_main_process, on_main
 from llava_mole.common.errors import ConfigError, command
-from llava_mole.common.files import refuse_existing, sha256_of
+from llava_mole.common.files import refuse_existing, sha256_of, write_json
 from llava_mole.common.log import setup_logging
 from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, check_images, errors_named_after, read_questions, take_chunk, windows
@@ -104,7 +104,7 @@ def answer_questions(
                 progress.update(len(window))
         if routing_stats:
             stats = collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size)
-            on_main(lambda: stats.write(routing_stats))
+            on_main(lambda: write_json(routing_stats, stats.result(), indent=None))
         output.finish()
 
 
@@ -117,38 +117,32 @@ def _seed(question: Question) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer one question file, or one chunk of it."""
     parser = argparse.ArgumentParser(prog="python -m llava_mole.eval.model_vqa", description=__doc__.split("\n")[0])
-    parser.add_argument("--model-path", required=True, metavar="DIR", help="run directory or checkpoint")
-    parser.add_argument(
-        "--question-file", nargs="+", required=True, metavar="[GROUP=]FILE", help="questions as JSON lines"
-    )
-    parser.add_argument("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
-    parser.add_argument("--answers-file", required=True, metavar="FILE", help="answers, written when all are complete")
-    parser.add_argument("--num-chunks", type=int, default=1, metavar="N", help="parts to split the questions into")
-    parser.add_argument("--chunk-idx", type=int, default=0, metavar="I", help="part to answer, 0 to N-1")
-    parser.add_argument("--routing-stats", metavar="FILE", help="write the share of tokens per expert as JSON")
+    add = parser.add_argument
+    add("--model-path", required=True, metavar="DIR", help="run directory or checkpoint")
+    add("--question-file", nargs="+", required=True, metavar="[GROUP=]FILE", help="questions as JSON lines")
+    add("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
+    add("--answers-file", required=True, metavar="FILE", help="answers, written when all are complete")
+    add("--num-chunks", type=int, default=1, metavar="N", help="parts to split the questions into")
+    add("--chunk-idx", type=int, default=0, metavar="I", help="part to answer, 0 to N-1")
+    add("--routing-stats", metavar="FILE", help="write the share of tokens per expert as JSON")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     setup_logging()
     with joined_ranks():
-        return _answer(args)
-
-
-def _answer(args: argparse.Namespace) -> int:
-    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
-    answers_file = Path(args.answers_file)
-    questions = on_main(lambda: _read_chunk(args))
-    answer_questions(
-        load_predictor(args.model_path, args),
-        questions,
-        Path(args.image_folder),
-        answers_file,
-        decoding,
-        batch_size=args.batch_size,
-        overwrite=args.overwrite,
-        routing_stats=Path(args.routing_stats) if args.routing_stats else None,
-    )
-    if is_main_process():
-        print(f"{len(questions)} answers in {answers_file}")
+        decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+        questions = on_main(lambda: _read_chunk(args))
+        answer_questions(
+            load_predictor(args.model_path, args),
+            questions,
+            Path(args.image_folder),
+            Path(args.answers_file),
+            decoding,
+            batch_size=args.batch_size,
+            overwrite=args.overwrite,
+            routing_stats=Path(args.routing_stats) if args.routing_stats else None,
+        )
+        if is_main_process():
+            print(f"{len(questions)} answers in {Path(args.answers_file)}")
     return 0
 
 

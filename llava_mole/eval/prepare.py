@@ -12,13 +12,7 @@ from tempfile import TemporaryDirectory
 
 from llava_mole.common.errors import ConfigError, DataError, command
 from llava_mole.common.files import sha256_of, write_json, write_text
-from llava_mole.eval.benchmarks.benchmark import (
-    DATA_ROOT,
-    PREPARED,
-    Benchmark,
-    BenchmarkQuestions,
-    load_questions,
-)
+from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, PREPARED, Benchmark, BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmarks.official import CONVERTERS
 from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.scoring.score import check_scorable
@@ -55,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.split("\n")[0],
         epilog=f"benchmarks: {', '.join(list_benchmarks())}",
     )
-    parser.add_argument("benchmark", metavar="NAME", help="benchmark: a name, or a YAML file")
-    parser.add_argument("--raw", required=True, metavar="DIR", help="folder of the official files")
-    parser.add_argument("--out", metavar="DIR", help="where to write the questions (default: below playground/data)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing question file")
+    add = parser.add_argument
+    add("benchmark", metavar="NAME", help="benchmark: a name, or a YAML file")
+    add("--raw", required=True, metavar="DIR", help="folder of the official files")
+    add("--out", metavar="DIR", help=f"where to write the questions (default: below {DATA_ROOT})")
+    add("--overwrite", action="store_true", help="replace an existing question file")
     args = parser.parse_args(argv)
     benchmark = get_benchmark(args.benchmark)
     if benchmark.data.converter is None:

@@ -37,10 +37,9 @@ class Question:
     image: str | None
     """Path relative to the image folder, or None for a question without an image."""
     group: str
-    """What its scores are reported under."""
+    """Its scores are reported under this name."""
     category: str | None
     """Kind of question, which may divide a group further."""
-    answer: str | None
     where: str
     """`file:line`, for messages."""
 
@@ -91,13 +90,18 @@ def parse_named_file(argument: str) -> tuple[str | None, Path]:
 
 
 def resolve_argument(argument: str) -> str:
-    """`[GROUP=]FILE` with the absolute path, so that a report finds the file from any directory."""
+    """Return `[GROUP=]FILE` with the absolute path, with which a report finds the file from any directory."""
     group, path = parse_named_file(argument)
     return str(path.resolve()) if group is None else f"{group}={path.resolve()}"
 
 
 def read_questions(arguments: Sequence[str]) -> list[Question]:
-    """Return all questions of the files, in order.
+    """Return all questions of the files, in order. Takes and raises what `read_question_lines` does."""
+    return [question for question, _ in read_question_lines(arguments)]
+
+
+def read_question_lines(arguments: Sequence[str]) -> list[tuple[Question, dict[str, Any]]]:
+    """Return all questions of the files, in order, with their complete lines, in which `image` is one path.
 
     Args:
         arguments: `FILE` or `GROUP=FILE` each.
@@ -106,11 +110,6 @@ def read_questions(arguments: Sequence[str]) -> list[Question]:
         DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, several images,
             or no question at all.
     """
-    return [question for question, _ in read_question_lines(arguments)]
-
-
-def read_question_lines(arguments: Sequence[str]) -> list[tuple[Question, dict[str, Any]]]:
-    """Return all questions with their complete lines, in which `image` is one path. Raises as `read_questions`."""
     found: dict[str, tuple[Question, dict[str, Any]]] = {}
     for argument in arguments:
         group, path = parse_named_file(argument)
@@ -144,13 +143,12 @@ def _parse(line: dict[str, Any], where: str, group: str | None) -> Question:
         image=_image(line, where),
         group=group or line.get("category") or NO_GROUP,
         category=line.get("category"),
-        answer=line.get("answer"),
         where=where,
     )
 
 
 def _image(line: dict[str, Any], where: str) -> str | None:
-    """The one path in `image` and `images`, each a path or a list of paths; None if there is none."""
+    """Return the one path in `image` and `images`, each a path or a list of paths; None if there is none."""
     paths: list[str] = []
     for key in ("image", "images"):
         value = line.get(key)

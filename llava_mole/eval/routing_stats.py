@@ -3,8 +3,9 @@
 This is the data behind the paper's Figure 3: the share over all tokens, and how much it varies between samples.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from tqdm import tqdm
 
 from llava_mole.common.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from llava_mole.common.errors import ConfigError
-from llava_mole.common.files import write_json
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.eval.questions import Question, errors_named_after, windows
 from llava_mole.eval.ranks import share_of_rank
@@ -21,36 +21,6 @@ from llava_mole.inference.predictor import Batch, Predictor
 from llava_mole.mole import choice_counts, collect_routing
 
 MODALITIES = ("all", "image", "text")
-
-
-@dataclass
-class _Sums:
-    """Sums over the samples of one group and modality, float64 [L, K] each."""
-
-    tokens: torch.Tensor
-    share: torch.Tensor
-    share_squared: torch.Tensor
-    samples: int
-
-    def __add__(self, other: "_Sums") -> "_Sums":
-        return _Sums(
-            self.tokens + other.tokens,
-            self.share + other.share,
-            self.share_squared + other.share_squared,
-            self.samples + other.samples,
-        )
-
-    def result(self) -> dict[str, Any]:
-        mean = self.share / self.samples
-        # Unbiased; cancellation can leave slightly less than 0 if all samples agree.
-        spread = (self.share_squared - self.samples * mean**2).clamp(min=0) / max(1, self.samples - 1)
-        return {
-            "tokens": round(float(self.tokens[0].sum())),
-            "samples": self.samples,
-            "share": (self.tokens / self.tokens.sum(dim=1, keepdim=True)).tolist(),
-            "sample_mean": mean.tolist(),
-            "sample_std": spread.sqrt().tolist(),
-        }
 
 
 class RoutingStats:
@@ -67,7 +37,9 @@ class RoutingStats:
                 f"routing statistics need a model with adapter.method 'mole'; {predictor.loaded.path} has {method!r}"
             )
         self._predictor = predictor
-        self._sums: dict[tuple[str, str], _Sums] = {}
+        # By (group, modality): the number of samples, and sums over them of tokens, shares and squared shares.
+        self._samples: Counter[tuple[str, str]] = Counter()
+        self._sums_3lK: dict[tuple[str, str], torch.Tensor] = {}
 
     def add(self, batch: Batch, groups: Sequence[str]) -> None:
         """Count one batch; row n belongs to `groups[n]`."""
@@ -85,22 +57,22 @@ class RoutingStats:
                 # With top_k above 1, a token counts in equal parts for the experts that it uses.
                 counts_lBK = choice_counts(routing, mask_BL).double().cpu() / routing.index[0].shape[-1]
                 for row, group in enumerate(groups):
-                    self._add_sample((group, modality), counts_lBK[:, row])
+                    counts_lK = counts_lBK[:, row]
+                    if counts_lK.any():  # a prompt without an image has no image tokens
+                        share_lK = counts_lK / counts_lK.sum(dim=1, keepdim=True)
+                        self._add((group, modality), 1, torch.stack([counts_lK, share_lK, share_lK**2]))
 
-    def _add_sample(self, key: tuple[str, str], counts_lK: torch.Tensor) -> None:
-        if not counts_lK.any():
-            return  # a prompt without an image has no image tokens
-        share_lK = counts_lK / counts_lK.sum(dim=1, keepdim=True)
-        sample = _Sums(counts_lK, share_lK, share_lK**2, 1)
-        self._sums[key] = self._sums[key] + sample if key in self._sums else sample
+    def _add(self, key: tuple[str, str], samples: int, sums_3lK: torch.Tensor) -> None:
+        self._samples[key] += samples
+        self._sums_3lK[key] = self._sums_3lK[key] + sums_3lK if key in self._sums_3lK else sums_3lK
 
     def merge_ranks(self) -> None:
         """Add up what all ranks counted; a collective."""
-        everyone = all_gather_objects(self._sums)
-        self._sums = {}
-        for sums in everyone:
-            for key, value in sums.items():
-                self._sums[key] = self._sums[key] + value if key in self._sums else value
+        everyone = all_gather_objects((self._samples, self._sums_3lK))
+        self._samples, self._sums_3lK = Counter(), {}
+        for samples, sums in everyone:
+            for key, sums_3lK in sums.items():
+                self._add(key, samples[key], sums_3lK)
 
     def result(self) -> dict[str, Any]:
         """Return plain values: `groups` -> group -> modality (`all`, `image`, `text`) -> numbers, [layer][expert] each.
@@ -108,18 +80,24 @@ class RoutingStats:
         `share` is over all `tokens` of the group and sums to 1 in each layer; `sample_mean` and `sample_std` (n - 1)
         are over the shares of its `samples`, which count equally.
         """
-        groups: dict[str, Any] = {}
-        for group in dict.fromkeys(group for group, _ in self._sums):
-            groups[group] = {
-                modality: self._sums[group, modality].result()
-                for modality in MODALITIES
-                if (group, modality) in self._sums
-            }
+        groups: dict[str, Any] = {group: {} for group, _ in self._sums_3lK}
+        for group, modality in itertools.product(groups, MODALITIES):
+            if (group, modality) in self._sums_3lK:
+                groups[group][modality] = self._numbers((group, modality))
         return {"model_path": str(self._predictor.loaded.path), "counted": "prompt tokens", "groups": groups}
 
-    def write(self, path: Path) -> None:
-        """Write `result` as JSON, atomically."""
-        write_json(path, self.result(), indent=None)
+    def _numbers(self, key: tuple[str, str]) -> dict[str, Any]:
+        samples, (tokens_lK, share_lK, squared_lK) = self._samples[key], self._sums_3lK[key]
+        mean_lK = share_lK / samples
+        # Unbiased; cancellation can leave slightly less than 0 if all samples agree.
+        variance_lK = (squared_lK - samples * mean_lK**2).clamp(min=0) / max(1, samples - 1)
+        return {
+            "tokens": round(float(tokens_lK[0].sum())),
+            "samples": samples,
+            "share": (tokens_lK / tokens_lK.sum(dim=1, keepdim=True)).tolist(),
+            "sample_mean": mean_lK.tolist(),
+            "sample_std": variance_lK.sqrt().tolist(),
+        }
 
 
 def collect_routing_stats(

@@ -1,7 +1,8 @@
 """Model directories of a Hugging Face causal LM: expected tensors, writing, and the fingerprint without loading."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,7 @@ OTHER_KEYS = ("tokenizer_model_max_length", "tokenizer_padding_side", "_name_or_
 
 
 class Skeleton:
-    """Names and shapes of a causal LM's tensors, from its configuration alone.
-
-    Raises:
-        WeightsError: transformers has no causal LM for this configuration.
-    """
+    """Tensor names and shapes of a causal LM, from its configuration. Raises WeightsError if transformers has none."""
 
     def __init__(self, config: Mapping[str, Any], where: object):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -86,28 +83,28 @@ def language_model_config(llava_config: Mapping[str, Any], where: object) -> dic
     return {**config, "model_type": model_type, "architectures": [architecture]}
 
 
-def write_language_model(
-    directory: Path, config: Mapping[str, Any], names: Mapping[str, str], weights: Weights, tokenizer_from: Path
-) -> None:
-    """Write the language model of a larger checkpoint as a model directory, shard by shard.
+@dataclass
+class LanguageModelPart:
+    """A language model inside a larger checkpoint."""
 
-    Args:
-        directory: created by this function.
-        config: configuration of the language model.
-        names: name in the language model -> name in `weights`.
-        weights: tensors of the larger checkpoint.
-        tokenizer_from: directory whose tokenizer is copied.
+    config: dict[str, Any]
+    weights: Weights
+    directory: Path
+    """Directory with its tokenizer."""
 
-    Raises:
-        WeightsError: tensors are missing, unexpected, of another shape or not finite.
-    """
-    Skeleton(config, weights).check(weights, {name: weights.shape(there) for name, there in names.items()})
-    directory.mkdir(parents=True)
-    write_object(directory / "config.json", config)
-    copy_tokenizer(tokenizer_from, directory)
-    name_of = {there: name for name, there in names.items()}
-    tensors = ((name_of[there], weights[there]) for there in weights if there in name_of)
-    write_shards(directory, tensors, "language model", weights.bytes)
+    def write(self, directory: Path) -> None:
+        """Write a model directory. Raises WeightsError if tensors do not fit the configuration or are not finite."""
+        Skeleton(self.config, self.weights).check(self.weights, self.weights.shapes)
+        directory.mkdir(parents=True)
+        write_object(directory / "config.json", self.config)
+        copy_tokenizer(self.directory, directory)
+        write_shards(directory, self.weights.items(), "language model", self.weights.bytes)
+
+
+def open_language_model(directory: Path) -> Weights:
+    """The weights in a model directory, without constant buffers."""
+    weights = open_weights(directory)
+    return weights.part({name: name for name in weights if not name.endswith(BUFFERS)})
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
@@ -122,22 +119,15 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 def fingerprint_language_model(path: Path) -> str:
     """The fingerprint that `load_language_model` returns, computed tensor by tensor.
 
-    Raises:
-        WeightsError: not a language model, or its weights do not fit its configuration.
+    Raises WeightsError if `path` is not a language model, or its weights do not fit its configuration.
     """
     check_language_model_dir(str(path))
-    weights = open_weights(path)
-    skeleton = Skeleton.of_directory(path)
-    found = {name: weights.shape(name) for name in weights if not name.endswith(BUFFERS)}
+    weights, skeleton = open_language_model(path), Skeleton.of_directory(path)
     try:
-        skeleton.check(path, found)
+        skeleton.check(path, weights.shapes)
     except WeightsError:
         # Some architectures store other names than transformers gives its modules; only loading maps them.
         return load_language_model(str(path))[1]
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in sorted(skeleton.shapes):
-            tensor = weights[skeleton.source(name, found)]
-            yield name, tensor.to(skeleton.config.dtype or tensor.dtype)  # the dtype in which the model is loaded
-
-    return fingerprint_in_order(tensors())
+    tensors = ((name, weights[skeleton.source(name, weights)]) for name in sorted(skeleton.shapes))
+    # In the dtype in which the model is loaded:
+    return fingerprint_in_order((name, tensor.to(skeleton.config.dtype or tensor.dtype)) for name, tensor in tensors)

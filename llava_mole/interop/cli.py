@@ -51,36 +51,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the result of an earlier conversion")
     parser.add_argument("--model-base", type=Path, metavar="DIR", help="language model that SOURCE was trained on")
     imports = parser.add_argument_group("to checkpoint")
-    imports.add_argument(
-        "--vision-tower", type=Path, metavar="PATH", help="CLIP directory, open_clip directory or file"
-    )
+    imports.add_argument("--vision-tower", type=Path, metavar="PATH", help="CLIP or open_clip directory, or a file")
     imports.add_argument("--vision-tower-name", metavar="NAME", help="open_clip model name of a file without config")
     imports.add_argument("--template", help="conversation template (default: vicuna_v1; plain for a projector)")
-    imports.add_argument(
-        "--image-aspect-ratio",
-        choices=("pad", "square"),
-        help="how images become square (default: as recorded, or pad)",
-    )
+    ratio_help = "how images become square (default: as recorded, or pad)"
+    imports.add_argument("--image-aspect-ratio", choices=("pad", "square"), help=ratio_help)
     imports.add_argument("--select-layer", type=int, metavar="N", help="tower layer (default: as recorded, or -2)")
     imports.add_argument("--alpha", type=float, help="LoRA alpha of the authors' .pt (default: 2 r)")
     imports.add_argument("--mode", choices=("sparse", "dense"), default="sparse", help="mode of the authors' .pt")
     exports = parser.add_argument_group("to llava, llava-lora, llava-hf, peft")
     exports.add_argument("--expert", metavar="K|uniform|usage", help="replace a mixture by one LoRA: approximate")
-    exports.add_argument(
-        "--usage", type=Path, metavar="FILE", help="routing.json of `llava-mole eval` for --expert usage"
-    )
-    exports.add_argument(
-        "--mm-vision-tower",
-        metavar="NAME",
-        help="tower's name in LLaVA's config.json; without it, the tower is written",
-    )
+    exports.add_argument("--usage", type=Path, metavar="FILE", help="routing.json of `llava-mole eval` for usage")
+    tower_help = "tower's name in LLaVA's config.json; without it, the tower is written"
+    exports.add_argument("--mm-vision-tower", metavar="NAME", help=tower_help)
     exports.add_argument("--tower-in-shards", action="store_true", help="llava: store the tower with the other weights")
     exports.add_argument("--unmerged", action="store_true", help="llava-hf: write the LoRA to OUT/adapter, for PEFT")
-    exports.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights written (default: as stored in the language model)",
-    )
+    dtype_help = "dtype of the weights written (default: as stored in the language model)"
+    exports.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=dtype_help)
     return parser
 
 
@@ -125,7 +112,7 @@ def _convert(arguments: argparse.Namespace) -> list[str]:
 
 
 def _options(kind: Any, arguments: argparse.Namespace) -> Any:
-    """The options dataclass `kind`, whose fields are named as the arguments."""
+    """An instance of the dataclass `kind`, whose fields are named after the arguments."""
     return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
 
 

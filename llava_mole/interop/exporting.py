@@ -12,30 +12,16 @@ import torch
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES, copy_tokenizer
 from llava_mole.interop.hf_processor import embeddings_to_grow, llava_config, tokenizer_with_image, write_processor
-from llava_mole.interop.kinds import NON_LORA_FILE, PROJECTOR_FILE, find_kind
+from llava_mole.interop.kinds import LLAVA_PROJECTOR_FILE, NON_LORA_FILE, find_kind
 from llava_mole.interop.lora import Lora, read_lora, write_lora
 from llava_mole.interop.merging import merge_lora, parse_expert, write_approximation
 from llava_mole.interop.names import LLAVA_PROJECTOR, WRAPPER, llava_hf_module, llava_hf_name, llava_name
-from llava_mole.interop.own import OwnCheckpoint, llava_projector, open_own, read_projector
+from llava_mole.interop.own import OwnCheckpoint, open_own
 from llava_mole.interop.publishing import check_out, publish
-from llava_mole.interop.sources import HF_ADAPTER, read_source
-from llava_mole.interop.tensors import (
-    read_object,
-    save_pickle,
-    save_tensors,
-    write_label,
-    write_object,
-    write_shards,
-)
-from llava_mole.interop.towers import (
-    Tower,
-    open_tower,
-    tower_from_hugging_face,
-    write_hugging_face,
-    write_open_clip,
-)
-from llava_mole.model.builder import PROJECTOR_FILE as OWN_PROJECTOR_FILE
-from llava_mole.model.builder import PROJECTOR_PREFIX
+from llava_mole.interop.sources import HF_ADAPTER, llava_projector, read_projector, read_source
+from llava_mole.interop.tensors import read_object, save_pickle, save_tensors, write_label, write_object, write_shards
+from llava_mole.interop.towers import Tower, open_tower, tower_from_hugging_face, write_hugging_face, write_open_clip
+from llava_mole.model.builder import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava_mole.model.checkpoint import resolve_checkpoint
 
 TOWER_DIR = "vision_tower"
@@ -100,9 +86,9 @@ def _find_tower(path: Path, name: str | None, options: ExportOptions) -> tuple[T
         own = open_own(path, options.model_base)
         return own.tower, own.aspect_ratio
     source = read_source(path)
-    if not source.tower_names or source.tower_config is None:
+    if not source.tower or source.tower_config is None:
         raise WeightsError(f"{path} ({found.kind}) does not hold a whole vision tower; convert the tower's directory")
-    return tower_from_hugging_face(source.tower_state(), source.tower_config, path), source.aspect_ratio or "pad"
+    return tower_from_hugging_face(source.tower, source.tower_config, path), source.aspect_ratio or "pad"
 
 
 @dataclass
@@ -123,15 +109,12 @@ class _Export:
     """Largest difference of a logit that the merge made, if one was made."""
 
     def write_weights(
-        self,
-        rename: Callable[[str, str], str],
-        tower: Mapping[str, torch.Tensor],
-        grow: Mapping[str, tuple[int, int]] | None = None,
+        self, rename: Callable[[str, str], str], tower: Mapping[str, torch.Tensor], grow: Mapping[str, tuple[int, int]]
     ) -> None:
         """Write language model (LoRA merged unless `unmerged`), projector and tower as one set of shards.
 
-        `LlavaForConditionalGeneration.save_pretrained` is not used for llava-hf: it holds the whole model in memory,
-        and its names depend on the version of transformers.
+        `LlavaForConditionalGeneration.save_pretrained` would hold the whole model in memory, and its names depend on
+        the version of transformers.
 
         Args:
             rename: (part, name in the part) -> name in the file; the parts are language_model, projector and tower.
@@ -145,11 +128,10 @@ class _Export:
             merged, self.difference = merge_lora(own, self.adapter, dtype)
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for name in own.names:
-                tensor = own.weights[name]
+            for name, tensor in own.weights.items():
                 if name in merged:
                     tensor = merged.pop(name).to(dtype or tensor.dtype)  # frees the float32 tensor
-                if grow and name in grow:
+                if name in grow:
                     rows, copied = grow[name]
                     tensor = torch.cat([tensor, tensor[copied].expand(rows - tensor.shape[0], -1)])
                 yield rename("language_model", name), tensor
@@ -163,7 +145,8 @@ class _Export:
 
 def _write_llava(export: _Export) -> None:
     """Full LLaVA-1.5, its LoRA merged."""
-    export.write_weights(llava_name, export.own.tower.hugging_face_state() if export.options.tower_in_shards else {})
+    tower = export.own.tower.hugging_face_state() if export.options.tower_in_shards else {}
+    export.write_weights(llava_name, tower, grow={})
     copy_tokenizer(export.own.language_model, export.folder)
     _write_llava_config(export)
 
@@ -185,9 +168,8 @@ def _write_llava_hf(export: _Export) -> None:
         raise ConfigError(f"{own.path} has no adapter; leave --unmerged out")
     tokenizer, image_id = tokenizer_with_image(own)
     config = llava_config(own, image_id)
-    config.dtype = options.dtype or own.weights[own.names[0]].dtype
-    grow = embeddings_to_grow(own, tokenizer, image_id)
-    export.write_weights(llava_hf_name, own.tower.hugging_face_state(), grow)
+    config.dtype = options.dtype or next(iter(own.weights.values())).dtype
+    export.write_weights(llava_hf_name, own.tower.hugging_face_state(), embeddings_to_grow(own, tokenizer, image_id))
     config.save_pretrained(str(export.folder))
     write_processor(own, tokenizer, export.folder)
     if options.unmerged and export.lora is not None:
@@ -198,13 +180,10 @@ def _write_peft(export: _Export) -> None:
     """The adapter as it is, with the projector beside it: LLaVA's file if LLaVA has such a projector, else ours."""
     for file in sorted(export.adapter.glob("adapter_*")):
         shutil.copyfile(file, export.folder / file.name)
-    own = export.own
     try:
-        state = llava_projector(own.projector)
+        save_pickle(llava_projector(export.own.projector), export.folder / LLAVA_PROJECTOR_FILE, LLAVA_PROJECTOR)
     except ConfigError:
-        shutil.copyfile(own.path / OWN_PROJECTOR_FILE, export.folder / OWN_PROJECTOR_FILE)
-    else:
-        save_pickle(state, export.folder / PROJECTOR_FILE, LLAVA_PROJECTOR)
+        shutil.copyfile(export.own.path / PROJECTOR_FILE, export.folder / PROJECTOR_FILE)
 
 
 @dataclass(frozen=True)
@@ -234,8 +213,7 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
 
     Raises:
         ConfigError: the checkpoint cannot be written in this layout with these options.
-        CheckpointError, WeightsError: a part of the checkpoint is missing or does not fit, or `out` may not be
-            written.
+        CheckpointError, WeightsError: a part is missing or does not fit, or `out` may not be written.
     """
     inputs = [path, options.model_base, options.usage]
     check_out(out, overwrite=options.overwrite, inputs=inputs)
@@ -260,28 +238,14 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
         )
     with publish(out, overwrite=options.overwrite, inputs=inputs) as folder, tempfile.TemporaryDirectory() as scratch:
         folder.mkdir(parents=True)
-        adapter = own.adapter_dir
+        export = _Export(own, own.adapter_dir, None, options, out, folder)
         if expert is not None:
-            adapter = Path(scratch) / "lora"
-            notes.insert(0, write_approximation(own, expert, options.usage, adapter))
-        is_lora = own.method == "lora" or expert is not None
-        lora = read_lora(adapter, own.skeleton.linears()) if is_lora else None
-        export = _Export(own, adapter, lora, options, out, folder)
+            export.adapter = Path(scratch) / "lora"
+            notes.insert(0, write_approximation(own, expert, options.usage, export.adapter))
+        if own.method == "lora" or expert is not None:
+            export.lora = read_lora(export.adapter, own.skeleton.linears())
         layout.write(export)
-        fields = {
-            "converted": f"to {layout.title}",
-            "from": str(own.path.resolve()),
-            "template": own.manifest["template"],
-            "fingerprints": own.manifest["fingerprints"],
-            "exact": not notes,
-        }
-        if notes:
-            fields["approximation"] = " ".join(notes)
-            _label_config(folder, fields["approximation"])
-        if export.difference is not None:
-            fields["largest_logit_difference_of_the_merge"] = export.difference
-        write_label(folder, fields)
-        _write_readme(folder, layout, fields, is_mixture=own.method == "mole" and expert is None)
+        _write_labels(export, layout.title, " ".join(notes))
     if export.difference is not None:
         notes.append(f"merged logits differ from unmerged by at most {export.difference:.1e}")
     return notes
@@ -323,19 +287,28 @@ def _write_llava_config(export: _Export) -> None:
     write_object(export.folder / "config.json", config)
 
 
-def _label_config(directory: Path, note: str) -> None:
-    """Add the note to config.json, if there is one. (PEFT would warn about it in adapter_config.json at every load.)"""
-    file = directory / "config.json"
-    if file.is_file():
-        write_object(file, {**read_object(file), "llava_mole_note": note})
-
-
-def _write_readme(directory: Path, layout: Layout, fields: dict[str, Any], *, is_mixture: bool) -> None:
-    lines = [f"# {layout.title[0].upper()}{layout.title[1:]}, written by llava_mole", ""]
-    if "approximation" in fields:
-        lines += [f"**{fields['approximation']}**", ""]
+def _write_labels(export: _Export, title: str, note: str) -> None:
+    """Write `llava_mole.json` and README.md. `note` says what is approximate; config.json gets it, too."""
+    own, folder = export.own, export.folder
+    fields: dict[str, Any] = {
+        "converted": f"to {title}",
+        "from": str(own.path.resolve()),
+        "template": own.manifest["template"],
+        "fingerprints": own.manifest["fingerprints"],
+        "exact": not note,
+    }
+    lines = [f"# {title[0].upper()}{title[1:]}, written by llava_mole", ""]
+    if note:
+        fields["approximation"] = note
+        lines += [f"**{note}**", ""]
+        config = folder / "config.json"
+        if config.is_file():  # not adapter_config.json, about which PEFT would warn at every load
+            write_object(config, {**read_object(config), "llava_mole_note": note})
+    if export.difference is not None:
+        fields["largest_logit_difference_of_the_merge"] = export.difference
+    write_label(folder, fields)
     lines += [f"- from: `{fields['from']}`", f"- conversation template: `{fields['template']}`"]
     lines += [f"- fingerprint of the {part.replace('_', ' ')}: `{v}`" for part, v in fields["fingerprints"].items()]
-    if is_mixture:
+    if own.method == "mole" and export.lora is None:
         lines += ["", "A mixture of LoRA experts: `import llava_mole.mole` before `PeftModel.from_pretrained`."]
-    (directory / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

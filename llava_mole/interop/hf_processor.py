@@ -44,8 +44,7 @@ def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:
     from transformers import AddedToken
 
     tokenizer = load_tokenizer(str(own.path / TOKENIZER_DIR))
-    token = AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)
-    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"  # as batched generation needs it
@@ -55,23 +54,19 @@ def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:
 def embeddings_to_grow(own: OwnCheckpoint, tokenizer: Any, image_id: int) -> dict[str, tuple[int, int]]:
     """Matrices with too few rows for the image token: name -> (rows needed, row to copy).
 
-    The new rows copy the unknown token's row. The image token's logit then equals the unknown token's, so it never
-    wins, and the logits of all other tokens stay as they are.
+    The copied row is the unknown token's. The two tokens have equal logits, so the image token never wins, and all
+    other logits stay as they are.
     """
     copied = next(t for t in (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None)
     model = own.skeleton.model
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [f"{name}.weight" for name, module in model.named_modules() if module in modules]
-    too_small = [name for name in weights if name in own.names and own.skeleton.shapes[name][0] <= image_id]
+    too_small = [name for name in weights if name in own.weights and own.skeleton.shapes[name][0] <= image_id]
     return dict.fromkeys(too_small, (image_id + 1, copied))
 
 
 def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
-    """The `LlavaConfig` of a checkpoint. Its vocabulary includes the image token.
-
-    Raises:
-        ConfigError: the projector is not `mlp2x_gelu`, the only one that transformers supports.
-    """
+    """`LlavaConfig` of a checkpoint, with the image token. Raises ConfigError for other projectors than mlp2x_gelu."""
     from transformers import LlavaConfig
 
     model = own.config.model
@@ -80,7 +75,7 @@ def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
     vision = clip_vision_config(own.tower.config, own.path)
     text = own.skeleton.config.to_dict()
     text["vocab_size"] = max(own.skeleton.config.get_text_config().vocab_size, image_id + 1)
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config={**vision, "model_type": "clip_vision_model"},
         text_config=text,
         image_token_index=image_id,
@@ -88,9 +83,8 @@ def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
         vision_feature_layer=model.vision_tower.select_layer,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
+        architectures=["LlavaForConditionalGeneration"],
     )
-    config.architectures = ["LlavaForConditionalGeneration"]
-    return config
 
 
 def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> None:
@@ -116,9 +110,9 @@ def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> None
 def after_image(tokenizer: Any) -> str:
     """The separator between `<image>` and the text with which transformers gives our token ids.
 
-    It is a line break, for some tokenizers after a blank. LLaVA tokenizes the text after an image as the beginning of
-    a text, to which Llama's tokenizers add a blank piece. transformers tokenizes it as a continuation, and there some
-    of them add none.
+    It is a line break; some tokenizers need a blank before it. LLaVA tokenizes the text after an image as the start of
+    a text, to which Llama's tokenizers add a blank piece. transformers tokenizes it as a continuation, to which some
+    add none.
     """
     probe = "\nIs it"
     ours = tokenizer(probe, add_special_tokens=False).input_ids
@@ -132,8 +126,7 @@ def after_image(tokenizer: Any) -> str:
 def chat_template(template: Template, separator: str = "\n") -> str | None:
     """A conversation template in Jinja; None for caption templates, which hold no conversation.
 
-    It renders messages whose content is a text or a list of text and image parts. `separator` stands between an image
-    and the text of its message.
+    A message's content is a text or a list of text and image parts; `separator` stands between its image and its text.
     """
     if template.caption:
         return None

@@ -1,8 +1,8 @@
 """Imports foreign checkpoints: they become a run directory that every command of this package reads.
 
 `OUT/checkpoint-0/` is a checkpoint as training writes it. If weights had to be rewritten, `OUT/language_model/`
-(Hugging Face's layout) and `OUT/vision_tower/` (open_clip's) lie beside it. Parts that are usable where they are stay
-there: the checkpoint names them.
+(Hugging Face's layout) and `OUT/vision_tower/` (open_clip's) lie beside it. The checkpoint names parts that are usable
+where they are.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ from llava_mole.config import (
     save_config,
 )
 from llava_mole.data.tokenization import load_tokenizer
-from llava_mole.interop.causal_lm import Skeleton, fingerprint_language_model, write_language_model
+from llava_mole.interop.causal_lm import LanguageModelPart, Skeleton, fingerprint_language_model
 from llava_mole.interop.kinds import find_kind
 from llava_mole.interop.lora import read_lora, write_lora
 from llava_mole.interop.publishing import check_out, publish
-from llava_mole.interop.released import check_base_weights, check_experts, read_released, write_experts
-from llava_mole.interop.sources import LanguageModelPart, Source, read_source
+from llava_mole.interop.released import adapt, check_base_weights, read_released, write_experts
+from llava_mole.interop.sources import Source, read_source
 from llava_mole.interop.tensors import check_shapes, open_weights, save_tensors, write_label
 from llava_mole.interop.towers import CONFIG_FILE as TOWER_CONFIG
 from llava_mole.interop.towers import WEIGHTS_FILE as TOWER_WEIGHTS
@@ -42,6 +42,8 @@ from llava_mole.model.multimodal_projector import build_projector
 
 LANGUAGE_MODEL_DIR, VISION_TOWER_DIR = "language_model", "vision_tower"
 AspectRatio = Literal["pad", "square"]
+AdapterWriter = Callable[[Path, str], None] | None
+"""Writes an adapter to a directory, for the language model at a path. None without an adapter."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,31 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
     inputs = [path, options.model_base, options.vision_tower]
     check_out(out, overwrite=options.overwrite, inputs=inputs)
     found = find_kind(path)
-    released = read_released(found) if found.kind == "released-mole" else None
+    released = read_released(found, options.alpha, options.mode) if found.kind == "released-mole" else None
     source = read_source(path) if released is None else released.source
     inside, base_dir = _language_model(source, options)
-    skeleton = inside.skeleton() if inside else Skeleton.of_directory(base_dir)
+    skeleton = Skeleton(inside.config, base_dir) if inside else Skeleton.of_directory(base_dir)
     tower = _tower(source, options)
     _check_projector(source, tower, skeleton)
-    layer = _select_layer(source, tower, options)
     adapter = AdapterConfig()
-    write_adapter: Callable[[Path, str], None] | None = None
+    write_adapter: AdapterWriter = None
     if released is not None:
-        adapter = released.adapter_config(options.alpha, options.mode)
-        check_experts(released, adapter, skeleton)
+        adapter = released.adapter
+        write_adapter = partial(write_experts, released, adapt(released, skeleton))
         check_base_weights(released, inside.weights if inside else open_weights(base_dir), base_dir)
-        write_adapter = partial(write_experts, released, adapter)
     elif found.kind == "llava-lora":
         lora = read_lora(found.path, skeleton.linears())
         adapter = AdapterConfig(method="lora", rank=lora.config["r"], alpha=float(lora.config["lora_alpha"]))
         write_adapter = partial(write_lora, lora)
+    config = _run_config(source, tower, adapter, out, out / LANGUAGE_MODEL_DIR if inside else base_dir, options)
     with publish(out, overwrite=options.overwrite, inputs=[*inputs, base_dir, tower.weights]) as temporary:
         temporary.mkdir(parents=True)
         if inside is not None:
-            written = temporary / LANGUAGE_MODEL_DIR
-            write_language_model(written, inside.config, inside.names, inside.weights, inside.directory)
+            inside.write(temporary / LANGUAGE_MODEL_DIR)
         if tower.state is not None:
             write_open_clip(tower, temporary / VISION_TOWER_DIR)
-        final = out / LANGUAGE_MODEL_DIR if inside else base_dir
-        config = _run_config(source, tower, layer, adapter, out, final, options)
-        _write(temporary, config, source, tower, write_adapter, None if inside else base_dir)
+        written = temporary / LANGUAGE_MODEL_DIR if inside else base_dir
+        _write_checkpoint(temporary, config, source, tower, written, write_adapter)
         write_label(temporary, {"converted": "to a checkpoint of llava_mole", "from": str(path.resolve())})
     return _assumptions(source, config, options)
 
@@ -130,14 +129,14 @@ def _language_model(source: Source, options: ImportOptions) -> tuple[LanguageMod
             f"--model-base {options.model_base} is {base.kind!r}; needed is a language model or a full LLaVA"
         )
     whole = read_source(options.model_base)
-    if not source.tower_names:
-        source.weights, source.tower_names, source.tower_config = whole.weights, whole.tower_names, whole.tower_config
+    if not source.tower:
+        source.tower, source.tower_config = whole.tower, whole.tower_config
     return whole.language_model, options.model_base
 
 
 def _tower(source: Source, options: ImportOptions) -> Tower:
     given = None if options.vision_tower is None else open_tower(options.vision_tower, options.vision_tower_name)
-    if not source.tower_names:
+    if not source.tower:
         if given is None:
             hint = f"; its configuration names {source.tower_hint!r}" if source.tower_hint else ""
             raise WeightsError(f"{source.found.path} holds no vision tower: give it with --vision-tower{hint}")
@@ -148,23 +147,20 @@ def _tower(source: Source, options: ImportOptions) -> Tower:
             f"{source.found.path} holds a vision tower, but not its configuration (heads, activation); give the "
             f"directory of the tower it started from with --vision-tower ({source.tower_hint or 'a CLIP directory'})"
         )
-    own = tower_from_hugging_face(source.tower_state(), config, source.found.path)
-    return given if given is not None and given.state is None and _same(own, given) else own
-
-
-def _same(one: Tower, other: Tower) -> bool:
-    a, b = one.visual_state(), other.visual_state()
-    return one.config["vision_cfg"] == other.config["vision_cfg"] and all(
-        name in b and torch.equal(value, b[name]) for name, value in a.items()
-    )
+    own = tower_from_hugging_face(source.tower, config, source.found.path)
+    if given is None or given.state is not None or given.config["vision_cfg"] != own.config["vision_cfg"]:
+        return own
+    in_place = given.visual_state()
+    is_same = all(n in in_place and torch.equal(value, in_place[n]) for n, value in own.visual_state().items())
+    return given if is_same else own
 
 
 def _check_projector(source: Source, tower: Tower, skeleton: Skeleton) -> None:
     hidden = skeleton.config.get_text_config().hidden_size
     with torch.device("meta"):
         expected = build_projector(source.projector_kind, tower.width, hidden).state_dict()
-    found = {name: tuple(value.shape) for name, value in source.projector.items()}
-    check_shapes(f"the projector of {source.found.path}", found, {n: tuple(v.shape) for n, v in expected.items()})
+    found, needed = ({name: value.shape for name, value in state.items()} for state in (source.projector, expected))
+    check_shapes(f"the projector of {source.found.path}", found, needed)
 
 
 def _select_layer(source: Source, tower: Tower, options: ImportOptions) -> int:
@@ -179,13 +175,7 @@ def _select_layer(source: Source, tower: Tower, options: ImportOptions) -> int:
 
 
 def _run_config(
-    source: Source,
-    tower: Tower,
-    select_layer: int,
-    adapter: AdapterConfig,
-    out: Path,
-    language_model: Path,
-    options: ImportOptions,
+    source: Source, tower: Tower, adapter: AdapterConfig, out: Path, language_model: Path, options: ImportOptions
 ) -> RunConfig:
     """The configuration of the run; its paths are those after publishing."""
     tower_name, tower_weights = tower.name, tower.weights
@@ -201,7 +191,7 @@ def _run_config(
                 name=cast(str, tower_name),
                 weights=str(tower_weights),
                 activation=cast(Any, tower.activation),
-                select_layer=select_layer,
+                select_layer=_select_layer(source, tower, options),
             ),
             projector=source.projector_kind,
         ),
@@ -214,26 +204,18 @@ def _run_config(
     )
 
 
-def _write(
-    directory: Path,
-    config: RunConfig,
-    source: Source,
-    tower: Tower,
-    write_adapter: Callable[[Path, str], None] | None,
-    base_dir: Path | None,
+def _write_checkpoint(
+    run: Path, config: RunConfig, source: Source, tower: Tower, language_model: Path, write_adapter: AdapterWriter
 ) -> None:
-    """Write `checkpoint-0` in `directory`.
+    """Write `run/checkpoint-0`. Its manifest names the parts beside it by relative paths, so the run can be moved.
 
-    Its manifest names the parts beside it by relative paths, so the run can be moved. `base_dir` is the directory of
-    the language model if that is not in `directory`.
+    `language_model` is the directory in which the language model is now, before publishing.
     """
-    language_model = base_dir or directory / LANGUAGE_MODEL_DIR
     tokenizer = load_tokenizer(str(language_model))
-    name, out = config.model.vision_tower.name, Path(config.train.output_dir)
+    tower_name, out = config.model.vision_tower.name, Path(config.train.output_dir)
 
     def recorded(path: str) -> str:
-        is_beside = Path(path).is_relative_to(out)
-        return f"../{Path(path).relative_to(out)}" if is_beside else str(Path(path).resolve())
+        return f"../{Path(path).relative_to(out)}" if Path(path).is_relative_to(out) else str(Path(path).resolve())
 
     def write_files(checkpoint: Path) -> None:
         save_config(config, checkpoint / CONFIG_FILE)
@@ -257,10 +239,10 @@ def _write(
         "paths": {
             "language_model": recorded(config.model.language_model),
             "vision_tower_weights": recorded(config.model.vision_tower.weights),
-            "vision_tower_config": recorded(name) if name.endswith(".json") else name,
+            "vision_tower_config": recorded(tower_name) if tower_name.endswith(".json") else tower_name,
         },
     }
-    write_checkpoint(directory / "checkpoint-0", write_files, fields)
+    write_checkpoint(run / "checkpoint-0", write_files, fields)
 
 
 def _assumptions(source: Source, config: RunConfig, options: ImportOptions) -> list[str]:

@@ -41,6 +41,14 @@ CONFIG_KEYS = {
     "prepared": ("name", "format", "rows"),
 }
 """Keys of a kind's configuration that are printed."""
+_RELEASED_MARKS = {
+    "in_adaptor.text_embed": "frozen",
+    "in_adaptor.": "projector",
+    ".mlp.moe_": "experts",
+    ".mlp.router.": "router",
+    ".lora_": "attention LoRA",
+}
+"""Part of a tensor in the authors' file, by the first mark that its name holds."""
 
 
 @command
@@ -71,7 +79,7 @@ def count_parameters(path: Path) -> int:
 
 
 def _count(weights: Weights, names: Iterable[str]) -> int:
-    return sum(math.prod(weights.shape(name)) for name in names)
+    return sum(math.prod(weights.shapes[name]) for name in names)
 
 
 def _line(key: str, value: object) -> str:
@@ -79,7 +87,7 @@ def _line(key: str, value: object) -> str:
 
 
 def _describe_run(run_dir: Path) -> tuple[list[str], bool]:
-    """The checkpoints of a run, the newest intact one in full; and whether all are intact."""
+    """The checkpoints of a run, the newest intact one in full, and whether all are intact."""
     checkpoints = list_checkpoints(run_dir)
     lines = [f"run {run_dir}: {count_of(len(checkpoints), 'checkpoint')}"]
     intact: list[Path] = []
@@ -107,26 +115,22 @@ def _describe_checkpoint(directory: Path) -> list[str]:
         lines.append(_line(key, value + ("" if is_there else "   (not there now)")))
     lines += [_line(f"imported {key}", value) for key, value in manifest.get("imported", {}).items()]
     lines += [_line(f"{key} fingerprint", value) for key, value in manifest.get("fingerprints", {}).items()]
-    sizes: dict[str, int] = {}
-    parameters: dict[str, int] = {}
-    for name, recorded in manifest["files"].items():
-        part = name.split("/")[0]
-        sizes[part] = sizes.get(part, 0) + recorded["bytes"]
-        if name.endswith(".safetensors"):
-            parameters[part] = parameters.get(part, 0) + count_parameters(directory / name)
     lines.append("parts:")
-    for part, size in sizes.items():
-        numbers = f"{parameters[part]:>16,} numbers" if part in parameters else ""
-        lines.append(f"  {part:<28}{format_bytes(size):>10}{numbers}")
+    parts: dict[str, list[str]] = {}
+    for name in manifest["files"]:
+        parts.setdefault(name.split("/")[0], []).append(name)
+    for part, names in parts.items():
+        size = format_bytes(sum(manifest["files"][name]["bytes"] for name in names))
+        counts = [count_parameters(directory / name) for name in names if name.endswith(".safetensors")]
+        lines.append(f"  {part:<28}{size:>10}" + (f"{sum(counts):>16,} numbers" if counts else ""))
     return lines
 
 
 def _describe_foreign(found: Found) -> list[str]:
     """Lines about anything but runs and checkpoints of this package.
 
-    Raises:
-        WeightsError: its files cannot be read.
-        DataError: the shards of a prepared data set differ in size from its manifest.
+    Raises WeightsError if files cannot be read, DataError if the shards of a prepared data set differ in size from its
+    manifest.
     """
     lines = [f"{found.path}: {KINDS[found.kind]}"]
     label: dict[str, Any] = {}
@@ -148,7 +152,7 @@ def _describe_foreign(found: Found) -> list[str]:
 
 
 def _facts(found: Found, *, template_is_known: bool) -> list[str]:
-    """What the kind implies, and fingerprints of the parts that our checkpoints would name."""
+    """Facts that follow from the kind, and fingerprints of the parts that our checkpoints would name."""
     lines = []
     if found.kind == "llava-lora":
         adapter = read_object(found.path / ADAPTER_CONFIG)
@@ -186,7 +190,7 @@ def _split(kind: str, names: list[str]) -> Mapping[str, Iterable[str]]:
     if kind == "released-mole":
         groups: dict[str, list[str]] = {p: [] for p in ("experts", "router", "attention LoRA", "projector", "frozen")}
         for name in names:
-            groups[_released_part(name)].append(name)
+            groups[next((part for mark, part in _RELEASED_MARKS.items() if mark in name), "frozen")].append(name)
         return groups
     if not kind.startswith(("llava", "projector")):
         return {{"peft": "adapter", "language-model": "language model"}.get(kind, "vision tower"): names}
@@ -199,13 +203,6 @@ def _split(kind: str, names: list[str]) -> Mapping[str, Iterable[str]]:
         "adapter": [name for name in names if ".lora_" in name],
         "unknown": parts.unknown,
     }
-
-
-def _released_part(name: str) -> str:
-    if "in_adaptor." in name and "text_embed" not in name:
-        return "projector"
-    marks = ((".mlp.moe_", "experts"), (".mlp.router.", "router"), (".lora_", "attention LoRA"))
-    return next((part for mark, part in marks if mark in name), "frozen")
 
 
 if __name__ == "__main__":

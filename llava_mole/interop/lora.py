@@ -11,15 +11,8 @@ import torch
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.common.text import count_of, shorten
-from llava_mole.interop.names import WRAPPER, unwrap
-from llava_mole.interop.tensors import (
-    check_finite,
-    check_shapes,
-    open_weights,
-    read_object,
-    save_tensors,
-    spelled_twice,
-)
+from llava_mole.interop.names import WRAPPER, spelled_twice, unwrap
+from llava_mole.interop.tensors import check_finite, check_shapes, open_weights, read_object, save_tensors
 from llava_mole.mole.surgery import ending, not_plain, pattern_value
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,7 +50,7 @@ class Lora:
 
 
 def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
-    """Read and check a LoRA that PEFT saved.
+    """Read a LoRA that PEFT saved, and check it against the language model.
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
@@ -73,8 +66,7 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
     if weights_file is None:
         raise WeightsError(f"{directory} has no {' or '.join(ADAPTER_FILES)}")
     weights = open_weights(weights_file)
-    halves: dict[str, torch.Tensor] = {}
-    spelled: dict[str, str] = {}
+    stored: dict[str, str] = {}
     unknown = []
     for name in weights:
         match = _NAME.fullmatch(unwrap(name))
@@ -82,9 +74,9 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
             unknown.append(name)
             continue
         half = f"{match['path']}.{match['half']}"
-        if half in spelled:
-            raise WeightsError(f"{weights_file}: {spelled_twice(spelled[half], name)}")
-        spelled[half], halves[half] = name, weights[name].clone()
+        if half in stored:
+            raise WeightsError(f"{weights_file}: {spelled_twice(stored[half], name)}")
+        stored[half] = name
     if unknown:
         count = count_of(len(unknown), "tensor")
         raise WeightsError(f"{weights_file}: the language model has no linear for {count}: {shorten(unknown)}")
@@ -95,7 +87,8 @@ def read_lora(directory: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
         out, inner = linears[path]
         rank = int(pattern_value(config.get("rank_pattern") or {}, path, config["r"]))
         needed |= {f"{path}.lora_A": (rank, inner), f"{path}.lora_B": (out, rank)}
-    check_shapes(weights_file, {name: tuple(value.shape) for name, value in halves.items()}, needed)
+    check_shapes(weights_file, {half: weights.shapes[name] for half, name in stored.items()}, needed)
+    halves = {half: weights[name].clone() for half, name in stored.items()}
     check_finite(weights_file, halves)
     return Lora(config, {path: (halves[f"{path}.lora_A"], halves[f"{path}.lora_B"]) for path in adapted})
 

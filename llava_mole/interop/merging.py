@@ -11,15 +11,13 @@ from llava_mole.interop.own import OwnCheckpoint
 from llava_mole.model.language_model import load_language_model
 
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Allowed difference of a logit between merged and unmerged model, relative to the largest logit (at least 1).
-Half precision rounds each merged weight. Other dtypes are allowed `EXACT`."""
+"""Allowed difference of a logit after the merge, relative to the largest logit (at least 1): half precision rounds
+each merged weight. Other dtypes are allowed `EXACT`."""
 EXACT = 1e-5
 PROBE_TOKENS = 24
 
 
-def merge_lora(
-    own: OwnCheckpoint, adapter_dir: Path, dtype: torch.dtype | None
-) -> tuple[dict[str, torch.Tensor], float]:
+def merge_lora(own: OwnCheckpoint, lora: Path, dtype: torch.dtype | None) -> tuple[dict[str, torch.Tensor], float]:
     """Merge a plain LoRA into the language model with PEFT.
 
     The model is held in float32 (4 bytes a parameter). It reads the same random tokens with the adapter and after the
@@ -27,7 +25,7 @@ def merge_lora(
 
     Args:
         own: the checkpoint.
-        adapter_dir: directory of the LoRA, saved by PEFT.
+        lora: directory of the LoRA, saved by PEFT.
         dtype: dtype of the weights to be written, or None for the stored dtype of each.
 
     Returns:
@@ -43,15 +41,20 @@ def merge_lora(
     base = loaded.float().eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, base.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
-    model = PeftModel.from_pretrained(base, str(adapter_dir)).eval()
-    expected = _logits(model, ids)
+
+    @torch.no_grad()
+    def logits(model: Any) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+    model = PeftModel.from_pretrained(base, str(lora)).eval()
+    expected = logits(model)
     adapted = [f"{name}.weight" for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
     merged: Any = model.merge_and_unload()
     state = merged.state_dict()
-    written = dtype or own.weights[own.names[0]].dtype
+    written = dtype or next(iter(own.weights.values())).dtype
     for name, value in state.items():
         value.copy_(value.to(dtype or own.weights[own.skeleton.source(name, own.weights)].dtype))
-    difference = float((_logits(merged, ids) - expected).abs().max())
+    difference = float((logits(merged) - expected).abs().max())
     allowed = TOLERANCE.get(written, EXACT) * max(1.0, float(expected.abs().max()))
     if not difference <= allowed:
         raise WeightsError(
@@ -59,11 +62,6 @@ def merge_lora(
             f"for {written}. Nothing was written; use --dtype float32 if half precision is the reason"
         )
     return {name: state[name] for name in adapted}, difference
-
-
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def parse_expert(text: str) -> int | str:
@@ -76,14 +74,10 @@ def parse_expert(text: str) -> int | str:
 
 
 def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path | None, directory: Path) -> str:
-    """Write a plain LoRA in place of the mixture to `directory`. The language model is loaded for this.
+    """Write a plain LoRA in place of the mixture to `directory`, and return a note on the approximation.
 
-    Returns:
-        A sentence for labels that says what the approximation is.
-
-    Raises:
-        ConfigError: no such expert, or `usage` without a record of usage.
-        WeightsError: `usage_file` cannot be used.
+    This loads the language model. Raises ConfigError if there is no such expert or no record of usage, and WeightsError
+    if `usage_file` cannot be used.
     """
     from peft import PeftModel
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.common.text import count_of, shorten
-from llava_mole.interop.tensors import spelled_twice
 
 WRAPPER = "base_model.model."
 """Prefix that PEFT adds to the names of the model it wraps."""
@@ -15,6 +14,11 @@ HF_LINEARS = {"linear_1": "0", "linear_2": "2"}
 """llava-hf's name of a projector layer -> its position in LLaVA's `mlp2x_gelu`."""
 BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Endings of constant buffers that older versions of transformers stored. They are not weights and are skipped."""
+
+
+def spelled_twice(one: str, other: str) -> str:
+    """Error text for a tensor stored under two names."""
+    return f"{one} and {other} are one tensor in two spellings; remove one of them"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Decides what a conversion may replace, and puts its result in place whole or not at all."""
+"""Decides what a conversion may replace, and publishes its result as a whole or not at all."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,9 +15,7 @@ from llava_mole.interop.tensors import LABEL_FILE
 def publish(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], is_file: bool = False) -> Iterator[Path]:
     """Yield a temporary path that becomes `out` if the block ends without an error, and is removed otherwise.
 
-    Raises:
-        WeightsError: `out` may not be written; see `check_out`, which takes the same arguments.
-        OSError: the disk is full or cannot be written.
+    The arguments and the WeightsError are those of `check_out`. Raises OSError if the disk cannot be written.
     """
     check_out(out, overwrite=overwrite, inputs=inputs, is_file=is_file)
     try:
@@ -48,17 +46,14 @@ def check_out(out: Path, *, overwrite: bool, inputs: Iterable[Path | None], is_f
     if out.is_file() != is_file:
         found, needed = ("directory", "file") if is_file else ("file", "directory")
         raise WeightsError(f"{out} is a {found}, but the result is a {needed}; give another --out")
-    if is_file:
-        _check_file(out)
-    elif any(out.iterdir()) and not (out / LABEL_FILE).is_file():
-        raise WeightsError(
-            f"{out} is a directory that no conversion has written (no {LABEL_FILE}); remove it, or give another --out"
-        )
-
-
-def _check_file(out: Path) -> None:
-    """Raise WeightsError unless the file is a projector: files have no label, and conversions write no other file."""
-    try:
+    if not is_file:
+        if any(out.iterdir()) and not (out / LABEL_FILE).is_file():
+            raise WeightsError(
+                f"{out} is a directory that no conversion has written (no {LABEL_FILE}); remove it, or give another "
+                "--out"
+            )
+        return
+    try:  # a file has no label, but conversions write no file except projectors
         kind = find_kind(out).kind
         problem = None if kind in ("projector", "llava-projector") else f"it is {KINDS[kind]}"
     except UserError as error:
@@ -74,7 +69,5 @@ def _is_within(path: Path, directory: Path) -> bool:
 
     A link inside the directory that leads out of it counts, because replacing the directory would remove the link.
     """
-    places = directory.resolve(), Path(os.path.abspath(directory))
-    return any(
-        spelled.is_relative_to(place) for spelled in (path.resolve(), Path(os.path.abspath(path))) for place in places
-    )
+    one, other = ((p.resolve(), Path(os.path.abspath(p))) for p in (path, directory))
+    return any(inner.is_relative_to(outer) for inner in one for outer in other)

@@ -7,8 +7,7 @@ alpha nor whether it was trained sparse or dense; both are options.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from llava_mole.config import AdapterConfig
 from llava_mole.interop.causal_lm import Skeleton
 from llava_mole.interop.kinds import Found
 from llava_mole.interop.lora import ADAPTER_FILES
-from llava_mole.interop.names import BUFFERS, WRAPPER
+from llava_mole.interop.names import BUFFERS, WRAPPER, Parts
 from llava_mole.interop.sources import Source, numbered, projector_kind
-from llava_mole.interop.tensors import Weights, check_finite, check_shapes, open_weights, save_tensors, spelled_twice
+from llava_mole.interop.tensors import Weights, check_finite, check_shapes, open_weights, save_tensors
+from llava_mole.model.adapters import add_adapter
 from llava_mole.model.multimodal_projector import ENDS
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp)\.moe_(gate|up|down)\.(\d+)\.lora_([AB])")
@@ -36,35 +36,28 @@ class ReleasedMole:
     """The content of the file, by part."""
 
     source: Source
+    adapter: AdapterConfig
+    """The configuration of our adapter for these weights: preset `released`."""
     experts: dict[str, torch.Tensor]
     """Named as in our adapter, without PEFT's prefix, and stacked: A `[K, r, in]`, B `[K, r, out]`."""
     base_names: dict[str, str]
-    """Base weights that the file repeats: name in the language model -> name in the file."""
-    rank: int
-    num_experts: int
-    attention_modules: list[str]
-
-    def adapter_config(self, alpha: float | None, mode: str) -> AdapterConfig:
-        """The configuration of our adapter for these weights: preset `released`. `alpha` defaults to 2 r."""
-        return AdapterConfig(
-            method="mole",
-            rank=self.rank,
-            alpha=2.0 * self.rank if alpha is None else alpha,
-            num_experts=self.num_experts,
-            preset="released",
-            options={"mode": mode, "attention_modules": self.attention_modules},
-        )
+    """Base weights that the file repeats: name in the language model -> name in `weights`."""
+    weights: Weights
 
 
-def read_released(found: Found) -> ReleasedMole:
-    """Read the file. Raises WeightsError if tensors are missing or unexpected, and lists them."""
+def read_released(found: Found, alpha: float | None = None, mode: str = "sparse") -> ReleasedMole:
+    """Read the file. Raises WeightsError if tensors are missing or unexpected, and lists them. `alpha` None is 2 r."""
     weights = open_weights(found.path)
-    parts = _sort_names(weights, found.path)
-    num_experts = 1 + max(k for stack in parts.stacks.values() for k in stack)
-    lost = [f"{n}, expert {k}" for n, stack in parts.stacks.items() for k in range(num_experts) if k not in stack]
+    parts = _sort_names(weights)
+    parts.check(found.path)
+    if not any(name.endswith("_proj_A") for name in parts.stacks):
+        raise WeightsError(f"{found.path} has no expert (mlp.moe_gate.<k>.lora_A) in any layer")
+    num_experts = 1 + max(int(k) for stack in parts.stacks.values() for k in stack)
+    numbers = [str(k) for k in range(num_experts)]
+    lost = [f"{n}, expert {k}" for n, stack in parts.stacks.items() for k in numbers if k not in stack]
     if lost:
         raise WeightsError(f"{found.path}: {count_of(len(lost), 'expert')} missing: {shorten(lost)}")
-    experts = {name: _stack(weights, name, stack) for name, stack in parts.stacks.items()}
+    experts = {n: _stack(weights, n, [stack[k] for k in numbers]) for n, stack in parts.stacks.items()}
     for name, there in parts.direct.items():
         if num_experts > 1 or ".mole_router." not in name:  # one expert needs no router: its weight is always 1
             experts[name] = weights[there].T if name.endswith("lora.B") else weights[there]
@@ -73,83 +66,79 @@ def read_released(found: Found) -> ReleasedMole:
     if not modules:
         raise WeightsError(f"{found.path} has no LoRA on the attention linears (self_attn.*.lora_A.default.weight)")
     rank = next(value.shape[1] for name, value in experts.items() if name.endswith("_proj_A"))
-    source = _source(found, weights, parts.adaptor, parts.tower)
-    return ReleasedMole(source, experts, parts.base, rank, num_experts, modules)
+    adapter = AdapterConfig(
+        method="mole",
+        rank=rank,
+        alpha=2.0 * rank if alpha is None else alpha,
+        num_experts=num_experts,
+        preset="released",
+        options={"mode": mode, "attention_modules": modules},
+    )
+    return ReleasedMole(_source(found, weights, parts), adapter, experts, parts.language_model, weights)
 
 
 @dataclass
-class _Names:
-    """The tensor names of the file by part: our name -> name in the file."""
+class _Names(Parts):
+    """The tensor names of the file by part. `projector` holds all of the adaptor, `language_model` the base."""
 
-    stacks: dict[str, dict[int, str]]
+    stacks: dict[str, dict[str, str]] = field(default_factory=dict)
     """FFN halves: our name -> expert -> name in the file."""
-    direct: dict[str, str]
-    """Routers and attention LoRA."""
-    base: dict[str, str]
-    tower: dict[str, str]
-    adaptor: dict[str, str]
+    direct: dict[str, str] = field(default_factory=dict)
+    """Routers and attention LoRA: our name -> name in the file."""
 
 
-def _sort_names(weights: Weights, path: Path) -> _Names:
-    parts = _Names({}, {}, {}, {}, {})
-    unknown = []
-
-    def put(part: dict[Any, str], key: int | str, name: str) -> None:
-        if key in part:
-            raise WeightsError(f"{path}: {spelled_twice(part[key], name)}")
-        part[key] = name
-
+def _sort_names(weights: Weights) -> _Names:
+    parts = _Names()
     for name in weights:
         short = name.removeprefix("module.")
+        inner = short.removeprefix(_LLM).removeprefix(WRAPPER)
         if short.endswith(BUFFERS):
             continue
         if short.startswith(_ADAPTOR):
-            put(parts.adaptor, short.removeprefix(_ADAPTOR), name)
+            parts.put(parts.projector, short.removeprefix(_ADAPTOR), name)
         elif short.startswith(_TOWER):
-            put(parts.tower, short.removeprefix(_TOWER).removeprefix("vision_model."), name)
+            parts.put(parts.tower, short.removeprefix(_TOWER).removeprefix("vision_model."), name)
         elif not short.startswith(_LLM):
-            unknown.append(name)
+            parts.unknown.append(name)
+        elif match := _EXPERT.fullmatch(inner):
+            mlp, projection, k, half = match.groups()
+            stack = parts.stacks.setdefault(f"{mlp}.mole_experts.{projection}_proj_{half}", {})
+            parts.put(stack, str(int(k)), name)
+        elif match := _ROUTER.fullmatch(inner):
+            parts.put(parts.direct, f"{match[1]}.mole_router.{match[2]}", name)
+        elif match := _ATTENTION.fullmatch(inner):
+            parts.put(parts.direct, f"{match[1]}.mole_lora.{match[3]}", name)
         else:
-            inner = short.removeprefix(_LLM).removeprefix(WRAPPER)
-            if match := _EXPERT.fullmatch(inner):
-                mlp, projection, k, half = match.groups()
-                put(parts.stacks.setdefault(f"{mlp}.mole_experts.{projection}_proj_{half}", {}), int(k), name)
-            elif match := _ROUTER.fullmatch(inner):
-                put(parts.direct, f"{match[1]}.mole_router.{match[2]}", name)
-            elif match := _ATTENTION.fullmatch(inner):
-                put(parts.direct, f"{match[1]}.mole_lora.{match[3]}", name)
-            else:
-                put(parts.base, inner.replace(".original_module.", ".").replace(".base_layer.", "."), name)
-    if "text_embed.weight" in parts.adaptor:
-        parts.base["model.embed_tokens.weight"] = parts.adaptor.pop("text_embed.weight")
-    if unknown:
-        raise WeightsError(f"{path}: {count_of(len(unknown), 'unexpected tensor')}: {shorten(unknown)}")
-    if not any(name.endswith("_proj_A") for name in parts.stacks):
-        raise WeightsError(f"{path} has no expert (mlp.moe_gate.<k>.lora_A) in any layer")
+            base_name = inner.replace(".original_module.", ".").replace(".base_layer.", ".")
+            parts.put(parts.language_model, base_name, name)
+    if "text_embed.weight" in parts.projector:
+        parts.language_model["model.embed_tokens.weight"] = parts.projector.pop("text_embed.weight")
     return parts
 
 
-def _stack(weights: Weights, name: str, stack: Mapping[int, str]) -> torch.Tensor:
-    values = [weights[stack[k]] for k in range(len(stack))]
+def _stack(weights: Weights, name: str, stored: list[str]) -> torch.Tensor:
+    """One half of all experts. `stored` are the names in the file, by expert."""
+    values = [weights[there] for there in stored]
     if values[0].dim() != 2:
-        raise WeightsError(f"{stack[0]} is {tuple(values[0].shape)}; needed are matrices")
+        raise WeightsError(f"{stored[0]} is {tuple(values[0].shape)}; needed are matrices")
     if len({value.shape for value in values}) > 1:
         raise WeightsError(f"{name}: experts of different shapes {sorted({tuple(v.shape) for v in values})}")
     return torch.stack([value.T if name.endswith("_B") else value for value in values])
 
 
-def _source(found: Found, weights: Weights, adaptor: dict[str, str], tower: dict[str, str]) -> Source:
-    projector = {n.removeprefix("projector."): weights[t].clone() for n, t in adaptor.items() if "projector." in n}
+def _source(found: Found, weights: Weights, parts: Parts) -> Source:
+    stored = parts.projector
+    projector = {n.removeprefix("projector."): weights[t].clone() for n, t in stored.items() if "projector." in n}
     kind = projector_kind(projector, found.path)
     projector = numbered(projector)
-    ends = {n: t for n, t in adaptor.items() if n in ("visual_start_token", "visual_end_token")}
-    strange = [t for n, t in adaptor.items() if n not in ends and "projector." not in n]
+    ends = [stored[name] for name in ("visual_start_token", "visual_end_token") if name in stored]
+    strange = [t for n, t in stored.items() if t not in ends and "projector." not in n]
     if strange or len(ends) == 1:
-        raise WeightsError(f"{found.path}: unexpected or incomplete: {shorten([*strange, *ends.values()])}")
+        raise WeightsError(f"{found.path}: unexpected or incomplete: {shorten([*strange, *ends])}")
     if ends:
         position = 1 + max(int(name.split(".")[0]) for name in projector)
-        projector[f"{position}.start"] = weights[ends["visual_start_token"]].reshape(-1).clone()
-        projector[f"{position}.end"] = weights[ends["visual_end_token"]].reshape(-1).clone()
+        start, end = (weights[there].reshape(-1).clone() for there in ends)
+        projector |= {f"{position}.start": start, f"{position}.end": end}
         kind += ENDS
     return Source(
         found,
@@ -157,38 +146,34 @@ def _source(found: Found, weights: Weights, adaptor: dict[str, str], tower: dict
         projector_kind=kind,
         select_layer=-1,
         aspect_ratio="pad",
-        weights=weights,
-        tower_names=tower,
+        tower=weights.part(parts.tower),
         tower_hint="openai/clip-vit-large-patch14-336",
     )
 
 
-def check_experts(released: ReleasedMole, config: AdapterConfig, skeleton: Skeleton) -> None:
-    """Raise WeightsError if tensors are missing, unexpected, of another shape or not finite.
+def adapt(released: ReleasedMole, skeleton: Skeleton) -> Any:
+    """Put the adapter on the skeleton's model, in place, and return the adapter's PEFT configuration.
 
-    The adapter is put on the skeleton's model, in place, to find out which tensors it has there.
+    Raises WeightsError if tensors of the file are missing, unexpected, of another shape or not finite.
     """
-    from peft import get_peft_model, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     file = released.source.found.path
     with value_errors_as(ConfigError), torch.device("meta"):
-        model = get_peft_model(skeleton.model, _mole_config(released, config))
-    needed = {n.removeprefix(WRAPPER): tuple(v.shape) for n, v in get_peft_model_state_dict(model).items()}
-    check_shapes(file, {name: tuple(value.shape) for name, value in released.experts.items()}, needed)
+        model: Any = add_adapter(skeleton.model, **asdict(released.adapter))
+    needed = {n.removeprefix(WRAPPER): v.shape for n, v in get_peft_model_state_dict(model).items()}
+    check_shapes(file, {name: value.shape for name, value in released.experts.items()}, needed)
     check_finite(file, {**released.experts, **released.source.projector})
+    return model.peft_config["default"]
 
 
 def check_base_weights(released: ReleasedMole, base: Weights, where: Path) -> None:
-    """Raise WeightsError if base weights that the file repeats differ from those of the given base.
-
-    They are compared as bfloat16, to which the authors' code rounds them.
-    """
-    assert released.source.weights is not None
+    """Raise WeightsError if base weights in the file differ from `base` as bfloat16, to which the authors round."""
     file = released.source.found.path
     for name, there in released.base_names.items():
         if name not in base:
             raise WeightsError(f"{file} holds {there}, which {where} lacks; give the base it was trained on")
-        ours, theirs = base[name], released.source.weights[there]
+        ours, theirs = base[name], released.weights[there]
         if ours.shape != theirs.shape or not torch.equal(ours.bfloat16(), theirs.bfloat16()):
             raise WeightsError(
                 f"{there} in {file} differs from {name} in {where}: it was trained on another base, or its base was "
@@ -196,25 +181,9 @@ def check_base_weights(released: ReleasedMole, base: Weights, where: Path) -> No
             )
 
 
-def write_experts(released: ReleasedMole, config: AdapterConfig, directory: Path, base: str) -> None:
-    """Write a MoLE adapter as PEFT does. `base` is the language model's directory."""
+def write_experts(released: ReleasedMole, config: Any, directory: Path, base: str) -> None:
+    """Write a MoLE adapter of this PEFT configuration as PEFT does. `base` is the language model's directory."""
     directory.mkdir(parents=True)
-    mole = _mole_config(released, config)
-    mole.base_model_name_or_path, mole.inference_mode = base, True
-    mole.save_pretrained(str(directory))
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(directory))
     save_tensors(released.experts, directory / ADAPTER_FILES[0], WRAPPER)
-
-
-def _mole_config(released: ReleasedMole, config: AdapterConfig) -> Any:
-    from llava_mole.mole import MoleConfig
-
-    return MoleConfig.from_preset(
-        config.preset,
-        r=config.rank,
-        alpha=config.alpha,
-        num_experts=config.num_experts,
-        task_type="CAUSAL_LM",
-        ffn_modules=["mlp"],
-        target_modules=[*released.attention_modules, "mlp"],
-        **config.options,
-    )

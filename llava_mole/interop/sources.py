@@ -2,20 +2,21 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava_mole.common.errors import WeightsError
+from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.common.text import count_of, shorten
-from llava_mole.interop.causal_lm import Skeleton, language_model_config
+from llava_mole.interop.causal_lm import LanguageModelPart, language_model_config
 from llava_mole.interop.kinds import NON_LORA_FILE, Found, find_kind
 from llava_mole.interop.lora import ADAPTER_CONFIG
 from llava_mole.interop.names import Parts, split_llava, split_llava_hf
 from llava_mole.interop.tensors import Weights, check_finite, open_weights, read_object
 from llava_mole.interop.towers import open_clip_config
+from llava_mole.model.builder import PROJECTOR_FILE, PROJECTOR_PREFIX
 
 HF_ADAPTER = "adapter"
 """Folder of an unmerged LoRA in a `llava-hf` checkpoint that this package wrote."""
@@ -24,24 +25,8 @@ LLAVA_FLAT = {"mm_patch_merge_type": ("flat", None), "s2": (False, None), "mm_us
 
 
 @dataclass
-class LanguageModelPart:
-    """A language model inside a larger checkpoint."""
-
-    config: dict[str, Any]
-    names: dict[str, str]
-    """Name in the language model -> name in `weights`."""
-    weights: Weights
-    directory: Path
-    """Directory with its tokenizer."""
-
-    def skeleton(self) -> Skeleton:
-        """Names and shapes of its tensors."""
-        return Skeleton(self.config, self.directory)
-
-
-@dataclass
 class Source:
-    """The parts of a checkpoint and its settings. What it lacks must be given with options."""
+    """The parts of a checkpoint and its settings. Options supply what it lacks."""
 
     found: Found
     projector: dict[str, torch.Tensor]
@@ -51,33 +36,25 @@ class Source:
     select_layer: int | None = None
     aspect_ratio: str | None = None
     language_model: LanguageModelPart | None = None
-    weights: Weights | None = None
-    """File or files with the tower, if the checkpoint holds one."""
-    tower_names: dict[str, str] = field(default_factory=dict)
-    """Hugging Face's CLIP name -> name in `weights`."""
+    tower: Weights | None = None
+    """The tower in Hugging Face's names; None or empty if the checkpoint has none."""
     tower_config: dict[str, Any] | None = None
     """open_clip's configuration of the tower, if the checkpoint records one."""
     tower_hint: str | None = None
     """The tower's name, if the checkpoint records it."""
 
-    def tower_state(self) -> dict[str, torch.Tensor]:
-        """The tower's tensors in Hugging Face's names; empty if the checkpoint has no tower."""
-        return {} if self.weights is None else {name: self.weights[there] for name, there in self.tower_names.items()}
-
 
 def read_source(path: Path) -> Source:
     """Read any checkpoint that holds a LLaVA projector. Raises WeightsError for other kinds."""
     found = find_kind(path)
-    readers = {
-        "llava": _read_llava,
-        "llava-lora": _read_llava_lora,
-        "llava-projector": _read_llava_projector,
-        "projector": _read_llava_projector,
-        "llava-hf": _read_llava_hf,
-    }
-    if found.kind not in readers:
-        raise WeightsError(f"{path} is {found.kind!r}; readable here are {', '.join(readers)}")
-    return readers[found.kind](found)
+    if found.kind == "llava":
+        return _read_llava(found)
+    if found.kind == "llava-hf":
+        return _read_llava_hf(found)
+    if found.kind in ("llava-lora", "llava-projector", "projector"):
+        return _read_projector_file(found)
+    readable = "llava, llava-lora, llava-projector, projector, llava-hf"
+    raise WeightsError(f"{path} is {found.kind!r}; readable here are {readable}")
 
 
 def _read_llava(found: Found) -> Source:
@@ -86,43 +63,36 @@ def _read_llava(found: Found) -> Source:
     parts.check(weights)
     source = _from_llava_config(found, parts, weights)
     config = language_model_config(found.config, found.path / "config.json")
-    source.language_model = LanguageModelPart(config, parts.language_model, weights, found.path)
-    source.weights, source.tower_names = weights, parts.tower
+    source.language_model = LanguageModelPart(config, weights.part(parts.language_model), found.path)
+    source.tower = weights.part(parts.tower)
     return source
 
 
-def _read_llava_lora(found: Found) -> Source:
-    """Projector and settings of a LLaVA-1.5 LoRA checkpoint; `read_lora` reads the LoRA itself."""
-    file = found.path / NON_LORA_FILE
-    if not file.is_file():
-        raise WeightsError(
-            f"{found.path} has no {NON_LORA_FILE}, which LLaVA writes only at the end of training; the projector of an "
-            "intermediate save is lost"
-        )
-    if not found.config:
-        raise WeightsError(f"{found.path} has no config.json of LLaVA")
-    return _read_projector_file(found, open_weights(file))
-
-
-def _read_llava_projector(found: Found) -> Source:
-    """The result of stage 1: `mm_projector.bin`, or a projector file that this package wrote."""
-    source = _read_projector_file(found, open_weights(found.files[0]))
-    source.stage = "pretrain"
-    return source
-
-
-def _read_projector_file(found: Found, weights: Weights) -> Source:
+def _read_projector_file(found: Found) -> Source:
+    """Projector and settings of stage 1 or of a LLaVA-1.5 LoRA checkpoint; `read_lora` reads the LoRA itself."""
+    is_lora = found.kind == "llava-lora"
+    file = found.path / NON_LORA_FILE if is_lora else found.files[0]
+    if is_lora:
+        if not file.is_file():
+            raise WeightsError(
+                f"{found.path} has no {NON_LORA_FILE}, which LLaVA writes only at the end of training; the projector "
+                "of an intermediate save is lost"
+            )
+        if not found.config:
+            raise WeightsError(f"{found.path} has no config.json of LLaVA")
+    weights = open_weights(file)
     parts = split_llava(weights)
     parts.check(weights)
-    others = [*parts.language_model.values(), *parts.tower.values()]
-    if others:
+    if others := [*parts.language_model.values(), *parts.tower.values()]:
         raise WeightsError(
             f"{weights}: {count_of(len(others), 'unexpected tensor')} beside the projector: {shorten(others)}; trained "
             "embeddings and towers are not part of an adapter: convert a full checkpoint instead"
         )
     if not parts.projector:
         raise WeightsError(f"{weights} holds no projector")
-    return _from_llava_config(found, parts, weights)
+    source = _from_llava_config(found, parts, weights)
+    source.stage = "finetune" if is_lora else "pretrain"
+    return source
 
 
 def _from_llava_config(found: Found, parts: Parts, weights: Weights) -> Source:
@@ -181,9 +151,8 @@ def _read_llava_hf(found: Found) -> Source:
         projector_kind="mlp2x_gelu",
         select_layer=config.vision_feature_layer,
         aspect_ratio=_hf_aspect_ratio(found.path),
-        language_model=LanguageModelPart(text, parts.language_model, weights, found.path),
-        weights=weights,
-        tower_names=parts.tower,
+        language_model=LanguageModelPart(text, weights.part(parts.language_model), found.path),
+        tower=weights.part(parts.tower),
         tower_config=open_clip_config(config.vision_config, where),
     )
 
@@ -216,7 +185,21 @@ def numbered(projector: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"0.{name}": value for name, value in projector.items()} if is_linear else projector
 
 
+def read_projector(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's projector as stored, named without `mm_projector.`."""
+    weights = open_weights(checkpoint / PROJECTOR_FILE)
+    return {name.removeprefix(PROJECTOR_PREFIX): weights[name].clone() for name in weights}
+
+
+def llava_projector(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The projector in LLaVA's names, without prefix. Raises ConfigError for a kind that LLaVA lacks."""
+    if any(not name.endswith((".weight", ".bias")) for name in state):
+        raise ConfigError("the projector has learned vectors around an image, for which LLaVA has no place")
+    is_linear = set(state) == {"0.weight", "0.bias"}
+    return {name.removeprefix("0."): value for name, value in state.items()} if is_linear else state
+
+
 def _read(weights: Weights, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    state = {name: weights[there].clone() for name, there in names.items()}
+    state = {name: tensor.clone() for name, tensor in weights.part(names).items()}
     check_finite(weights, state)
     return state

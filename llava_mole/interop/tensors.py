@@ -1,8 +1,10 @@
 """Weight files: tensors read by name one at a time, checked, and written shard by shard."""
 
+import copy
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 LABEL_FILE = "llava_mole.json"
 LABEL_FORMAT = "llava_mole.converted/1"
 SHARD_BYTES = 1_000_000_000
-"""Largest shard written. A shard is collected in memory first, so this bounds the memory of a conversion."""
+"""Largest shard written. A shard is collected in memory first, so this limits the memory of a conversion."""
 SHOWN = 5
 """Number of names that an error lists before it only counts."""
 
@@ -31,45 +33,52 @@ SHOWN = 5
 class Weights(Mapping[str, torch.Tensor]):
     """Tensors by name, over one or several files. A tensor is read on access; one file is open at a time.
 
-    Raises:
-        WeightsError: a file is missing or unreadable, holds more than tensors, or two files hold the same name.
+    Raises WeightsError if a file is missing or unreadable, holds more than tensors, or two files hold the same name.
     """
 
     def __init__(self, files: Sequence[Path]):
         self.files = tuple(files)
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._open: tuple[Path, Any] | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Shape of every tensor, from the files' headers."""
+        self._stored: dict[str, tuple[Path, str]] = {}
+        """File of a tensor and its name there."""
+        self._open: dict[Path, Any] = {}  # at most one file, also over all parts
         for file in self.files:
             handle = self._handle(file)
             for name in handle.keys():
-                if name in self._file_of:
-                    raise WeightsError(f"{file} and {self._file_of[name]} both hold {name}; remove one of the files")
+                if name in self._stored:
+                    raise WeightsError(f"{file} and {self._stored[name][0]} both hold {name}; remove one of the files")
                 header = handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape()
-                self._file_of[name], self._shapes[name] = file, tuple(header)
+                self._stored[name], self.shapes[name] = (file, name), tuple(header)
+
+    def part(self, names: Mapping[str, str]) -> "Weights":
+        """Some of the tensors under new names. `names` is new name -> present name."""
+        part = copy.copy(self)
+        name_of = {present: name for name, present in names.items()}
+        part._stored = {name_of[present]: stored for present, stored in self._stored.items() if present in name_of}
+        part.shapes = {name: self.shapes[names[name]] for name in part._stored}
+        return part
 
     def _handle(self, file: Path) -> Any:
-        if self._open is None or self._open[0] != file:
-            self._open = (file, _open_file(file))
-        return self._open[1]
+        if file not in self._open:
+            self._open.clear()
+            self._open[file] = _open_file(file)
+        return self._open[file]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        handle = self._handle(self._file_of[name])
-        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        file, stored = self._stored[name]
+        handle = self._handle(file)
+        return handle[stored] if isinstance(handle, dict) else handle.get_tensor(stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names file by file, so that reading all tensors in this order opens each file once."""
-        return iter(self._file_of)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the file's header."""
-        return self._shapes[name]
+        return len(self._stored)
 
     @property
     def bytes(self) -> int:
@@ -83,14 +92,14 @@ class Weights(Mapping[str, torch.Tensor]):
 def open_weights(path: Path) -> Weights:
     """The weights in a file or a model directory.
 
-    Raises:
-        WeightsError: there are none, a file is unreadable, or a shard lacks a tensor that the index names.
+    Raises WeightsError if there are none, a file is unreadable, or a shard lacks a tensor that the index names.
     """
-    files = [path] if path.is_file() else find_weights(path)
+    if path.is_file():
+        return Weights([path])
+    files = find_weights(path)
     if not files:
         raise WeightsError(f"{path} holds no weights; looked for {', '.join(ENTRY_FILES)}")
-    weights = Weights(files)
-    entry = None if path.is_file() else _entry(path)
+    weights, entry = Weights(files), _entry(path)
     if entry is not None and entry.suffix == ".json":
         check_names(path, weights, _weight_map(entry), "its index names")
     return weights
@@ -99,11 +108,8 @@ def open_weights(path: Path) -> Weights:
 def find_weights(directory: Path) -> list[Path]:
     """The weight files of a Hugging Face model directory; empty if it has none.
 
-    A directory may hold several formats, for example after saving twice. Like transformers, this takes the first of
-    `ENTRY_FILES`.
-
-    Raises:
-        WeightsError: the index is malformed or names files that do not exist.
+    If a directory holds several formats, the first of `ENTRY_FILES` is taken, as in transformers. Raises WeightsError
+    if the index is malformed or names files that do not exist.
     """
     file = _entry(directory)
     if file is None or file.suffix != ".json":
@@ -145,11 +151,9 @@ def _open_file(path: Path) -> Any:
             raise WeightsError(f"{path} is not a readable safetensors file ({error}); download it again") from None
     if path.suffix not in SUFFIXES:
         raise WeightsError(f"{path} is not a weight file; its name must end in {', '.join(SUFFIXES)}")
+    can_be_mapped = zipfile.is_zipfile(path)  # not if written before torch 1.6
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: not a zip archive, so it cannot be memory-mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
     except Exception as error:  # torch raises many types; each means that the file is cut short or holds code
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(
@@ -160,7 +164,7 @@ def _open_file(path: Path) -> Any:
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise WeightsError(f"{path} is not a state dict but a {type(state).__name__}")
-    strange = [str(n) for n, value in state.items() if not (isinstance(n, str) and isinstance(value, torch.Tensor))]
+    strange = [str(n) for n, value in state.items() if not isinstance(n, str) or not isinstance(value, torch.Tensor)]
     if strange:
         raise WeightsError(f"{path} is not a state dict: no named tensor at {shorten(strange)}")
     return state
@@ -172,11 +176,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
-
-
-def spelled_twice(one: str, other: str) -> str:
-    """Error text for a tensor stored under two names."""
-    return f"{one} and {other} are one tensor in two spellings; remove one of them"
 
 
 def check_names(where: object, found: Mapping[str, Any], needed: Mapping[str, Any], who: str = "needed are") -> None:
@@ -231,18 +230,15 @@ def save_pickle(tensors: Mapping[str, torch.Tensor], path: Path, prefix: str) ->
 def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], label: str, total: int) -> None:
     """Write `model.safetensors`, or numbered shards and their index if the tensors take more than `SHARD_BYTES`.
 
-    The files are those of `huggingface_hub.save_torch_state_dict`. That function takes a whole state dict, so all
-    merged or cast tensors would be in memory at once (13.5 GB for a 7B model in half precision). This one takes an
-    iterator and holds one shard.
+    The files are those of `huggingface_hub.save_torch_state_dict`, which needs the whole state dict in memory (13.5 GB
+    for a 7B model in half precision). This function takes an iterator and holds one shard. Raises WeightsError if a
+    tensor has values that are not finite.
 
     Args:
         directory: an existing directory.
         tensors: names and tensors, for example read one by one from other files.
         label: label of the progress bar.
         total: expected number of bytes, for the progress bar.
-
-    Raises:
-        WeightsError: a tensor has values that are not finite.
     """
     names: list[list[str]] = []
     written = 0
@@ -252,11 +248,12 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], l
             names.append(list(shard))
             written += sum(tensor.nbytes for tensor in shard.values())
     count = len(names)
-    files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    files = files if count > 1 else [ENTRY_FILES[0]]
-    for number, file in enumerate(files):
-        os.replace(directory / f"shard-{number}", directory / file)
-    if count > 1:
+    if count == 1:
+        os.replace(directory / "shard-0", directory / ENTRY_FILES[0])
+    else:
+        files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        for number, file in enumerate(files):
+            os.replace(directory / f"shard-{number}", directory / file)
         weight_map = {name: file for file, shard_names in zip(files, names, strict=True) for name in shard_names}
         index = {"metadata": {"total_size": written}, "weight_map": dict(sorted(weight_map.items()))}
         write_object(directory / ENTRY_FILES[1], index)

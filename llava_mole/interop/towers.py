@@ -33,18 +33,13 @@ OUTER = {
 }
 """open_clip's name -> Hugging Face's name (`layrnorm` is their spelling), outside the blocks."""
 BLOCK = {
-    f"{ours}.{kind}": f"{theirs}.{kind}"
-    for ours, theirs in (
-        ("ln_1", "layer_norm1"),
-        ("ln_2", "layer_norm2"),
-        ("attn.out_proj", "self_attn.out_proj"),
-        ("mlp.c_fc", "mlp.fc1"),
-        ("mlp.c_proj", "mlp.fc2"),
-    )
-    for kind in ("weight", "bias")
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
 }
-FUSED = {f"attn.in_proj_{kind}": tuple(f"self_attn.{p}_proj.{kind}" for p in "qkv") for kind in ("weight", "bias")}
-"""open_clip stacks query, key and value in one matrix."""
+"""The same inside a block, for layers with weight and bias. open_clip also stacks query, key and value."""
 CONFIG_NAMES = {
     "image_size": "image_size",
     "layers": "num_hidden_layers",
@@ -56,14 +51,13 @@ CONFIG_NAMES = {
 
 @dataclass
 class Tower:
-    """A tower in open_clip's layout: either a file on disk, or converted tensors in memory."""
+    """A tower in open_clip's layout: either a file on disk (`name`, `weights`), or tensors in memory (`state`)."""
 
     config: dict[str, Any]
     """open_clip's configuration."""
     name: str | None = None
-    """Value for `model.vision_tower.name`, if the weights are used where they are."""
+    """Value for `model.vision_tower.name`."""
     weights: Path | None = None
-    """File with the weights, if they are used where they are."""
     state: dict[str, Tensor] | None = None
     """Converted tensors that have not been written yet."""
 
@@ -111,33 +105,36 @@ def open_tower(path: Path, name: str | None = None) -> Tower:
         WeightsError: `path` is none of these, or its tensors do not fit its configuration.
     """
     if path.is_file() or name is not None:
-        config = path.parent / CONFIG_FILE
-        if name is None and not (config.is_file() and find_open_clip_config(path.parent)):
+        config_file = path.parent / CONFIG_FILE
+        if name is None and not (config_file.is_file() and find_open_clip_config(path.parent)):
             raise WeightsError(
                 f"{path} is a weight file without a configuration beside it; name the open_clip model with "
                 "--vision-tower-name, as in ViT-L-14-336-quickgelu"
             )
         file = path if path.is_file() else _open_clip_weights(path)
-        return Tower(read_tower_config(name or str(config)), name or str(config), file)
+        name = name or str(config_file)
+        return Tower(read_tower_config(name), name, file)
     if not path.is_dir():
         raise WeightsError(f"vision tower {path} does not exist (--vision-tower)")
-    config_file = find_open_clip_config(path)
-    if config_file is not None:
-        return Tower(read_tower_config(str(config_file)), str(config_file), _open_clip_weights(path))
+    if found := find_open_clip_config(path):
+        return Tower(read_tower_config(str(found)), str(found), _open_clip_weights(path))
     if not (path / CONFIG_FILE).is_file() or read_object(path / CONFIG_FILE).get("model_type") not in CLIP_TYPES:
         raise WeightsError(f"{path} is not a vision tower: it has neither a CLIP config.json nor an open_clip one")
+    from transformers import CLIPVisionConfig
+
     weights = open_weights(path)
-    state = {name: weights[name] for name in weights if not _is_skipped(name)}
-    return tower_from_hugging_face(state, _read_hf_config(path), path)
+    try:
+        config = CLIPVisionConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises many types for an unusable value
+        raise WeightsError(f"{path} has no CLIP configuration: {' '.join(str(error).split())[:200]}") from None
+    return tower_from_hugging_face(weights, open_clip_config(config, path), path)
 
 
 def find_open_clip_config(path: Path) -> Path | None:
     """The open_clip configuration in a directory, or None."""
     for file in (path / name for name in OPEN_CLIP_CONFIGS):
-        if file.is_file():
-            content = read_object(file)
-            if "vision_cfg" in content.get("model_cfg", content):
-                return file
+        if file.is_file() and "vision_cfg" in (content := read_object(file)).get("model_cfg", content):
+            return file
     return None
 
 
@@ -148,29 +145,15 @@ def _open_clip_weights(path: Path) -> Path:
     raise WeightsError(f"{path} holds no open_clip weights; looked for {', '.join(OPEN_CLIP_WEIGHTS)}")
 
 
-def _read_hf_config(path: Path) -> dict[str, Any]:
-    """open_clip's configuration for the Hugging Face CLIP in directory `path`."""
-    from transformers import CLIPVisionConfig
-
-    try:
-        config = CLIPVisionConfig.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # transformers raises many types for an unusable value
-        raise WeightsError(f"{path} has no CLIP configuration: {' '.join(str(error).split())[:200]}") from None
-    return open_clip_config(config, path)
-
-
 def tower_from_hugging_face(state: Mapping[str, Tensor], config: dict[str, Any], where: object) -> Tower:
     """A tower converted from tensors with Hugging Face's names.
 
     Args:
         state: the tensors, with or without the prefix `vision_model.`; text tensors and constant buffers are skipped.
         config: open_clip's configuration.
-        where: named in the error.
-
-    Raises:
-        WeightsError: names are missing or unexpected.
+        where: what WeightsError calls the tensors if names are missing or unexpected.
     """
-    state = {n.removeprefix("vision_model."): value for n, value in state.items() if not _is_skipped(n)}
+    state = {name.removeprefix("vision_model."): state[name] for name in state if not _is_skipped(name)}
     pairs = _name_pairs(_count_layers(state, "encoder.layers."))
     needed = dict.fromkeys(name for names in pairs.values() for name in names)
     check_names(where, {name: None for name in state if name != PROJECTION}, needed)
@@ -191,8 +174,10 @@ def _name_pairs(layers: int) -> dict[str, tuple[str, ...]]:
     pairs: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in OUTER.items()}
     for n in range(layers):
         ours, theirs = f"transformer.resblocks.{n}.", f"encoder.layers.{n}."
-        pairs |= {ours + key: (theirs + value,) for key, value in BLOCK.items()}
-        pairs |= {ours + key: tuple(theirs + value for value in values) for key, values in FUSED.items()}
+        both = [(key, value, kind) for key, value in BLOCK.items() for kind in ("weight", "bias")]
+        pairs |= {f"{ours}{key}.{kind}": (f"{theirs}{value}.{kind}",) for key, value, kind in both}
+        for kind in ("weight", "bias"):
+            pairs[f"{ours}attn.in_proj_{kind}"] = tuple(f"{theirs}self_attn.{p}_proj.{kind}" for p in "qkv")
     return pairs
 
 
@@ -201,11 +186,7 @@ def _count_layers(names: Iterable[str], prefix: str) -> int:
 
 
 def open_clip_config(vision: Any, where: object) -> dict[str, Any]:
-    """open_clip's configuration of a tower, from a `CLIPVisionConfig`.
-
-    Raises:
-        WeightsError: the tower computes something that open_clip's towers do not.
-    """
+    """open_clip's configuration for a `CLIPVisionConfig`. Raises WeightsError if open_clip has no such tower."""
     if vision.hidden_act not in ("quick_gelu", "gelu"):
         raise WeightsError(f"{where}: hidden_act {vision.hidden_act!r}; a CLIP tower has 'quick_gelu' or 'gelu'")
     if abs(vision.layer_norm_eps - 1e-5) > 1e-12:
@@ -224,11 +205,10 @@ def open_clip_config(vision: Any, where: object) -> dict[str, Any]:
 
 def clip_vision_config(config: Mapping[str, Any], where: object) -> dict[str, Any]:
     """Arguments of `CLIPVisionConfig` for an open_clip configuration. Raises WeightsError for other kinds of ViT."""
-    cfg = config["vision_cfg"]
+    cfg, width = config["vision_cfg"], config["vision_cfg"]["width"]
     strange = sorted(k for k, value in cfg.items() if value and k not in (*CONFIG_NAMES, "head_width", "mlp_ratio"))
     if strange or isinstance(cfg["layers"], list):
         raise WeightsError(f"{where}: vision_cfg has {', '.join(strange) or 'stages'}, which CLIPVisionModel lacks")
-    width = cfg["width"]
     return {
         **{theirs: cfg[ours] for ours, theirs in CONFIG_NAMES.items()},
         "intermediate_size": int(width * cfg.get("mlp_ratio", 4.0)),
@@ -240,11 +220,7 @@ def clip_vision_config(config: Mapping[str, Any], where: object) -> dict[str, An
 
 
 def write_open_clip(tower: Tower, directory: Path) -> None:
-    """Write `config.json` and `model.safetensors` for `model.vision_tower`, and check that they load.
-
-    Raises:
-        WeightsError: the tensors do not fit the configuration or are not finite.
-    """
+    """Write `config.json` and `model.safetensors` for `model.vision_tower`. Raises WeightsError if they do not load."""
     directory.mkdir(parents=True)
     write_object(directory / CONFIG_FILE, tower.config)
     save_tensors(tower.visual_state(), directory / WEIGHTS_FILE, "visual.")
@@ -256,8 +232,7 @@ def write_hugging_face(tower: Tower, directory: Path, aspect_ratio: str) -> None
     from transformers import CLIPVisionConfig
 
     directory.mkdir(parents=True)
-    config = CLIPVisionConfig(**clip_vision_config(tower.config, directory))
-    config.architectures = ["CLIPVisionModel"]
+    config = CLIPVisionConfig(**clip_vision_config(tower.config, directory), architectures=["CLIPVisionModel"])
     config.save_pretrained(str(directory))
     save_tensors(tower.hugging_face_state(), directory / WEIGHTS_FILE, "vision_model.")
     image_processor(tower, aspect_ratio).save_pretrained(str(directory))
@@ -268,12 +243,6 @@ def image_processor(tower: Tower, aspect_ratio: str) -> Any:
     from transformers import CLIPImageProcessor, LlavaImageProcessor
 
     size = tower.config["vision_cfg"]["image_size"]
-    values = {
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
-    }
-    if aspect_ratio == "pad":
-        return LlavaImageProcessor(do_pad=True, **values)
-    return CLIPImageProcessor(**values)
+    values: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    values |= {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+    return LlavaImageProcessor(do_pad=True, **values) if aspect_ratio == "pad" else CLIPImageProcessor(**values)

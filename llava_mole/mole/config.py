@@ -1,135 +1,104 @@
-"""`MoleConfig`: every option of a mixture of LoRA experts, its presets, and the refused combinations."""
+"""`MoleConfig`: the options of a mixture of LoRA experts, the presets, and the combinations that are refused."""
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
 
 from peft import PeftConfig
 
 PEFT_TYPE = "MOLE"
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("sparse", "dense"),
-    "granularity": ("token", "sequence", "task", "given"),
-    "router": ("learned", "random", "hash", "oracle"),
-    "expert_scale": ("none", "straight_through", "prob", "prob_times_k", "topk_renorm"),
-    "shared_scale": ("one", "complement"),
-    "balance_scale": ("mean", "switch", "raw"),
-    "balance_layers": ("mean_of_layers", "pooled"),
-    "balance_group": ("sample", "micro_batch", "global_batch"),
-    "balance_tokens": ("all", "text", "supervised", "stratified"),
-    "backend": ("auto", "masked", "grouped", "loop"),
-}
-"""Allowed values of the options that are names."""
-
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "released": {
-        "router_bias": True,
-        "dropout": 0.05,
-        "balance_layers": "pooled",
-    },
-    "coupled": {
-        "expert_scale": "straight_through",
-        "balance_scale": "switch",
-        "balance_group": "global_batch",
-    },
-    "best": {
-        "shared_r": 8,
-    },
+    "released": {"router_bias": True, "dropout": 0.05, "balance_layers": "pooled"},
+    "coupled": {"expert_scale": "straight_through", "balance_scale": "switch", "balance_group": "global_batch"},
+    "best": {"shared_r": 8},
 }
-"""Differences from the field defaults, which follow the paper's text. `released` follows the authors' code."""
+"""What each preset changes in the field defaults, which follow the paper's text. `released`: the authors' code."""
 
 
 @dataclass
 class MoleConfig(PeftConfig):
     """A sparse mixture of K LoRA experts in every FFN, with plain LoRA on the attention linears.
 
-    The field defaults are the preset `paper`. docs/mole.md explains every option and gives its source. The layers
-    keep this very object, which does not change once an adapter exists: `surgery` replaces it in all of them.
+    The field defaults are the preset `paper`. docs/mole.md explains every option and gives its source. All layers of
+    an adapter share this object and it does not change; `surgery` replaces it in all of them.
 
     Raises:
         ValueError: a value is not allowed, or a combination cannot learn; the message gives the reason.
     """
 
-    r: int = field(default=32, metadata={"help": "LoRA rank of every expert and of the attention adapters."})
-    alpha: float | None = field(
-        default=None, metadata={"help": "LoRA alpha; the update is scaled by alpha / r. None takes 2 * r."}
-    )
-    attention_r: int | None = field(
-        default=None, metadata={"help": "LoRA rank on attention linears, at the same alpha / r. None: r."}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input, shared by gate and up."})
-    num_experts: int = field(default=3, metadata={"help": "K, experts in each FFN. 1 is plain LoRA without a router."})
-    top_k: int = field(default=1, metadata={"help": "Experts a token uses in mode `sparse`."})
-    mode: str = field(default="sparse", metadata={"help": "`sparse`: the top_k experts; `dense`: all, by softmax."})
-    granularity: str = field(
-        default="token", metadata={"help": "What is routed: `token`, `sequence`, `task`, or `given` from outside."}
-    )
-    router: str = field(
-        default="learned", metadata={"help": "`learned`, or a control: `random`, `hash`, `oracle` (expert = source)."}
-    )
-    expert_scale: str = field(
-        default="none",
-        metadata={
-            "help": "Factor on an expert's output: `none` (Eq. 4), `straight_through` (value 1, gradient of p), `prob` "
-            "(p), `prob_times_k` (K p), `topk_renorm` (p over the sum of the chosen)."
-        },
-    )
-    router_bias: bool = field(default=False, metadata={"help": "Bias in the router."})
-    train_router: bool = field(default=True, metadata={"help": "False freezes the router at its initialisation."})
-    router_detach_input: bool = field(
-        default=False, metadata={"help": "Stop the router's gradient from reaching earlier layers."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the router's logits."})
-    jitter: float = field(
-        default=0.0, metadata={"help": "In training the router's input is multiplied by uniform(1 - j, 1 + j)."}
-    )
-    num_tasks: int = field(default=0, metadata={"help": "Number of task ids, for granularity `task`."})
-    shared_r: int = field(default=0, metadata={"help": "Rank of an expert that every token uses; 0: none."})
-    shared_scale: str = field(
-        default="one", metadata={"help": "Weight of the shared expert: `one`, or `complement` (1 - p of the chosen)."}
-    )
-    balance_coef: float = field(default=1e-2, metadata={"help": "Coefficient of the balance loss (paper: 1e-2)."})
-    balance_scale: str = field(
-        default="mean", metadata={"help": "`mean`: sum f P; `switch`: K sum f P; `raw`: Eq. 7-8 read literally."}
-    )
-    balance_layers: str = field(
-        default="mean_of_layers", metadata={"help": "`mean_of_layers` (paper) or `pooled` (released code)."}
-    )
-    balance_group: str = field(
-        default="sample", metadata={"help": "Tokens balanced together: `sample`, `micro_batch`, `global_batch`."}
-    )
-    balance_tokens: str = field(
-        default="all", metadata={"help": "Which tokens count: `all`, `text`, `supervised`, `stratified` by modality."}
-    )
-    z_loss_coef: float = field(default=0.0, metadata={"help": "Coefficient of mean(logsumexp(logits)^2)."})
-    bias_update_rate: float = field(
-        default=0.0, metadata={"help": "Loss-free balancing: step of the selection bias per optimizer step; 0: off."}
-    )
-    backend: str = field(default="auto", metadata={"help": "How experts are computed; `auto` follows docs/mole.md."})
-    attention_modules: list[str] | None = field(
-        default=None, metadata={"help": "Linears with plain LoRA, by name ending. None: q,k,v,o_proj or the family's."}
-    )
-    ffn_modules: list[str] | None = field(
-        default=None, metadata={"help": "FFN modules with experts, by name ending. None: found by their structure."}
-    )
-    ffn_projections: dict[str, str] | None = field(
-        default=None,
-        metadata={"help": "Roles to attribute names for an unknown FFN: up, down, activation and maybe gate."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules never adapted: name endings, or one regular expression."}
-    )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules trained and saved."})
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Filled in: attention_modules and ffn_modules together."}
-    )
-    base_fingerprint: str | None = field(
-        default=None, metadata={"help": "Filled in on saving: identifies the base model the adapter was trained on."}
-    )
+    r: int = 32
+    """LoRA rank of every expert and of the attention adapters."""
+    alpha: float | None = None
+    """LoRA alpha; the update is scaled by alpha / r. None takes 2 * r."""
+    attention_r: int | None = None
+    """LoRA rank on attention linears, at the same alpha / r. None takes r."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input, shared by gate and up."""
+    num_experts: int = 3
+    """K, experts in each FFN. 1 is plain LoRA without a router."""
+    top_k: int = 1
+    """Experts a token uses in mode `sparse`."""
+    mode: Literal["sparse", "dense"] = "sparse"
+    """`sparse`: the top_k experts; `dense`: all, weighted by softmax."""
+    granularity: Literal["token", "sequence", "task", "given"] = "token"
+    """What is routed; `given`: the caller names the experts."""
+    router: Literal["learned", "random", "hash", "oracle"] = "learned"
+    """`learned`, or a control (`oracle`: the expert is the sample's source)."""
+    expert_scale: Literal["none", "straight_through", "prob", "prob_times_k", "topk_renorm"] = "none"
+    """Factor on an expert's output: `none` (Eq. 4), `straight_through` (value 1, gradient of p), `prob` (p),
+    `prob_times_k` (K p), `topk_renorm` (p over the sum of the chosen)."""
+    router_bias: bool = False
+    """Bias in the router."""
+    train_router: bool = True
+    """False freezes the router at its initialisation."""
+    router_detach_input: bool = False
+    """Stop the router's gradient from reaching earlier layers."""
+    temperature: float = 1.0
+    """Divides the router's logits."""
+    jitter: float = 0.0
+    """In training the router's input is multiplied by uniform(1 - j, 1 + j)."""
+    num_tasks: int = 0
+    """Number of task ids, for granularity `task`."""
+    shared_r: int = 0
+    """Rank of an expert that every token uses; 0: none."""
+    shared_scale: Literal["one", "complement"] = "one"
+    """Weight of the shared expert; `complement`: 1 - p of the chosen one."""
+    balance_coef: float = 1e-2
+    """Coefficient of the balance loss (paper: 1e-2)."""
+    balance_scale: Literal["mean", "switch", "raw"] = "mean"
+    """`mean`: sum f P; `switch`: K sum f P; `raw`: Eq. 7-8 read literally."""
+    balance_layers: Literal["mean_of_layers", "pooled"] = "mean_of_layers"
+    """`mean_of_layers` (paper) or `pooled` (released code)."""
+    balance_group: Literal["sample", "micro_batch", "global_batch"] = "sample"
+    """Tokens balanced together."""
+    balance_tokens: Literal["all", "text", "supervised", "stratified"] = "all"
+    """Which tokens count; `stratified`: by modality."""
+    z_loss_coef: float = 0.0
+    """Coefficient of mean(logsumexp(logits)^2)."""
+    bias_update_rate: float = 0.0
+    """Loss-free balancing: step of the selection bias per optimizer step; 0: off."""
+    backend: Literal["auto", "masked", "grouped", "loop"] = "auto"
+    """How experts are computed; `auto` follows docs/mole.md."""
+    attention_modules: list[str] | None = None
+    """Linears with plain LoRA, by name ending. None: q,k,v,o_proj or the family's."""
+    ffn_modules: list[str] | None = None
+    """FFN modules with experts, by name ending. None: found by their structure."""
+    ffn_projections: dict[str, str] | None = None
+    """Attribute names of an unknown FFN by role: up, down, activation and, if it is gated, gate."""
+    exclude_modules: list[str] | str | None = None
+    """Modules never adapted: name endings, or one regular expression."""
+    layers_to_transform: list[int] | int | None = None
+    """Only these layer indices."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the layer list."""
+    modules_to_save: list[str] | None = None
+    """Further modules that are trained and saved."""
+    target_modules: list[str] | None = None
+    """Filled in: attention_modules and ffn_modules together."""
+    base_fingerprint: str | None = None
+    """Filled in on saving: identifies the base model the adapter was trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,7 +119,7 @@ class MoleConfig(PeftConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown MoLE preset {name!r}; there are {', '.join(PRESETS)}")
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {option.name for option in dataclasses.fields(cls)}
         for key in overrides:
             if key not in known:
                 raise ValueError(f"unknown MoLE option {key!r}; the options are {', '.join(sorted(known))}")
@@ -174,13 +143,13 @@ class MoleConfig(PeftConfig):
 
     @property
     def counts_load(self) -> bool:
-        """Whether expert counts outlive a step, so that `mole_after_step` must follow every optimizer step."""
+        """Whether expert counts outlive a step; `mole_after_step` must then follow every optimizer step."""
         balances_globally = self.balance_group == "global_batch" and self.balance_coef > 0
         return self.has_router and (self.bias_update_rate > 0 or balances_globally)
 
     @property
     def required_input(self) -> str | None:
-        """The routing input without which no forward pass is possible: `experts`, `task`, `source` or None."""
+        """The routing input that every forward pass needs: `experts`, `task`, `source`, or None."""
         if self.num_experts == 1:
             return None
         by_granularity = {"given": "experts", "task": "task"}.get(self.granularity)
@@ -197,9 +166,10 @@ def _is_count(value: object, low: int) -> bool:
 
 def _check_values(c: MoleConfig) -> None:
     """Raise ValueError for an option outside its range."""
-    for key, allowed in CHOICES.items():
-        if getattr(c, key) not in allowed:
-            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be one of {', '.join(allowed)}")
+    for option in dataclasses.fields(c):
+        value, allowed = getattr(c, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in allowed:
+            raise ValueError(f"{option.name} is {value!r}; it must be one of {', '.join(allowed)}")
     for key, low in (("r", 1), ("num_experts", 1), ("top_k", 1), ("num_tasks", 0), ("shared_r", 0)):
         if not _is_count(getattr(c, key), low):
             raise ValueError(f"{key} is {getattr(c, key)!r}; it must be a whole number of at least {low}")
@@ -218,7 +188,7 @@ def _check_values(c: MoleConfig) -> None:
 
 
 def _check_choice(c: MoleConfig) -> None:
-    """Raise ValueError where the options contradict each other about which experts a token uses, or their weight."""
+    """Raise ValueError if options contradict each other about the experts a token uses or their weights."""
     if c.mode == "dense" and c.expert_scale in ("straight_through", "topk_renorm"):
         raise ValueError(
             f"expert_scale {c.expert_scale!r} has no meaning in mode 'dense', where the softmax already weighs every "
@@ -251,7 +221,7 @@ def _check_choice(c: MoleConfig) -> None:
 
 
 def _check_router_learns(c: MoleConfig) -> None:
-    """Raise ValueError where nothing would train the router, or balancing would work against it."""
+    """Raise ValueError if nothing would train the router, or if balancing would work against it."""
     if c.balance_group == "sample" and c.granularity in ("sequence", "task") and c.balance_coef > 0 and c.router_trains:
         raise ValueError(
             f"balance_group 'sample' with granularity {c.granularity!r}: all tokens of a sample share one expert, so "

@@ -11,7 +11,7 @@ I input size, O output size, P = T k pairs of a token and an expert, N and M any
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ from torch.nn.functional import grouped_mm
 class Products(NamedTuple):
     """The three products of a backend. Each expert has a matrix in the stacks `a_KRI` and `b_KRO`."""
 
-    shrink: Callable[[Tensor, Tensor], Tensor]
-    """`(x_TI, a_KRI) -> h_TJR`: `A x` of every token, for each of its experts."""
+    shrink: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    """`(x_TI, [a_KRI, ...]) -> h_TJR`: `A x` of every token, for each of its experts; R covers all stacks."""
     expand: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """`(h_TJR, b_KRO, onto_TO) -> y_TO`: `h B` summed over a token's experts, added in place to `onto` if given."""
     outer: Callable[[Tensor, Tensor], Tensor]
@@ -45,11 +45,13 @@ class Backend(NamedTuple):
         return self.function(*self.tensors)
 
 
+@cache
 def dense() -> Products:
     """Products over all experts for tokens that use all of them: a dense mixture, or K = 1."""
 
-    def shrink(x_TI: Tensor, a_KRI: Tensor) -> Tensor:
-        return (x_TI @ a_KRI.flatten(0, 1).T).unflatten(-1, a_KRI.shape[:2])
+    def shrink(x_TI: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+        a_KRI = _join(stacks, x_TI)
+        return (x_TI @ a_KRI.flatten(0, 1).T).view(x_TI.shape[0], *a_KRI.shape[:2])
 
     def expand(h_TKR: Tensor, b_KRO: Tensor, onto_TO: Tensor | None) -> Tensor:
         h_TN, b_NO = h_TKR.flatten(1), b_KRO.flatten(0, 1)
@@ -69,8 +71,8 @@ def masked(index_Tk: Tensor, *, num_experts: int) -> Products:
     """
     all_experts, where_Tk1 = dense(), index_Tk.long().unsqueeze(-1)
 
-    def shrink(x_TI: Tensor, a_KRI: Tensor) -> Tensor:
-        h_TKR = all_experts.shrink(x_TI, a_KRI)
+    def shrink(x_TI: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+        h_TKR = all_experts.shrink(x_TI, stacks)
         return h_TKR.gather(1, where_Tk1.expand(-1, -1, h_TKR.shape[-1]))
 
     def place(h_TkR: Tensor) -> Tensor:
@@ -100,16 +102,16 @@ def grouped(order_P: Tensor, ends_K: Tensor, *, picks: int) -> Products:
     def by_pair(h_TkR: Tensor) -> Tensor:
         return h_TkR.flatten(0, 1) if picks == 1 else h_TkR.flatten(0, 1).index_select(0, order_P)
 
-    def shrink(x_TI: Tensor, a_KRI: Tensor) -> Tensor:
-        h_PR = _rows_by_expert(by_token(x_TI), a_KRI.transpose(1, 2), ends_K, None)
+    def shrink(x_TI: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+        h_PR = _rows_by_expert(by_token(x_TI), stacks, ends_K, None, transposed=True)
         h_PR = h_PR if picks == 1 else h_PR.index_select(0, inverse(order_P))
-        return h_PR.view(x_TI.shape[0], picks, a_KRI.shape[1])
+        return h_PR.view(x_TI.shape[0], picks, h_PR.shape[1])
 
     def expand(h_TkR: Tensor, b_KRO: Tensor, onto_TO: Tensor | None) -> Tensor:
         if picks == 1:
-            return _rows_by_expert(by_pair(h_TkR), b_KRO, ends_K, onto_TO)
+            return _rows_by_expert(by_pair(h_TkR), [b_KRO], ends_K, onto_TO)
         y_TO = h_TkR.new_zeros(h_TkR.shape[0], b_KRO.shape[-1]) if onto_TO is None else onto_TO
-        return y_TO.index_add_(0, token_P, _rows_by_expert(by_pair(h_TkR), b_KRO, ends_K, None))
+        return y_TO.index_add_(0, token_P, _rows_by_expert(by_pair(h_TkR), [b_KRO], ends_K, None))
 
     def outer(h_TkR: Tensor, x_TI: Tensor) -> Tensor:
         return _outer_by_expert(by_pair(h_TkR), by_token(x_TI), ends_K)
@@ -131,15 +133,24 @@ def _has_grouped_mm(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def _rows_by_expert(x_PN: Tensor, w_KNM: Tensor, ends_K: Tensor, onto_PM: Tensor | None) -> Tensor:
-    """Each row times the matrix of its expert, `[P, M]`, added in place to `onto_PM` if given."""
+def _rows_by_expert(
+    x_PN: Tensor, stacks: Sequence[Tensor], ends_K: Tensor, onto_PM: Tensor | None, *, transposed: bool = False
+) -> Tensor:
+    """Each row times the matrix `[N, M]` of its expert, `[P, M]`, added in place to `onto_PM` if given.
+
+    The matrices are those of the stacks side by side, or the transposes of what is stored. Of the experts that no row
+    uses nothing is read.
+    """
     if _has_grouped_mm(x_PN):
-        y_PM = grouped_mm(x_PN.contiguous(), w_KNM, offs=ends_K)
+        w_KNM = _join(stacks, x_PN)
+        y_PM = grouped_mm(x_PN.contiguous(), w_KNM.transpose(1, 2) if transposed else w_KNM, offs=ends_K)
         return y_PM if onto_PM is None else onto_PM.add_(y_PM)
-    y_PM = x_PN.new_empty(x_PN.shape[0], w_KNM.shape[-1]) if onto_PM is None else onto_PM
-    for w_NM, rows in zip(w_KNM, _groups(ends_K), strict=True):
+    width = sum(stack.shape[1] for stack in stacks) if transposed else stacks[0].shape[2]
+    y_PM = x_PN.new_empty(x_PN.shape[0], width) if onto_PM is None else onto_PM
+    for k, rows in enumerate(_groups(ends_K)):
         if rows.stop > rows.start:
-            y_PM[rows].addmm_(x_PN[rows], w_NM, beta=0 if onto_PM is None else 1)
+            w = _join([stack[k] for stack in stacks], x_PN)
+            y_PM[rows].addmm_(x_PN[rows], w.T if transposed else w, beta=0 if onto_PM is None else 1)
     return y_PM
 
 
@@ -170,7 +181,7 @@ def shrink(
     because the router saves it anyway.
     """
     if not torch.is_grad_enabled():
-        return backend.products().shrink(x_TI, _join(stacks, x_TI)).mul_(scaling).chunk(len(stacks), dim=-1)
+        return backend.products().shrink(x_TI, stacks).mul_(scaling).chunk(len(stacks), dim=-1)
     return _Shrink.apply(backend, scaling, None if source is None else source.detach(), x_TI, *stacks)
 
 
@@ -204,9 +215,9 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def _join(stacks: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The stacks `[K, R, I]` side by side along the rank, `[K, n R, I]`, in the dtype of `like`."""
+    """The stacks `[..., R, I]` side by side along the rank, `[..., n R, I]`, in the dtype of `like`."""
     cast = [stack.to(like.dtype) for stack in stacks]
-    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=1)
+    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=-2)
 
 
 class _Shrink(torch.autograd.Function):
@@ -217,7 +228,7 @@ class _Shrink(torch.autograd.Function):
         ctx.function, ctx.scaling, ctx.sorted = backend.function, scaling, source is not None
         ctx.count = len(backend.tensors)
         ctx.save_for_backward(x if source is None else source, *backend.tensors, *stacks)
-        return backend.products().shrink(x, _join(stacks, x)).mul_(scaling).chunk(len(stacks), dim=-1)
+        return backend.products().shrink(x, stacks).mul_(scaling).chunk(len(stacks), dim=-1)
 
     @staticmethod
     @once_differentiable
@@ -247,7 +258,7 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         h, b, *tensors = ctx.saved_tensors
         products = ctx.function(*tensors)
-        return None, dy, products.shrink(dy, b.to(dy.dtype)), products.outer(h, dy).to(b.dtype)
+        return None, dy, products.shrink(dy, [b]), products.outer(h, dy).to(b.dtype)
 
 
 class _ActivateAndShrink(torch.autograd.Function):
@@ -261,7 +272,7 @@ class _ActivateAndShrink(torch.autograd.Function):
             hidden = hidden * up if hidden.data_ptr() == gate.data_ptr() else hidden.mul_(up)
         ctx.function, ctx.scaling, ctx.act = backend.function, scaling, act
         ctx.save_for_backward(gate, up, stack, *backend.tensors)
-        return hidden, backend.products().shrink(hidden, stack.to(hidden.dtype)).mul_(scaling)
+        return hidden, backend.products().shrink(hidden, [stack]).mul_(scaling)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a bar on a terminal, a line now and then in a log file."""
+"""The display of a running training: a bar on a terminal, lines in a log file, and a summary at the end."""
 
 import math
 import time
@@ -12,35 +12,35 @@ from llava_mole.common.text import format_bytes, format_seconds
 
 logger = get_logger(__name__)
 
-
 LOG_EVERY_S = 60.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 SMOOTHING = 0.9
-"""Weight of the past in the shown loss and rate."""
+"""Weight of the past in the displayed loss and rate."""
+WINDOW = 0.1
+"""Share of the entries whose mean stands for the start and for the end of the run."""
 
 
 class ProgressDisplay:
-    """Shows steps, loss, tokens per second and the time that is left. Silent on ranks other than 0.
+    """Shows steps, loss, tokens per second and the remaining time.
 
     Args:
         total: Steps of the run.
-        first: Steps done already.
-        name: What is running.
+        first: Steps already done.
+        name: Name of the run.
         enabled: Whether this rank shows anything.
     """
 
     def __init__(self, total: int, first: int, name: str, enabled: bool) -> None:
         self._total = total
         self._enabled = enabled
-        # Without a terminal the bar is disabled, and lines take its place.
-        disable = None if enabled else True
+        disable = None if enabled else True  # None: tqdm disables the bar without a terminal, and lines replace it
         self._bar = tqdm(total=total, initial=first, disable=disable, unit="step", desc=name, dynamic_ncols=True)
         self._lines = enabled and self._bar.disable
         self._first, self._started, self._last_line = first, time.monotonic(), -LOG_EVERY_S
         self._shown: dict[str, float] = {}
 
     def show(self, entry: dict[str, Any]) -> None:
-        """Show an entry of the metrics; a smoothed loss and rate."""
+        """Show an entry of the metrics; loss and rate are smoothed."""
         if not self._enabled:
             return
         loss, rate = self._smooth("loss", entry["loss"]), self._smooth("rate", entry["tokens_per_s"])
@@ -48,13 +48,14 @@ class ProgressDisplay:
         if "mfu" in entry:
             texts["mfu"] = f"{entry['mfu']:.0%}"
         if "validation_loss" in entry:
-            logger.info("step %d validation loss %s", entry["step"], by_source(entry["validation_loss"]))
+            losses = ", ".join(f"{name} {value:.3f}" for name, value in entry["validation_loss"].items())
+            logger.info("step %d validation loss %s", entry["step"], losses)
         self._bar.set_postfix(texts, refresh=False)
         if self._lines:
             self._line(entry["step"], "  ".join(f"{name} {value}" for name, value in texts.items()))
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one more step."""
         self._bar.update()
 
     def close(self) -> None:
@@ -62,7 +63,7 @@ class ProgressDisplay:
 
     def _smooth(self, key: str, value: float) -> float:
         before = self._shown.get(key, value)
-        # A value that is not finite is shown, but not carried on.
+        # NaN is shown but not included in later values.
         self._shown[key] = SMOOTHING * before + (1 - SMOOTHING) * value if value == value else before
         return self._shown[key] if value == value else value
 
@@ -76,22 +77,12 @@ class ProgressDisplay:
         logger.info("step %d/%d  %s  %s left", step, self._total, text, left)
 
 
-def by_source(values: dict[str, float]) -> str:
-    """`name 1.234, other 0.567`."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-
-
-WINDOW = 0.1
-"""Share of the entries whose mean stands for the start and for the end."""
-
-
 def summary_table(title: str, entries: Sequence[dict[str, Any]], samples_by_source: dict[str, int]) -> str:
-    """The table as text.
+    """The table of sources, losses and speed at the end of a run, as text.
 
     Args:
-        title: Name of the run.
-        entries: Of `metrics.jsonl`, in order; at least one.
-        samples_by_source: Samples consumed of each source.
+        entries: At least one entry of `metrics.jsonl`, in order.
+        samples_by_source: Consumed samples of each source.
     """
     last = entries[-1]
     window = max(1, math.ceil(WINDOW * len(entries)))

@@ -1,7 +1,7 @@
-"""The language-model loss and its weights, global over a step.
+"""The language-model loss, weighted over a whole step.
 
-A step's loss does not depend on how its samples are cut into micro-batches or spread over ranks: every token's weight
-is computed from counts of the whole step, and the weighted sums of all micro-batches and ranks add up to the loss.
+A step's loss does not depend on how its samples are divided among micro-batches and ranks: the weights come from counts
+of the whole step, and the weighted sums of all micro-batches and ranks add up to the loss.
 """
 
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from llava_mole.mole import Routing
 
 
 def next_token_targets(labels_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions that predict a supervised token, and those tokens.
+    """The positions that predict a supervised token, and those tokens.
 
     Returns:
         mask bool [B, L] (the last column is False) and targets int64 [n] in row-major order of the mask.
@@ -61,10 +61,10 @@ def weigh(
 
 
 def routing_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Arguments of `set_routing_inputs` for gates that do not look at tokens alone.
+    """Arguments of `set_routing_inputs` for routers that do not depend on tokens alone.
 
-    The expert or task of a sample is its source. For a packed row everything is given by position, int64 [1, L]; the
-    position of an empty row counts as source 0.
+    The expert or task of a sample is its source. In a packed row all inputs are by position, int64 [1, L]; the position
+    of an empty row has source 0.
     """
     source = batch["source_index"]
     packed = batch["sample_lengths"] is not None
@@ -82,15 +82,15 @@ def routing_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 def per_sample(
     batch: dict[str, Any], routing: Routing, **masks_BL: torch.Tensor
 ) -> tuple[Routing, dict[str, torch.Tensor]]:
-    """Routing and masks (bool [B, L]) with one row a sample: as they are for padded rows, unpacked [N, M] otherwise.
+    """Routing and masks (bool [B, L]) with one row a sample: unchanged for padded rows, else unpacked to [N, M].
 
-    What is computed from them is then the same however the samples were batched.
+    What is computed from them then does not depend on the batching.
     """
     lengths = batch["sample_lengths"]
     if lengths is None:
         return routing, masks_BL
     device = batch["input_ids"].device
-    if not batch["ids"]:  # a row without samples: no row is left of it
+    if not batch["ids"]:  # a row without samples becomes no row
         positions_NM = torch.zeros(0, 1, dtype=torch.int64, device=device)
         return routing.unpack(positions_NM), {name: mask[:, :1][:0] for name, mask in masks_BL.items()}
     spans = torch.arange(sum(lengths), device=device).split(list(lengths))

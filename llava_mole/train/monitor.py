@@ -1,4 +1,4 @@
-"""Measurements beside the training step: gradient norms by part, use of the hardware, validation."""
+"""Measurements besides the training step: gradient norms by part, use of the hardware, validation."""
 
 import time
 from typing import Any
@@ -13,14 +13,14 @@ from llava_mole.train.validation import AnswerCheck, Validator
 
 
 class Monitor:
-    """Adds to the entries of `metrics.jsonl`. All ranks must call it alike, because it sums over them.
+    """Extends the entries of `metrics.jsonl`. All ranks must make the same calls, because it sums over them.
 
     Args:
         strategy: After `prepare`.
         model: The model in training.
         validator, answer_check: Validation; None turns it off.
         precision: `train.precision`.
-        log_every, validate_every: Optimizer steps between two entries and between two validations.
+        log_every, validate_every: Optimizer steps between entries and between validations.
         total_steps: Optimizer steps of the run.
     """
 
@@ -52,10 +52,9 @@ class Monitor:
         return step % self._log_every == 0 or step == self._total_steps or self._validates(step)
 
     def extend(self, entry: dict[str, Any], micro_batches: list[dict]) -> dict[str, Any]:
-        """The entry with these measurements added; a collective.
+        """The entry of `StepStats.entry` with the measurements added; a collective.
 
         Args:
-            entry: From `StepStats.entry`.
             micro_batches: Those of this rank in the step.
         """
         entry = dict(entry)
@@ -80,7 +79,7 @@ class Monitor:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak of a known GPU in bfloat16, FLOP/s; None on another device or in another precision."""
+    """Peak of a known GPU in bfloat16, FLOP/s; None for another device or precision."""
     if device.type != "cuda" or precision != "bf16":
         return None
     gpu = gpu_of_device(torch.cuda.get_device_name(device))
@@ -88,7 +87,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def batch_sums(micro_batches: list[dict]) -> torch.Tensor:
-    """Sum of the squared lengths of the samples, and the number of images: float64 [2]."""
+    """Sum of the samples' squared lengths, and number of images: float64 [2]."""
     squares = 0.0
     for batch in micro_batches:
         lengths = batch["sample_lengths"]

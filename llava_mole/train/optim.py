@@ -12,40 +12,29 @@ from llava_mole.model.adapters import parameter_part
 def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over named parameters in up to three groups: `adapter`, `projector`, `router`.
 
-    Each group keeps its peak rate under `peak_lr`. Weight decay is applied to the projector's and attention LoRA's
-    matrices only: decay would pull experts and routers towards zero on the steps that give them no gradient.
+    Each group stores its peak rate under `peak_lr`. Weight decay applies only to matrices of the projector and the
+    attention LoRA: it would pull experts and routers towards zero in steps that give them no gradient.
     """
-    peaks = {
-        "adapter": config.learning_rate,
-        "projector": _or(config.projector_learning_rate, config.learning_rate),
-        "router": _or(config.router_learning_rate, config.learning_rate),
-    }
+    own_rates = {"projector": config.projector_learning_rate, "router": config.router_learning_rate}
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         part = parameter_part(name)
         group = part if part in ("projector", "router") else "adapter"
         decays = parameter.ndim >= 2 and part not in ("router", "experts")
         groups.setdefault((group, decays and config.weight_decay > 0), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": members,
-                "name": group,
-                "lr": peaks[group],
-                "peak_lr": peaks[group],
-                "weight_decay": config.weight_decay if decays else 0.0,
-            }
-            for (group, decays), members in groups.items()
-        ],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-    )
+    settings = []
+    for (group, decays), members in groups.items():
+        rate = own_rates.get(group)
+        peak = config.learning_rate if rate is None else rate
+        decay = config.weight_decay if decays else 0.0
+        settings.append({"params": members, "name": group, "lr": peak, "peak_lr": peak, "weight_decay": decay})
+    return torch.optim.AdamW(settings, betas=(0.9, 0.999), eps=1e-8)
 
 
 def schedule_factor(step: int, total_steps: int, warmup_steps: int, floor: float) -> float:
-    """Share of the peak rate at optimizer step `step` (0-based): linear warm-up, then cosine down to `floor`.
+    """Share of the peak rate at optimizer step `step` (from 0): linear warm-up, then cosine down to `floor`.
 
-    The first step has rate peak / warmup_steps, step `warmup_steps` the peak, the last step the floor.
+    The first step has 1 / `warmup_steps`, step `warmup_steps` has 1, and the last step has `floor`.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -55,7 +44,7 @@ def schedule_factor(step: int, total_steps: int, warmup_steps: int, floor: float
 
 
 def set_learning_rates(optimizer, step: int, total_steps: int, config: TrainConfig) -> dict[str, float]:
-    """Set every group's rate for `step` and return them by group name. The floor scales with a group's own peak."""
+    """Set every group's rate for `step` and return the rates by group. The floor scales with a group's own peak."""
     floor = config.min_learning_rate / config.learning_rate if config.learning_rate else 0.0
     factor = schedule_factor(step, total_steps, config.warmup_steps, floor)
     rates = {}
@@ -63,7 +52,3 @@ def set_learning_rates(optimizer, step: int, total_steps: int, config: TrainConf
         group["lr"] = group["peak_lr"] * factor
         rates[group["name"]] = group["lr"]
     return rates
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -1,4 +1,4 @@
-"""The pictures of a run: losses, learning rate and gradients, throughput, expert load."""
+"""Plots of a run: losses, learning rate and gradients, throughput, expert load."""
 
 import argparse
 import math
@@ -13,38 +13,38 @@ from llava_mole.common.errors import DataError, command
 from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 from llava_mole.train.metrics import METRICS_FILE, read_metrics
 
+Entries = Sequence[dict[str, Any]]
 Values = npt.NDArray[np.float64]
+MAP_EXPERTS = 4
+"""Up to this many experts get a map of layers over time each; more share one map of the end of the run."""
 
 
 def read_entries(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run in order of steps; of a step that stands twice (after a resume) the later one counts.
-
-    Raises:
-        DataError: no run directory, or nothing is recorded there yet.
-    """
+    """The entries of a run as `read_metrics` returns them. Raises DataError if there are none."""
     path = run / METRICS_FILE
     if not run.is_dir() or not path.is_file():
         raise DataError(f"{run}: no {METRICS_FILE} there; give the directory of a run (train.output_dir)")
-    entries = {entry["step"]: entry for entry in read_metrics(path)}
+    entries = read_metrics(path)
     if not entries:
         raise DataError(f"{path}: no step is recorded yet; draw it after the first optimizer step")
-    return [entries[step] for step in sorted(entries)]
+    return entries
 
 
-def series(entries: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> tuple[Values, Values]:
-    """Steps and values of the entries that have a finite one, float64 [n] both."""
-    pairs = [(entry["step"], found) for entry in entries if (found := value(entry)) is not None]
-    pairs = [(step, number) for step, number in pairs if math.isfinite(number)]
-    return np.array([p[0] for p in pairs], dtype=np.float64), np.array([p[1] for p in pairs], dtype=np.float64)
+def series(entries: Entries, value: Callable[[dict[str, Any]], float | None]) -> tuple[Values, Values]:
+    """Steps and values of the entries that have a finite value, both float64 [n]."""
+    found = [(entry["step"], value(entry)) for entry in entries]
+    pairs = [(step, number) for step, number in found if number is not None and math.isfinite(number)]
+    steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
 
 
-def named_series(entries: Sequence[dict[str, Any]], key: str, name: str) -> tuple[Values, Values]:
-    """The series of `entry[key][name]`, where an entry has it."""
+def named_series(entries: Entries, key: str, name: str) -> tuple[Values, Values]:
+    """The series of `entry[key][name]`."""
     return series(entries, lambda entry: entry.get(key, {}).get(name))
 
 
 def smooth(values: Values, span: float) -> Values:
-    """Exponential moving average over about `span` values; the start is not pulled towards anything."""
+    """Exponential moving average over about `span` values, without bias at the start."""
     keep = 1.0 - 2.0 / (max(span, 1.0) + 1.0)
     result, total, weight = np.empty_like(values), 0.0, 0.0
     for index, value in enumerate(values):
@@ -53,18 +53,13 @@ def smooth(values: Values, span: float) -> Values:
     return result
 
 
-def span_for(count: int) -> float:
-    """Values to average over for a curve of `count` points: none of a short one, a thirtieth of a long one."""
-    return max(1.0, count / 30)
-
-
-def names_in(entries: Sequence[dict[str, Any]], key: str) -> list[str]:
-    """Keys that the dictionaries under `key` have, in the order they first appear."""
+def names_in(entries: Entries, key: str) -> list[str]:
+    """Keys of the dictionaries under `key`, in the order of their first appearance."""
     return list(dict.fromkeys(name for entry in entries for name in entry.get(key, {})))
 
 
-def layer_loads(entries: Sequence[dict[str, Any]], columns: int = 300) -> tuple[Values, Values]:
-    """Expert load by layer over time: steps `[C]` and shares `[C, layers, K]`, averaged into at most `columns`."""
+def layer_loads(entries: Entries, columns: int = 300) -> tuple[Values, Values]:
+    """Expert load by layer over time, averaged into at most `columns` C: steps [C] and shares [C, layers, K]."""
     chosen = [entry for entry in entries if entry.get("expert_load_by_layer")]
     steps = np.array([entry["step"] for entry in chosen], dtype=np.float64)
     loads = np.array([entry["expert_load_by_layer"] for entry in chosen], dtype=np.float64)
@@ -74,31 +69,23 @@ def layer_loads(entries: Sequence[dict[str, Any]], columns: int = 300) -> tuple[
     return np.array([steps[part].mean() for part in parts]), np.stack([loads[part].mean(axis=0) for part in parts])
 
 
-Entries = Sequence[dict[str, Any]]
-MAP_EXPERTS = 4
-"""Most experts that get a map of layers over time each; more are drawn as one map of the end of the run."""
-
-
 def draw_run(run: Path, out: Path) -> list[Path]:
-    """Draw everything a run has recorded; returns the files written, `<out>/<name>.png`.
+    """Draw everything a run has recorded. Returns the files, `<out>/<name>.png`.
 
     Raises:
         DataError: nothing is recorded.
         ConfigError: matplotlib is not installed.
     """
     entries = read_entries(run)
-    paths = [
-        _draw_loss(entries, out / "loss.png"),
-        _draw_source_loss(entries, out / "source_loss.png"),
-        _draw_optimization(entries, out / "optimization.png"),
-        _draw_throughput(entries, out / "throughput.png"),
-    ]
+    plots: dict[str, Callable[[Entries], Any]] = {
+        "loss": _loss, "source_loss": _source_loss, "optimization": _optimization, "throughput": _throughput,
+    }  # fmt: skip
     if any(entry.get("expert_load_by_layer") for entry in entries):
-        paths.append(_draw_expert_load(entries, out / "expert_load.png"))
-    return paths
+        plots["expert_load"] = _expert_load
+    return [save_figure(draw(entries), out / f"{name}.png") for name, draw in plots.items()]
 
 
-def _draw_loss(entries: Entries, path: Path) -> Path:
+def _loss(entries: Entries) -> Any:
     auxiliary = series(entries, lambda e: e.get("auxiliary_loss"))
     has_auxiliary = bool((auxiliary[1] != 0).any())
     figure = new_figure(12 if has_auxiliary else 8, 4.4)
@@ -113,10 +100,10 @@ def _draw_loss(entries: Entries, path: Path) -> Path:
     for axes in others:
         _curve(axes, *auxiliary, COLORS[7], "auxiliary")
         tidy(axes, "Auxiliary loss, coefficients included", "optimizer step")
-    return save_figure(figure, path)
+    return figure
 
 
-def _draw_source_loss(entries: Entries, path: Path) -> Path:
+def _source_loss(entries: Entries) -> Any:
     figure = new_figure(8, 4.4)
     axes = figure.subplots()
     for index, name in enumerate(names_in(entries, "source_loss")):
@@ -127,15 +114,15 @@ def _draw_source_loss(entries: Entries, path: Path) -> Path:
             axes.plot(steps, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}, validation")
     tidy(axes, "Loss by source", "optimizer step", "mean loss of a sample")
     axes.legend(frameon=False, fontsize=9, ncols=2 if names_in(entries, "validation_loss") else 1)
-    return save_figure(figure, path)
+    return figure
 
 
-def _draw_optimization(entries: Entries, path: Path) -> Path:
+def _optimization(entries: Entries) -> Any:
     figure = new_figure(11, 4.2)
     rates, norms = figure.subplots(1, 2)
     for index, name in enumerate(names_in(entries, "learning_rate")):
         steps, values = named_series(entries, "learning_rate", name)
-        style = ("-", "--", ":")[index % 3]  # groups often share their rate: all must be seen
+        style = ("-", "--", ":")[index % 3]  # keeps groups with the same rate visible
         rates.plot(steps, values, style, color=COLORS[index % len(COLORS)], label=name, linewidth=2)
     tidy(rates, "Learning rate", "optimizer step", "")
     rates.set_ylim(bottom=0)
@@ -146,12 +133,12 @@ def _draw_optimization(entries: Entries, path: Path) -> Path:
     tidy(norms, "Gradient norm before clipping", "optimizer step", "")
     norms.set_yscale("log")
     largest = max((norms.dataLim.y1, 1e-8))
-    norms.set_ylim(bottom=max(norms.get_ylim()[0], 1e-5 * largest))  # a router starts at almost nothing
+    norms.set_ylim(bottom=max(norms.get_ylim()[0], 1e-5 * largest))  # a router's norm starts close to 0
     norms.legend(frameon=False)
-    return save_figure(figure, path)
+    return figure
 
 
-def _draw_throughput(entries: Entries, path: Path) -> Path:
+def _throughput(entries: Entries) -> Any:
     figure = new_figure(11, 4.2)
     rate, shares = figure.subplots(1, 2)
     _curve(rate, *series(entries, lambda e: e["tokens_per_s"]), COLORS[0], "tokens per second, all ranks")
@@ -165,10 +152,10 @@ def _draw_throughput(entries: Entries, path: Path) -> Path:
     tidy(shares, "Use of the hardware", "optimizer step", "percent")
     shares.set_ylim(bottom=0)
     shares.legend(frameon=False)
-    return save_figure(figure, path)
+    return figure
 
 
-def _draw_expert_load(entries: Entries, path: Path) -> Path:
+def _expert_load(entries: Entries) -> Any:
     steps, loads = layer_loads(entries)
     experts = loads.shape[2]
     maps = experts if experts <= MAP_EXPERTS else 1
@@ -190,11 +177,11 @@ def _draw_expert_load(entries: Entries, path: Path) -> Path:
         axes.grid(visible=False)
         axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=panels, label="share of the layer's tokens")
-    return save_figure(figure, path)
+    return figure
 
 
 def _draw_load_by_source(axes: Any, entries: Entries) -> None:
-    """Stacked bars: which share of each source's tokens goes to which expert, in the last tenth of the run."""
+    """Stacked bars: the share of each source's tokens that each expert gets, in the last tenth of the run."""
     end = [e for e in entries if e.get("expert_load")][-max(1, len(entries) // 10) :]
     names = names_in(end, "expert_load_by_source")
     rows = [np.mean([e["expert_load"] for e in end], axis=0)]
@@ -204,9 +191,8 @@ def _draw_load_by_source(axes: Any, entries: Entries) -> None:
     left = np.zeros(len(rows))
     for expert in range(len(rows[0])):
         widths = np.array([row[expert] for row in rows])
-        axes.barh(
-            range(len(rows)), widths, left=left, color=COLORS[expert % len(COLORS)], height=0.6, label=str(expert)
-        )
+        color = COLORS[expert % len(COLORS)]
+        axes.barh(range(len(rows)), widths, left=left, color=color, height=0.6, label=str(expert))
         for row, width in enumerate(widths):
             if width > 0.09:
                 text = f"{width:.2f}"
@@ -227,11 +213,11 @@ def _extent(steps: Any, layers: int) -> tuple[float, float, float, float]:
 
 
 def _curve(axes: Any, steps: Any, values: Any, color: str, label: str) -> None:
-    """A smoothed line over the pale raw one; points where there are too few for a line."""
+    """A smoothed line over the pale raw one, or points if they are too few for a line."""
     if len(values) < 3:
         axes.plot(steps, values, "o", color=color, label=label)
         return
-    span = span_for(len(values))
+    span = max(1.0, len(values) / 30)
     if span > 1:
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth(values, span), color=color, label=label, linewidth=1.6)
@@ -244,13 +230,11 @@ def _mean_validation(entry: dict[str, Any]) -> float | None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw a run, finished or not, and print the files' paths."""
+    """Plot a run, finished or not, and print the paths of the files."""
     parser = argparse.ArgumentParser(prog="llava-mole plot", description=(__doc__ or "").split(": ", 1)[1])
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory (train.output_dir)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (default: RUN/plots)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the plots (default: RUN/plots)")
     arguments = parser.parse_args(argv)
-    from llava_mole.train.plot import draw_run
-
     for path in draw_run(arguments.run, arguments.out or arguments.run / "plots"):
         print(path)
     return 0

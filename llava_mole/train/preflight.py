@@ -1,4 +1,4 @@
-"""Checks that need neither the model nor a process group: they take a second, not minutes."""
+"""Checks of a run that need neither the model nor a process group, and take a second."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
 def missing_inputs(
     model: ModelConfig, data: DataConfig, projector_weights: str | None, init_from: str | None
 ) -> list[str]:
-    """`key = path` for every missing file or folder of weights and data."""
+    """`key = path` for every missing file or folder of weights or data."""
     wanted = [
         ("model.language_model", model.language_model, Path(model.language_model).is_dir()),
         ("model.vision_tower.weights", model.vision_tower.weights, Path(model.vision_tower.weights).is_file()),
@@ -38,15 +38,15 @@ def check_inputs(model: ModelConfig, data: DataConfig, *, projector_weights: str
     """Check that the inputs of a run exist.
 
     Raises:
-        WeightsError: names every missing input, what to do, and what runs without them.
-        ConfigError: bitsandbytes is needed and not installed.
+        WeightsError: an input is missing; the message names all of them, and configurations that need none.
+        ConfigError: bitsandbytes is needed but not installed.
     """
     require_bitsandbytes(model.quantization)
     absent = missing_inputs(model, data, projector_weights, init_from)
     if absent:
         raise WeightsError(
             f"this run lacks {count_of(len(absent), 'input')}: {'; '.join(absent)}. Put them there (docs/models.md and "
-            f"docs/data.md say where they come from; projector_weights is what scripts/pretrain.sh writes), or name "
+            "docs/data.md say where they come from; projector_weights is what scripts/pretrain.sh writes), or name "
             f"other paths with --key PATH, or run what needs no download: {TINY_CONFIGS} (after "
             "`llava-mole prepare tiny --out playground/data/tiny`)"
         )

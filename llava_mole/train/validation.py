@@ -1,4 +1,4 @@
-"""The loss on samples that training never sees, per source."""
+"""The loss on held-out samples, and the model's answers to their questions, by source."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+NEW_TOKENS = 64
+"""Longest answer; enough for short answers and captions to show whether a model learns."""
+BATCH_SIZE = 8
+"""Questions answered at a time."""
+
 
 class Validator:
     """Computes the validation loss; every rank takes its share of the samples.
@@ -36,7 +41,7 @@ class Validator:
         row_tokens: Most tokens of a forward pass, padding included.
         pad_token_id: Of the tokenizer.
         num_workers: Data loader processes.
-        routes: Whether the model has gates that read a sample's source.
+        routes: Whether the model has routers that read a sample's source.
     """
 
     def __init__(
@@ -50,10 +55,10 @@ class Validator:
 
     @torch.no_grad()
     def losses(self, model: LlavaMole) -> dict[str, float]:
-        """Mean loss of each source's samples, every sample weighing the same; a collective.
+        """Mean loss of each source's samples, all with the same weight; a collective.
 
-        The model is left in the mode it was in. Nothing that training depends on changes: no gradient, no counter,
-        and every step seeds its own generators.
+        Nothing that training depends on changes: the model's mode is restored, there are no gradients or counts, and
+        every step seeds its own generators.
         """
         names = self._dataset.source_names
         sums = torch.zeros(2, len(names), dtype=torch.float64, device=model.device)  # losses, samples
@@ -68,7 +73,7 @@ class Validator:
         finally:
             model.train(was_training)
         totals, counts = all_reduce_sum(sums).tolist()
-        return {name: total / n for name, total, n in zip(names, totals, counts, strict=True) if n}
+        return _means(names, totals, counts)
 
     def _batches(self) -> DataLoader:
         mine = list(range(get_rank(), len(self._dataset), get_world_size()))
@@ -98,11 +103,11 @@ class Validator:
 
 
 def padded_batches(positions: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Positions in batches of like length that hold at most `row_tokens` tokens once padded, or one sample."""
+    """Batches of positions of similar length, with at most `row_tokens` tokens after padding, or one sample."""
     batches: list[list[int]] = []
     longest = 0
     for length, position in sorted(zip(lengths, positions, strict=True), reverse=True):
-        # The first of a batch is its longest.
+        # The first sample of a batch is its longest.
         if not batches or (len(batches[-1]) + 1) * longest > row_tokens:
             batches.append([])
             longest = length
@@ -111,9 +116,9 @@ def padded_batches(positions: Sequence[int], lengths: Sequence[int], row_tokens:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of the shares of shared words, 0..1; words are what blanks separate, after `exact.plain`.
+    """Harmonic mean of the shares of shared words, 0..1; words are separated by blanks, after `plain`.
 
-    Two empty texts are equal (1), an empty and another one share nothing (0).
+    Two empty texts give 1; an empty and a non-empty text give 0.
     """
     said, wanted = Counter(plain(prediction).split()), Counter(plain(reference).split())
     shared = sum((said & wanted).values())
@@ -122,19 +127,14 @@ def token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (sum(said.values()) + sum(wanted.values()))
 
 
-NEW_TOKENS = 64
-"""Longest answer; training data of short answers and of captions both show within it whether a model learns."""
-BATCH_SIZE = 8
-
-
 class AnswerCheck:
     """Answers the first question of held-out samples greedily; every rank takes its share of them.
 
     Args:
         dataset: The held-out samples.
-        predictor: Around the model in training.
-        count: Samples of each source; fewer where fewer are held out.
-        routes: Whether the model has gates that read facts of the batch, which are those of training until replaced.
+        predictor: Of the model in training.
+        count: Samples of each source, or all if fewer are held out.
+        routes: Whether the model has routers that read inputs of the batch; those of the last training batch are reset.
     """
 
     def __init__(self, dataset: SupervisedDataset, predictor: Predictor, *, count: int, routes: bool) -> None:
@@ -148,8 +148,8 @@ class AnswerCheck:
     def scores(self) -> dict[str, dict[str, float]]:
         """`exact` and `f1`, each a mean in 0..1 by source; a collective.
 
-        `exact` is equality in lower case after blanks and one trailing period are removed, `f1` the overlap of words.
-        The model is left in the mode it was in; nothing that training depends on changes.
+        `exact` is equality after `plain`, `f1` is `token_f1`. The model's mode is restored, and nothing that training
+        depends on changes.
         """
         model = self._predictor.loaded.model
         names = self._dataset.source_names
@@ -160,7 +160,7 @@ class AnswerCheck:
         if self._routes:
             set_routing_inputs(model.language_model)
         try:
-            # A compiled layer would be compiled again for every length of the cache.
+            # A compiled layer would be recompiled for every length of the cache.
             with torch.compiler.set_stance("force_eager"):
                 for start in range(0, len(mine), BATCH_SIZE):
                     for source, score in self._score(mine[start : start + BATCH_SIZE]):
@@ -168,13 +168,10 @@ class AnswerCheck:
         finally:
             model.train(was_training)
         exact, f1, counts = all_reduce_sum(sums).tolist()
-        return {
-            "exact": {name: total / n for name, total, n in zip(names, exact, counts, strict=True) if n},
-            "f1": {name: total / n for name, total, n in zip(names, f1, counts, strict=True) if n},
-        }
+        return {"exact": _means(names, exact, counts), "f1": _means(names, f1, counts)}
 
     def _fits(self, source: str, record: Record, pictures: "Sequence[Image]") -> bool:
-        """Whether the first question leaves room for an answer: where long histories are shortened it may not."""
+        """Whether the first question leaves room for an answer; with shortened histories it may not."""
         first = record.turns[0].text.count(DEFAULT_IMAGE_TOKEN)
         try:
             encode_prompt(self._predictor.loaded, self._predictor.template, record.turns[:1], first, 0)
@@ -200,11 +197,16 @@ class AnswerCheck:
 
 def first_of_each_source(dataset: SupervisedDataset, count: int) -> list[int]:
     """Positions of the first `count` samples of each source in the plan's order."""
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     positions = []
     for position in range(len(dataset)):
         source, _ = dataset.plan[position]
-        taken[source] = taken.get(source, 0) + 1
+        taken[source] += 1
         if taken[source] <= count:
             positions.append(position)
     return positions
+
+
+def _means(names: Sequence[str], totals: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """The mean of every source that has samples."""
+    return {name: total / n for name, total, n in zip(names, totals, counts, strict=True) if n}

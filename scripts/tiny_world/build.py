@@ -1,7 +1,7 @@
 """`python -m scripts.tiny_world.build --out playground/models/tiny`: build the small pre-trained models.
 
-Three stages, each of which can run alone once the ones before it have run: `tokenizer`, `tower`, `language_model`.
-The same seed, package versions and number of threads give the same files. The only input is the installed files of
+There are three stages, `tokenizer`, `tower` and `language_model`. Each can run alone after the stages before it. The
+same seed, package versions and number of threads give the same files. The only input is the installed files of
 easy-VQA and scikit-image. Run it from the root of the repository.
 """
 
@@ -46,7 +46,7 @@ def build_tokenizer(out: Path, seed: int, quick: bool) -> dict[str, float]:
 
 
 def load_tokenizer(out: Path) -> Any:
-    """The tokenizer of an earlier stage. Raises WeightsError if it is missing."""
+    """Load the tokenizer of an earlier stage. Raises WeightsError if it is missing."""
     from transformers import AutoTokenizer
 
     from llava_mole.data.tokenization import HFTextTokenizer
@@ -81,7 +81,7 @@ BUILDERS = {"tokenizer": build_tokenizer, "tower": build_tower, "language_model"
 
 
 def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool = False, threads: int = 2) -> None:
-    """Run `stages` in order and update `manifest.json`. `quick` trains each model for a few steps, in seconds."""
+    """Run `stages` in order and update `manifest.json`. `quick` trains each model for a few steps only."""
     import torch
 
     torch.set_num_threads(threads)
@@ -109,12 +109,14 @@ def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m scripts.tiny_world.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("playground/models/tiny"), help="folder (%(default)s)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which, comma-separated (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a reduced run of every stage, for tests")
-    parser.add_argument("--seed", type=int, default=0, help="decides everything (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("playground/models/tiny"), help="folder to write (%(default)s)"
+    )
+    parser.add_argument("--stages", default=",".join(STAGES), help="stages to run, comma-separated (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="run a reduced version of every stage, for tests")
+    parser.add_argument("--seed", type=int, default=0, help="determines everything (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     given = parser.parse_args(arguments)
     setup_logging()

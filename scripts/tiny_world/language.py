@@ -1,7 +1,7 @@
 """The small language model: a Llama, pre-trained on generated text.
 
-The text (`text_grids`, `text_scenes`) gives the skills of reading: look up, copy, compare, count, describe, answer in
-the `vicuna_v1` format. Nothing in it comes from an image.
+The text (`text_grids`, `text_scenes`) teaches reading skills: look up, copy, compare, count, describe, and answer in
+the `vicuna_v1` format. None of it comes from an image.
 """
 
 import math
@@ -42,9 +42,9 @@ ARCHITECTURE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 CONTEXT_WEIGHT = 0.1
-"""Weight in the loss of a token that is read; a token of a description weighs 1."""
+"""Weight in the loss of a token of the context; a token of a description has weight 1."""
 QUESTION_WEIGHT = 4.0
-"""Weight of a token that answers a question: answers are short, and looking things up is slow to learn."""
+"""Weight of a token of an answer: answers are short, and look-ups are slow to learn."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,21 @@ class Recipe:
     weight_decay: float = 0.05
     warmup_steps: int = 60
     noise: float = 0.1
-    """Deviation of the noise on input embeddings, as a share of the embeddings' own (as in NEFTune)."""
+    """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
 
 
 QUICK = Recipe(items=64, steps=4, batch_size=16, warmup_steps=2)
 
 
 def pretraining_item(rng: Random) -> Item:
-    """One piece of pre-training text."""
+    """Generate one piece of pre-training text."""
     return grid_item(rng) if rng.random() < 0.75 else scene_item(rng)
 
 
 def to_tokens(item: Item, tokenizer: HFTextTokenizer) -> tuple[list[int], list[int]]:
-    """Ids and labels of an item, in exactly the layout that training with an image has.
+    """Return ids and labels of an item in the layout of training with an image.
 
-    The reading replaces the image's tokens, with one token for each word that the vocabulary holds.
+    The reading takes the place of the image's tokens, with one token for each word in the vocabulary.
     """
     marker = DEFAULT_IMAGE_TOKEN if item.reading else ""
     if item.kind == "drill":
@@ -95,7 +95,7 @@ def to_tokens(item: Item, tokenizer: HFTextTokenizer) -> tuple[list[int], list[i
     ids, labels = encoded.input_ids, encoded.labels
     if item.reading:
         reading, _ = tokenizer.encode_with_offsets(" ".join(item.reading))
-        # a digit's space piece is left out, so that one cell of a grid is one token
+        # Without the space piece before a digit, one cell of a grid is one token.
         space = tokenizer.hf.convert_tokens_to_ids("\u2581")
         reading = [token for token in reading if token != space]
         where = ids.index(IMAGE_TOKEN_INDEX)
@@ -107,7 +107,7 @@ def to_tokens(item: Item, tokenizer: HFTextTokenizer) -> tuple[list[int], list[i
 def batches(
     encoded: list[tuple[list[int], list[int], str]], batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
-    """Endless batches of items of similar length: ids int64 `[B, L]` (0 where padded), labels, skills."""
+    """Yield endless batches of items of similar length: ids and labels int64 `[B, L]` (ids 0 where padded), skills."""
     order = Random(f"{seed}-batches")
     while True:
         keyed = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]) + order.uniform(-4, 4), index))
@@ -124,9 +124,9 @@ def batches(
 
 
 def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings and norms.
+    """Return Muon for the blocks' matrices, and AdamW for embeddings and norms.
 
-    Muon's orthogonal updates learn to look things up in far fewer steps than AdamW does.
+    With Muon's orthogonal updates the model learns look-ups in far fewer steps than with AdamW.
     """
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -177,9 +177,9 @@ def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, d
         ids, labels, skills = next(source)
         embeddings = model.get_input_embeddings()(ids)
         embeddings = embeddings + torch.randn_like(embeddings) * embeddings.detach().std() * recipe.noise
-        # no attention mask: padding stands on the right, where a causal model does not see it
+        # No attention mask is needed: padding is on the right, where a causal model does not see it.
         logits = model(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
-        inside = ids[:, 1:] != 0  # generated text holds no <unk>
+        inside = ids[:, 1:] != 0  # generated text has no <unk>, whose id is 0
         target, answered = ids[:, 1:], labels[:, 1:] != IGNORE_INDEX
         losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
         is_dialogue = torch.tensor([[not skill.endswith("description")] for skill in skills])

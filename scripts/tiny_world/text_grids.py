@@ -1,7 +1,7 @@
-"""Reading skills: a 4 x 4 grid of words, as a page would be typed out, then a description of it or questions.
+"""Reading skills: a 4 x 4 grid of words, like a page typed out, then its description or questions about it.
 
-The grids are text and only text: a chart typed in words, a table, a shape, an area in two or three words. They
-teach places, copying, comparing and counting. No picture is involved.
+The grids are plain text: a chart in words, a table, a shape, or an area of two or three words. They teach places,
+copying, comparing and counting. No image is involved.
 """
 
 from random import Random
@@ -24,18 +24,18 @@ from scripts.tiny_world.text_items import (
 
 SIDE = 4
 DRILL = 0.5
-"""Share of charts and tables that are followed by a drill."""
+"""Share of charts, tables and lists that are followed by a drill."""
 PLACES = (("upper left", "upper", "upper right"), ("left", "center", "right"), ("lower left", "lower", "lower right"))
 
 
 def grid_item(rng: Random) -> Item:
-    """A random grid, followed by its description, a drill or a conversation."""
+    """Generate a random grid, followed by its description, a drill or a conversation."""
     make = rng.choices((chart_grid, table_grid, shape_grid, area_grid), weights=(3, 3, 2, 2))[0]
     return make(rng)
 
 
 def finish(skill: str, cells: list[list[str]], caption: str, questions: list[tuple[str, str]], rng: Random) -> Item:
-    """The grid's description or, twice as often, a conversation about it."""
+    """Add the grid's description or, twice as often, a conversation about it."""
     reading = [word for row in cells for word in row]
     if rng.random() < 1 / 3:
         return Item(f"{skill} description", "description", tuple(reading), (("", caption),))
@@ -43,12 +43,12 @@ def finish(skill: str, cells: list[list[str]], caption: str, questions: list[tup
 
 
 def blank() -> list[list[str]]:
-    """An empty grid."""
+    """Return an empty grid."""
     return [[BLANK] * SIDE for _ in range(SIDE)]
 
 
 def chart_grid(rng: Random) -> Item:
-    """Two or three columns: a value, one or two colour words, a name."""
+    """Generate two or three columns, each of a value, one or two colour words and a name."""
     cells = blank()
     count = rng.choice((2, 3))
     names, values = rng.sample(NAMES, count), rng.sample(DIGITS, count)
@@ -65,7 +65,7 @@ def chart_grid(rng: Random) -> Item:
 
 
 def chart_text(names: list[str], values: list[str], colours: list[str], rng: Random) -> str:
-    """A chart in one sentence."""
+    """Describe a chart in one sentence."""
     bars = [f"{name} {value} in {colour}" for name, value, colour in zip(names, values, colours, strict=True)]
     listed = ", ".join(bars[:-1]) + " and " + bars[-1]
     count = {2: "two", 3: "three"}[len(bars)]
@@ -73,7 +73,7 @@ def chart_text(names: list[str], values: list[str], colours: list[str], rng: Ran
 
 
 def chart_questions(names: list[str], values: list[str], colours: list[str], rng: Random) -> list[tuple[str, str]]:
-    """Look-ups and comparisons about bars from left to right."""
+    """Ask for look-ups and comparisons of bars, which are given from left to right."""
     out = value_questions(names, values, rng)
     for name, colour in zip(names, colours, strict=True):
         out.append((rng.choice((f"Which color has {name}?", f"{name} is drawn in what color?")), colour))
@@ -87,7 +87,7 @@ def chart_questions(names: list[str], values: list[str], colours: list[str], rng
 
 
 def value_questions(names: list[str], values: list[str], rng: Random) -> list[tuple[str, str]]:
-    """Look-ups both ways, the extremes, and whether a name is there."""
+    """Ask for values by name, names by value and the extremes, and whether a name is listed."""
     out = []
     for name, value in zip(names, values, strict=True):
         out.append(
@@ -106,7 +106,7 @@ def value_questions(names: list[str], values: list[str], rng: Random) -> list[tu
 
 
 def table_grid(rng: Random) -> Item:
-    """A heading, then three rows of a name and a number."""
+    """Generate a heading, then three rows of a name and a number."""
     cells = blank()
     names, values, title = rng.sample(NAMES, 3), rng.sample(DIGITS, 3), rng.choice(TITLES)
     cells[0][0] = cells[0][1] = title
@@ -127,7 +127,7 @@ def table_grid(rng: Random) -> Item:
 
 
 def shape_grid(rng: Random) -> Item:
-    """A shape that covers one to six cells, each of which reads its colour or its name."""
+    """Generate a shape that covers two to six cells, which hold its colour, its name or nothing."""
     cells = blank()
     shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
     height, width = rng.choice(((1, 2), (2, 1), (2, 2), (2, 3), (3, 2)))
@@ -144,7 +144,7 @@ def shape_grid(rng: Random) -> Item:
 
 
 def shape_text(shape: str, colour: str, place: str, rng: Random) -> str:
-    """A shape in one or two sentences."""
+    """Describe a shape in one or two sentences."""
     return rng.choice(
         (
             f"A {colour} {shape} in the {place}.",
@@ -155,7 +155,7 @@ def shape_text(shape: str, colour: str, place: str, rng: Random) -> str:
 
 
 def shape_questions(shape: str, colour: str, place: str, rng: Random) -> list[tuple[str, str]]:
-    """Look-ups, presence and absence."""
+    """Ask for colour, shape and place, and for presence and absence."""
     out = [
         (rng.choice(("which color do you see?", f"which color has the {shape}?", "name the color")), colour),
         (rng.choice(("which shape do you see?", f"which shape is {colour}?", "name the shape")), shape),
@@ -183,7 +183,7 @@ def shape_questions(shape: str, colour: str, place: str, rng: Random) -> list[tu
 
 
 def area_grid(rng: Random) -> Item:
-    """Every cell reads one of three materials; questions about amounts and places count the cells."""
+    """Fill every cell with one of three materials and ask about amounts and places, which count the cells."""
     first, second, third = rng.choice(
         (
             ("brown", "blue", "white"),
@@ -215,7 +215,7 @@ def area_grid(rng: Random) -> Item:
     text = rng.choice(("A tissue patch", "A stained tissue section")) + " with "
     parts = [f"a {size} {first} positive area", f"{density} density of {second}"]
     parts.append(f"a large {third} area" if much else f"little {third} area")
-    # a report may leave out what is doubtful
+    # A real report leaves out doubtful findings.
     text += ", ".join(part for part in parts if rng.random() < 0.8) or f"some {first}"
     text += "."
     if amounts[first] != amounts[second]:

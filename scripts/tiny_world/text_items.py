@@ -22,9 +22,9 @@ BLANK = "."
 class Item:
     """One piece of pre-training text.
 
-    `reading` stands where an image's tokens would stand in training. What follows it depends on `kind`: `description`,
-    plain text as in stage 1 (one turn, its question empty); `drill`, short questions and answers in a row; `dialogue`,
-    a conversation in the `vicuna_v1` format.
+    `reading` takes the place of an image's tokens in training. The rest depends on `kind`: a `description` is plain
+    text as in stage 1 (one turn with an empty question), a `drill` is short questions and answers in a row, and a
+    `dialogue` is a conversation in the `vicuna_v1` format.
     """
 
     skill: str
@@ -34,18 +34,18 @@ class Item:
 
 
 def yes_no(truth: bool) -> str:
-    """`yes` or `no`."""
+    """Return `yes` or `no`."""
     return "yes" if truth else "no"
 
 
 def either(rng: Random, present: Sequence[str], all_words: Sequence[str]) -> str:
-    """A word of `present` or, as often, one of the others: this keeps yes/no questions balanced."""
+    """Draw a word of `present` or, equally often, one of the others: this keeps yes/no questions balanced."""
     absent = [word for word in all_words if word not in present]
     return rng.choice(list(present) if present and (rng.random() < 0.5 or not absent) else absent)
 
 
 def dialogue(skill: str, reading: Sequence[str], pool: list[tuple[str, str]], rng: Random, most: int = 8) -> Item:
-    """A conversation of one to `most` questions drawn from `pool`."""
+    """Make a conversation of one to `most` questions drawn from `pool`."""
     count = min(len(pool), rng.randint(1, most))
     return Item(f"{skill} dialogue", "dialogue", tuple(reading), tuple(rng.sample(pool, count)))
 
@@ -53,7 +53,7 @@ def dialogue(skill: str, reading: Sequence[str], pool: list[tuple[str, str]], rn
 def drill(
     skill: str, reading: Sequence[str], names: Sequence[str], values: Sequence[str], colours: Sequence[str], rng: Random
 ) -> Item:
-    """Look-ups and comparisons in a row, as short as can be: much practice in few tokens."""
+    """Make a row of look-ups and comparisons that are as short as possible: much practice in few tokens."""
     pool = [("first?", names[0]), ("last?", names[-1])] * 2
     for name, value in zip(names, values, strict=True):
         pool += [(f"{name}?", value), (f"{value}?", name)] * 2

@@ -23,12 +23,12 @@ SIZES = ("small", "medium", "large")
 
 
 def scene_item(rng: Random) -> Item:
-    """A random text with questions about it."""
+    """Generate a random text with questions about it."""
     return rng.choices((list_item, shape_item, report_item, plain_item), weights=(4, 3, 4, 1))[0](rng)
 
 
 def list_item(rng: Random) -> Item:
-    """Names and numbers, in one of several ways of writing them."""
+    """Generate names and numbers, written in one of four ways."""
     count = rng.choice((2, 3, 3))
     names, values, colours = rng.sample(NAMES, count), rng.sample(DIGITS, count), rng.sample(COLOURS, count)
     style = rng.randrange(4)
@@ -52,7 +52,7 @@ def list_item(rng: Random) -> Item:
 
 
 def shape_item(rng: Random) -> Item:
-    """A sentence about a coloured shape."""
+    """Generate a sentence about a coloured shape."""
     shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
     place = rng.choice((*QUADRANTS, "center", "left", "right"))
     text = shape_text(shape, colour, place, rng)
@@ -60,7 +60,7 @@ def shape_item(rng: Random) -> Item:
 
 
 def report_item(rng: Random) -> Item:
-    """A report of graded findings: sizes, densities, sides."""
+    """Generate a report of graded findings: sizes, densities, sides."""
     thing, other = rng.sample((*THINGS[:12], "nuclei", "staining", "cells"), 2)
     size, grade = rng.choice(SIZES), rng.choice(GRADES)
     where, side, level = rng.choice(QUADRANTS), rng.choice(("left", "right")), rng.choice(("upper", "lower"))
@@ -87,7 +87,7 @@ def report_item(rng: Random) -> Item:
 
 
 def plain_item(rng: Random) -> Item:
-    """Plain sentences: greetings and small talk, so that a chat without an image has an answer."""
+    """Generate greetings and small talk, so that a chat without an image gets an answer."""
     thing, name = rng.choice(THINGS), rng.choice(NAMES)
     questions = [
         ("Hello.", "Hello! How can I help you?"),

@@ -1,7 +1,7 @@
 """The small tokenizer: byte-pair encoding with the conventions of Llama's SentencePiece model.
 
-<unk> 0, <s> 1, </s> 2, the 256 bytes 3 to 258, then characters and merges; a text starts with a space piece, <s> goes
-in front, digits stand alone, and whatever has no piece is spelled in bytes.
+<unk> is 0, <s> 1, </s> 2 and the 256 bytes are 3 to 258; characters and merges follow. A text starts with <s> and a
+space piece, each digit is a piece, and a character without a piece is spelled in bytes.
 """
 
 import json
@@ -16,14 +16,14 @@ from scripts.tiny_world.language import pretraining_item
 
 VOCABULARY = 1024
 PROMPTS = ("plain", "vicuna_v1", "v1", "llava_v1", "llava_llama_2", "chatml_direct", "mpt")
-"""Templates whose words the vocabulary holds; `v1` counts twice because the shipped tokenizer was trained so."""
+"""Templates whose words the vocabulary covers; `v1` repeats `vicuna_v1`, as for the shipped tokenizer."""
 SPACE = "\u2581"
 """SentencePiece's visible space."""
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def training_lines(samples: Iterable[Sample], items: int, seed: int) -> Iterator[str]:
-    """Lines of text, each beginning with a space where it would begin a text and without where it follows a newline."""
+    """Yield lines of text; a line starts with a space unless it follows a newline in a prompt."""
     for name in PROMPTS:
         template = get_template(name)
         for _ in range(300):
@@ -48,7 +48,7 @@ def train(lines: Iterable[str], vocabulary: int = VOCABULARY) -> Any:
 
     learner = Tokenizer(models.BPE(unk_token="<unk>"))
     learner.normalizer = normalizers.Replace("\n", " ")
-    # as SentencePiece does: a piece never holds both letters and punctuation, nor two digits
+    # As in SentencePiece, a piece has neither letters with punctuation nor two digits.
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Punctuation("isolated")]
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(SPACE, "never"), *splits])
     reserved = 3 + len(BYTES)

@@ -1,8 +1,8 @@
 """The small vision tower: an open_clip ViT, trained contrastively on the tiny world's train images and true sentences.
 
-Each image is matched with the short sentences (`Sample.facts`) that are true of it, against all sentences of its
-domain that are not, and each sentence with its images (InfoNCE with several positives, in both directions). The truth
-is known exactly, so no pair counts as a negative by accident. Only the visual half is kept.
+Each image is matched with the short sentences (`Sample.facts`) that are true of it, against all sentences that are
+not, and each sentence with its images (InfoNCE with several positives, in both directions). The truth is known exactly,
+so that no true pair is used as a negative. Only the visual half is kept.
 """
 
 import json
@@ -29,7 +29,7 @@ OPEN_CLIP_CONFIG: dict[str, Any] = {
     "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 5, "width": 160, "head_width": 32, "patch_size": 16},
     "text_cfg": {"context_length": 14, "vocab_size": 1024, "width": 96, "heads": 3, "layers": 2},
 }
-"""quick_gelu as in OpenAI's towers. 64 / 16 gives 4 x 4 patch tokens. The text half exists only while building."""
+"""quick_gelu as in OpenAI's towers. 64 / 16 gives 4 x 4 patch tokens. The text half is used in training only."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ QUICK = Recipe(images_per_domain=60, steps=4, batch_size=24, warmup_steps=2)
 
 
 def training_samples(count: int, seed: int) -> list[Sample]:
-    """`count` images of each domain for training the tower; none of them is a test image.
+    """Return `count` images of each domain for training the tower; none of them is a test image.
 
-    General has 4,000 train images; the rest are variations of them.
+    The general domain has 4,000 training images; the rest are variations of them.
     """
     from llava_mole.data.prepare.sources.tiny.world import MOST_TEST_IMAGES
 
@@ -67,18 +67,18 @@ def training_samples(count: int, seed: int) -> list[Sample]:
 
 
 def to_pixels(samples: Sequence[Sample]) -> torch.Tensor:
-    """uint8 `[N, 3, 64, 64]`."""
+    """Return the images as uint8 `[N, 3, 64, 64]`."""
     return torch.from_numpy(np.stack([np.asarray(sample.image) for sample in samples])).permute(0, 3, 1, 2)
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 `[N, 3, H, W]` -> float32, with CLIP's mean and deviation."""
+    """Convert uint8 `[N, 3, H, W]` to float32, normalised with CLIP's mean and standard deviation."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (pixels.float() / 255 - mean) / std
 
 
 def truth_table(samples: Sequence[Sample]) -> tuple[list[str], torch.Tensor]:
-    """All sentences, sorted; bool `[N, F]` which of them are true of which sample."""
+    """Return the F sentences, sorted, and bool `[N, F]`: whether each is true of each sample."""
     sentences = sorted({fact for sample in samples for fact in sample.facts})
     index = {fact: number for number, fact in enumerate(sentences)}
     truth = torch.zeros(len(samples), len(sentences), dtype=torch.bool)
@@ -88,9 +88,9 @@ def truth_table(samples: Sequence[Sample]) -> tuple[list[str], torch.Tensor]:
 
 
 def contrastive_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """InfoNCE with several positives; logits float `[N, F]`, truth bool `[N, F]`. Scalar.
+    """Compute InfoNCE with several positives from logits, float `[N, F]`, and truth, bool `[N, F]`. Returns a scalar.
 
-    Every true pair competes with the false pairs of its row, and with those of its column. Every row weighs the same.
+    Every true pair competes with the false pairs of its row and with those of its column. All rows have equal weight.
     """
     share = truth / truth.sum(1, keepdim=True)  # [N, F], rows sum to 1
     total = logits.new_zeros(())
@@ -107,9 +107,9 @@ def train(
     """Train the tower.
 
     Args:
-        encode: text -> token ids below the config's `vocab_size` - 1 (the last id marks the end of a text).
-        recipe: how much.
-        seed: decides images, initialisation and order.
+        encode: Text -> token ids below the config's `vocab_size` - 1 (the last id marks the end of a text).
+        recipe: Size of the run.
+        seed: Determines images, initialisation and order.
 
     Returns:
         The visual half's float32 state dict with keys `visual.*`, and measurements (loss, retrieval accuracy on train
@@ -132,7 +132,7 @@ def train(
         clip.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
     )
     generator = torch.Generator().manual_seed(seed)
-    # shapes are the hardest to see: their images come twice as often
+    # Shapes are the hardest to recognise: their images are drawn twice as often.
     weight = torch.tensor([2.0 if "shape" in sample.facts[-1] else 1.0 for sample in samples])
     averages = dict.fromkeys(("loss", "top"), 0.0)
     bar = progress(range(recipe.steps), "tower", "step")
@@ -150,7 +150,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            # share of an image's true sentences that rank above all false ones
+            # Share of an image's true sentences that rank above all false ones.
             best_false = logits.masked_fill(truth[rows], -torch.inf).amax(1, keepdim=True)
             top = (logits > best_false)[truth[rows]].float().mean().item()
         keep = min(0.98, step / (step + 1))

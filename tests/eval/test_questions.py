@@ -19,7 +19,7 @@ def test_fields_and_groups(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", first, "", {"question_id": "x", "text": "line\u2028separator"})
     named, bare = read_questions([f"general={path}"]), read_questions([path])
     assert [q.question_id for q in named] == [3, "x"]
-    assert (named[0].image, named[0].category, named[0].answer) == ("a.png", "color", "red")
+    assert (named[0].image, named[0].category) == ("a.png", "color")
     assert named[1].text == "line\u2028separator"
     assert named[1].where == f"{path}:3"
     assert [q.group for q in named] == ["general", "general"]

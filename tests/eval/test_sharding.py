@@ -25,7 +25,7 @@ def command(run_dir: Path, asked: Path, answers: Path, *more: str) -> list[str]:
 
 def test_shares_are_equal_complete_and_keep_images_together() -> None:
     images = ["a", "b", None, "a", "c", "b", "a", None, "c", "d", "a"]
-    asked = [Question(n, "?", image, "all", None, None, f"q:{n}") for n, image in enumerate(images)]
+    asked = [Question(n, "?", image, "all", None, f"q:{n}") for n, image in enumerate(images)]
     for ranks in (1, 2, 3, 16):
         shares = [share_of_rank(asked, rank, ranks) for rank in range(ranks)]
         assert sorted(q.key for share in shares for q in share) == sorted(q.key for q in asked)

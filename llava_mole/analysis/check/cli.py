@@ -16,17 +16,16 @@ from llava_mole.data.chat_template import check_template_name
 EXIT_FAILED = 1
 REPORT, FINDINGS, FIGURE = "check_data.json", "findings.jsonl", "token_lengths.png"
 ALONE = 10 << 20
-"""Bytes of annotations up to which this process counts tokens: others take seconds to load a tokenizer."""
+"""Bytes of annotations up to which this process counts tokens: worker processes take seconds to load a tokenizer."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-mole check-data",
         allow_abbrev=False,
-        description="Check every record and image of a run before it starts: images are decoded once, records are "
-        "tokenized as in training. The limits are in section `check` of the configuration. Exit code 0: all limits "
-        "passed; 1: one failed; 2: a mistake in the arguments or the data. Other options override the configuration: "
-        "--key.sub value.",
+        description="Check every record and image of a run before it starts: decode every image once and tokenize "
+        "records as in training. Section `check` of the configuration has the limits. Exit code 0: all limits passed; "
+        "1: one failed; 2: a mistake in the arguments or the data. Options --key.sub VALUE override the configuration.",
     )
     parser.add_argument("config", metavar="CONFIG", help="configuration of the run, as for `llava-mole train`")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of {REPORT}, {FINDINGS} and {FIGURE} "
@@ -41,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, print the table and write the report. Returns 0 if all limits passed, else 1."""
+    """Check, print the report and write it. Returns 0 if all limits passed, else 1."""
     given, overrides = _parser().parse_known_args(argv)
     config = parse_run_config([given.config, *overrides], prog="llava-mole check-data")
     if given.workers < 1:
@@ -54,29 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(config: RunConfig, given: argparse.Namespace) -> int:
     """Check the active sources of a configuration. Returns the exit code."""
+    from llava_mole.analysis.check import report
     from llava_mole.analysis.check.images import OpenedImages, SourceImages, evaluation_files, find_overlap
     from llava_mole.analysis.check.records import TextLimits, check_records, read_all
-    from llava_mole.analysis.check.report import (
-        FindingsFile,
-        SourceFindings,
-        draw_lengths,
-        judge,
-        left_out,
-        report_text,
-        report_values,
-    )
 
     data = config.data
     limits = None
     if not given.no_tokens:
-        limits = TextLimits(
-            config.model.language_model,
-            data.template,
-            image_tokens(config),
-            data.max_length,
-            data.max_length_policy,
-        )
-    # Listed first, so that a wrong place is reported before minutes of decoding.
+        tokens = image_tokens(config)
+        limits = TextLimits(config.model.language_model, data.template, tokens, data.max_length, data.max_length_policy)
+    # Listed first: a wrong place is then reported before minutes of decoding.
     evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
     out: Path = given.out or Path(config.train.output_dir, "check_data")
     try:
@@ -88,12 +74,12 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
     with ExitStack() as stack:
         listed = stack.enter_context(atomic_path(out / FINDINGS))
         lines = stack.enter_context(listed.open("w", encoding="utf-8"))
-        findings = FindingsFile(lines)
+        findings = report.FindingsFile(lines)
         pool = stack.enter_context(open_pool(given.workers)) if given.workers > 1 else None
         for name, described in data.sources.items():
             if data.mixture.get(name, 1.0) <= 0:
                 continue
-            source = SourceFindings(name)
+            source = report.SourceFindings(name)
             sources.append(source)
             images = None
             if not given.no_images:
@@ -102,16 +88,18 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
             counting = pool if _size(described.annotations) > ALONE else None
             check_records(records, source, findings, limits, images, counting)
         evaluated, shared = find_overlap(evaluation, opened.contents)
-        not_checked = left_out(tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation))
-        verdicts = judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check, not_checked)
-        values = report_values(sources, evaluated, shared, verdicts, not_checked)
-        drawn = limits is not None and any(source.tokens.size for source in sources)
+        not_checked = report.left_out(
+            tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation)
+        )
+        judged = report.judge(sources, len(shared) / evaluated if evaluated else 0.0, config.check, not_checked)
+        values = report.report_values(sources, evaluated, shared, judged, not_checked)
+        drawn = any(source.tokens.size for source in sources)
         if drawn:
-            draw_lengths(sources, data.max_length, stack.enter_context(atomic_path(out / FIGURE)))
+            report.draw_lengths(sources, data.max_length, stack.enter_context(atomic_path(out / FIGURE)))
     write_json(out / REPORT, values, indent=1)
-    if not drawn:  # the figure of an earlier check does not belong to this report
+    if not drawn:  # a figure of an earlier check does not belong to this report
         (out / FIGURE).unlink(missing_ok=True)
-    print(report_text(sources, evaluated, shared, verdicts, not_checked))
+    print(report.report_text(values))
     print(f"report: {out / REPORT}\nlist: {out / FINDINGS}" + (f"\nfigure: {out / FIGURE}" if drawn else ""))
     return 0 if values["passed"] else EXIT_FAILED
 

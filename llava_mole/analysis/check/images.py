@@ -1,4 +1,4 @@
-"""Opening every image of a run once, and comparing images with those of the evaluation."""
+"""Opens every image of a run once, and compares the images with those of the evaluation."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from llava_mole.data.prepare.images import EXTENSIONS, ImageInfo, ImageRoot, loo
 _BATCH = 64
 """Images that a worker process gets at a time."""
 _AHEAD = 8
-"""Batches that may be unfinished."""
+"""Unfinished batches at a time."""
 _SUFFIXES = {f".{extension}" for group in EXTENSIONS.values() for extension in group}
 
 
@@ -51,7 +51,7 @@ def look_and_hash(files: list[tuple[str, str]]) -> list[SeenImage]:
 
 
 class OpenedImages:
-    """The image files of all sources that were opened so far: hashes of each, and the information worth reporting.
+    """The image files opened so far, of all sources: their hashes, and the information to report.
 
     Args:
         huge_pixels: Images with more pixels are reported.
@@ -67,7 +67,7 @@ class OpenedImages:
         """By the hash of the absolute name."""
 
     def remember(self, file: str, seen: SeenImage) -> None:
-        """Keep what another source that names the file needs."""
+        """Keep what is needed when another source names the file."""
         if seen.key is not None:
             self.contents.add(seen.key)
         info = seen.info
@@ -75,7 +75,7 @@ class OpenedImages:
             self.reported[hash(file)] = info
 
     def is_huge(self, info: ImageInfo) -> bool:
-        """Whether an image that can be used has more than `huge_pixels`."""
+        """Whether a usable image has more than `huge_pixels`."""
         return info.problem is None and info.size is not None and info.size[0] * info.size[1] > self.huge_pixels
 
 
@@ -84,28 +84,22 @@ class SourceImages:
 
     Args:
         folder: The source's image folder.
-        source: Takes the numbers.
-        findings: Takes the list.
-        opened: The images that earlier sources opened; grows.
+        source, findings: Receive the numbers and the list.
+        opened: The images that earlier sources opened; this one's are added.
         pool: Decodes the images; None decodes in this process.
     """
 
     def __init__(
-        self,
-        folder: str,
-        source: SourceFindings,
-        findings: FindingsFile,
-        opened: OpenedImages,
-        pool: Executor | None,
+        self, folder: str, source: SourceFindings, findings: FindingsFile, opened: OpenedImages, pool: Executor | None
     ) -> None:
         self._root = ImageRoot(Path(folder))
         self._source, self._findings, self._opened = source, findings, opened
         self._batch: list[tuple[str, str, str]] = []
-        """(absolute name, path, where) of the images that wait for a full batch."""
+        """(absolute name, path, where) of images waiting for a full batch."""
         self._queue: WorkQueue[list[tuple[str, str, str]], list[SeenImage]] = WorkQueue(pool, _AHEAD)
 
     def add(self, path: str, where: str) -> None:
-        """Check an image that the source has not named before; `where` is the record that names it."""
+        """Check an image that the source names for the first time, in record `where`."""
         problem = self._root.problem(path)
         if problem is not None:
             self._findings.add(self._source, problem.kind, where, problem.detail)
@@ -147,8 +141,8 @@ class SourceImages:
 def evaluation_files(places: Sequence[str]) -> list[Path]:
     """Every image of the given folders and question files, each file once.
 
-    The images of a question file are searched below its folder, the folder above, and `images` in the folder above
-    (where `llava-mole prepare` puts them).
+    The images of a question file are looked for in its folder, in the folder above, and in `images` in the folder
+    above (where `llava-mole prepare` writes them).
 
     Raises:
         DataError: a place is neither a folder nor a file, or holds no image; or no image of a question file is found.

@@ -1,4 +1,4 @@
-"""Reading every record of a source, its tokens and its images, without stopping at a mistake."""
+"""Reads every record of a source and checks its tokens and images, without stopping at a mistake."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,14 +25,14 @@ from llava_mole.data.tokenization import LengthPolicy
 _BATCH = 256
 """Records that a worker process tokenizes at a time."""
 _AHEAD = 8
-"""Batches that may be unfinished."""
+"""Unfinished batches at a time."""
 
 
 def read_all(path: str, source: SourceFindings, findings: FindingsFile) -> Iterator[Record]:
-    """Yield every usable record of an annotation file or prepared set; the others are listed.
+    """Yield every usable record of an annotation file or prepared set, and list the others.
 
     Raises:
-        DataError: the file does not exist, is neither a JSON list nor a prepared set, or holds no record at all.
+        DataError: the file does not exist, is neither a JSON list nor a prepared set, or holds no record.
     """
     if is_prepared(path):
         records = PreparedRecords(path, source.name)
@@ -75,7 +75,7 @@ def _kind_of(value: Any, where: str) -> str:
 
 @dataclass(frozen=True)
 class TextLimits:
-    """How records become tokens, in plain values that can be sent to other processes."""
+    """How records become tokens, as plain values that other processes can receive."""
 
     language_model: str
     template: str
@@ -88,7 +88,7 @@ class TokenCount(NamedTuple):
     """The tokens of one record."""
 
     tokens: int
-    """Before any cut; 0 if the template cannot hold the record."""
+    """Before any cut; 0 if the template cannot render the record."""
     found: tuple[tuple[str, str], ...] = ()
     """(kind, detail) of its findings."""
 
@@ -114,7 +114,7 @@ def count_tokens(records: Sequence[Record], limits: TextLimits) -> list[TokenCou
 
 
 def _count(record: Record, limits: TextLimits, tokenizer: Any, template: Any) -> TokenCount:
-    # The same calls as in `data/lengths.py`, so that training treats the record in the same way.
+    # The same calls as in `data/lengths.py`: training treats the record in the same way.
     from llava_mole.data.lengths import NEVER, count_record
     from llava_mole.data.tokenization import encode_shortened
 
@@ -146,7 +146,7 @@ def _count(record: Record, limits: TextLimits, tokenizer: Any, template: Any) ->
 
 
 def _lost_by_cut(record: Record, limits: TextLimits, tokenizer: Any, template: Any) -> tuple[str, str]:
-    """Kind and detail of what the cut at the end removes although training needs it."""
+    """Kind and detail of what training needs but the cut at the end removes."""
     from llava_mole.data.tokenization import encode, render_record
 
     rendered, most = render_record(record, template), limits.max_length
@@ -165,15 +165,14 @@ def check_records(
     images: SourceImages | None,
     pool: Executor | None,
 ) -> None:
-    """Check every record of a source and, when it is first named, each of its images.
+    """Check every record of a source and, at its first mention, each of its images.
 
-    Memory grows by two 64-bit hashes a record (of its content and of its image's name, some 150 bytes in two Python
+    Memory grows by two 64-bit hashes a record (of its content and of its image's name; about 150 bytes in two Python
     sets) and by its length.
 
     Args:
         records: See `read_all`.
-        source: Takes the numbers.
-        findings: Takes the list.
+        source, findings: Receive the numbers and the list.
         limits: How tokens are counted; None counts none.
         images: Opens the images; None opens none.
         pool: Counts tokens; None counts them in this process.

@@ -1,11 +1,11 @@
-"""How the findings of `llava-mole check-data` are counted, judged and shown: limits, tables, JSON, figure."""
+"""The findings of `llava-mole check-data`: counted, judged by limits, and shown as tables, JSON and a figure."""
 
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from llava_mole.data.prepare.defects import BAD_IMAGE, KINDS, MISSING_IMAGE, REF
 
 @dataclass
 class SourceFindings:
-    """What was found in one source."""
+    """The findings in one source."""
 
     name: str
     records: int = 0
@@ -52,28 +52,13 @@ class FindingsFile:
         self._file.write(json.dumps(line) + "\n")
 
 
-class Verdict(NamedTuple):
-    """One limit of the configuration and the share that it is compared with."""
-
-    source: str
-    limit: str
-    """Field of section `check`."""
-    share: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the share is within the limit."""
-        return self.share <= self.allowed
-
-
 def left_out(*, tokens: bool, images: bool, evaluation: bool) -> dict[str, str]:
     """The limits that are not checked, each with the reason.
 
     Args:
         tokens: Whether tokens were counted.
         images: Whether images were opened.
-        evaluation: Whether there are evaluation images to compare with.
+        evaluation: Whether evaluation images were given.
     """
     limits = {} if tokens else {"max_truncated": "--no-tokens"}
     if not images:
@@ -82,10 +67,10 @@ def left_out(*, tokens: bool, images: bool, evaluation: bool) -> dict[str, str]:
 
 
 def judge(
-    sources: Sequence[SourceFindings], overlap: float, check: CheckConfig, not_checked: Collection[str] = ()
-) -> list[Verdict]:
+    sources: Sequence[SourceFindings], overlap: float, check: CheckConfig, not_checked: Collection[str]
+) -> list[dict[str, Any]]:
     """Compare every checked limit with the share of each source, and `max_overlap` with `overlap`."""
-    verdicts = []
+    compared = []
     for source in sources:
         records = source.records
         shares = {
@@ -95,53 +80,44 @@ def judge(
             "max_truncated": source.truncated / records if records else 0.0,
             "max_duplicates": source.duplicates / records if records else 0.0,
         }
-        verdicts += [
-            Verdict(source.name, limit, share, getattr(check, limit))
-            for limit, share in shares.items()
-            if limit not in not_checked
-        ]
-    if "max_overlap" not in not_checked:
-        verdicts.append(Verdict("evaluation images", "max_overlap", overlap, check.max_overlap))
-    return verdicts
+        compared += [(source.name, limit, share) for limit, share in shares.items()]
+    compared.append(("evaluation images", "max_overlap", overlap))
+    limits = []
+    for name, limit, share in compared:
+        if limit not in not_checked:
+            allowed = getattr(check, limit)
+            passed = share <= allowed
+            limits.append({"source": name, "limit": limit, "share": share, "allowed": allowed, "passed": passed})
+    return limits
 
 
-def report_text(
-    sources: Sequence[SourceFindings],
-    evaluated: int,
-    shared: Sequence[str],
-    verdicts: Sequence[Verdict],
-    not_checked: Mapping[str, str],
-) -> str:
-    """The printed report: one line a source, the findings by kind, the failed limits and those not checked."""
-    rows: list[tuple[str, ...]] = [
-        ("source", "records", "text only", "images", "mean tokens", "longest", "truncated", "duplicates")
-    ]
-    for source in sources:
-        tokens = source.tokens
-        mean, longest = (f"{tokens.mean():.0f}", f"{tokens.max()}") if tokens.size else ("-", "-")
-        numbers = (source.records, source.text_only, source.images)
-        more = (source.truncated, source.duplicates)
-        rows.append((source.name, *(f"{n:,}" for n in numbers), mean, longest, *(f"{n:,}" for n in more)))
-    lines = [format_table(rows, right=range(1, 8))]
-    kinds = [(source, kind, count) for source in sources for kind, count in source.kinds.most_common()]
-    if kinds:
-        found: list[tuple[str, ...]] = [("source", "finding", "number", "meaning")]
-        found += [(source.name, kind, f"{count:,}", KINDS[kind]) for source, kind, count in kinds]
-        lines += ["", format_table(found, right=(2,))]
-    else:
-        lines += ["", "no findings"]
+def report_text(report: Mapping[str, Any]) -> str:
+    """The printed form of `report_values`: sources, findings by kind, failed limits, and limits not checked."""
+    rows = [("source", "records", "text only", "images", "mean tokens", "longest", "truncated", "duplicates")]
+    found = [("source", "finding", "number", "meaning")]
+    for source in report["sources"]:
+        records, text_only, images, truncated, duplicates = (
+            f"{source[key]:,}" for key in ("records", "text_only", "images", "truncated", "duplicates")
+        )
+        mean, longest = (f"{source['tokens'][key]:.0f}" if source["tokens"] else "-" for key in ("mean", "max"))
+        rows.append((source["name"], records, text_only, images, mean, longest, truncated, duplicates))
+        for kind, count in Counter(source["findings"]).most_common():
+            found.append((source["name"], kind, f"{count:,}", KINDS[kind]))
+    lines = [format_table(rows, right=range(1, 8)), ""]
+    lines.append(format_table(found, right=(2,)) if len(found) > 1 else "no findings")
+    evaluated, shared = (report["evaluation_images"][key] for key in ("files", "trained_on"))
     if evaluated:
         lines += ["", f"evaluation images: {evaluated:,}, of which {len(shared):,} are trained on"]
         lines += [f"  {name}" for name in shared[:5]]
     lines.append("")
-    for verdict in verdicts:
-        if not verdict.passed:
-            share = f"{verdict.share:.2%} > {verdict.allowed:.2%}"
-            lines.append(f"FAILED  {verdict.source}: {share} (check.{verdict.limit})")
-    failed = sum(not verdict.passed for verdict in verdicts)
-    lines.append(f"{len(verdicts) - failed} of {len(verdicts)} limits passed")
-    if not_checked:
-        lines.append("not checked: " + ", ".join(f"{limit} ({reason})" for limit, reason in not_checked.items()))
+    failed = [limit for limit in report["limits"] if not limit["passed"]]
+    for limit in failed:
+        share = f"{limit['share']:.2%} > {limit['allowed']:.2%}"
+        lines.append(f"FAILED  {limit['source']}: {share} (check.{limit['limit']})")
+    lines.append(f"{len(report['limits']) - len(failed)} of {len(report['limits'])} limits passed")
+    if report["not_checked"]:
+        reasons = (f"{limit} ({reason})" for limit, reason in report["not_checked"].items())
+        lines.append("not checked: " + ", ".join(reasons))
     return "\n".join(lines)
 
 
@@ -149,12 +125,19 @@ def report_values(
     sources: Sequence[SourceFindings],
     evaluated: int,
     shared: Sequence[str],
-    verdicts: Sequence[Verdict],
+    limits: Sequence[Mapping[str, Any]],
     not_checked: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The report as JSON values; `passed` covers the limits that were checked."""
+    """The report as JSON values; `passed` covers the limits that were checked.
+
+    Args:
+        evaluated: Number of evaluation images.
+        shared: Files of those that are trained on.
+        limits: See `judge`.
+        not_checked: See `left_out`.
+    """
     return {
-        "passed": all(verdict.passed for verdict in verdicts),
+        "passed": all(limit["passed"] for limit in limits),
         "sources": [
             {
                 "name": source.name,
@@ -169,7 +152,7 @@ def report_values(
             for source in sources
         ],
         "evaluation_images": {"files": evaluated, "trained_on": list(shared)},
-        "limits": [{**verdict._asdict(), "passed": verdict.passed} for verdict in verdicts],
+        "limits": list(limits),
         "not_checked": dict(not_checked),
     }
 
@@ -177,14 +160,13 @@ def report_values(
 def _quantiles(source: SourceFindings) -> dict[str, float]:
     if not source.tokens.size:
         return {}
-    points = np.quantile(source.tokens, (0.5, 0.9, 0.99))
-    names = ("median", "p90", "p99")
-    quantiles = {name: float(point) for name, point in zip(names, points, strict=True)}
-    return {"mean": float(source.tokens.mean()), **quantiles, "max": float(source.tokens.max())}
+    median, p90, p99 = np.quantile(source.tokens, (0.5, 0.9, 0.99)).tolist()
+    mean, longest = float(source.tokens.mean()), float(source.tokens.max())
+    return {"mean": mean, "median": median, "p90": p90, "p99": p99, "max": longest}
 
 
 def draw_lengths(sources: Sequence[SourceFindings], max_length: int, path: Path) -> Path:
-    """Write a PNG with a histogram of token lengths for each source and a line at `max_length`; returns its path."""
+    """Write a PNG with a histogram of token lengths for each source and a line at `max_length`. Returns its path."""
     counted = [source for source in sources if source.tokens.size]
     figure = new_figure(8, 1.2 + 1.6 * len(counted))
     longest = max(int(source.tokens.max()) for source in counted)

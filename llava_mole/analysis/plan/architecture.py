@@ -1,6 +1,6 @@
-"""A run's model without its weights: the real classes on the meta device, so every count is exact.
+"""A run's model without its weights: the real classes on the meta device, with exact parameter counts.
 
-If a weight directory is missing, the architecture comes from a table of known models, and the plan says so.
+If a weight directory is missing, the architecture comes from a table of known models, and the plan reports that.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class MetaModel:
 
 
 def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_projector: bool) -> MetaModel:
-    """The run's model on the meta device, with its adapter, trainable and frozen as in training.
+    """The run's model on the meta device with its adapter; the parameters that train are those of the run.
 
     Raises:
         ConfigError, WeightsError: The architecture is neither on disk nor known, or an option is wrong.
@@ -48,10 +48,8 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
     from llava_mole.model.multimodal_encoder import VisionTower, read_tower_config
     from llava_mole.model.multimodal_projector import build_projector
 
-    assumptions = []
     lm_config, assumption = language_model_config(config.language_model)
-    if assumption:
-        assumptions.append(assumption)
+    assumptions = [assumption] if assumption else []
     tower = config.vision_tower
     tower_config = read_tower_config(tower.name)
     if not Path(tower.weights).is_file():
@@ -93,6 +91,5 @@ def language_model_config(path: str) -> tuple[Any, str]:
             f"language model {path!r} is absent and its name is not known (known: {', '.join(KNOWN_LANGUAGE_MODELS)}); "
             "put its config.json there, which is enough for a plan"
         )
-    return LlamaConfig(**KNOWN_LANGUAGE_MODELS[name]), f"language model {name} from the table of known models; " + (
-        f"{path} is absent"
-    )
+    assumption = f"language model {name} from the table of known models; {path} is absent"
+    return LlamaConfig(**KNOWN_LANGUAGE_MODELS[name]), assumption

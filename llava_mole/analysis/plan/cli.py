@@ -18,7 +18,7 @@ FIGURE = "plan.png"
 
 
 def parse_source(text: str) -> tuple[str, tuple[int, float]]:
-    """`NAME=RECORDS,MEAN_TOKENS` of option `--source`. Raises ConfigError for any other form."""
+    """Parse `NAME=RECORDS,MEAN_TOKENS` of option `--source`. Raises ConfigError for any other form."""
     name, _, numbers = text.partition("=")
     try:
         records, mean = numbers.split(",")
@@ -34,31 +34,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava-mole plan",
         allow_abbrev=False,
-        description="Estimate what a run takes before it starts. Options --key.sub VALUE override the configuration.",
+        description="Estimate the cost of a run before it starts. Options --key.sub VALUE override the configuration.",
     )
     parser.add_argument("config", metavar="CONFIG", help="configuration of the run, as for `llava-mole train`")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="number of GPUs (default 8)")
-    parser.add_argument(
-        "--gpu", default="a100-80g", metavar="NAME", help="GPU model (default a100-80g); an unknown name lists all"
-    )
-    parser.add_argument(
-        "--utilisation", type=float, default=0.5, metavar="SHARE", help="share of the GPU's peak in use (default 0.5)"
-    )
-    parser.add_argument(
-        "--source",
-        action="append",
-        default=[],
-        metavar="NAME=RECORDS,MEAN_TOKENS",
-        help="size of a source that is not on disk; repeatable",
-    )
-    parser.add_argument(
-        "--sample", type=int, default=2000, metavar="N", help="records to tokenize per source (default 2000)"
-    )
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="optimizer steps to simulate (default 200)")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for plan.png (default: the run directory if it exists, else .)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
+    add = parser.add_argument
+    add("--gpus", type=int, default=8, metavar="N", help="number of GPUs (default 8)")
+    add("--gpu", default="a100-80g", metavar="NAME", help="GPU model (default a100-80g); an unknown name lists all")
+    add("--utilisation", type=float, default=0.5, metavar="SHARE", help="share of the GPU's peak in use (default 0.5)")
+    add("--source", action="append", default=[], metavar="NAME=RECORDS,MEAN_TOKENS", help="size of a source that is "
+        "not on disk; repeatable")  # fmt: skip
+    add("--sample", type=int, default=2000, metavar="N", help="records to tokenize per source (default 2000)")
+    add("--steps", type=int, default=200, metavar="N", help="optimizer steps to simulate (default 200)")
+    add("--out", type=Path, metavar="DIR", help=f"folder of {FIGURE} (default: the run directory if it exists, else .)")
+    add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     return parser
 
 
@@ -100,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan_text(plan: Plan) -> str:
-    """The whole plan, as `llava-mole plan` prints it."""
+    """The plan as `llava-mole plan` prints it."""
     options, best = plan.options, plan.recommended
     gpu = options.gpu
     lines = [
@@ -137,7 +125,7 @@ def plan_text(plan: Plan) -> str:
         f"{'GPUs':>5}  {'batching':<9}{'row':>8}  {'recompute':<10}{'GiB':>6}{'s/step':>8}{'hours':>8}{'GPU hours':>11}"
         f"{'ranks busy':>12}{'MFU':>6}",
     ]
-    lines += [estimate_line(estimate, plan) for estimate in plan.estimates]
+    lines += [_estimate_line(estimate, plan) for estimate in plan.estimates]
     lines += [
         "* as configured, > recommended; padded with all recomputed is how LLaVA trains. row: tokens of the largest",
         "micro-batch. ranks busy: share of the time not spent waiting for the slowest rank. MFU: forward and backward",
@@ -150,8 +138,7 @@ def _words(estimate: Estimate) -> str:
     return f"{estimate.batching}, rows of {estimate.row_tokens:,} tokens, recompute {estimate.policy.name}"
 
 
-def estimate_line(estimate: Estimate, plan: Plan) -> str:
-    """One line of the table."""
+def _estimate_line(estimate: Estimate, plan: Plan) -> str:
     mark = "*" if estimate == plan.configured else ">" if estimate == plan.recommended else " "
     over = "" if plan.fits(estimate) else "  does not fit"
     return (
@@ -162,7 +149,7 @@ def estimate_line(estimate: Estimate, plan: Plan) -> str:
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """The plan as nested plain values. Bytes end in `_bytes`, seconds in `_s`."""
+    """The plan as nested plain values; keys of bytes end in `_bytes`, those of seconds in `_s`."""
     return {
         "stage": plan.stage,
         "gpu": plan.options.gpu.name,
@@ -178,14 +165,13 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "checkpoint_bytes": plan.checkpoint_bytes,
         "fits": plan.fits(plan.recommended),
         "reason": plan.reason,
-        "configured": estimate_values(plan.configured),
-        "recommended": estimate_values(plan.recommended),
-        "estimates": [estimate_values(estimate) for estimate in plan.estimates],
+        "configured": _estimate_values(plan.configured),
+        "recommended": _estimate_values(plan.recommended),
+        "estimates": [_estimate_values(estimate) for estimate in plan.estimates],
     }
 
 
-def estimate_values(estimate: Estimate) -> dict[str, Any]:
-    """One estimate as plain values."""
+def _estimate_values(estimate: Estimate) -> dict[str, Any]:
     return {
         "gpus": estimate.gpus,
         "batching": estimate.batching,

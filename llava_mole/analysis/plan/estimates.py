@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_mole.analysis.plan.memory import Precision, Row, Strategy, memory_items
-from llava_mole.analysis.plan.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows
+from llava_mole.analysis.plan.memory import Row, Strategy, memory_items
+from llava_mole.analysis.plan.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows, step_time
 from llava_mole.config import AdapterConfig, Quantization, TrainConfig, check_batch, deepspeed_config
 from llava_mole.data.batching import assign_step
 from llava_mole.model.flops import GIB, Gpu, ModelShape
@@ -13,11 +13,11 @@ from llava_mole.model.head_loss import CHUNK_ELEMENTS
 
 Batching = Literal["padded", "grouped", "packed"]
 COMPARED_GPUS = (8, 16, 32, 64)
-"""Numbers of GPUs in the table, besides the one asked for."""
+"""Numbers of GPUs in the table, besides the requested one."""
 ROWS = (1, 2, 4)
 """Capacities tried for packed rows, in multiples of the longest sample."""
 GAIN = 0.02
-"""Share of the time that a larger row must save to be preferred."""
+"""Share of the time that a larger row must save to be chosen."""
 EVERY = (8, 4, 3, 2)
 """Intervals tried for the policy `every_n`, least recomputation first."""
 
@@ -88,7 +88,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Planner:
-    """Estimates of one model and mixture on different numbers of GPUs."""
+    """Estimates one model and mixture on different numbers of GPUs."""
 
     train: TrainConfig
     adapter: AdapterConfig
@@ -113,10 +113,10 @@ class Planner:
         return self.estimate(gpus, train.batching, Policy(name, layers[recomputes]), row_tokens)
 
     def recommend(self, gpus: int, batching: Batching) -> tuple[Estimate, str]:
-        """The fastest estimate that fits, and the reason; if none fits, the one with the most recomputation.
+        """The fastest estimate that fits, or else the one with the most recomputation; and the reason.
 
-        Padded micro-batches have the configured size. Packed rows may be longer than a sample: ranks wait for each
-        other less often when there are fewer rows.
+        Padded micro-batches have the configured size. Packed rows may be longer than a sample: with fewer rows, ranks
+        wait for each other less often.
         """
         sizes = [self._padded_row()]
         if batching == "packed":
@@ -134,7 +134,7 @@ class Planner:
         return best
 
     def _choose_policy(self, gpus: int, batching: Batching, row_tokens: int) -> tuple[Policy, str, bool]:
-        """The policy with the least recomputation that fits, why, and whether any does."""
+        """The fitting policy with the least recomputation, the reason, and whether any policy fits."""
         capacity = self.options.gpu.memory_bytes
         need = {policy: sum(self.memory(gpus, batching, policy, row_tokens).values()) for policy in self.policies()}
         fitting = [policy for policy, size in need.items() if size <= capacity]
@@ -153,47 +153,36 @@ class Planner:
         return chosen, reason, bool(fitting)
 
     def compare(self, configured: Estimate, recommended: Estimate) -> list[Estimate]:
-        """On each number of GPUs: padded with all recomputed (as LLaVA trains), padded or grouped, and packed."""
+        """On each number of GPUs: padded with full recomputation as in LLaVA, padded or grouped, and packed."""
         padded: Batching = "grouped" if self.train.batching == "grouped" else "padded"
         estimates = []
         for gpus in sorted({*COMPARED_GPUS, self.options.gpus}):
-            if self._divides(gpus):
+            if self.train.global_batch_size % (gpus * self.train.micro_batch_size) == 0:
                 estimates.append(self.estimate(gpus, "padded", self.policies()[-1], self._padded_row()))
                 estimates.append(self.recommend(gpus, padded)[0])
-            if gpus <= self.batch:
+            if gpus <= self.train.global_batch_size:
                 estimates.append(self.recommend(gpus, "packed")[0])
         for known in (recommended, configured):
-            if not any(_same(e, known) for e in estimates):
+            if known not in estimates:
                 estimates.append(known)
-            estimates = [known if _same(e, known) else e for e in estimates]
         return sorted(estimates, key=lambda e: e.gpus)
 
     def estimate(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> Estimate:
         """Memory and time of one way to run it. Raises ConfigError if padded batches do not divide."""
-        train, peak = self.train, self.options.gpu.bf16_flops
-        check_batch(batching, train.global_batch_size, train.micro_batch_size, gpus)
-
-        def place(samples: Samples) -> Sequence[Rows]:
-            if batching == "padded":
-                return padded_rows(len(samples.tokens), gpus, train.micro_batch_size)
-            if batching == "grouped":
-                return grouped_rows(samples.tokens.tolist(), gpus, train.micro_batch_size)
-            return assign_step(
-                samples.tokens.tolist(),
-                world_size=gpus,
-                capacity=row_tokens,
-                quadratic=self.shape.quadratic_length,
+        check_batch(batching, self.train.global_batch_size, self.train.micro_batch_size, gpus)
+        times = [
+            step_time(
+                self.shape,
+                samples,
+                self._place(samples.tokens.tolist(), gpus, batching, row_tokens),
+                padded=batching != "packed",
+                recomputed_layers=policy.recomputed_layers,
+                flops_per_s=self.options.gpu.bf16_flops * self.options.utilisation,
+                lock_step=gpus > 1 and self.train.distributed == "zero2",
             )
-
-        step = mean_step(
-            self.shape,
-            self.drawn,
-            place,
-            padded=batching != "packed",
-            recomputed_layers=policy.recomputed_layers,
-            flops_per_s=peak * self.options.utilisation,
-            lock_step=gpus > 1 and train.distributed == "zero2",
-        )
+            for samples in self.drawn
+        ]
+        step = mean_step(times)
         return Estimate(
             gpus=gpus,
             batching=batching,
@@ -206,12 +195,12 @@ class Planner:
         )
 
     def memory(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> dict[str, float]:
-        """Bytes per item on one GPU at its fullest."""
+        """Bytes per item on one GPU at its peak."""
         return memory_items(
             self.shape,
             frozen_parameters=self.frozen,
             trainable_parameters=self.trainable,
-            precision=Precision(2 if self.train.precision == "bf16" else 4),
+            compute_bytes=2 if self.train.precision == "bf16" else 4,
             strategy=self._strategy(gpus),
             row=self._row(batching, row_tokens),
             adapter=self.adapter.method,
@@ -227,12 +216,14 @@ class Planner:
         every = [Policy(f"every_{n}", -(-layers // n)) for n in EVERY if n < layers]
         return [Policy("none", 0), *every, Policy("all", layers)]
 
-    @property
-    def batch(self) -> int:
-        return self.train.global_batch_size
-
-    def _divides(self, gpus: int) -> bool:
-        return self.batch % (gpus * self.train.micro_batch_size) == 0
+    def _place(self, lengths: list[int], gpus: int, batching: Batching, row_tokens: int) -> Sequence[Rows]:
+        """Each rank's micro-batches of a step."""
+        if batching == "packed":
+            quadratic = self.shape.quadratic_length
+            return assign_step(lengths, world_size=gpus, capacity=row_tokens, quadratic=quadratic)
+        if batching == "grouped":
+            return grouped_rows(lengths, gpus, self.train.micro_batch_size)
+        return padded_rows(len(lengths), gpus, self.train.micro_batch_size)
 
     def _strategy(self, gpus: int) -> Strategy:
         if gpus == 1 or self.train.distributed == "ddp":
@@ -245,16 +236,12 @@ class Planner:
         return self.train.micro_batch_size * self.max_length
 
     def _row(self, batching: Batching, row_tokens: int) -> Row:
-        """The largest micro-batch: samples of full length, or a full row of samples with hardly any text."""
+        """The largest micro-batch: samples of full length or, packed, a full row of samples with hardly any text."""
         image, size = self.shape.image_tokens, self.train.micro_batch_size
         packed = batching == "packed"
         images = row_tokens // image if packed else size
         fewest_images = row_tokens // self.max_length if packed else size
         return Row(tokens=row_tokens, images=images, supervised=row_tokens - fewest_images * image, packed=packed)
-
-
-def _same(a: Estimate, b: Estimate) -> bool:
-    return (a.gpus, a.batching, a.policy, a.row_tokens) == (b.gpus, b.batching, b.policy, b.row_tokens)
 
 
 def _gib(size: float) -> str:

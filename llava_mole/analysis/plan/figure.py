@@ -64,5 +64,5 @@ def _time_panel(axes: Any, plan: Plan) -> None:
 
 
 def _is_drawn(estimate: Estimate, plan: Plan) -> bool:
-    """Whether the figure shows it: every estimate on the requested GPUs, only packed ones on other numbers."""
+    """Whether the figure shows it: all estimates on the requested GPUs, only packed ones on other numbers."""
     return estimate.gpus == plan.options.gpus or estimate.batching == "packed"

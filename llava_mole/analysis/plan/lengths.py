@@ -1,4 +1,4 @@
-"""Sample lengths of each source: measured if its data is on disk, otherwise assumed (and marked as assumed)."""
+"""Sample lengths of each source: measured if its data is on disk, otherwise assumed and marked as such."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from llava_mole.analysis.plan.simulation import Samples
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import DataConfig
 from llava_mole.data.store import is_prepared
@@ -35,7 +35,7 @@ class AssumedSource:
 
 
 KNOWN_SOURCES: dict[str, AssumedSource] = {
-    # Record counts: the LLaVA-MoLE paper, section 4.1. It gives no lengths but that many UReader samples reach the
+    # Record counts: the LLaVA-MoLE paper, section 4.1. Of lengths it only says that many UReader samples reach the
     # context of 4096; the means stand for one caption or question (M3IT), several turns (ShareGPT4V), short
     # questions (PathVQA) and page texts (UReader).
     "m3it": AssumedSource(1_600_000, 160, 0.5, 0.0, "mean 736"),
@@ -44,20 +44,17 @@ KNOWN_SOURCES: dict[str, AssumedSource] = {
     "pathvqa": AssumedSource(19_755, 60, 0.2, 0.0, "mean 636"),
     "sharegpt4v-pt": AssumedSource(1_246_000, 190, 0.3, 0.0, "mean 766"),
 }
-"""By the name of the source in `data.sources`."""
+"""By name in `data.sources`."""
 
 
 @dataclass(frozen=True)
-class SourceLengths:
-    """Sample lengths that represent a source; one entry per sample, int64."""
+class SourceLengths(Samples):
+    """Samples that represent a source."""
 
     name: str
     records: int
-    tokens: npt.NDArray[np.int64]
-    supervised: npt.NDArray[np.int64]
-    images: npt.NDArray[np.int64]
     basis: str
-    """Where the numbers come from, as the plan shows it."""
+    """Origin of the numbers, as the plan shows it."""
     assumed: bool
 
 
@@ -72,14 +69,13 @@ def source_lengths(
     """Lengths of every source with lambda above 0.
 
     Args:
-        data: Section `data` of the configuration.
         language_model: Directory whose tokenizer is used, if it exists.
         image_tokens: Tokens of an image.
         sample: Most records to tokenize of each source, evenly spaced.
         given: `(records, mean tokens)` by source; overrides data and assumptions.
 
     Raises:
-        ConfigError: A source is neither given nor on disk nor known.
+        ConfigError: A source is neither given, nor on disk, nor known.
         DataError: A file or record is wrong.
     """
     given = dict(given or {})
@@ -117,11 +113,11 @@ def assumed_lengths(name: str, source: AssumedSource, image_tokens: int, max_len
     tokens = generator.permutation(tokens)
     images = np.ones(POOL, dtype=np.int64)
     supervised = np.rint(ANSWER_SHARE * np.maximum(tokens - image_tokens, 1)).astype(np.int64)
-    return SourceLengths(name, source.records, tokens, supervised, images, f"{how}: {source.origin}", True)
+    return SourceLengths(tokens, supervised, images, name, source.records, f"{how}: {source.origin}", True)
 
 
 def measured_lengths(name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int) -> SourceLengths:
-    """Lengths of up to `sample` records of the source's file, tokenized as in training if the tokenizer is there."""
+    """Lengths of up to `sample` records of a source on disk, tokenized as in training if the tokenizer exists."""
     from llava_mole.conversation import render
     from llava_mole.data.chat_template import resolve_template
     from llava_mole.data.store import read_records
@@ -143,4 +139,4 @@ def measured_lengths(name: str, data: DataConfig, language_model: str, image_tok
         tokens = np.minimum(size / BYTES_PER_TOKEN + images * image_tokens + 1, data.max_length).astype(np.int64)
         supervised = np.rint(ANSWER_SHARE * (tokens - images * image_tokens)).astype(np.int64)
         basis = f"{len(chosen):,} of {len(records):,} records at {BYTES_PER_TOKEN:g} bytes a token (no tokenizer here)"
-    return SourceLengths(name, len(records), tokens, supervised, images, basis, False)
+    return SourceLengths(tokens, supervised, images, name, len(records), basis, False)

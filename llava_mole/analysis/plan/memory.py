@@ -1,6 +1,7 @@
 """Memory of one GPU in training, by item; docs/planning.md derives the formulas.
 
-e is the bytes per number of the compute precision (bfloat16 2, float32 4); float32 copies always take 4.
+`compute_bytes`, e in the formulas, is the size of a number in the compute precision (bfloat16 2, float32 4): frozen
+weights, activations and, under DeepSpeed, trainable weights and gradients. float32 copies always take 4.
 """
 
 from dataclasses import dataclass
@@ -15,18 +16,6 @@ FRAGMENTATION = 0.05
 """Share of everything else that the allocator loses to fragmentation."""
 DEEPSPEED_BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`: the length of the buffer it allocates."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The width of numbers."""
-
-    compute_bytes: int
-    """Of frozen weights, activations and, under DeepSpeed, trainable weights and gradients."""
-
-    @property
-    def mixed(self) -> bool:
-        return self.compute_bytes < 4
 
 
 @dataclass(frozen=True)
@@ -62,20 +51,18 @@ def layer_bytes_per_token(
 
     Args:
         adapter: `none`, `lora` or `mole`.
-        rank: LoRA rank.
-        compute_bytes: e.
-        packed: attention runs sample by sample and its outputs are put together: kept apart and together.
+        packed: attention runs sample by sample; its outputs are kept both separately and concatenated.
     """
     e, d, f = compute_bytes, shape.hidden_size, shape.ffn_size
     norms = 2 * 4.0 * (d + 1)  # both RMSNorms: the input in float32, the reciprocal of its root mean square
     attention = e * (2.0 * shape.attention_width + 2.0 * shape.key_value_width) + 4.0 * shape.attention_heads
     if adapter == "none":
         return norms + attention + e * 3.0 * f  # gate and its activation, up
-    attention += e * d  # input of q, k, v; that of o is the attention's output, kept already
+    attention += e * d  # input of q, k and v; that of o, the attention's output, is kept anyway
     attention += e * shape.attention_width if packed else 0.0
     low_rank = e * rank * (4.0 + 3.0 * shape.experts_used)
     if adapter == "lora":
-        return norms + attention + low_rank + e * (d + 4.0 * f)  # besides: the FFN's input and that of down
+        return norms + attention + low_rank + e * (d + 4.0 * f)  # also the FFN's input and that of down
     router = 4.0 * d if e < 4 and shape.has_router else 0.0  # the router's float32 copy of its input
     return norms + attention + low_rank + e * (d + 2.0 * f) + router  # MoLE recomputes the activation of gate
 
@@ -83,7 +70,7 @@ def layer_bytes_per_token(
 def activation_bytes(
     shape: ModelShape, row: Row, adapter: str, rank: int, compute_bytes: int, recomputed_layers: int
 ) -> float:
-    """Bytes kept between forward and backward pass, with one recomputed layer unfolded."""
+    """Bytes kept between forward and backward pass, with one recomputed layer at its full size."""
     layer = layer_bytes_per_token(shape, adapter, rank, compute_bytes, row.packed) * row.tokens
     inputs = compute_bytes * shape.hidden_size * row.tokens
     kept = (shape.layers - recomputed_layers) * layer + recomputed_layers * inputs
@@ -95,7 +82,7 @@ def activation_bytes(
 
 
 def frozen_bytes(shape: ModelShape, parameters: int, compute_bytes: int, quantization: Quantization) -> float:
-    """Bytes of `parameters` frozen weights, of which those of the decoder layers' linears may be quantised."""
+    """Bytes of `parameters` frozen weights; those of the decoder layers' linears may be quantised."""
     if quantization == "none":
         return float(compute_bytes * parameters)
     quantised = shape.linear_parameters
@@ -105,7 +92,7 @@ def frozen_bytes(shape: ModelShape, parameters: int, compute_bytes: int, quantiz
 def int8_input_bytes(shape: ModelShape, tokens: int, adapter: str, compute_bytes: int, recomputed_layers: int) -> float:
     """Bytes of the linears' inputs that only 8-bit products keep.
 
-    bitsandbytes keeps the input of an 8-bit product although its weight is frozen, and recomputation does not free it.
+    bitsandbytes keeps the input of an 8-bit product even if the weight is frozen, and recomputation does not free it.
     """
     d, w, f = shape.hidden_size, shape.attention_width, shape.ffn_size
     beyond_others = {"none": 2 * d + f, "lora": 0, "mole": f}[adapter]
@@ -118,7 +105,7 @@ def memory_items(
     *,
     frozen_parameters: int,
     trainable_parameters: int,
-    precision: Precision,
+    compute_bytes: int,
     strategy: Strategy,
     row: Row,
     adapter: str,
@@ -130,19 +117,16 @@ def memory_items(
     """Bytes per item on one GPU at its peak.
 
     Args:
-        shape: of the model.
-        frozen_parameters, trainable_parameters: counts.
-        precision, strategy: of the run.
         row: the largest micro-batch.
         adapter, rank: as for `layer_bytes_per_token`.
         recomputed_layers: decoder layers whose activations are recomputed.
         head_chunk: positions whose logits exist at a time.
         quantization: of the language model's linears.
     """
-    e, trainable = precision.compute_bytes, float(trainable_parameters)
+    e, trainable = compute_bytes, float(trainable_parameters)
     shard = trainable / strategy.world_size if strategy.shards_optimizer else trainable
     if strategy.kind in ("single", "ddp"):
-        weights = 4 * trainable + (2 * trainable if precision.mixed else 0.0)  # autocast keeps bfloat16 copies
+        weights = 4 * trainable + (2 * trainable if e < 4 else 0.0)  # autocast keeps bfloat16 copies
         gradients = 4 * trainable
         optimizer = 8 * trainable  # the weights are the masters
         buckets = 4 * trainable if strategy.kind == "ddp" else 0.0
@@ -152,13 +136,12 @@ def memory_items(
         optimizer = 12 * shard  # float32 master and both moments
         buckets = float(e * strategy.bucket_elements)
     width, tokens = shape.hidden_size, row.tokens
-    logits = (
-        min(row.supervised, head_chunk) * shape.vocab_size * (2 * e + 12)
-    )  # with the float32 copy, softmax, gradients
+    # With the float32 copy, the softmax and the gradients.
+    logits = min(row.supervised, head_chunk) * shape.vocab_size * (2 * e + 12)
     activations = activation_bytes(shape, row, adapter, rank, e, recomputed_layers)
     if quantization == "8bit":
         activations += int8_input_bytes(shape, tokens, adapter, e, recomputed_layers)
-    expanded = 0 if quantization == "none" else e * width * shape.ffn_size  # one weight at a time, for its product
+    expanded = 0 if quantization == "none" else e * width * shape.ffn_size  # one weight at a time, for a product
     items = {
         "frozen weights": frozen_bytes(shape, frozen_parameters, e, quantization),
         "trainable weights": weights,

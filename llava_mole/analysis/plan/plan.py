@@ -1,12 +1,11 @@
-"""Estimates parameters, GPU memory, FLOPs and hours of a run before it starts; needs no weights, data or GPU."""
+"""Estimates parameters, GPU memory, FLOPs and hours of a run; needs no weights, data or GPU."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_mole.analysis.plan.architecture import build_meta_model
 from llava_mole.analysis.plan.estimates import Estimate, Planner, PlanOptions
 from llava_mole.analysis.plan.lengths import SourceLengths, source_lengths
-from llava_mole.analysis.plan.simulation import Samples, draw_steps
+from llava_mole.analysis.plan.simulation import draw_steps
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from llava_mole.data.batching import count_steps
@@ -83,8 +82,7 @@ def make_plan(
     batch = train.global_batch_size
     steps, _ = count_steps(sum(counts.values()), batch)
     steps = steps if train.max_steps is None else min(steps, train.max_steps)
-    pools = [Samples(source.tokens, source.supervised, source.images) for source in lengths]
-    drawn = list(draw_steps(pools, list(counts.values()), batch, options.steps, seed=train.seed))
+    drawn = list(draw_steps(lengths, list(counts.values()), batch, options.steps, seed=train.seed))
     parameters = parameter_report(meta.model)
     trainable = sum(part[1] for part in parameters)
     frozen = sum(part[2] for part in parameters) - trainable
@@ -94,10 +92,12 @@ def make_plan(
     configured = planner.configured(options.gpus)
     recommended, reason = planner.recommend(options.gpus, train.batching)
     sources = [_source_plan(shape, source, counts[source.name]) for source in lengths]
+    assumed = ", ".join(source.name for source in lengths if source.assumed)
+    assumptions = (f"number and lengths of the samples of {assumed} (table below)",) if assumed else ()
     return Plan(
         options=options,
         stage=stage,
-        assumptions=meta.assumptions + _assumed(lengths),
+        assumptions=meta.assumptions + assumptions,
         parameters=parameters,
         sources=sources,
         samples=sum(counts.values()),
@@ -120,11 +120,6 @@ def _check(options: PlanOptions) -> None:
     for key in ("steps", "sample"):
         if getattr(options, key) < 1:
             raise ConfigError(f"--{key} is {getattr(options, key)}; it must be at least 1")
-
-
-def _assumed(lengths: Sequence[SourceLengths]) -> tuple[str, ...]:
-    names = [source.name for source in lengths if source.assumed]
-    return (f"number and lengths of the samples of {', '.join(names)} (table below)",) if names else ()
 
 
 def _source_plan(shape: ModelShape, source: SourceLengths, samples: int) -> SourcePlan:

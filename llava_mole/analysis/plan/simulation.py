@@ -1,6 +1,6 @@
 """Simulates how long steps last when all ranks wait for the slowest one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of one step, G of them; int64 [G] each."""
+    """Sizes of G samples, int64 [G] each."""
 
     tokens: npt.NDArray[np.int64]
     supervised: npt.NDArray[np.int64]
@@ -47,7 +47,7 @@ class StepTime:
 
 
 def padded_rows(num_samples: int, world_size: int, micro_batch_size: int) -> list[Rows]:
-    """Rank -> micro-batches in the order of the plan, as `data.batching.BatchPlan` assigns them."""
+    """Each rank's micro-batches in the order of the plan, as `data.batching.BatchPlan` assigns them."""
     per_pass = world_size * micro_batch_size
     return [
         [
@@ -59,7 +59,7 @@ def padded_rows(num_samples: int, world_size: int, micro_batch_size: int) -> lis
 
 
 def grouped_rows(lengths: Sequence[int], world_size: int, micro_batch_size: int) -> list[Rows]:
-    """`padded_rows` after grouping the step's samples by length, as LLaVA does; all have one modality."""
+    """`padded_rows` of the step's samples grouped by length, as in LLaVA; all count as one modality."""
     generator = torch.Generator().manual_seed(0)
     chunks = len(lengths) // micro_batch_size
     order = grouped_order(lengths, micro_batch_size, chunks, generator, by_modality=False)
@@ -77,17 +77,15 @@ def step_time(
     flops_per_s: float,
     lock_step: bool,
 ) -> StepTime:
-    """One step.
+    """The time of one step.
 
     Args:
-        shape: of the model.
-        samples: of the step.
         ranks: each rank's micro-batches.
-        padded: whether samples of a micro-batch are padded to its longest; else they are packed without padding.
+        padded: whether the samples of a micro-batch are padded to its longest, or packed without padding.
         recomputed_layers: decoder layers that run forward twice.
         flops_per_s: what a GPU sustains while it computes.
-        lock_step: whether ranks wait for each other after every micro-batch (ZeRO-2, which reduces gradients each
-            time) or only at the end of the step.
+        lock_step: whether ranks wait for each other after every micro-batch (ZeRO-2 reduces gradients there) or only
+            at the end of the step.
     """
     passes = max(len(rows) for rows in ranks)
     shape_RP = (len(ranks), passes)
@@ -108,7 +106,7 @@ def step_time(
 def _sample_flops(
     shape: ModelShape, samples: Samples, row_G: npt.NDArray[np.int64], padded: bool, recomputed_layers: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """FLOPs of useful work, padding and recomputation per sample [G]; `row_G` is the row of each sample."""
+    """FLOPs of useful work, padding and recomputation per sample, [G] each; `row_G` is the row of each sample."""
     tokens = samples.tokens.astype(float)
     run = tokens
     if padded:
@@ -121,29 +119,8 @@ def _sample_flops(
     return useful, padding, recompute_flops(shape, run, run**2, recomputed_layers)
 
 
-def mean_step(
-    shape: ModelShape,
-    steps: Sequence[Samples],
-    place: Callable[[Samples], Sequence[Rows]],
-    *,
-    padded: bool,
-    recomputed_layers: int,
-    flops_per_s: float,
-    lock_step: bool,
-) -> StepTime:
-    """The mean of `step_time` over steps; `place` gives each rank's micro-batches of a step."""
-    times = [
-        step_time(
-            shape,
-            samples,
-            place(samples),
-            padded=padded,
-            recomputed_layers=recomputed_layers,
-            flops_per_s=flops_per_s,
-            lock_step=lock_step,
-        )
-        for samples in steps
-    ]
+def mean_step(times: Sequence[StepTime]) -> StepTime:
+    """The mean of every part over steps."""
     keys = ("seconds", "useful", "padding", "recompute", "stragglers")
     return StepTime(**{key: sum(getattr(time, key) for time in times) / len(times) for key in keys})
 
@@ -151,7 +128,7 @@ def mean_step(
 def draw_steps(
     pools: Sequence[Samples], shares: Sequence[float], batch: int, steps: int, seed: int
 ) -> Iterator[Samples]:
-    """Steps of `batch` samples: sources by their share of the mixture, lengths from each source's pool."""
+    """Draw steps of `batch` samples: the source by its share of the mixture, the lengths from the source's pool."""
     generator = np.random.Generator(np.random.Philox(key=seed))
     tokens, supervised, images = (
         np.concatenate([getattr(pool, key) for pool in pools]) for key in ("tokens", "supervised", "images")

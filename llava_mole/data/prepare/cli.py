@@ -1,4 +1,4 @@
-"""`llava-mole prepare SOURCE`: write a data set to disk in the form that training opens at once."""
+"""`llava-mole prepare SOURCE`: convert a data set to a form that training opens at once."""
 
 import argparse
 import functools
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llava_mole.common.errors import ConfigError, DataError, WeightsError, command, one_line
+from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.chat_template import check_template_name
 from llava_mole.data.prepare.files import unpack_archives
 from llava_mole.data.prepare.samples import Source, SourceOptions
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """The text of `llava-mole prepare --help`: every source, and what it expects."""
+    """Return the text of `llava-mole prepare --help`: every source, and what it expects."""
     lines = [
         "usage: llava-mole prepare SOURCE --raw DIR --out DIR [ARGUMENTS]",
         "",
@@ -49,15 +50,15 @@ def help_text() -> str:
     for name in MODULES:
         module = get_module(name)
         lines.append(f"  {name:<20} {module.SUMMARY if hasattr(module, 'main') else get_source(name).summary}")
-    return "\n".join([*lines, "", "`llava-mole prepare SOURCE --help` has a source's options and known defects."])
+    return "\n".join([*lines, "", "`llava-mole prepare SOURCE --help` lists a source's options and known defects."])
 
 
 def make_parser(source: Source) -> argparse.ArgumentParser:
-    """The argument parser of one source: the options of `prepare`, then the source's own."""
+    """Return the argument parser of one source: the options of `prepare`, then the source's own."""
     parser = argparse.ArgumentParser(
         prog=f"llava-mole prepare {source.name}",
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=HELP_WIDTH),
         description=f"{source.summary}\n\n{source.expects}",
     )
     add = parser.add_argument
@@ -70,17 +71,22 @@ def make_parser(source: Source) -> argparse.ArgumentParser:
     add("--missing-images", choices=("drop", "error"), default="drop", help="leave out and count records without their "
         "image, or stop (default %(default)s)")  # fmt: skip
     add("--check-images", choices=("exist", "decode", "none"), default="decode" if source.embedded else "exist",
-        help="look for each file, decode it, or trust (default %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes for images (default %(default)s)")
-    add("--unpack-archives", type=Path, metavar="DIR", help="unpack the zip and tar files of --raw there and read that")
-    add("--tokenizer", metavar="DIR", help="count tokens now, with the language model in DIR, so that no run has to")
+        help="check that each file exists, decode it, or check nothing (default %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that open images (default %(default)s)")
+    add(
+        "--unpack-archives",
+        type=Path,
+        metavar="DIR",
+        help="unpack the zip and tar files of --raw into DIR and read DIR",
+    )
+    add("--tokenizer", metavar="DIR", help="count tokens now with the tokenizer in DIR, so that no run has to")
     add("--template", default="vicuna_v1", help="conversation template for --tokenizer (default %(default)s)")
     _add_options(parser, source.options)
     return parser
 
 
 def _add_options(parser: argparse.ArgumentParser, options: type[SourceOptions]) -> None:
-    """Add an option for each field of a source's options; its type decides how it is read, see `source.option`."""
+    """Add an option for each field of a source's options; its type decides how it is parsed, see `samples.option`."""
     defaults, types = options(), get_type_hints(options)
     for field in fields(options):
         flag, kind, default = "--" + field.name.replace("_", "-"), types[field.name], getattr(defaults, field.name)
@@ -109,7 +115,7 @@ def _named_errors(flag: str, parse: Callable[[str], Any], text: str) -> Any:
 
 
 def _parse_names(text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    """Distinct names of a comma-separated text. Raises ValueError for one that is not `allowed`, unless all are."""
+    """Return the distinct names of a comma-separated text. Raises ValueError for one not `allowed` (empty: any)."""
     names = tuple(dict.fromkeys(name for name in text.split(",") if name))
     unknown = [name for name in names if allowed and name not in allowed]
     if unknown:
@@ -128,11 +134,12 @@ def run(source: Source, argv: Sequence[str]) -> int:
     if given.unpack_archives is not None:
         unpack_archives(raw, given.unpack_archives)
         raw = given.unpack_archives
+    image_folder = raw.parent if raw.is_file() else raw / source.image_folder
     request = Request(
         source=source,
         raw=raw,
         out=Path(os.path.realpath(given.out)),  # a link to another disk stays, and unfinished output lies there
-        image_root=given.image_root or _default_image_root(source, raw),
+        image_root=given.image_root or (image_folder if image_folder.is_dir() else raw),
         options=source.options(**{field.name: getattr(given, field.name) for field in fields(source.options)}),
         check=given.check_images,
         copy=given.images == "unpack",
@@ -147,14 +154,18 @@ def run(source: Source, argv: Sequence[str]) -> int:
     if (given.out / TRAIN).is_dir():
         print(f"\nannotations: {given.out / TRAIN}\nimage_folder: {given.out / IMAGES}")
         if given.tokenizer is not None:
-            print(f"tokens: {_count_tokens(given.out / TRAIN, given.tokenizer, given.template):,}, images not counted")
+            from llava_mole.data.lengths import add_lengths
+            from llava_mole.data.tokenization import load_tokenizer
+
+            tokens = add_lengths(given.out / TRAIN, load_tokenizer(given.tokenizer), given.template)
+            print(f"tokens: {tokens:,}, images not counted")
     for name, count in report["questions"].items():
         print(f"questions: {given.out / QUESTIONS / name}.jsonl ({count:,})")
     return 0
 
 
 def _check_arguments(source: Source, given: argparse.Namespace) -> None:
-    """Refuse, before the work, arguments that cannot succeed."""
+    """Refuse arguments that cannot succeed, before the work."""
     if not given.raw.exists():
         raise DataError(f"--raw {given.raw} does not exist; `llava-mole prepare {source.name} --help` describes it")
     if given.out.name in ("", ".."):
@@ -167,21 +178,6 @@ def _check_arguments(source: Source, given: argparse.Namespace) -> None:
         check_template_name(given.template)
         if not Path(given.tokenizer).is_dir():
             raise WeightsError(f"--tokenizer {given.tokenizer} is not a directory; name that of the language model")
-
-
-def _default_image_root(source: Source, raw: Path) -> Path:
-    if raw.is_file():
-        return raw.parent
-    folder = raw / source.image_folder
-    return folder if folder.is_dir() else raw
-
-
-def _count_tokens(directory: Path, tokenizer: str, template: str) -> int:
-    """Store the token counts of a prepared set in it; returns their sum."""
-    from llava_mole.data.lengths import add_lengths
-    from llava_mole.data.tokenization import load_tokenizer
-
-    return add_lengths(directory, load_tokenizer(tokenizer), template)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Defects of raw data: the one table of their kinds, which `check-data` uses too, and the counter of `prepare`."""
+"""Defects of raw data: the table of their kinds, shared with `check-data`, and the counter of `prepare`."""
 
 import json
 from collections import Counter
@@ -15,14 +15,14 @@ KINDS: dict[str, str] = {
     "id-again": "an id that an earlier record has; `where` tells them apart",
     "ignored-keys": "keys that training does not read",
     "misspelt-key": "a key that the source misspells",
-    "many-sources": "more sub-sources than are told apart; counted as `images` or `text`",
+    "many-sources": "too many sub-sources; counted as `images` or `text`",
     "no-instruction": "no instruction, and none to draw one from",
     # Turns.
     "unknown-role": "a turn of an unknown role",
     "turn-order": "turns that do not alternate, or none from the user",
     "merged-turns": "consecutive turns of one role, joined",
     "first-answer": "an answer before the first question",
-    "system-turn": "a system prompt of its own; the template brings one",
+    "system-turn": "a system prompt in the record; the template has its own",
     "empty-answer": "an answer without text",
     "none-answer": "the answer is the word None, which the source uses for an absent field",
     "marker": "the numbers of <image> markers and images differ, or an answer holds a marker",
@@ -46,7 +46,7 @@ KINDS: dict[str, str] = {
     "wrong-extension": "the content has another format than the file name says",
     "base64": "the base64 text is not valid",
     "base64-spaces": "white space inside the base64 text",
-    "no-image": "a record without an image where each must have one",
+    "no-image": "a record without an image in a source where every record must have one",
     "several-images": "more than one image",
     "several-images-question": "a test row with more than one image; the evaluation reads one",
     "tiff-page": "a page of a TIFF file other than the first; --images unpack extracts it",
@@ -55,9 +55,9 @@ KINDS: dict[str, str] = {
 
 REFUSED_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",
                   "bad-text", "image-cut", "masked", "too-long")  # fmt: skip
-"""Kinds of records with which training does not start."""
+"""Kinds of defects with which training does not start."""
 OVERLONG_RECORD = ("truncated", "shortened", "dropped")
-"""Kinds of records that are longer than `data.max_length` and that `data.max_length_policy` lets pass."""
+"""Kinds of records longer than `data.max_length` that `data.max_length_policy` allows."""
 MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
 BAD_IMAGE = ("corrupt-image", "too-large-image")
 
@@ -72,7 +72,7 @@ class Issue(NamedTuple):
 
 
 class SkipRecord(Exception):
-    """Leaves out the current record; `usable_samples` counts it and continues."""
+    """Raised to leave out the current record; `usable_samples` counts it and continues."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -84,7 +84,7 @@ class Defects:
     """Counts defects and lists them in a file.
 
     Args:
-        path: The list file; each line is `{"where", "kind", "action", "detail"}`. None lists nothing.
+        path: The list file; each line is `{"where", "kind", "action", "detail"}`. None counts only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -116,7 +116,7 @@ class Defects:
             self._file = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """`{kind, action, count, meaning}`, most frequent first."""
+        """Return `{kind, action, count, meaning}` for each kind and action, most frequent first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return [
             {"kind": kind, "action": action, "count": count, "meaning": KINDS[kind]}

@@ -1,5 +1,6 @@
-"""Raw files: unpacking archives, finding files, and reading their values one by one."""
+"""Raw files: unpack archives, find files, and read their values one by one."""
 
+import contextlib
 import lzma
 import os
 import re
@@ -26,9 +27,8 @@ _SMALL = 64 << 20
 _BLOCK = 1 << 20
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError,
            RuntimeError)  # fmt: skip
-_DATA_FILTER = (
-    {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-)  # Python before 3.10.12 and 3.11.4 has none
+# Python before 3.10.12 and 3.11.4 has no filters.
+_DATA_FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 JSON_SUFFIXES = (".json", ".jsonl")
 ARROW_BATCH_ROWS = 64
@@ -48,25 +48,25 @@ def unpack_archives(raw: Path, folder: Path) -> None:
 
 
 def unpack_archive(archive: Path, folder: Path) -> int:
-    """Write the files of an archive below `folder` and return how many; nothing is written if a name is refused.
+    """Write the files of an archive below `folder` and return their number; nothing is written if one is refused.
 
-    A second call finds `<folder>/.unpacked/<name>` and does nothing; an interrupted one starts again.
+    A second call finds `<folder>/.unpacked/<name>` and does nothing. After an interruption all files are written again.
 
     Raises:
-        DataError: a member is absolute, climbs with `..`, is a link or a device, or shares its name with another; the
-            archive is damaged, encrypted, or a decompression bomb.
+        DataError: a member's name is absolute, has `..`, or is that of another member; a member is a link or a device;
+            the archive is damaged, encrypted, or a decompression bomb.
     """
     done = folder / ".unpacked" / archive.name
     size = archive.stat().st_size
     if done.is_file() and done.read_text(encoding="utf-8") == str(size):
         return 0
     try:
-        opener: Any = zipfile.ZipFile if archive.suffix.lower() == ".zip" else _open_tar
-        options = {} if opener is zipfile.ZipFile else _DATA_FILTER
-        with opener(archive) as opened:
+        is_zip = archive.suffix.lower() == ".zip"
+        opening: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=_Header)
+        with opening as opened:
             members = _checked_members(opened, archive, folder, max(_SMALL, LARGEST_RATIO * size))
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files", disable=None, delay=3.0):
-                opened.extract(member, folder, **options)
+                opened.extract(member, folder, **({} if is_zip else _DATA_FILTER))
     except _DAMAGE as error:
         raise DataError(f"{archive}: cannot be unpacked: {' '.join(str(error).split())}; download it again") from None
     except OSError as error:
@@ -78,7 +78,7 @@ def unpack_archive(archive: Path, folder: Path) -> int:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. `tarfile` takes a damaged or cut one for the end of the archive; here it is an error."""
+    """A member's header; a damaged or cut one is an error, which `tarfile` takes for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
@@ -90,33 +90,18 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {archive.offset:,}") from None
 
 
-def _open_tar(archive: Path) -> tarfile.TarFile:
-    return tarfile.open(archive, tarinfo=_Header)
-
-
 def _checked_members(opened: Any, archive: Path, folder: Path, most: int) -> list[Any]:
     """The files of an opened zip or tar archive, with forward slashes in their names.
 
-    The standard library's filters would rename or skip members; a data set must be unpacked whole or not at all.
-
-    Args:
-        opened: `ZipFile` or `TarFile`.
-        archive: Its file, for messages.
-        folder: Where it is to be unpacked.
-        most: Most unpacked bytes.
-
-    Raises:
-        DataError: see `unpack_archive`.
+    The standard library's filters rename or skip members, but a data set must be unpacked whole or not at all. At most
+    `most` unpacked bytes are allowed. Raises DataError, see `unpack_archive`.
     """
     is_zip = isinstance(opened, zipfile.ZipFile)
     files: dict[str, Any] = {}
     home, total = os.path.realpath(folder), 0
     for member in opened.infolist() if is_zip else opened:
-        given = member.filename if is_zip else member.name
-        kind, size = _zip_kind(member) if is_zip else _tar_kind(member)
-        total += size
-        if total > most:  # at once, since reading the names of a compressed tar file decompresses it
-            raise _bomb(archive, total)
+        given, kind, size = _describe(member)
+        total = _add_size(total, size, most, archive)  # a compressed tar is decompressed to read its names
         name = given.replace("\\", "/")
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or ":" in parts[0] or "\0" in name:
@@ -133,31 +118,32 @@ def _checked_members(opened: Any, archive: Path, folder: Path, most: int) -> lis
         setattr(member, "filename" if is_zip else "name", name)
         files[name] = member
     if not is_zip:
-        # The checksum of a compressed file is at its very end, beyond the last member.
+        # The checksum of a compressed file is at its very end, after the last member.
         while rest := opened.fileobj.read(_BLOCK):
-            if rest.strip(b"\0"):  # a hole in a download is zeros, too, and looks like the end
-                raise tarfile.ReadError("more data behind its end")
-            total += len(rest)
-            if total > most:
-                raise _bomb(archive, total)
+            if rest.strip(b"\0"):  # a hole in a download consists of zeros, as the end does
+                raise tarfile.ReadError("more data after its end")
+            total = _add_size(total, len(rest), most, archive)
     return list(files.values())
 
 
-def _zip_kind(member: zipfile.ZipInfo) -> tuple[str, int]:
-    link = stat.S_ISLNK(member.external_attr >> 16)
-    return "folder" if member.is_dir() else "link" if link else "file", member.file_size
-
-
-def _tar_kind(member: tarfile.TarInfo) -> tuple[str, int]:
+def _describe(member: zipfile.ZipInfo | tarfile.TarInfo) -> tuple[str, str, int]:
+    """Name, kind (`file`, `folder`, `link` or `device`) and unpacked bytes of a member."""
+    if isinstance(member, zipfile.ZipInfo):
+        link = stat.S_ISLNK(member.external_attr >> 16)
+        return member.filename, "folder" if member.is_dir() else "link" if link else "file", member.file_size
     link = member.issym() or member.islnk()
-    return "file" if member.isreg() else "folder" if member.isdir() else "link" if link else "device", member.size
+    kind = "file" if member.isreg() else "folder" if member.isdir() else "link" if link else "device"
+    return member.name, kind, member.size
 
 
-def _bomb(archive: Path, total: int) -> DataError:
-    return DataError(
-        f"{archive}: {total:,} bytes or more from {archive.stat().st_size:,}, a decompression bomb; nothing was "
-        "unpacked"
-    )
+def _add_size(total: int, size: int, most: int, archive: Path) -> int:
+    """Return the sum of the sizes. Raises DataError if it is more than `most`."""
+    if total + size > most:
+        raise DataError(
+            f"{archive}: {total + size:,} bytes or more from {archive.stat().st_size:,}, a decompression bomb; nothing "
+            "was unpacked"
+        )
+    return total + size
 
 
 def split_of(name: str) -> Split:
@@ -166,20 +152,6 @@ def split_of(name: str) -> Split:
     if match is None or match[1].startswith("train"):
         return "train"
     return "test" if match[1].startswith("test") else "val"
-
-
-def find_one(raw: Path, names: Sequence[str], what: str) -> Path:
-    """The first of `names` (relative paths) that is a file below `raw`, or `raw` itself if it is a file.
-
-    Raises:
-        DataError: none of them exists.
-    """
-    if raw.is_file():
-        return raw
-    for name in names:
-        if (raw / name).is_file():
-            return raw / name
-    raise DataError(f"{raw}: {what} does not exist; looked for {', '.join(names)}")
 
 
 def find_files(raw: Path, suffixes: Sequence[str], what: str) -> list[Path]:
@@ -205,7 +177,7 @@ def find_files(raw: Path, suffixes: Sequence[str], what: str) -> list[Path]:
 
 
 def show(path: Path, raw: Path) -> str:
-    """Name of a raw file in `where`, relative to `--raw`, so that it does not depend on the place of `--raw`."""
+    """The name of a raw file in `where`: relative to `--raw`, since `--raw` may be moved."""
     return path.name if path == raw else path.relative_to(raw).as_posix()
 
 
@@ -235,60 +207,48 @@ def read_rows(path: Path, raw: Path, columns: Sequence[str] | None = None) -> It
             for value in batch.to_pylist():
                 row += 1
                 yield value, f"{name}:{row}"
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # for example a date that Python cannot represent
+    # OverflowError: for example a date that Python cannot represent.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"{name}:{row + 1}: cannot be read: {reason}; download the file again, or leave out that column"
         ) from None
 
 
-def column_names(path: Path) -> list[str]:
-    """Columns of a parquet or Arrow file. Raises DataError if it is neither."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if path.suffix == ".parquet":
-            return list(pq.read_schema(path).names)
-        with pa.memory_map(str(path)) as source:
-            return list(_open_arrow(source).schema.names)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}; download the file again") from None
-
-
 def _batches(path: Path, columns: Sequence[str] | None, name: str) -> Iterator[Any]:
+    """Yield the rows of a file in batches of at most `ARROW_BATCH_ROWS`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    absent = sorted(set(columns or ()) - set(column_names(path)))
-    if absent:
-        raise DataError(f"{name}: no column {', '.join(absent)}; there are {', '.join(column_names(path))}")
-    if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as table:
-            yield from table.iter_batches(batch_size=ARROW_BATCH_ROWS, columns=columns)
-        return
-    with pa.memory_map(str(path)) as source:
-        reader = _open_arrow(source)
-        batches = (
-            (reader.get_batch(i) for i in range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
-        )
-        for batch in batches:
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.suffix == ".parquet":
+                file: Any = stack.enter_context(pq.ParquetFile(path))
+                present = file.schema_arrow.names
+            else:
+                file = _open_arrow(stack.enter_context(pa.memory_map(str(path))))
+                present = file.schema.names
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{path}: cannot be read: {reason}; download the file again") from None
+        absent = sorted(set(columns or ()) - set(present))
+        if absent:
+            raise DataError(f"{name}: no column {', '.join(absent)}; there are {', '.join(present)}")
+        if path.suffix == ".parquet":
+            yield from file.iter_batches(batch_size=ARROW_BATCH_ROWS, columns=columns)
+            return
+        if isinstance(file, pa.RecordBatchFileReader):
+            file = map(file.get_batch, range(file.num_record_batches))
+        for batch in file:
             batch = batch.select(columns) if columns is not None else batch
             for start in range(0, batch.num_rows, ARROW_BATCH_ROWS):
                 yield batch.slice(start, ARROW_BATCH_ROWS)
 
 
 def _open_arrow(source: Any) -> Any:
-    """Reader of an Arrow file, or of an Arrow stream, which `datasets` saves."""
+    """Return the reader of an Arrow file, or of an Arrow stream, which `datasets` saves."""
     import pyarrow as pa
 
-    if bytes(source.read(6)) == b"ARROW1":
-        source.seek(0)
-        return pa.ipc.open_file(source)
+    is_file = bytes(source.read(6)) == b"ARROW1"
     source.seek(0)
-    return pa.ipc.open_stream(source)
+    return pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)

@@ -1,11 +1,10 @@
-"""From raw to checked samples: their images are checked or unpacked in worker processes, in bounded memory."""
+"""Check or unpack the images of raw samples, in worker processes and in bounded memory."""
 
 import json
 import os
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from llava_mole.common.errors import DataError
 from llava_mole.common.processes import WorkQueue, open_pool
@@ -23,33 +22,12 @@ from llava_mole.data.prepare.images import (
 from llava_mole.data.prepare.samples import Embedded, RawSample
 
 CheckImages = Literal["none", "exist", "decode"]
+CheckedSample = tuple[RawSample, tuple[ImageInfo, ...]]
+"""A sample and its images."""
 
 BATCH_SAMPLES = 64
 BATCH_BYTES = 16 << 20
-"""A process gets one batch at a time, of so many samples or bytes of embedded images; about three a process wait."""
-
-
-@dataclass(frozen=True)
-class ImagePolicy:
-    """How images are treated."""
-
-    root: Path
-    """What paths in records are relative to."""
-    unpacked: Path
-    """Folder for images that are embedded in records (or copied)."""
-    check: CheckImages
-    copy: bool = False
-    """Also copy image files, named by their hash, instead of leaving them in place."""
-    workers: int = 1
-
-
-class CheckedSample(NamedTuple):
-    """A sample whose images were checked."""
-
-    sample: RawSample
-    images: tuple[ImageInfo, ...]
-    image_locations: set[bool]
-    """True if an image lies in the prepared set's own folder, False if one lies below the image root."""
+"""Largest batch of a process, in samples and in bytes of embedded images. About three batches a process wait."""
 
 
 class Task(NamedTuple):
@@ -58,81 +36,75 @@ class Task(NamedTuple):
     data: str | bytes
     """Absolute file name, bytes, or base64 text."""
     kind: Literal["file", "copy", "page", "bytes"]
-    """`page` is a page of a TIFF file, to be copied; `bytes` is an embedded image, to be unpacked."""
+    """`page` copies a page of a TIFF file; `bytes` unpacks an embedded image."""
     name: str
     """Path relative to the root, or the name of an embedded image in messages."""
     group: str
 
 
-Planned = tuple[RawSample, list[ImageInfo | Task]]
-"""A sample, and for each of its images what is known or what is to be done."""
+class Batch(NamedTuple):
+    """Samples whose images are opened together."""
+
+    samples: list[tuple[RawSample, list[ImageInfo | Task]]]
+    """Each sample with what is known, or what is to be done, about its images."""
+    tasks: dict[str, Task]
+    """The distinct tasks by name."""
 
 
-def check_images(
-    samples: Iterable[RawSample], policy: ImagePolicy, journal: "Journal | None" = None
-) -> Generator[CheckedSample, None, None]:
-    """Yield the samples in order, each with what is known about its images.
+class ImageChecker:
+    """Finds out what can be said about the images of samples.
 
-    With `check` `none` or `exist` and images left in place, nothing is opened: `none` reads the path's text alone,
+    With `check` `none` or `exist`, images that are left in place are not opened: `none` reads the path's text alone,
     `exist` adds one `lstat`. Embedded images are always unpacked, and with `decode` also decoded.
+
+    Args:
+        root: Folder that the paths in records are relative to.
+        unpacked: Folder for images that are embedded in records (or copied).
+        journal: Files in place that were opened earlier.
+        check: How image files are checked.
+        copy: Also copy image files, named by their hash, instead of leaving them in place.
+        workers: Number of processes; 1 opens the images in this process.
     """
-    checker = _Checker(policy, journal)
-    pool = open_pool(policy.workers) if policy.workers > 1 else None  # it starts processes with its first call
-    queue: WorkQueue[tuple[list[Planned], list[Task]], list[ImageInfo]] = WorkQueue(pool, 3 * policy.workers)
-    try:
-        for batch in _batches(map(checker.plan, samples)):
-            tasks = _distinct_tasks(batch)
-            if tasks:
-                arguments = (tasks, policy.unpacked, policy.check == "decode")
-                finished = queue.submit((batch, tasks), run_tasks, *arguments)
-            else:
-                finished = queue.add((batch, tasks), [])
-            for item, infos in finished:
-                yield from checker.finish(*item, infos)
-        for item, infos in queue.drain():
-            yield from checker.finish(*item, infos)
-    finally:
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
 
+    def __init__(
+        self, root: Path, unpacked: Path, journal: "Journal", check: CheckImages, copy: bool, workers: int
+    ) -> None:
+        self._root, self._unpacked, self._journal = ImageRoot(root), unpacked, journal
+        self._copy, self._decode, self._workers = copy, check == "decode", workers
+        self._find_problem = path_problem if check == "none" and not copy else self._root.problem
 
-def _batches(planned: Iterable[Planned]) -> Iterator[list[Planned]]:
-    batch: list[Planned] = []
-    size = 0
-    for sample, parts in planned:
-        batch.append((sample, parts))
-        size += sum(len(part.data) for part in parts if isinstance(part, Task) and part.kind == "bytes")
-        if len(batch) >= BATCH_SAMPLES or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    yield batch
+    def check(self, samples: Iterable[RawSample]) -> Generator[CheckedSample, None, None]:
+        """Yield the samples in order, each with what is known about its images."""
+        pool = open_pool(self._workers) if self._workers > 1 else None  # it starts processes with its first call
+        queue: WorkQueue[Batch, list[ImageInfo]] = WorkQueue(pool, 3 * self._workers)
+        try:
+            for batch in self._batches(samples):
+                arguments = (list(batch.tasks.values()), self._unpacked, self._decode)
+                yield from self._finish(
+                    queue.submit(batch, run_tasks, *arguments) if batch.tasks else queue.add(batch, [])
+                )
+            yield from self._finish(queue.drain())
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
+    def _batches(self, samples: Iterable[RawSample]) -> Iterator[Batch]:
+        """Plan the samples; a file that several samples of a batch share is one task."""
+        batch, size = Batch([], {}), 0
+        for sample in samples:
+            parts = [self._plan(sample, number, image) for number, image in enumerate(sample.images, 1)]
+            batch.samples.append((sample, parts))
+            for part in parts:
+                if isinstance(part, Task):
+                    batch.tasks.setdefault(part.name, part)
+                    size += len(part.data) if part.kind == "bytes" else 0
+            if len(batch.samples) >= BATCH_SAMPLES or size >= BATCH_BYTES:
+                yield batch
+                batch, size = Batch([], {}), 0
+        yield batch
 
-def _distinct_tasks(batch: list[Planned]) -> list[Task]:
-    """The tasks of a batch; a file that several samples share is one task."""
-    tasks: dict[str, Task] = {}
-    for _, parts in batch:
-        for part in parts:
-            if isinstance(part, Task):
-                tasks.setdefault(part.name, part)
-    return list(tasks.values())
-
-
-class _Checker:
-    """Plans the tasks of a sample, and puts their results in their places."""
-
-    def __init__(self, policy: ImagePolicy, journal: "Journal | None") -> None:
-        self._root = ImageRoot(policy.root)
-        self._copy = policy.copy
-        self._find_problem = path_problem if policy.check == "none" and not policy.copy else self._root.problem
-        self._opens_files = policy.check == "decode" or policy.copy
-        self._journal = None if policy.copy else journal
-
-    def plan(self, sample: RawSample) -> Planned:
-        """Check the paths of a sample's images, without opening any file."""
-        return sample, [self._plan_image(sample, number, image) for number, image in enumerate(sample.images, 1)]
-
-    def _plan_image(self, sample: RawSample, number: int, image: str | Embedded) -> ImageInfo | Task:
+    def _plan(self, sample: RawSample, number: int, image: str | Embedded) -> ImageInfo | Task:
+        """Check the path of an image, without opening the file."""
         if isinstance(image, Embedded):
             return Task(image.data, "bytes", f"{sample.where} image {number}", sample.source)
         kind: Literal["file", "copy", "page"] = "copy" if self._copy else "file"
@@ -146,22 +118,19 @@ class _Checker:
                     image, problem = page[0], None
                 else:
                     problem = Issue("tiff-page", image)
-        if problem is not None or not self._opens_files:
+        if problem is not None or not (self._copy or self._decode):
             return ImageInfo(image, None, problem)
-        known = None if self._journal is None else self._journal.get(image)
-        return known or Task(os.path.join(self._root.folder, image), kind, image, sample.source)
+        return self._journal.get(image) or Task(os.path.join(self._root.folder, image), kind, image, sample.source)
 
-    def finish(self, batch: list[Planned], tasks: list[Task], infos: list[ImageInfo]) -> Iterator[CheckedSample]:
-        """Yield the samples of a batch, given the results of its tasks."""
-        results = {}
-        for task, info in zip(tasks, infos, strict=True):
-            results[task.name] = info
-            if self._journal is not None and task.kind == "file":
-                self._journal.add(info)
-        for sample, parts in batch:
-            images = tuple([results[part.name] if isinstance(part, Task) else part for part in parts])
-            locations = {self._copy or isinstance(image, Embedded) for image in sample.images}
-            yield CheckedSample(sample, images, locations)
+    def _finish(self, finished: list[tuple[Batch, list[ImageInfo]]]) -> Iterator[CheckedSample]:
+        """Put the results of the tasks in their places."""
+        for (samples, tasks), infos in finished:
+            results = dict(zip(tasks, infos, strict=True))
+            for name, task in tasks.items():
+                if task.kind == "file":
+                    self._journal.add(results[name])
+            for sample, parts in samples:
+                yield sample, tuple([results[part.name] if isinstance(part, Task) else part for part in parts])
 
 
 def run_tasks(tasks: list[Task], unpacked: Path, decode: bool) -> list[ImageInfo]:
@@ -176,15 +145,14 @@ def run_task(task: Task, unpacked: Path, decode: bool) -> ImageInfo:
     if task.kind == "page":
         return unpack_page(str(task.data), unpacked, task.group, task.name)
     notes: tuple[Issue, ...] = ()
+    data = task.data
     try:
         if task.kind == "copy":
-            data = Path(str(task.data)).read_bytes()
-        elif isinstance(task.data, str):
-            if any(space in task.data for space in " \n\r\t"):
+            data = Path(str(data)).read_bytes()
+        elif isinstance(data, str):
+            if any(space in data for space in " \n\r\t"):
                 notes = (Issue("base64-spaces", task.name),)
-            data = decode_base64(task.data)
-        else:
-            data = task.data
+            data = decode_base64(data)
     except DataError as error:
         return ImageInfo(task.name, None, Issue("base64", f"{task.name}: {error}"))
     except OSError as error:
@@ -194,52 +162,35 @@ def run_task(task: Task, unpacked: Path, decode: bool) -> ImageInfo:
 
 
 class Journal:
-    """What is known about image files in place, so that each is opened once, also across a restart.
+    """The usable image files in place that were opened, so that each is opened once, also across a restart.
 
-    The file lies beside the unfinished output. In memory, a good image takes two integers: the 64-bit hash of its
-    path, and its size.
+    Damaged files are not listed: the user may replace them before the next call. An image takes about 400 bytes of
+    memory.
+
+    Args:
+        path: The list, beside the unfinished output; each line is an `ImageInfo`.
     """
 
     def __init__(self, path: Path) -> None:
-        self._good: dict[int, int] = {}
-        self._other: dict[str, ImageInfo] = {}
-        if path.is_file():
-            whole = 0
-            with path.open("rb") as lines:
-                for line in lines:
-                    if not line.endswith(b"]\n"):  # the process was killed while it wrote
-                        break
-                    self._remember(_info_from(json.loads(line)))
-                    whole += len(line)
-            os.truncate(path, whole)  # else the next line would be joined to the incomplete one
-        self._file = path.open("a", encoding="utf-8")
+        self._known: dict[str, ImageInfo] = {}
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        while (line := self._file.readline()).endswith(b"]\n"):
+            name, size, _, notes = json.loads(line)
+            self._known[name] = ImageInfo(name, tuple(size), None, tuple(Issue(*note) for note in notes))
+        # A process that was killed left half a line, which the next one must not be joined to.
+        self._file.truncate(self._file.tell() - len(line))
 
     def get(self, path: str) -> ImageInfo | None:
         """What is known about an image file, if anything."""
-        packed = self._good.get(hash(path))
-        if packed is not None:
-            return ImageInfo(path, (packed >> 32, packed & 0xFFFFFFFF), None)
-        return self._other.get(path)
+        return self._known.get(path)
 
     def add(self, info: ImageInfo) -> None:
-        """Remember an image, unless it cannot be used: the user may replace it before the next call."""
-        if info.problem is None and self.get(info.path) is None:
-            self._remember(info)
-            self._file.write(json.dumps(info) + "\n")
-
-    def _remember(self, info: ImageInfo) -> None:
-        if info.problem is None and not info.notes and info.size is not None:
-            self._good[hash(info.path)] = info.size[0] << 32 | info.size[1]
-        else:
-            self._other[info.path] = info
+        """Remember an image file that can be used."""
+        if info.problem is None and info.path not in self._known:
+            self._known[info.path] = info
+            self._file.write(json.dumps(info).encode() + b"\n")
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the list."""
         self._file.close()
-
-
-def _info_from(value: Any) -> ImageInfo:
-    path, size, problem, notes = value
-    return ImageInfo(
-        path, tuple(size) if size else None, Issue(*problem) if problem else None, tuple(Issue(*note) for note in notes)
-    )

@@ -1,7 +1,8 @@
-"""One image at a time: what its path, its header and its pixels say, and its copy under its hash."""
+"""One image at a time: check its path, its header and its pixels, and copy it under its hash."""
 
 import base64
 import binascii
+import functools
 import hashlib
 import io
 import os
@@ -29,7 +30,7 @@ EXTENSIONS = {
     "TIFF": ("tif", "tiff"),
     "PPM": ("ppm", "pgm", "pbm", "pnm"),
 }
-"""Pillow's name of a format -> its extensions; unpacked files get the first."""
+"""Pillow's name of a format -> its extensions; an unpacked file gets the first."""
 _KNOWN_EXTENSIONS = {extension for group in EXTENSIONS.values() for extension in group}
 _DECODING_ERRORS = (Image.DecompressionBombError, MemoryError, *DECODER_ERRORS)
 _MOST_FOLDERS = 50_000
@@ -68,18 +69,15 @@ class ImageRoot:
 
     def __init__(self, folder: Path) -> None:
         self.folder = os.path.realpath(folder)
-        self._parents: dict[str, str | None] = {}
+        self._resolve = functools.lru_cache(_MOST_FOLDERS)(self._resolve_folder)
 
     def problem(self, path: str) -> Issue | None:
-        """Return why an image cannot be read: its path, a link that leads out, or no such file. Costs one `lstat`."""
+        """Return why an image cannot be read, if so: its path, a link that leads out, or no such file. One `lstat`."""
         problem = path_problem(path)
         if problem is not None:
             return problem
         parent, _, name = path.rpartition("/")
-        try:
-            folder = self._parents[parent]
-        except KeyError:
-            folder = self._resolve(parent)
+        folder = self._resolve(parent)
         if folder is None:
             return Issue("outside-image", f"{path!r} leads out of {self.folder} through a link")
         file = f"{folder}/{name}"
@@ -94,28 +92,24 @@ class ImageRoot:
             return None if os.path.isfile(target) else Issue("missing-image", path)
         return None if stat.S_ISREG(mode) else Issue("missing-image", f"{path!r} is not a file")
 
-    def _resolve(self, parent: str) -> str | None:
-        if len(self._parents) >= _MOST_FOLDERS:
-            self._parents.clear()
-        folder = os.path.realpath(os.path.join(self.folder, parent))
-        result = folder if self._inside(folder) else None
-        self._parents[parent] = result
-        return result
+    def _resolve_folder(self, path: str) -> str | None:
+        folder = os.path.realpath(os.path.join(self.folder, path))
+        return folder if self._inside(folder) else None
 
     def _inside(self, target: str) -> bool:
         return target == self.folder or target.startswith(self.folder.rstrip(os.sep) + os.sep)
 
 
 def look(source: str | bytes, path: str, *, decode: bool) -> tuple[ImageInfo, str]:
-    """Open an image file (or its bytes).
+    """Open an image.
 
     Args:
         source: Name of the file, or its bytes.
         path: The `path` of the result; its extension is compared with the content.
-        decode: Decode every pixel of the first frame; else the header only.
+        decode: Decode every pixel of the first frame; else read the header only.
 
     Returns:
-        The image's information, and the extension that belongs to the content ("" if unknown).
+        The image's information, and the extension that belongs to its content ("" if unknown).
     """
     notes: list[Issue] = []
     size: tuple[int, int] | None = None
@@ -145,14 +139,14 @@ def _decoder_issue(error: BaseException, name: str) -> Issue:
 
 
 def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) -> ImageInfo:
-    """Write an image as `folder/<group>/<sha1>.<ext>` unless that file exists; the extension is that of the content.
+    """Write an image as `folder/<group>/<sha1>.<ext>` unless that file exists; the content decides the extension.
 
     Args:
         data: The file's bytes; more than `LARGEST_IMAGE` are refused.
         folder: The prepared set's image folder.
-        group: Folder below it; characters that do not belong in a name are replaced.
+        group: Folder below it, see `safe_name`.
         name: Name of the image in messages.
-        decode: See `look`. An image that exists already was decoded when it was written.
+        decode: See `look`. An image that exists was decoded when it was written.
 
     Raises:
         DataError: the file cannot be written, for example because the disk is full.
@@ -171,7 +165,7 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
     target = folder / path
     if not target.is_file():
         temporary = target.with_name(f".{digest}.{os.getpid()}")
-        try:  # without flushing each of a million files to the disk: `prepare` flushes all of them at its end
+        try:  # no flush to the disk for each of a million files: `prepare` flushes all of them at its end
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
             os.replace(temporary, target)
@@ -184,7 +178,7 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
 
 
 def safe_name(text: str) -> str:
-    """A file name made of `text`: letters, digits, `-`, `_` and `.`; never hidden, empty or very long."""
+    """Return `text` as a file name of letters, digits, `-`, `_` and `.` that is not hidden, empty or very long."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).lstrip(".")
     if len(name.encode()) > _LONGEST_NAME:  # a file system takes 255 bytes
         digest = hashlib.sha1(text.encode(errors="replace"), usedforsecurity=False).hexdigest()[:12]
@@ -227,20 +221,7 @@ def tiff_page(path: str) -> tuple[str, int] | None:
 
 
 def unpack_page(path: str, folder: Path, group: str, name: str) -> ImageInfo:
-    """Write one page of a TIFF file as `folder/<group>/<sha1>.png`.
-
-    Args:
-        path: `file.tiff.<page>`, see `tiff_page`.
-        folder: The prepared set's image folder.
-        group: Folder below it.
-        name: Name of the image in messages.
-
-    Returns:
-        The page's information; its `problem` says if the page is missing or damaged.
-
-    Raises:
-        DataError: the page cannot be written.
-    """
+    """`unpack` one page of a TIFF file as PNG; `path` is `file.tiff.<page>`, see `tiff_page`."""
     found = tiff_page(path)
     if found is None:
         return ImageInfo(name, None, Issue("missing-image", name))

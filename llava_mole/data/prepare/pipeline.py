@@ -1,16 +1,16 @@
-"""`prepare`: from raw files to a prepared set, its question files, its images and its report, all or nothing.
+"""Convert raw files to a prepared set with question files, images and a report, all or nothing.
 
-Everything is written to `.<out>.partial` beside `out`, which then takes its name. If the process is killed, the next
-call with the same arguments continues: images that were unpacked and image files that were checked are not opened
-again. The records are read again from the start, which takes a twentieth of the time and gives the same rows in the
-same order, so the result does not depend on interruptions.
+Everything is written to `.<out>.partial` beside `out` and renamed at the end. If the process is killed, the next call
+with the same arguments continues: it does not open images again that were unpacked or checked. It reads the records
+again from the start, which takes a twentieth of the time and gives the same rows in the same order. The result
+therefore does not depend on interruptions.
 """
 
 import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +18,20 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.common.files import read_json, remove, try_lock, write_json
+from llava_mole.common.files import remove, try_lock, write_bytes, write_json
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.data.prepare.defects import Defects, Issue
-from llava_mole.data.prepare.image_pool import CheckedSample, CheckImages, ImagePolicy, Journal, check_images
+from llava_mole.data.prepare.image_pool import CheckImages, ImageChecker, Journal
+from llava_mole.data.prepare.images import ImageInfo
 from llava_mole.data.prepare.report import QuestionFiles, published_counts
-from llava_mole.data.prepare.samples import TEXT_ONLY, WITH_IMAGES, RawSample, Source, SourceOptions
+from llava_mole.data.prepare.samples import TEXT_ONLY, WITH_IMAGES, Embedded, RawSample, Source, SourceOptions
 from llava_mole.data.store import PreparedRow, StoreWriter
 
 TRAIN, QUESTIONS, IMAGES = "train", "questions", "images"
 REPORT, DEFECTS = "report.json", "defects.jsonl"
 """Contents of a prepared folder."""
 MOST_SUB_SOURCES = 512
-"""Limit on distinct sub-sources; the rest are pooled."""
+"""Limit on distinct sub-sources; the rest are pooled as `images` and `text`."""
 _JOURNAL, _REQUEST, _LOCK = "checked.jsonl", "request.json", "lock"
 """Additional contents of a partial folder."""
 
@@ -50,8 +51,8 @@ class Request:
     missing_images: Literal["drop", "error"] = "drop"
     overwrite: bool = False
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the result; a partial output with another identity is not continued."""
+    def identity(self) -> bytes:
+        """Return all that determines the result, as JSON; a partial output of another identity is not continued."""
         values = {
             "source": self.source.name,
             "raw": str(self.raw),
@@ -61,7 +62,7 @@ class Request:
             "copy": self.copy,
             "missing_images": self.missing_images,
         }
-        return json.loads(json.dumps(values))  # in the form in which it is read again
+        return json.dumps(values, sort_keys=True).encode()
 
 
 def prepare(request: Request) -> dict[str, Any]:
@@ -71,16 +72,18 @@ def prepare(request: Request) -> dict[str, Any]:
         ConfigError: `out` is not empty or lies inside the searched folder, or another process is preparing it.
         DataError: the raw data are missing or cannot be used, or no record of them is left.
     """
-    out, partial = request.out, request.out.parent / f".{request.out.name}.partial"
+    out = request.out
+    partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
     _check_out(request)
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / _LOCK).open("w") as lock:
         try_lock(lock, out, "another process is preparing it; wait for it")
-        _restore(out)
+        if old.exists() and not out.exists():  # an earlier call was killed between the two renames of `_publish`
+            os.replace(old, out)
         _check_out(request)
         _clear_partial(partial, request)
         report = _write(request, partial)
-        _publish(partial, out)
+        _publish(partial, out, old)
     return report
 
 
@@ -105,13 +108,15 @@ def _write(request: Request, folder: Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         defects = stack.enter_context(contextlib.closing(Defects(folder / DEFECTS)))
         journal = stack.enter_context(contextlib.closing(Journal(folder / _JOURNAL)))
-        policy = ImagePolicy(request.image_root, folder / IMAGES, request.check, request.copy, request.workers)
+        checker = ImageChecker(
+            request.image_root, folder / IMAGES, journal, request.check, request.copy, request.workers
+        )
         output = stack.enter_context(contextlib.closing(_Output(request, folder, defects)))
         samples = _pool_sub_sources(request.source.iterate(request.raw, request.options, defects), defects)
-        checked = stack.enter_context(contextlib.closing(check_images(samples, policy, journal)))
+        checked = stack.enter_context(contextlib.closing(checker.check(samples)))
         bar = tqdm(checked, desc=f"preparing {request.source.name}", unit=" records", mininterval=1.0, disable=None)
-        for sample in stack.enter_context(bar):
-            output.add(sample)
+        for sample, images in stack.enter_context(bar):
+            output.add(sample, images)
         return output.finish()
 
 
@@ -129,13 +134,7 @@ def _pool_sub_sources(samples: Iterable[RawSample], defects: Defects) -> Iterato
 
 
 class _Output:
-    """The prepared set and the question files of one call, and the counts for its report.
-
-    Args:
-        request: The call.
-        folder: Where the files go.
-        defects: Counts what is wrong with the samples' images and ids.
-    """
+    """The prepared set and the question files of one call, written to `folder`, and the counts for its report."""
 
     def __init__(self, request: Request, folder: Path, defects: Defects) -> None:
         self._request, self._folder, self._defects = request, folder, defects
@@ -144,20 +143,19 @@ class _Output:
         self._kept: Counter[tuple[str, str]] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
         self._ids: set[int] = set()
-        self._image_locations: set[bool] = set()
-        """See `CheckedSample.image_locations`."""
+        self._unpacked: set[bool] = set()
+        """Has True if images lie in the prepared set's own folder, and False if images lie below the image root."""
         self._from_parquet = False
 
-    def add(self, checked: CheckedSample) -> None:
-        """Write a sample to the prepared set, to the question files, or to both. Raises DataError."""
-        sample, options = checked.sample, self._request.options
+    def add(self, sample: RawSample, images: Sequence[ImageInfo]) -> None:
+        """Write a sample with its images to the prepared set, to the question files, or to both. Raises DataError."""
+        options, copy = self._request.options, self._request.copy
         self._from_parquet = self._from_parquet or ".parquet:" in sample.where
         trains = sample.split in options.train_splits
         key = (TRAIN, sample.source) if trains else (sample.split, sample.category or sample.source)
-        if not self._is_usable(checked):
+        if not self._is_usable(sample, images):
             self._dropped[key] += 1
             return
-        images = tuple([image.path for image in checked.images])
         asked = sample.split in options.test_splits and not sample.again
         if asked and len(images) > 1:
             action: Literal["kept", "dropped"] = "kept" if trains else "dropped"
@@ -166,27 +164,27 @@ class _Output:
         if not trains and not asked:
             return
         self._kept[key] += 1
-        self._image_locations |= checked.image_locations
-        if len(self._image_locations) > 1:
+        self._unpacked |= {copy or isinstance(image, Embedded) for image in sample.images}
+        if len(self._unpacked) > 1:
             raise DataError(
                 f"{sample.where}: some images are inside the records and others are files; --images unpack copies "
                 "all of them into one folder"
             )
         if trains:
-            self._add_row(checked, images)
+            self._add_row(sample, images)
         if asked:
-            self._questions.add(sample, images[0] if images else None)
+            self._questions.add(sample, images[0].path if images else None)
 
-    def _is_usable(self, checked: CheckedSample) -> bool:
-        """Whether all images of a sample can be used; counts their problems and oddities."""
-        where, request = checked.sample.where, self._request
+    def _is_usable(self, sample: RawSample, images: Sequence[ImageInfo]) -> bool:
+        """Whether the id and all images of a sample can be used; counts their problems and oddities."""
+        where, request = sample.where, self._request
         problem = None
-        for image in checked.images:
+        for image in images:
             problem = problem or image.problem
             for note in image.notes:
                 action: Literal["repaired", "kept"] = "repaired" if note.kind == "base64-spaces" else "kept"
                 self._defects.add(note.kind, where, note.detail, action)
-        if problem is None and not is_text(checked.sample.id):
+        if problem is None and not is_text(sample.id):
             problem = Issue("bad-text", f"'id': {UNPAIRED_SURROGATE}")
         if problem is None:
             return True
@@ -198,18 +196,17 @@ class _Output:
         self._defects.add(problem.kind, where, problem.detail)
         return False
 
-    def _add_row(self, checked: CheckedSample, images: tuple[str, ...]) -> None:
-        sample = checked.sample
+    def _add_row(self, sample: RawSample, images: Sequence[ImageInfo]) -> None:
         identity = hash(sample.id)
         if identity in self._ids:
             self._defects.add("id-again", sample.where, sample.id, "kept")
         self._ids.add(identity)
-        sizes = tuple([image.size for image in checked.images if image.size is not None])
+        sizes = tuple([image.size for image in images if image.size is not None])
         self._rows.add(
             PreparedRow(
                 id=sample.id,
                 source=sample.source,
-                images=images,
+                images=tuple([image.path for image in images]),
                 turns=sample.turns,
                 image_sizes=sizes if len(sizes) == len(images) else (),
                 answer_type=sample.answer_type,
@@ -225,9 +222,9 @@ class _Output:
             worst = ", ".join(f"{row['count']} x {row['kind']}" for row in dropped)
             raise DataError(f"{request.raw}: no usable record ({worst or 'the files hold none'})")
         report = self._report()
-        if True not in self._image_locations:  # then <out>/images links to the image root
+        if True not in self._unpacked:  # then <out>/images links to the image root
             images = self._folder / IMAGES
-            remove(images)  # unpacked for records that were left out in the end
+            remove(images)  # images of records that were left out in the end
             home = os.path.join(os.path.realpath(self._folder.parent), request.out.name)
             os.symlink(os.path.relpath(os.path.realpath(request.image_root), home), images)
         if self._rows.rows:
@@ -239,16 +236,14 @@ class _Output:
         """Counts by split and sub-source, and every kind of defect."""
         request, kept, dropped = self._request, self._kept, self._dropped
         name = request.source.name
-        options = {
-            **asdict(request.options), "check_images": request.check, "missing_images": request.missing_images
-        }  # fmt: skip
         from_parquet = self._from_parquet and f"{name}-parquet" in published_counts()
+        checks = {"check_images": request.check, "missing_images": request.missing_images}
         return {
             "source": name,
             "published": f"{name}-parquet" if from_parquet else name,
             "raw": str(request.raw),
             "image_root": str(request.image_root),
-            "options": options,
+            "options": asdict(request.options) | checks,
             "records": [
                 {"split": split, "sub_source": source, "kept": kept[split, source],
                  "dropped_for_images": dropped[split, source]}
@@ -260,41 +255,26 @@ class _Output:
         }  # fmt: skip
 
     def close(self) -> None:
-        """Close the files; removes an unfinished prepared set."""
+        """Close the files and remove an unfinished prepared set."""
         self._rows.close()
         self._questions.close()
 
 
 def _clear_partial(partial: Path, request: Request) -> None:
-    """Remove what an interrupted call left, except what the same request can continue with."""
-    identity = request.identity()
-    try:
-        same = read_json(partial / _REQUEST) == identity
-    except DataError:
-        same = False
+    """Remove the files of an interrupted call, except those with which the same request continues."""
+    path, identity = partial / _REQUEST, request.identity()
+    same = path.is_file() and path.read_bytes() == identity
     for entry in partial.iterdir():
         continued = same and entry.name in (IMAGES, _JOURNAL) and not entry.is_symlink()
         if entry.name != _LOCK and not continued:
             remove(entry)
-    write_json(partial / _REQUEST, identity)
+    write_bytes(path, identity)
 
 
-def _set_aside(out: Path) -> Path:
-    """Where an older output is during the exchange."""
-    return out.parent / f".{out.name}.old"
+def _publish(partial: Path, out: Path, old: Path) -> None:
+    """Rename the complete folder to `out`; an older output is renamed to `old` first and removed at the end.
 
-
-def _restore(out: Path) -> None:
-    """Give an older output its name again if a call was killed during the exchange."""
-    old = _set_aside(out)
-    if old.exists() and not out.exists():
-        os.replace(old, out)
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Give the complete folder its name; an older output is set aside first and removed at the end.
-
-    The files that an interrupted call continues with are removed last, so it can be continued until then.
+    The files with which an interrupted call continues are removed last, so that it can be continued until then.
     """
     if not (partial / IMAGES).is_symlink():
         for folder, _, names in os.walk(partial / IMAGES):
@@ -302,7 +282,6 @@ def _publish(partial: Path, out: Path) -> None:
                 if name.startswith("."):  # left by a process that was killed while it wrote
                     os.unlink(os.path.join(folder, name))
     os.sync()  # one call for a million images
-    old = _set_aside(out)
     if out.exists():
         remove(old)  # left by a call that was killed while it removed it
         os.replace(out, old)

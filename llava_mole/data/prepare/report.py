@@ -1,4 +1,4 @@
-"""What `prepare` reports: counts beside the published ones, defects by kind, and the question files."""
+"""The report of `prepare` (counts beside the published ones, and defects by kind), and its question files."""
 
 import functools
 import json
@@ -14,12 +14,12 @@ from llava_mole.data.prepare.samples import SPLITS, RawSample, without_marker
 
 @functools.cache
 def published_counts() -> dict[str, Any]:
-    """Source -> split -> sub-source (or `total`) -> count; a text such as `558K` is rounded."""
+    """Return source -> split -> sub-source (or `total`) -> count; a rounded count is a text such as `558K`."""
     return json.loads((files(__package__) / "published.json").read_text(encoding="utf-8"))
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """The tables that `prepare` prints: counts by split and sub-source, and defects by kind."""
+    """Return the tables that `prepare` prints: counts by split and sub-source, and defects by kind."""
     published = published_counts().get(report["published"], {})
     rows: list[tuple[str, ...]] = [("split", "sub-source", "records", "no image", "published")]
     for split in SPLITS:
@@ -74,7 +74,7 @@ class QuestionFiles:
         self._by_sub_source = by_sub_source
         self._files: dict[str, TextIO] = {}
         self._ids: dict[str, int] = {}
-        """Every id -> the last number that was appended to it."""
+        """Id -> the last number that was appended to it."""
         self.counts: dict[str, int] = {}
         """Questions in each file."""
 

@@ -1,6 +1,6 @@
-"""What a source of `llava-mole prepare` declares and yields: its options, samples before their images are checked, and
-the rules of their turns."""
+"""The interface of a source of `llava-mole prepare`: its options, its raw samples and the rules for their turns."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ class Embedded:
 
 @dataclass(slots=True)
 class RawSample:
-    """One sample of a source; its turns are checked, its images are not yet."""
+    """One sample of a source, with checked turns and unchecked images."""
 
     id: str
     source: str
@@ -48,7 +48,7 @@ class RawSample:
     category: str | None = None
     """The group of a test question, over which accuracy is averaged; None takes `source`."""
     again: bool = False
-    """Whether it repeats an earlier sample, to be trained on more often; it is never a question."""
+    """Whether this repeats an earlier sample so that training sees it more often; a repetition is never a question."""
 
 
 def usable_samples(
@@ -92,18 +92,12 @@ def read_turns(conversations: Any, roles: Mapping[str, Role]) -> list[Turn]:
 
 def merge_turns(turns: Sequence[Turn]) -> list[Turn]:
     """Join consecutive turns of one role with a newline; turns without text add nothing."""
-    merged: list[Turn] = []
-    for turn in turns:
-        if merged and merged[-1].role == turn.role:
-            texts = (merged[-1].text, turn.text)
-            merged[-1] = Turn(turn.role, "\n".join(text for text in texts if text))
-        else:
-            merged.append(turn)
-    return merged
+    groups = itertools.groupby(turns, key=lambda turn: turn.role)
+    return [Turn(role, "\n".join(turn.text for turn in group if turn.text)) for role, group in groups]
 
 
 def check_turns(turns: Sequence[Turn], images: int, where: str, defects: Defects) -> tuple[Turn, ...]:
-    """Return the turns as the record reader wants them: user first, alternating, one marker for each image.
+    """Return the turns in the form that training reads: user first, alternating, one marker for each image.
 
     Args:
         turns: One conversation.
@@ -142,25 +136,25 @@ def check_turns(turns: Sequence[Turn], images: int, where: str, defects: Defects
 
 
 def _is_in_front(text: str) -> bool:
-    """Whether a first question holds the only marker in the place that `place_image_first` gives it, as most do."""
+    """Whether a question already has its only marker where `place_image_first` puts it, which most have."""
     rest = text[len(_IN_FRONT) :]
     return text.startswith(_IN_FRONT) and rest == rest.strip() != "" and DEFAULT_IMAGE_TOKEN not in rest
 
 
 def question_and_answer(question: str, answer: str, images: int) -> list[Turn]:
-    """One round about `images` images, with the markers in front."""
+    """Return a question with `images` markers in front, and its answer."""
     return [Turn("user", _IN_FRONT * images + without_marker(question)), Turn("assistant", answer)]
 
 
 def without_marker(text: str) -> str:
-    """The text without literal image markers, which raw text must not bring."""
+    """Remove the image markers from raw text, where they stand for no image."""
     return text.replace(DEFAULT_IMAGE_TOKEN, "") if DEFAULT_IMAGE_TOKEN in text else text
 
 
 def choose_images(
     images: list[Any], multi_image: Literal["skip", "first", "keep"], where: str, defects: Defects
 ) -> list[Any]:
-    """The images of a record that `--multi-image` keeps. Raises SkipRecord for several with `skip`."""
+    """Return the images of a record that `--multi-image` keeps. Raises SkipRecord for several images with `skip`."""
     if len(images) > 1:
         if multi_image == "skip":
             raise SkipRecord("several-images", f"{len(images)} images")
@@ -175,9 +169,8 @@ def keep_first_marker(turns: Sequence[Turn]) -> list[Turn]:
     result = []
     for turn in turns:
         head, marker, tail = turn.text.partition(DEFAULT_IMAGE_TOKEN)
-        text = turn.text if not marker else head + ("" if seen else marker) + without_marker(tail)
+        result.append(Turn(turn.role, head + ("" if seen else marker) + without_marker(tail)))
         seen = seen or bool(marker)
-        result.append(Turn(turn.role, text))
     return result
 
 
@@ -190,7 +183,7 @@ def option(text: str, *, metavar: str | None = None, parse: Callable[[str], Any]
     Args:
         text: Help for the option; the default is added to it.
         metavar: Name of the value in the help.
-        parse: Reads a value of any other type; raises ValueError that says what is allowed.
+        parse: Parses a value of any other type. Raises ValueError that says what is allowed.
     """
     return {"help": text, "metavar": metavar, "parse": parse}
 
@@ -224,13 +217,13 @@ class Source:
     expects: str
     """What lies below `--raw`, with the licence and known defects; the text of `prepare SOURCE --help`."""
     iterate: Callable[[Path, Any, Defects], Iterator[RawSample]]
-    """Yields the usable samples below `--raw`, given an instance of `options`; counts the others."""
+    """Yields the usable samples below `--raw` and counts the others; the second argument is an `options` instance."""
     options: type[SourceOptions] = SourceOptions
     embedded: bool = False
-    """Whether images come inside the records, so that they must be unpacked and are decoded by default."""
+    """Whether images are inside the records. They must then be unpacked, and are decoded by default."""
     searches: bool = True
-    """Whether it reads every file of a kind below `--raw`, so that the output must lie elsewhere."""
+    """Whether it reads every file of a kind below `--raw`. The output must then lie elsewhere."""
     image_folder: str = ""
-    """Folder below `--raw` that image paths are relative to, if it exists; else they are relative to `--raw`."""
+    """Folder below `--raw` that image paths are relative to; if it does not exist, they are relative to `--raw`."""
     questions_by_sub_source: bool = False
     """Whether each sub-source gets a question file of its own."""

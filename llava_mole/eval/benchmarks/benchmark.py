@@ -1,6 +1,6 @@
-"""What a benchmark is, and its questions: everything that decides its numbers, apart from the metrics' code.
+"""A benchmark's definition and questions: everything that decides its numbers except the metrics' code.
 
-A benchmark is a YAML file in `configs/benchmarks/` (`registry.get_benchmark`), or made of question files of one's own
+A benchmark is a YAML file in `configs/benchmarks/` (`registry.get_benchmark`), or is made from your own question files
 (`own_questions`).
 """
 
@@ -30,7 +30,7 @@ PREPARED = "prepared.json"
 DEFAULT_VARIANT = "default"
 UNKNOWN_VARIANT = "unknown"
 OWN = "questions"
-"""Name of the benchmark made of question files of one's own."""
+"""Name of the benchmark made from your own question files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class BenchmarkData:
     """Training splits, `FILE` or `GROUP=FILE`, whose commonest answers are the majority baseline. An empty list takes
     them from the test itself; None leaves the baseline out."""
     converter: str | None = None
-    """What `prepare-benchmark` converts the official files with; None if they are question files already."""
+    """Converter of the official files for `prepare-benchmark`; None if they are question files already."""
     options: dict[str, str] = field(default_factory=dict)
     """The converter's options, such as file names."""
     source: str = ""
@@ -58,7 +58,7 @@ class BenchmarkData:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkPrompt:
-    """What is added to a question, and how long an answer may be."""
+    """The text appended to each question, and the limit on the answer's length."""
 
     suffix: str = ""
     max_new_tokens: int = 128
@@ -84,7 +84,7 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published row."""
+    """A row of a published table."""
 
     model: str
     source: str
@@ -102,7 +102,7 @@ class Benchmark:
     data: BenchmarkData
     prompt: BenchmarkPrompt = field(default_factory=BenchmarkPrompt)
     groups: list[str] = field(default_factory=list)
-    """All possible groups; a question of another group is an error. Empty: whatever the questions have."""
+    """All possible groups; a question of another group is an error. Empty: any group is allowed."""
     metrics: dict[str, list[str]] = field(default_factory=dict)
     """Group, or `*`, to the metrics its questions are scored with."""
     numbers: dict[str, Number] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class Benchmark:
     submission: str | None = None
     """Format of the file that the benchmark's server takes."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the number must know."""
+    """Remarks that a reader of the numbers needs."""
     published: list[Published] = field(default_factory=list)
 
     def metrics_of(self, group: str) -> list[str]:
@@ -151,10 +151,6 @@ class Benchmark:
                 f"--prompt-variant {variant!r}: benchmark {self.name} has the variants {', '.join(suffixes)}"
             )
         return suffixes[variant]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as stored with a result."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -230,7 +226,7 @@ def load_questions(
 def own_questions(
     files: Sequence[str], *, image_folder: Path, train_files: Sequence[str] | None = None
 ) -> BenchmarkQuestions:
-    """Make a benchmark of question files of one's own: exact match by group, with the majority baseline.
+    """Make a benchmark from your own question files: exact match by group, with the majority baseline.
 
     Args:
         files: `[GROUP=]FILE` each.
@@ -253,14 +249,11 @@ def own_questions(
         while primary in groups:
             primary += " (all groups)"
         numbers[primary] = Number(value="plain_exact.hit")
+    train = list(map(resolve_argument, train_files or ()))
     benchmark = Benchmark(
         name=OWN,
         title="question files",
-        data=BenchmarkData(
-            folder="",
-            questions=[resolve_argument(argument) for argument in files],
-            train_files=[resolve_argument(argument) for argument in train_files or ()],
-        ),
+        data=BenchmarkData(folder="", questions=list(map(resolve_argument, files)), train_files=train),
         groups=groups,
         metrics={ANY_GROUP: ["plain_exact"]},
         numbers=numbers,
@@ -272,7 +265,7 @@ def own_questions(
 
 
 def _below(folder: Path, argument: str) -> str:
-    """`[GROUP=]NAME` with `folder` in front of the name."""
+    """Return `[GROUP=]NAME` with `folder` in front of the name."""
     group, path = parse_named_file(argument)
     return f"{folder / path}" if group is None else f"{group}={folder / path}"
 

@@ -1,4 +1,4 @@
-"""Finds benchmarks by name and checks everything that a definition refers to: metrics, numbers, converter, submission.
+"""Finds benchmarks by name and checks everything that a definition names: metrics, numbers, converter, submission.
 
 A new benchmark is a YAML file in `configs/benchmarks/`, a converter in `official/` if its official files are not
 question files already, and a metric in `eval/metrics/` if none there fits.
@@ -19,7 +19,7 @@ FOLDER = Path("configs/benchmarks")
 
 
 def benchmark_folders() -> list[Path]:
-    """Return where the files are looked for: below the working directory, then below the repository."""
+    """Return the folders to search: below the working directory, then below the repository."""
     return [folder for folder in (FOLDER, REPOSITORY / FOLDER) if folder.is_dir()]
 
 

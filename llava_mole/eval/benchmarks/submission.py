@@ -158,12 +158,7 @@ def write_xlsx(table: list[list[str]]) -> bytes:
 
 
 WRITERS: Mapping[str, Callable[[BenchmarkQuestions, Answers], bytes]] = {
-    "vqa_v2": vqa_v2,
-    "viz_wiz": viz_wiz,
-    "gqa": gqa,
-    "seed": seed,
-    "mm_vet": mm_vet,
-    "mmbench": mmbench,
+    writer.__name__: writer for writer in (vqa_v2, viz_wiz, gqa, seed, mm_vet, mmbench)
 }
 """Format -> writer."""
 SUFFIXES: Mapping[str, str] = {name: ".json" for name in WRITERS} | {"seed": ".jsonl", "mmbench": ".xlsx"}

@@ -99,23 +99,20 @@ def _yes_no_gold(line: QuestionLine) -> str:
     return wanted
 
 
-def _pope(parse: Callable[[str], str], prediction: str, line: QuestionLine, *, undecided_missed: bool) -> Fields:
-    said, wanted = parse(prediction), _yes_no_gold(line)
-    return {
-        "hit": float(said == wanted),
-        "said_yes": float(said == "yes"),
-        "is_yes": float(wanted == "yes" and (undecided_missed or said in ("yes", "no"))),
-        "both_yes": float(said == wanted == "yes"),
-    }
+def _pope(parse: Callable[[str], str], *, undecided_missed: bool) -> Metric:
+    """Make POPE's metric. Its recall counts a yes answered neither yes nor no as missed only if `undecided_missed`."""
 
+    def score(prediction: str, line: QuestionLine) -> Fields:
+        said, wanted = parse(prediction), _yes_no_gold(line)
+        return {
+            "hit": float(said == wanted),
+            "said_yes": float(said == "yes"),
+            "is_yes": float(wanted == "yes" and (undecided_missed or said in ("yes", "no"))),
+            "both_yes": float(said == wanted == "yes"),
+        }
 
-def _pope_llava(prediction: str, line: QuestionLine) -> Fields:
-    return _pope(yes_no.pope_llava, prediction, line, undecided_missed=True)
-
-
-def _pope_lmms_eval(prediction: str, line: QuestionLine) -> Fields:
-    # lmms-eval counts a missed yes only if the answer is exactly "no"; others are in neither part of its recall.
-    return _pope(yes_no.pope_lmms_eval, prediction, line, undecided_missed=False)
+    fields = ("hit", "said_yes", "is_yes", "both_yes")
+    return Metric(fields, score, binary=fields)
 
 
 def _mme(prediction: str, line: QuestionLine) -> Fields:
@@ -167,8 +164,6 @@ def _key_values_field(questions: Sequence[Fields]) -> Fields:
     }
 
 
-_POPE_FIELDS = ("hit", "said_yes", "is_yes", "both_yes")
-
 METRICS: Mapping[str, Metric] = {
     "plain_exact": _one(exact.plain_exact),
     "word_match": _any(exact.word_match),
@@ -185,8 +180,9 @@ METRICS: Mapping[str, Metric] = {
     "path_vqa_closed": Metric(("llava_med", "strict"), _path_vqa_closed, binary=("llava_med", "strict")),
     "text_vqa": _graded(text_vqa.soft_score),
     "vqa_exact": _any(text_vqa.normalised_exact),
-    "pope_llava": Metric(_POPE_FIELDS, _pope_llava, binary=_POPE_FIELDS),
-    "pope_lmms_eval": Metric(_POPE_FIELDS, _pope_lmms_eval, binary=_POPE_FIELDS),
+    "pope_llava": _pope(yes_no.pope_llava, undecided_missed=True),
+    # lmms-eval counts a missed yes only if the answer is exactly "no"; others are in neither part of its recall.
+    "pope_lmms_eval": _pope(yes_no.pope_lmms_eval, undecided_missed=False),
     "mme": Metric(("hit", "both", "images"), _mme, unit_key="image", combine=_mme_image),
     "science_qa": Metric(("hit", "unparsed"), _science_qa, binary=("hit", "unparsed")),
     "exact_letter": _one(choice.exact_letter),
@@ -194,10 +190,7 @@ METRICS: Mapping[str, Metric] = {
     "gqa_exact": _one(exact.gqa_exact),
     "exact_ureader": _one(exact.exact_ureader),
     "key_values": Metric(
-        ("matched", "predicted", "wanted", "which", "unasked"),
-        _key_values,
-        unit_key="field",
-        combine=_key_values_field,
+        ("matched", "predicted", "wanted", "which", "unasked"), _key_values, unit_key="field", combine=_key_values_field
     ),
     "wtq": _any(wtq.denotation_accuracy),
 }

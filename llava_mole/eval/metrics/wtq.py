@@ -49,7 +49,7 @@ class Value:
         return self.date is not None and self.date == other.date
 
     def identity(self) -> tuple[str, object]:
-        """Return what the official evaluator removes duplicates by: the number, the date or the text."""
+        """Return the value by which the official evaluator removes duplicates: the number, the date or the text."""
         if self.number is not None:
             return "number", self.number
         return ("date", self.date) if self.date is not None else ("text", self.text)
@@ -58,7 +58,7 @@ class Value:
 def read_value(text: str) -> Value:
     """Read a number if Python can, else a date `y-m-d` (`xx` for an unknown part), else a text.
 
-    A date of which only the year is known is a number.
+    A date with only a year is a number.
     """
     number = _number(text)
     if number is not None:

@@ -3,8 +3,8 @@
     llava-mole report [NAME=]RUN... --out DIR
     llava-mole report --runs stage1=A.score.json lora=B.score.json mole=C.score.json --out DIR
 
-The first run is what the others are compared with. A run is a score file that `llava-mole eval` or `llava-mole score`
-wrote, or a directory with such files (or with them in its `eval`).
+The other runs are compared with the first. A run is a score file that `llava-mole eval` or `llava-mole score` wrote, or
+a directory with such files (or with them in its `eval`).
 """
 
 import argparse
@@ -24,13 +24,12 @@ from llava_mole.eval.report.groups import add_groups
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison and write it to a directory."""
     parser = argparse.ArgumentParser(prog="llava-mole report", description=__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="*", metavar="[NAME=]RUN", help="scored runs, the reference first")
-    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=PATH", help="more runs, each with a name")
-    parser.add_argument("--out", metavar="DIR", help="where report.{txt,md,tex,json} and benchmarks.png go")
-    parser.add_argument(
-        "--published", choices=["main", "all", "none"], default="main", help="published rows to show (default: main)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
+    add = parser.add_argument
+    add("run", nargs="*", metavar="[NAME=]RUN", help="scored runs, the reference first")
+    add("--runs", nargs="+", default=[], metavar="NAME=PATH", help="more runs, each with a name")
+    add("--out", metavar="DIR", help="where report.{txt,md,tex,json} and benchmarks.png go")
+    add("--published", choices=["main", "all", "none"], default="main", help="published rows to show (default: main)")
+    add("--overwrite", action="store_true", help="replace an existing report")
     args = parser.parse_args(argv)
     if not args.run and not args.runs:
         raise ConfigError("no run to report; give score files or directories with them, for example runs/*/eval")
@@ -48,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_report(out: Path, benchmarks: Mapping[str, Any]) -> list[Path]:
     """Write every form of the report. Returns the files."""
-    texts = {"report.txt": to_text(benchmarks) + "\n", "report.md": to_markdown(benchmarks)}
-    texts["report.tex"] = to_latex(benchmarks)
+    texts = {"report.txt": to_text(benchmarks) + "\n"}
+    texts |= {"report.md": to_markdown(benchmarks), "report.tex": to_latex(benchmarks)}
     for name, content in texts.items():
         write_text(out / name, content)
     write_json(out / "report.json", {"benchmarks": benchmarks})

@@ -63,8 +63,7 @@ def read_run(name: str, path: Path) -> dict[str, dict[str, Any]]:
 def read_runs(named: Sequence[str], positional: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Read all runs by name, in order. Raises ConfigError if a name comes twice, and as `read_run` does."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
-    arguments = [(argument, False) for argument in positional] + [(argument, True) for argument in named]
-    for argument, must_name in arguments:
+    for argument, must_name in [*((a, False) for a in positional), *((a, True) for a in named)]:
         name, path = split_argument(argument, named=must_name)
         if name in runs:
             raise ConfigError(f"{argument}: the name {name!r} is given twice; give NAME=PATH with different names")
@@ -91,7 +90,7 @@ def stored_benchmark(scores: Mapping[str, Any]) -> Benchmark:
 def build_benchmarks(
     runs: Runs, *, published: str = "main", resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, Any]:
-    """Return what the report says about each benchmark, as plain values.
+    """Build the report's content on each benchmark, as plain values.
 
     Args:
         published: Which published rows: `main`, `all` or `none`.

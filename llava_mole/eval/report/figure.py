@@ -13,7 +13,7 @@ from llava_mole.eval.report.groups import MAJORITY
 logger = get_logger(__name__)
 
 LONG_LABEL = 9
-"""Labels of more characters are turned."""
+"""Labels with more characters are rotated."""
 
 
 def _literal(text: str) -> str:
@@ -29,45 +29,42 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
     baseline, where there is one, is a dashed line.
 
     Returns:
-        Whether it was drawn. Without matplotlib the log says so.
+        Whether the figure was drawn; False, with a warning in the log, if matplotlib is not installed.
 
     Raises:
         ConfigError: `path` cannot be written.
     """
-    panels: list[tuple[str, list[str], Mapping[str, Any], bool]] = []
+    panels: list[tuple[Mapping[str, Any], list[str], bool]] = []
     for entry in benchmarks.values():
-        for summed in (True, False):
-            columns = entry["summed"] if summed else [c for c in entry["compared"] if c not in entry["summed"]]
-            if columns:
-                panels.append((entry["title"], columns, entry, summed))
+        others = [column for column in entry["compared"] if column not in entry["summed"]]
+        panels += [(entry, shown, summed) for shown, summed in ((entry["summed"], True), (others, False)) if shown]
     names = list(dict.fromkeys(name for entry in benchmarks.values() for name in entry["runs"]))
-    widths = [max(1.6, 0.4 + len(columns) * max(0.9, 0.3 * len(names))) for _, columns, _, _ in panels]
+    widths = [max(1.6, 0.4 + len(columns) * max(0.9, 0.3 * len(names))) for _, columns, _ in panels]
     try:
         figure = new_figure(max(5.0, 0.8 * len(panels) + sum(widths)), 4.2)
     except ConfigError as error:
         logger.warning("no figure: %s", error)
         return False
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
-    for axis, (title, columns, entry, summed) in zip(axes, panels, strict=True):
+    for axis, (entry, columns, summed) in zip(axes, panels, strict=True):
         ends = _draw_bars(axis, names, columns, entry["runs"])
         for c, column in enumerate(columns):
             if column in entry.get("groups", {}):
                 level = entry["groups"][column]["majority"]["value"]
-                style = {"colors": "black", "linestyles": "dashed", "label": MAJORITY}
-                axis.hlines(level, c - 0.45, c + 0.45, **style)
+                line = {"colors": "black", "linestyles": "dashed", "label": MAJORITY}
+                axis.hlines(level, c - 0.45, c + 0.45, **line)
         turned = max(map(len, columns)) > LONG_LABEL
-        axis.set_xticks(range(len(columns)), [_literal(c) for c in columns], rotation=30 if turned else 0)
-        for label in axis.get_xticklabels():
-            label.set_horizontalalignment("right" if turned else "center")
-        axis.set_title(_literal(f"{title} (axis cut)" if summed else title), fontsize="medium")
+        style = {"rotation": 30, "horizontalalignment": "right"} if turned else {}
+        axis.set_xticks(range(len(columns)), [_literal(c) for c in columns], **style)
+        axis.set_title(_literal(entry["title"] + (" (axis cut)" if summed else "")), fontsize="medium")
         axis.spines[["top", "right"]].set_visible(False)
         if summed and ends:
             margin = max(1.0, 0.5 * (max(ends) - min(ends)))
             axis.set_ylim(max(0.0, min(ends) - margin), max(ends) + 0.3 * margin)
     axes[0].set_ylabel("percent, 95% interval")
     shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    columns = min(4, len(shown))
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=columns, frameon=False)
+    place = {"loc": "outside lower center", "ncols": min(4, len(shown)), "frameon": False}
+    figure.legend(list(shown.values()), list(shown), **place)
     with write_errors(path), atomic_path(path) as temporary:
         save_figure(figure, temporary)
     return True
@@ -78,8 +75,8 @@ def _draw_bars(axis: Any, names: list[str], columns: list[str], runs: Mapping[st
     width, ends = 0.8 / len(names), []
     for n, name in enumerate(names):
         numbers = (runs.get(name) or {"numbers": {}})["numbers"]
-        found = [(c, numbers.get(column)) for c, column in enumerate(columns)]
-        bars = [(c, entry) for c, entry in found if entry is not None and entry["value"] is not None]
+        found = [(c, numbers[column]) for c, column in enumerate(columns) if numbers.get(column)]
+        bars = [(c, entry) for c, entry in found if entry["value"] is not None]
         centres = [c + (n - (len(names) - 1) / 2) * width for c, _ in bars]
         # The percentile interval of a skewed number need not contain the number itself.
         below = [max(0.0, entry["value"] - entry["low"]) for _, entry in bars]

@@ -28,6 +28,17 @@ class Table:
     remarks: list[str] = field(default_factory=list)
     """Lines under the table."""
 
+    def __post_init__(self) -> None:
+        """Put every text on one line, whatever names and titles contain."""
+        self.caption, self.header = _line(self.caption), list(map(_line, self.header))
+        self.rows = [list(map(_line, row)) for row in self.rows]
+        self.spans = [(_line(title), width) for title, width in self.spans]
+        self.remarks = list(map(_line, self.remarks))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
 
 def overview(benchmarks: Mapping[str, Any]) -> Table:
     """Build the paper's Table 2: a row per model, published ones first, and a column per published number.
@@ -42,7 +53,7 @@ def overview(benchmarks: Mapping[str, Any]) -> Table:
             cells |= {(name, column): value for column, value in row["values"].items()}
     rows = []
     for (source, model), cells in sorted(published.items(), key=_by_table):
-        rows.append([model, source, *(_published(cells.get(column)) for column in columns)])
+        rows.append([model, source, *(f"{cells[column]:g}" if column in cells else NOTHING for column in columns)])
     ours = dict.fromkeys(run for entry in benchmarks.values() for run in entry["runs"])
     rule = len(rows)
     for run in ours:
@@ -57,10 +68,6 @@ def overview(benchmarks: Mapping[str, Any]) -> Table:
 def _by_table(item: tuple[tuple[str, str], Any]) -> list[Any]:
     """Sort by source, its numbers by size: row 9 before row 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", item[0][0])]
-
-
-def _published(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:g}"
 
 
 def _value(entry: Mapping[str, Any] | None) -> str:
@@ -162,31 +169,11 @@ def tables(benchmarks: Mapping[str, Any]) -> list[Table]:
             if scores["empty_answers"]:
                 remarks.append(f"note: {run} has {scores['empty_answers']} empty answers")
             remarks += [f"note: {m} leaves {n} questions of {run} out" for m, n in (scores["dropped"] or {}).items()]
-        result[-1].remarks = remarks
-    for entry in _with_groups(benchmarks):
+        result[-1].remarks = list(map(_line, remarks))
+    for entry in [entry for entry in benchmarks.values() if "groups" in entry]:
         result += [accuracies(entry), *([verdicts(entry)] if len(entry["runs"]) > 1 else [])]
         result += [routing(name, shares) for name, shares in entry["routing"].items()]
-    return list(map(_on_one_line, result))
-
-
-def _with_groups(benchmarks: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [entry for entry in benchmarks.values() if "groups" in entry]
-
-
-def _on_one_line(table: Table) -> Table:
-    """Return the table with every text on one line, whatever names and titles contain."""
-    return Table(
-        _line(table.caption),
-        list(map(_line, table.header)),
-        [list(map(_line, row)) for row in table.rows],
-        [(_line(title), width) for title, width in table.spans],
-        table.rule,
-        list(map(_line, table.remarks)),
-    )
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
+    return result
 
 
 def to_text(benchmarks: Mapping[str, Any]) -> str:
@@ -197,13 +184,11 @@ def to_text(benchmarks: Mapping[str, Any]) -> str:
         if 0 < table.rule < len(table.rows):
             lines.insert(2 + table.rule, lines[1])
         parts.append("\n".join([table.caption, *lines, *table.remarks]))
-    for entry in _with_groups(benchmarks):
+    for entry in [entry for entry in benchmarks.values() if "groups" in entry]:
         if entry["examples"]:
             parts.append(_examples(list(entry["runs"])[-1], entry["examples"]))
-        rows = [
-            [name, run["model_path"], " ".join(run["answers"]), run["score_file"]]
-            for name, run in entry["runs"].items()
-        ]
+        runs = entry["runs"].items()
+        rows = [[name, run["model_path"], " ".join(run["answers"]), run["score_file"]] for name, run in runs]
         parts.append(f"On disk\n{format_table([['run', 'model', 'answers', 'scores'], *rows])}")
     return "\n\n".join(parts)
 
@@ -249,29 +234,24 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(_markdown(cell) for cell in cells) + " |"
 
 
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-}
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        **{"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"},
+        **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
+    }
+)
 
 
 def to_latex(benchmarks: Mapping[str, Any]) -> str:
     """Format the tables as LaTeX `tabular`s with booktabs rules, to be `\\input`."""
     parts = ["% needs \\usepackage{booktabs}"]
     for table in tables(benchmarks):
-        lines = ["\\begin{table}", f"\\caption{{{_latex(table.caption)}}}", "\\centering", "\\small"]
+        lines = ["\\begin{table}", f"\\caption{{{table.caption.translate(_LATEX)}}}", "\\centering", "\\small"]
         lines += [f"\\begin{{tabular}}{{{'l' * 2}{'r' * (len(table.header) - 2)}}}", "\\toprule"]
         if table.spans:
-            lines.append(" & ".join(f"\\multicolumn{{{n}}}{{c}}{{{_latex(t)}}}" for t, n in table.spans) + " \\\\")
+            spans = [f"\\multicolumn{{{width}}}{{c}}{{{title.translate(_LATEX)}}}" for title, width in table.spans]
+            lines.append(" & ".join(spans) + " \\\\")
         lines += [_latex_row(table.header), "\\midrule"]
         for number, row in enumerate(table.rows):
             if number and number == table.rule:
@@ -284,4 +264,4 @@ def to_latex(benchmarks: Mapping[str, Any]) -> str:
 
 def _latex_row(cells: Sequence[str]) -> str:
     # A row that begins with a bracket or a star would be read as an argument of the `\\` before it.
-    return " & ".join(re.sub(r"\[|^\*", r"{\g<0>}", _latex(cell)) for cell in cells) + " \\\\"
+    return " & ".join(re.sub(r"\[|^\*", r"{\g<0>}", cell.translate(_LATEX)) for cell in cells) + " \\\\"

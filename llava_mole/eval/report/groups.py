@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_mole.common.errors import DataError
 from llava_mole.common.files import read_json
 from llava_mole.common.log import get_logger
@@ -20,7 +22,7 @@ Scores = Mapping[str, Any]
 
 
 def add_groups(report: Mapping[str, dict[str, Any]], runs: Runs) -> None:
-    """Add what the report says about groups to each benchmark with a majority baseline.
+    """Add the part about groups to each benchmark with a majority baseline.
 
     Adds to `build_benchmarks`'s entry: `groups`: group -> {`majority`, `runs`: name -> number, `verdicts`: name ->
     {other: verdict}}; `majority_from`; `routing`: name -> `expert_shares`; `examples`: the last run's, by group.
@@ -62,21 +64,13 @@ def _compare_group(group: str, scored: Mapping[str, Scores]) -> dict[str, Any]:
     entries = {name: {key: scores["groups"][group][key] for key in keys} for name, scores in scored.items()}
     reference, *others = entries
     majority = scored[reference]["groups"][group]["majority"]
-    return {
-        "majority": majority,
-        "runs": entries,
-        "verdicts": {
-            name: {
-                reference: compare(entries[name], entries[reference]),
-                MAJORITY: compare(entries[name], majority),
-            }
-            for name in others
-        },
-    }
+    against = {reference: entries[reference], MAJORITY: majority}
+    verdicts = {name: {other: compare(entries[name], entry) for other, entry in against.items()} for name in others}
+    return {"majority": majority, "runs": entries, "verdicts": verdicts}
 
 
 def _all_there(name: str, what: str, files: Sequence[Path]) -> bool:
-    """Whether the files that a score file names still exist. Missing ones only cost a part of the report: warn."""
+    """Whether the files that a score file names still exist. A missing one is logged: it costs a part of the report."""
     gone = [str(path) for path in files if not path.is_file()]
     if gone:
         logger.warning("%s: %s not shown, no such file: %s", name, what, ", ".join(gone))
@@ -87,7 +81,7 @@ def _read_shares(path: Path) -> dict[str, Any]:
     """Return `expert_shares` of a file. Raises DataError if it is not what `llava-mole eval` writes."""
     try:
         return expert_shares(read_json(path))
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, StopIteration) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise DataError(
             f"{path}: these routing statistics are damaged ({error!r}); run `llava-mole eval` with --overwrite"
         ) from None
@@ -103,28 +97,16 @@ def expert_shares(routing: Mapping[str, Any]) -> dict[str, Any]:
         `mean`: group -> modality -> share per expert; `largest_spread`: {`layer`, `expert`, `shares`: group -> share}.
     """
     groups = routing["groups" if "groups" in routing else "domains"]  # "domains": written before score format 2
+    share_GLK = np.array([modalities["all"]["share"] for modalities in groups.values()])
+    # Rounded, so that the first of equal differences wins; with two experts they come in pairs.
+    spread_LK = np.ptp(share_GLK, axis=0).round(9)
+    layer, expert = (int(index) for index in np.unravel_index(spread_LK.argmax(), spread_LK.shape))
+    shares = dict(zip(groups, share_GLK[:, layer, expert].tolist(), strict=True))
     mean = {
-        group: {
-            modality: [
-                sum(layer[k] for layer in entry["share"]) / len(entry["share"]) for k in range(len(entry["share"][0]))
-            ]
-            for modality, entry in modalities.items()
-        }
+        group: {modality: np.stack(entry["share"]).mean(axis=0).tolist() for modality, entry in modalities.items()}
         for group, modalities in groups.items()
     }
-    shares = {group: modalities["all"]["share"] for group, modalities in groups.items()}
-    any_share = next(iter(shares.values()))
-    cells = [(layer, expert) for layer in range(len(any_share)) for expert in range(len(any_share[0]))]
-
-    def values(cell: tuple[int, int]) -> dict[str, float]:
-        return {group: share[cell[0]][cell[1]] for group, share in shares.items()}
-
-    def spread(cell: tuple[int, int]) -> float:
-        # Rounded, so that the first of equal differences wins; with two experts they come in pairs.
-        return round(max(values(cell).values()) - min(values(cell).values()), 9)
-
-    layer, expert = max(cells, key=spread)
-    return {"mean": mean, "largest_spread": {"layer": layer, "expert": expert, "shares": values((layer, expert))}}
+    return {"mean": mean, "largest_spread": {"layer": layer, "expert": expert, "shares": shares}}
 
 
 def examples(scores: Scores) -> dict[str, dict[str, str | bool]]:

@@ -11,27 +11,15 @@ from llava_mole.common.errors import DataError
 from llava_mole.common.text import count_of
 from llava_mole.eval.benchmarks.benchmark import COUNTED, Benchmark, Number
 from llava_mole.eval.metrics.table import METRICS, Fields
-from llava_mole.eval.scoring.intervals import (
-    RESAMPLES,
-    SEED,
-    Array,
-    Statistic,
-    Sums,
-    bootstrap_sums,
-    difference_interval,
-    group_sums,
-    mcnemar_exact,
-    percentile_interval,
-    permutation_p_value,
-    wilson_interval,
-)
+from llava_mole.eval.scoring import intervals
+from llava_mole.eval.scoring.intervals import RESAMPLES, SEED, Array, Statistic, Sums, group_sums
 
 PERCENT = 100.0
 
 
 @dataclass(frozen=True)
 class Units:
-    """What is scored and resampled: questions, or for example the images that several questions share.
+    """The units that are scored and resampled: questions, or for example the images that several questions share.
 
     `fields["<metric>.<field>"]` has one value per unit, 0 if the metric does not apply to the unit's group.
     """
@@ -96,17 +84,12 @@ def build_units(
         for name in names:
             metric = METRICS[name]
             given = [fields[name] for _, fields in parts if name in fields]
-            extra = metric.combine(given) if metric.combine and given else {}
-            columns[f"{name}.{COUNTED}"].append(float(len(given)))
-            for field in metric.fields:
-                columns[f"{name}.{field}"].append(
-                    extra[field] if field in extra else sum(fields.get(field, 0.0) for fields in given)
-                )
-    return Units(
-        tuple(members),
-        tuple(parts[0][0] for parts in members.values()),
-        {name: np.array(values, dtype=np.float64) for name, values in columns.items()},
-    )
+            sums = {field: sum(fields.get(field, 0.0) for fields in given) for field in metric.fields}
+            combined = metric.combine(given) if metric.combine and given else {}
+            for field, value in {COUNTED: len(given), **sums, **combined}.items():
+                columns[f"{name}.{field}"].append(float(value))
+    groups = tuple(parts[0][0] for parts in members.values())
+    return Units(tuple(members), groups, {name: np.array(values) for name, values in columns.items()})
 
 
 def statistic(name: str, numbers: Mapping[str, Number], fields: Sequence[str]) -> Statistic:
@@ -120,15 +103,18 @@ def statistic(name: str, numbers: Mapping[str, Number], fields: Sequence[str]) -
     bottom = [fields.index(field) for field in denominator(number)]
 
     def ratio(sums: Sums) -> Array:
-        chosen = [values for group, values in sums.items() if not number.groups or group in number.groups]
-        if not chosen:
-            return np.full(len(next(iter(sums.values()))), math.nan)
-        pooled = np.sum(chosen, axis=0)
+        pooled = _pooled(number, sums)
         below = pooled[:, bottom].sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(below > 0, PERCENT * number.scale * pooled[:, top] / below, math.nan)
 
     return ratio
+
+
+def _pooled(number: Number, sums: Sums) -> Array:
+    """Return the sums of a ratio's fields over its groups, `[B, F]`; zeros if no question is of these groups."""
+    chosen = [values for group, values in sums.items() if not number.groups or group in number.groups]
+    return np.sum(chosen, axis=0) if chosen else np.zeros_like(next(iter(sums.values())))
 
 
 def denominator(number: Number) -> list[str]:
@@ -149,7 +135,7 @@ def share_entry(k: int, n: int) -> dict[str, Any]:
     """Return the share k/n as a number's entry, see `compute_numbers`, with Wilson's interval."""
     if not n:
         return {"value": None, "low": None, "high": None, "interval": "wilson", "k": k, "n": n}
-    low, high = (PERCENT * end for end in wilson_interval(k, n))
+    low, high = (PERCENT * end for end in intervals.wilson_interval(k, n))
     return {"value": PERCENT * k / n, "low": low, "high": high, "interval": "wilson", "k": k, "n": n}
 
 
@@ -169,18 +155,17 @@ def compute_numbers(
     for name, number in numbers.items():
         ratio: dict[str, Any] = {}
         if number.value is not None:
-            chosen = [sums for group, sums in observed.items() if not number.groups or group in number.groups]
-            pooled = np.sum(chosen, axis=0)[0] if chosen else np.zeros(len(fields))
+            pooled = _pooled(number, observed)[0]
             ratio["k"] = _plain(number.scale * pooled[fields.index(number.value)])
             ratio["n"] = _plain(sum(pooled[fields.index(field)] for field in denominator(number)))
         if is_share(number):
             results[name] = share_entry(int(ratio["k"]), int(ratio["n"]))
             continue
         if resampled is None:
-            resampled = bootstrap_sums(rows, resamples=resamples, seed=seed)
+            resampled = intervals.bootstrap_sums(rows, resamples=resamples, seed=seed)
         function = statistic(name, numbers, fields)
         value = _finite(float(function(observed)[0]))
-        low, high = (None, None) if value is None else map(_finite, percentile_interval(function(resampled)))
+        low, high = (None, None) if value is None else map(_finite, intervals.percentile_interval(function(resampled)))
         results[name] = {"value": value, "low": low, "high": high, "interval": "bootstrap", **ratio}
     return results
 
@@ -203,29 +188,22 @@ def compare_units(
         DataError: the runs answered different questions.
     """
     order = {unit: n for n, unit in enumerate(second.ids)}
-    if set(order) != set(first.ids) or dict(zip(first.ids, first.groups, strict=True)) != dict(
-        zip(second.ids, second.groups, strict=True)
-    ):
+    if dict(zip(first.ids, first.groups, strict=True)) != dict(zip(second.ids, second.groups, strict=True)):
         only = len(set(first.ids) ^ set(second.ids))
         raise DataError(
             f"{count_of(only, 'question')} found in only one of the runs; score both runs on the same questions"
         )
     if set(first.fields) != set(second.fields):
         raise DataError("the scores per question of the two runs have different fields; score both again")
-    permutation = np.array([order[unit] for unit in first.ids])
+    positions = np.array([order[unit] for unit in first.ids])
     fields = list(first.fields)
-    aligned = Units(first.ids, first.groups, {field: second.fields[field][permutation] for field in fields})
+    aligned = Units(first.ids, first.groups, {field: second.fields[field][positions] for field in fields})
     one, two = first.rows(), aligned.rows()
     numbers = benchmark.expand_numbers(benchmark.groups or list(one))
     number, function = numbers[name], statistic(name, numbers, fields)
     difference = float(function(group_sums(two))[0] - function(group_sums(one))[0])
-    low, high = difference_interval(one, two, function, resamples=resamples, seed=seed)
-    result: dict[str, Any] = {
-        "number": name,
-        "difference": _finite(difference),
-        "low": _finite(low),
-        "high": _finite(high),
-    }
+    low, high = map(_finite, intervals.difference_interval(one, two, function, resamples=resamples, seed=seed))
+    result: dict[str, Any] = {"number": name, "difference": _finite(difference), "low": low, "high": high}
     ratios = _ratios(name, numbers)
     involved = [group for group in one if any(not ratio.groups or group in ratio.groups for ratio in ratios)]
     counted = [fields.index(field) for field in denominator(number)] if number.value else []
@@ -234,11 +212,12 @@ def compare_units(
         index = fields.index(number.value or "")
         change = np.concatenate([two[group][:, index] - one[group][:, index] for group in involved])
         better, worse = int((change > 0).sum()), int((change < 0).sum())
-        return result | {"test": "mcnemar", "p_value": mcnemar_exact(worse, better), "better": better, "worse": worse}
+        p_value = intervals.mcnemar_exact(worse, better)
+        return result | {"test": "mcnemar", "p_value": p_value, "better": better, "worse": worse}
     used = dict.fromkeys(field for ratio in ratios for field in (ratio.value or "", *denominator(ratio)))
     columns = [fields.index(field) for field in used]
     changed = sum(int((one[g][:, columns] != two[g][:, columns]).any(axis=1).sum()) for g in involved)
-    p_value = permutation_p_value(one, two, function, resamples=resamples, seed=seed)
+    p_value = intervals.permutation_p_value(one, two, function, resamples=resamples, seed=seed)
     return result | {"test": "permutation", "p_value": p_value, "changed": changed}
 
 

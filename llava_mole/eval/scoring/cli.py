@@ -22,29 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__.split("\n")[0],
         epilog=f"benchmarks: {', '.join(list_benchmarks())}",
     )
-    parser.add_argument("answers", nargs="+", metavar="ANSWERS", help="answers file, or the files of all chunks")
-    parser.add_argument("--benchmark", metavar="NAME", help="benchmark to score by: a name, or a YAML file")
-    parser.add_argument(
-        "--questions",
-        nargs="+",
-        metavar="[GROUP=]FILE",
-        help="question files to use instead of the benchmark's; without --benchmark, scored by exact match",
-    )
-    parser.add_argument(
-        "--train-file",
-        nargs="+",
-        metavar="[GROUP=]FILE",
-        help="training splits for the majority baseline of your own --questions (default: the test itself)",
-    )
-    parser.add_argument(
-        "--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is ({DATA_ROOT})"
-    )
-    parser.add_argument("--image-folder", metavar="DIR", help="root of the questions' image paths, for the report")
-    parser.add_argument(
-        "--output", metavar="FILE", help=f"score file (default: the first answers file's name with {SCORE_SUFFIX})"
-    )
-    parser.add_argument("--submission", metavar="FILE", help="also write the file that the benchmark's server takes")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    add = parser.add_argument
+    add("answers", nargs="+", metavar="ANSWERS", help="answers file, or the files of all chunks")
+    add("--benchmark", metavar="NAME", help="benchmark to score by: a name, or a YAML file")
+    own = "question files to use instead of the benchmark's; without --benchmark, scored by exact match"
+    add("--questions", nargs="+", metavar="[GROUP=]FILE", help=own)
+    train = "training splits for the majority baseline of your own --questions (default: the test itself)"
+    add("--train-file", nargs="+", metavar="[GROUP=]FILE", help=train)
+    add("--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is (default {DATA_ROOT})")
+    add("--image-folder", metavar="DIR", help="root of the questions' image paths, for the report")
+    add("--output", metavar="FILE", help=f"score file (default: the first answers file's name with {SCORE_SUFFIX})")
+    add("--submission", metavar="FILE", help="also write the file that the benchmark's server takes")
+    add("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args(argv)
     loaded = _load(args)
     benchmark = loaded.benchmark
@@ -79,16 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(args: argparse.Namespace) -> BenchmarkQuestions:
     """Return the questions of `--benchmark`, or of `--questions` alone."""
-    image_folder = Path(args.image_folder) if args.image_folder else None
+    images = Path(args.image_folder) if args.image_folder else None
     if args.benchmark is None:
         if not args.questions:
             raise ConfigError("give --benchmark NAME, or --questions FILE... to score question files of your own")
-        return own_questions(args.questions, image_folder=image_folder or Path(), train_files=args.train_file)
+        return own_questions(args.questions, image_folder=images or Path(), train_files=args.train_file)
     if args.train_file:
         raise ConfigError("--train-file belongs to --questions without --benchmark; a benchmark names its own")
-    benchmark = get_benchmark(args.benchmark)
-    root = Path(args.data_root)
-    return load_questions(benchmark, data_root=root, files=args.questions, image_folder=image_folder)
+    benchmark, root = get_benchmark(args.benchmark), Path(args.data_root)
+    return load_questions(benchmark, data_root=root, files=args.questions, image_folder=images)
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], *, overwrite: bool) -> None:

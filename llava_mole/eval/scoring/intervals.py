@@ -30,13 +30,9 @@ def group_sums(groups: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def bootstrap_sums(groups: Mapping[str, Array], *, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, Array]:
-    """Sum resamples drawn with replacement within each group; the groups' sizes are part of the benchmark.
+    """Return the sums, `[resamples, F]` each, of resamples of groups of questions `[n, F]`.
 
-    Args:
-        groups: Group -> fields of its questions, `[n, F]`.
-
-    Returns:
-        Group -> `[resamples, F]`.
+    Questions are drawn with replacement within each group; the groups' sizes are part of the benchmark.
     """
     generator = np.random.default_rng(seed)
     return {name: _multinomial_sums(rows, resamples, generator) for name, rows in groups.items()}
@@ -44,12 +40,14 @@ def bootstrap_sums(groups: Mapping[str, Array], *, resamples: int = RESAMPLES, s
 
 def _multinomial_sums(rows: Array, resamples: int, generator: np.random.Generator) -> Array:
     distinct, counts = np.unique(rows, axis=0, return_counts=True)
-    step = max(1, CHUNK // len(distinct))
-    parts = [
-        generator.multinomial(len(rows), counts / len(rows), size=min(step, resamples - start)) @ distinct
-        for start in range(0, resamples, step)
-    ]
-    return np.concatenate(parts)
+    shares, sizes = counts / len(rows), _chunks(resamples, len(distinct))
+    return np.concatenate([generator.multinomial(len(rows), shares, size=size) @ distinct for size in sizes])
+
+
+def _chunks(resamples: int, distinct: int) -> list[int]:
+    """Return how many resamples to draw at a time, with `distinct` counts each."""
+    step = max(1, CHUNK // distinct)
+    return [min(step, resamples - start) for start in range(0, resamples, step)]
 
 
 def percentile_interval(values: Array, level: float = LEVEL) -> tuple[float, float]:
@@ -71,8 +69,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     probability 1/2, at most 1, and 1 without discordant pairs. McNemar (1947).
 
     Args:
-        only_first: Number of questions that only the first run answers correctly.
-        only_second: Number that only the second run answers correctly.
+        only_first, only_second: Number of questions that only this run answers correctly.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
     if not total:
@@ -90,12 +87,11 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     The k-th smallest of m is multiplied by m - k + 1, then raised to the one before it and cut at 1. The bound holds
     however the tests depend on each other. Holm, "A simple sequentially rejective multiple test procedure" (1979).
     """
-    adjusted = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda n: p_values[n])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    order = np.argsort(p_values, kind="stable")
+    multiplied = np.array(p_values)[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.ones(len(p_values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(multiplied))
+    return adjusted.tolist()
 
 
 def permutation_p_value(
@@ -119,15 +115,9 @@ def permutation_p_value(
     for name, rows in first.items():
         other = second[name]
         pairs, counts = np.unique(np.concatenate([rows, other], axis=1), axis=0, return_counts=True)
-        width = rows.shape[1]
-        step = max(1, CHUNK // len(pairs))
-        moved = np.concatenate(
-            [
-                generator.binomial(counts, 0.5, size=(min(step, resamples - start), len(pairs)))
-                @ (pairs[:, width:] - pairs[:, :width])
-                for start in range(0, resamples, step)
-            ]
-        )
+        difference = pairs[:, rows.shape[1] :] - pairs[:, : rows.shape[1]]
+        sizes = _chunks(resamples, len(pairs))
+        moved = np.concatenate([generator.binomial(counts, 0.5, size=(n, len(pairs))) @ difference for n in sizes])
         swapped_first[name], swapped_second[name] = rows.sum(axis=0) + moved, other.sum(axis=0) - moved
     observed = abs(float(statistic(group_sums(second))[0] - statistic(group_sums(first))[0]))
     differences = np.abs(statistic(swapped_second) - statistic(swapped_first))
@@ -145,15 +135,10 @@ def difference_interval(
     seed: int = SEED,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of `second - first`, both resampled on the same questions."""
-    width = {name: rows.shape[1] for name, rows in first.items()}
-    joint = bootstrap_sums(
-        {name: np.concatenate([rows, second[name]], axis=1) for name, rows in first.items()},
-        resamples=resamples,
-        seed=seed,
-    )
-    one = statistic({name: sums[:, : width[name]] for name, sums in joint.items()})
-    two = statistic({name: sums[:, width[name] :] for name, sums in joint.items()})
-    return percentile_interval(two - one)
+    pairs = {name: np.concatenate([rows, second[name]], axis=1) for name, rows in first.items()}
+    joint = bootstrap_sums(pairs, resamples=resamples, seed=seed)
+    one, two = ({name: np.split(sums, 2, axis=1)[n] for name, sums in joint.items()} for n in (0, 1))
+    return percentile_interval(statistic(two) - statistic(one))
 
 
 Z_95 = 1.959963984540054

@@ -1,9 +1,10 @@
 """Scores answers to a benchmark: its numbers with intervals, the commonest-answer baseline, and the score file."""
 
+import dataclasses
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def score_benchmark(
         "prompt": {"variant": variant, "suffix": benchmark.prompt_suffixes().get(variant)},
         "model_id": sorted({str(answer.get("model_id")) for answer in answers.values()}),
         "interval": {"level": LEVEL, "resamples": resamples, "seed": seed},
-        "definition": benchmark.to_dict(),
+        "definition": dataclasses.asdict(benchmark),
         "question_set": loaded.fingerprint(),
         "questions": [resolve_argument(argument) for argument in loaded.files],
         "image_folder": str(loaded.image_folder.resolve()),
@@ -174,26 +175,16 @@ Pairs = Sequence[tuple[str, str]]
 """(question, answer) each."""
 
 
-class MajorityBaseline:
-    """The commonest normalised answer to each question text; for an unseen text, the commonest answer of all."""
+def commonest_answers(pairs: Pairs) -> tuple[dict[str, str], str]:
+    """Return the commonest normalised answer to each question text, and the commonest of all, for an unseen text.
 
-    def __init__(self, pairs: Iterable[tuple[str, str]]):
-        """Count the answers of (question, answer) pairs. Ties go to the alphabetically first answer."""
-        by_question: dict[str, Counter[str]] = defaultdict(Counter)
-        overall: Counter[str] = Counter()
-        for question, answer in pairs:
-            by_question[_question_text(question)][plain(answer)] += 1
-            overall[plain(answer)] += 1
-        self._answers = {question: _commonest(counts) for question, counts in by_question.items()}
-        self._fallback = _commonest(overall) if overall else ""
-
-    def predict(self, question: str) -> str:
-        """Return the baseline's answer; empty if there were no pairs."""
-        return self._answers.get(_question_text(question), self._fallback)
-
-    def knows(self, question: str) -> bool:
-        """Whether this question text occurred among the pairs."""
-        return _question_text(question) in self._answers
+    Ties go to the alphabetically first answer. `pairs` has at least one.
+    """
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in pairs:
+        by_text[_question_text(question)][plain(answer)] += 1
+    overall = Counter(plain(answer) for _, answer in pairs)
+    return {text: _commonest(counts) for text, counts in by_text.items()}, _commonest(overall)
 
 
 def _commonest(counts: Counter[str]) -> str:
@@ -242,9 +233,9 @@ def score_groups(loaded: BenchmarkQuestions, answers: Answers) -> dict[str, Any]
     for group in dict.fromkeys(question.group for question in loaded.questions):
         members = [(q, gold(line)) for q, line in zip(loaded.questions, loaded.lines, strict=True) if q.group == group]
         pairs = [(q.text, wanted) for q, wanted in members] if train is None else _pairs_of(train, group)
-        baseline = MajorityBaseline(pairs)
+        by_text, overall = commonest_answers(pairs)
         hits = [plain_exact(answers[q.key]["text"], wanted) for q, wanted in members]
-        guessed = sum(plain_exact(baseline.predict(q.text), wanted) for q, wanted in members)
+        guessed = sum(plain_exact(by_text.get(_question_text(q.text), overall), wanted) for q, wanted in members)
         categories: dict[str, list[bool]] = defaultdict(list)
         for (question, _), hit in zip(members, hits, strict=True):
             if question.category is not None:
@@ -253,7 +244,7 @@ def score_groups(loaded: BenchmarkQuestions, answers: Answers) -> dict[str, Any]
             "empty_answers": sum(not answers[q.key]["text"].strip() for q, _ in members),
             "categories": {name: share_entry(sum(found), len(found)) for name, found in sorted(categories.items())},
             "majority": share_entry(guessed, len(members))
-            | {"unseen_questions": sum(not baseline.knows(q.text) for q, _ in members)},
+            | {"unseen_questions": sum(_question_text(q.text) not in by_text for q, _ in members)},
         }
     return {"majority_from": "test" if train is None else "train", "groups": groups}
 
@@ -275,7 +266,6 @@ _KEYS = {
     **{"prompt": dict, "total": int, "empty_answers": int, "dropped": dict, "groups": dict, "questions": list},
     **{"image_folder": str, "answers": list, "model_path": str, "routing": (str, type(None))},
 }
-_OPTIONAL = {"majority_from": str}
 
 
 def write_score_file(path: Path, scores: Mapping[str, Any]) -> None:
@@ -309,14 +299,15 @@ def read_score_file(path: Path) -> dict[str, Any]:
         if not right:
             raise DataError(f"{path}: {name} is damaged ({value!r}); score the answers again")
 
-    for key, kind in {**_KEYS, **_OPTIONAL}.items():
-        check(key, key not in scores or isinstance(scores[key], kind), scores.get(key))  # type: ignore[arg-type]
+    for key, kind in _KEYS.items():
+        check(key, isinstance(scores[key], kind), scores[key])  # type: ignore[arg-type]
     for name, entry in scores["numbers"].items():
         ratio = ("k", "n") if isinstance(entry, dict) and "k" in entry else ()
         empty = isinstance(entry, dict) and entry.get("value", 0) is None
         check(f"number {name!r}", empty or _has_numbers(entry, "value", "low", "high", *ratio), entry)
     check("prompt", isinstance(scores["prompt"].get("variant"), str), scores["prompt"])
     if "majority_from" in scores:
+        check("majority_from", isinstance(scores["majority_from"], str), scores["majority_from"])
         check("groups", bool(scores["groups"]), scores["groups"])
         keys = ("value", "low", "high", "k", "n")
         for name, entry in scores["groups"].items():
@@ -326,7 +317,7 @@ def read_score_file(path: Path) -> dict[str, Any]:
 
 
 def _has_numbers(entry: Any, *keys: str) -> bool:
-    """Whether these are finite numbers in it; JSON cannot represent NaN and infinity."""
+    """Whether `entry` has a finite number for each key. JSON cannot represent NaN and infinity."""
     return isinstance(entry, dict) and all(
         isinstance(entry.get(key), (int, float)) and abs(entry[key]) < math.inf for key in keys
     )

@@ -100,14 +100,6 @@ def test_drawn_steps_follow_the_mixture_and_repeat() -> None:
     tokens = np.concatenate([step.tokens for step in steps])
     assert np.mean(tokens == 5) == pytest.approx(0.25, abs=0.04)
     assert np.mean(tokens == 9) == pytest.approx(0.375, abs=0.04)
-    mean = mean_step(
-        UNIT,
-        steps,
-        lambda s: padded_rows(len(s.tokens), 10, 100),
-        padded=True,
-        recomputed_layers=0,
-        flops_per_s=4.0,
-        lock_step=True,
-    )
+    mean = mean_step([time(step.tokens, padded_rows(len(step.tokens), 10, 100)) for step in steps])
     assert mean.seconds == pytest.approx(mean.useful + mean.padding + mean.stragglers)
     assert mean.seconds == 900

@@ -132,6 +132,8 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "Visual_Reasoning/dataset.json: no such file" in given("tiny_ehub")
     put(raw / "test_TabFact.jsonl", [{"image": ["a.png"], "conversations": []}])
     assert "test_TabFact.jsonl:1: 'conversations' needs" in given("tabfact")
+    (raw / "test_TabFact.jsonl").write_text('\n\n{"conversations": []}')
+    assert "test_TabFact.jsonl:3: no 'image' in it; found conversations" in given("tabfact")
     put(raw / "existence" / "1.txt", "Is it?\tYes\n")
     assert "no image 1.* for it" in given("mme")
     put(raw / "existence" / "1.jpg", "")

@@ -25,12 +25,12 @@ A module has `SOURCES`, a tuple of `Source`. One that generates its data has `ma
 
 
 def get_module(name: str) -> ModuleType:
-    """The module of the source called `name`. Raises ConfigError that lists the names."""
+    """Return the module of the source called `name`. Raises ConfigError that lists the names."""
     if name not in MODULES:
         raise ConfigError(f"no source {name!r} to prepare; there are {', '.join(MODULES)}")
     return importlib.import_module(f"llava_mole.data.prepare.sources.{MODULES[name]}")
 
 
 def get_source(name: str) -> Source:
-    """The source called `name`. Raises ConfigError that lists the names."""
+    """Return the source called `name`. Raises ConfigError that lists the names."""
     return next(source for source in get_module(name).SOURCES if source.name == name)

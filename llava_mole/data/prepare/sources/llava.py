@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_mole.common.errors import ConfigError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.data.prepare.defects import Defects, SkipRecord
-from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, find_one, read_values, split_of
+from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_values, split_of
 from llava_mole.data.prepare.samples import (
     LLAVA_ROLES,
     TEXT_ONLY,
@@ -24,11 +24,11 @@ from llava_mole.data.prepare.samples import (
 
 _READ = {"id", "image", "images", "conversations"}
 SubSourceOf = Callable[[str | None], str]
-"""Sub-source of a record by its first image path; None for a record without an image."""
+"""First image path of a record (None without an image) -> its sub-source."""
 
 
 def first_folder(image: str | None) -> str:
-    """The first folder of an image path (`coco`, `gqa`, `sam`, ...) as sub-source."""
+    """Return the first folder of an image path (`coco`, `gqa`, `sam`, ...) as sub-source."""
     if image is None:
         return TEXT_ONLY
     folder, slash, _ = image.partition("/")
@@ -55,9 +55,7 @@ def to_sample(value: Any, where: str, sub_source_of: SubSourceOf, defects: Defec
 
 def _images(value: dict[str, Any], key: str) -> tuple[str, ...]:
     image: Any = value.get(key, ())
-    images: tuple[Any, ...] = (
-        (image,) if type(image) is str else tuple(image) if type(image) in (list, tuple) else (None,)
-    )
+    images: tuple[Any, ...] = tuple(image) if type(image) in (list, tuple) else (image,)
     if not all(type(path) is str and path for path in images):
         raise SkipRecord("bad-record", f"{key!r} is {image!r:.60}; it must be a path or a list of paths")
     return images
@@ -73,13 +71,16 @@ def _read_file(
 def _iterate_published(
     names: tuple[str, ...], sub_source_of: SubSourceOf, raw: Path, options: SourceOptions, defects: Defects
 ) -> Iterator[RawSample]:
-    """Samples of the first of `names` (paths below `raw`) that exists; all are of the train split."""
+    """Yield the samples of the first of `names` (paths below `raw`) that exists; all are of the train split."""
     if not options.wants("train"):
         raise ConfigError(
             f"--train-splits {','.join(options.train_splits) or repr('')}: the file holds the train split only; "
             "leave the option out"
         )
-    yield from _read_file(find_one(raw, names, "the annotation file"), raw, sub_source_of, defects)
+    path = raw if raw.is_file() else next((raw / name for name in names if (raw / name).is_file()), None)
+    if path is None:
+        raise DataError(f"{raw}: the annotation file does not exist; looked for {', '.join(names)}")
+    yield from _read_file(path, raw, sub_source_of, defects)
 
 
 def _iterate_own(raw: Path, options: SourceOptions, defects: Defects) -> Iterator[RawSample]:
@@ -108,8 +109,8 @@ SOURCES = (
         "RAW/share-captioner_coco_lcs_sam_1246k_1107.json\n"
         "Images stay in place, below --image-root (default --raw): llava/llava_pretrain/images,\n"
         "coco/train2017, sam/images (SA-1B archives 000000 to 000050).\n"
-        "Known: about half of the SAM images are in none of these archives. They are counted and left\n"
-        "out; --missing-images error stops instead.",
+        "Known: these archives lack about half of the SAM images. Their records are counted and left out;\n"
+        "--missing-images error stops instead.",
         "share-captioner_coco_lcs_sam_1246k_1107.json",
         "sharegpt4v/share-captioner_coco_lcs_sam_1246k_1107.json",
     ),
@@ -121,8 +122,8 @@ SOURCES = (
         f"{_FOLDERS}, sam/images,\n"
         "llava/llava_pretrain/images, share_textvqa/images, web-celebrity/images, web-landmark/images,\n"
         "wikiart/images.\n"
-        "Known: 23K records of the mix are replaced, not added; most OCR-VQA links are dead, and some\n"
-        "covers are GIFs called .jpg; text-only records have the key `model`.",
+        "Known: 23K records of the mix are replaced, not added. Most OCR-VQA links are dead, and some\n"
+        "covers are GIFs called .jpg. Text-only records have the key `model`.",
         "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
         "sharegpt4v/sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
     ),
@@ -150,8 +151,8 @@ SOURCES = (
         'Records: {"id", "image" or "images" (a path, a list of paths, or absent), "conversations":\n'
         '[{"from": "human"|"gpt", "value"}]}; one <image> marker for each image.\n'
         "Image paths are relative to --image-root (default: RAW, or the folder of the file).\n"
-        "A file whose name says test (`test.json`, `my_test.jsonl`) becomes a question file; one whose\n"
-        "name says val is left out unless --train-splits or --test-splits names it.",
+        "A file with test in its name (`test.json`, `my_test.jsonl`) becomes a question file. One with val\n"
+        "in its name is left out unless --train-splits or --test-splits has val.",
         _iterate_own,
     ),
 )

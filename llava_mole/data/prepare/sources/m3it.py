@@ -37,7 +37,7 @@ ALIASES: Mapping[str, str] = {
     "output": "outputs",
     "outputs": "outputs",
 }
-"""Keys of the raw files -> what they mean. An unknown key stops the conversion, since it may hold the text."""
+"""Keys of the raw files -> their meaning. An unknown key stops the conversion because it may hold the text."""
 INSTRUCTIONS = "instructions.json"
 PARQUET_COLUMNS = ("instruction", "inputs", "outputs", "image")
 
@@ -52,7 +52,7 @@ class Options(SourceOptions):
 
 
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
-    """Rows of every `<task>/<set>/*.jsonl` below `raw`, or of every parquet file if there are any."""
+    """Yield the rows of every `<task>/<set>/*.jsonl` below `raw`, or of every parquet file if there are any."""
     parquet = raw.suffix == ".parquet" if raw.is_file() else next(raw.rglob("*.parquet"), None) is not None
     rows, suffix = (_parquet_rows, ".parquet") if parquet else (_json_rows, ".jsonl")
     for path in find_files(raw, (suffix,), "M3IT file (data/<task>/<set>/train.jsonl, or *.parquet)"):
@@ -82,7 +82,7 @@ def read_instructions(path: Path) -> list[str]:
 
 
 def _fields(value: Any, where: str, options: Options) -> dict[str, Any]:
-    """The values of a raw line by the meaning of their keys. Raises DataError for an unknown key."""
+    """Return the values of a raw line by the meaning of their keys. Raises DataError for an unknown key."""
     fields: dict[str, Any] = {}
     for key, content in require_object(value).items():
         meaning = ALIASES.get(key)
@@ -144,7 +144,7 @@ def embedded_images(value: Any, where: str, options: Options, defects: Defects) 
 def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
     name = path.parent.name
     instructions = read_instructions(path.parent / INSTRUCTIONS)
-    # Drawn in the order of the lines, so that the same seed gives the same instructions.
+    # Drawn in the order of the lines: the same seed gives the same instructions.
     draw = random.Random(f"{options.seed}/{name}/{split}")
 
     def make(value: Any, where: str) -> RawSample:
@@ -157,7 +157,7 @@ def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: D
 
 
 def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
-    # A set's folder, or the data set's own `data` folder, which names no set.
+    # The folder is that of a set, or the data set's own `data` folder, which does not name a set.
     folder = path.parent.name if path != raw else ""
     name = folder if folder not in ("", "data", raw.name) else "m3it"
 
@@ -174,14 +174,14 @@ SOURCES = (
     Source(
         "m3it",
         "general instructions, 40 sets, 1.59M for training: data/<task>/<set>/*.jsonl",
-        "Hub data set MMInstruction/M3IT (each set keeps its own licence); its loading script no longer\n"
-        "runs, so RAW/data/<task>/<set>/{train,val,test}.jsonl is read, with instructions.json beside them.\n"
+        "Hub data set MMInstruction/M3IT (each set keeps its own licence). Its loading script no longer\n"
+        "runs: RAW/data/<task>/<set>/{train,val,test}.jsonl and instructions.json beside them are read.\n"
         "A record without an instruction gets one from there, drawn with --seed.\n"
         "Or the single-image copy HuggingFaceM4/M3IT: RAW/**/*.parquet, of which train-*.parquet is read\n"
         "for training.\n"
         "Images are base64 in the records; each is decoded and written once as\n"
         "OUT/images/<set>/<sha1>.<ext>.\n"
-        "Known: nlvr, vist and the video sets have several images a row (--multi-image); some nlvr rows\n"
+        "Known: nlvr, vist and the video sets have several images a row (--multi-image). Some nlvr rows\n"
         "are broken. An unknown key stops the conversion (--ignore-keys NAME lets it pass).",
         iterate,
         Options,

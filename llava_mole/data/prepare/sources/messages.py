@@ -1,4 +1,4 @@
-"""Your own data in other forms: chat messages, ShareGPT with images, question and answer columns."""
+"""Your own data in other formats: chat messages, ShareGPT with images, question and answer columns."""
 
 import functools
 import re
@@ -37,8 +37,7 @@ QUESTIONS = ("question", "instruction", "prompt", "query")
 ANSWERS = ("answer", "output", "outputs", "response")
 INPUTS = ("input", "inputs")
 IMAGES = ("images", "image", "image_base64", "image_bytes")
-_OTHER = ("messages", "conversations", "id", "source", "system")
-_KNOWN = {*QUESTIONS, *ANSWERS, *INPUTS, *IMAGES, *_OTHER}
+_KNOWN = {*QUESTIONS, *ANSWERS, *INPUTS, *IMAGES, "messages", "conversations", "id", "source", "system"}
 _METADATA = {"dataset_info.json", "state.json", "dataset_dict.json"}
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
 _LONGEST_PATH = 1024
@@ -56,7 +55,7 @@ class Options(SourceOptions):
 
 
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
-    """Rows of every JSON, JSONL, parquet and Arrow file below `raw`, without the metadata of the package `datasets`."""
+    """Yield the rows of every JSON, JSONL, parquet and Arrow file below `raw` but the metadata of `datasets`."""
     suffixes = (*JSON_SUFFIXES, ".parquet", ".arrow")
     for path in find_files(raw, suffixes, "file of messages"):
         if path.name in _METADATA or path.name.startswith("cache-"):
@@ -71,7 +70,7 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample
 
 
 def _split(path: Path, raw: Path) -> Split:
-    """The split in the file's name (`train-00000-of-00002.parquet`) or in its folder's (`test/data-...`)."""
+    """Return the split in a file's name (`train-00000-of-00002.parquet`) or in its folder's (`test/data-...`)."""
     split = split_of(path.stem)
     if split == "train" and path != raw and path.parent != raw:
         split = split_of(path.parent.name)
@@ -79,14 +78,15 @@ def _split(path: Path, raw: Path) -> Split:
 
 
 def to_sample(value: Any, where: str, options: Options, defects: Defects, stem: str = "") -> RawSample:
-    """Convert one record of any of the forms. Raises SkipRecord if it cannot be used."""
-    value = {
-        key: content for key, content in require_object(value).items() if content is not None
-    }  # columns have nulls
+    """Convert one record of any of the formats. Raises SkipRecord if it cannot be used."""
+    value = {key: content for key, content in require_object(value).items() if content is not None}  # tables have nulls
     defects.add_ignored_keys(value.keys() - _KNOWN, where)
     images: list[str | Embedded | None] = []
     messages = value.get("messages", value.get("conversations"))
-    systems = [_system(value)] if "system" in value else []
+    system = value.get("system", "")
+    if not isinstance(system, str):
+        raise SkipRecord("bad-record", f"'system' is {system!r:.60}; it must be text")
+    systems = [system]
     turns = _question(value) if messages is None else _messages(messages, images, systems, where, defects)
     system = "\n".join(text for text in systems if text)
     if system:
@@ -98,22 +98,20 @@ def to_sample(value: Any, where: str, options: Options, defects: Defects, stem: 
     found = _together(images, outside) if images else outside
     if outside and not any(DEFAULT_IMAGE_TOKEN in turn.text for turn in turns):
         turns = _with_markers(turns, len(outside))
-    if len(found) > 1:
-        kept = choose_images(found, options.multi_image, where, defects)
-        if len(kept) < len(found):
-            turns = keep_first_marker(turns)
-        found = kept
-    checked = check_turns(turns, len(found), where, defects)
+    kept = choose_images(found, options.multi_image, where, defects)
+    if len(kept) < len(found):
+        turns = keep_first_marker(turns)
+    checked = check_turns(turns, len(kept), where, defects)
     identifier = value.get("id")
     line = where.rpartition(":")[2]
     source = value.get("source")
     if not isinstance(source, str) or not source or not is_text(source):
-        source = WITH_IMAGES if found else TEXT_ONLY
-    return RawSample(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(found), checked, where)
+        source = WITH_IMAGES if kept else TEXT_ONLY
+    return RawSample(f"{stem}{line}" if identifier is None else str(identifier), source, tuple(kept), checked, where)
 
 
 def _together(inside: list[str | Embedded | None], outside: list[str | Embedded]) -> list[str | Embedded]:
-    """The images of the message parts in order; a part without one (TRL's form) takes the next of `outside`."""
+    """Return the images of the message parts in order; a part without one (TRL's format) takes the next `outside`."""
     unnamed = inside.count(None)
     if unnamed != len(outside):
         raise SkipRecord(
@@ -136,17 +134,10 @@ def _question(value: Mapping[str, Any]) -> list[Turn]:
     return [Turn("user", "\n".join(text for text in (question, more) if text)), Turn("assistant", answer)]
 
 
-def _system(value: Mapping[str, Any]) -> str:
-    system = value["system"]
-    if not isinstance(system, str):
-        raise SkipRecord("bad-record", f"'system' is {system!r:.60}; it must be text")
-    return system
-
-
 def _messages(
     messages: Any, images: list[str | Embedded | None], systems: list[str], where: str, defects: Defects
 ) -> list[Turn]:
-    """The turns of user and assistant; system prompts are appended to `systems`, images to `images`."""
+    """Return the turns of user and assistant; append system prompts to `systems` and images to `images`."""
     if not isinstance(messages, list) or not messages:
         raise SkipRecord("bad-record", "no list of messages")
     turns: list[Turn] = []
@@ -171,7 +162,7 @@ def _messages(
 
 
 def _content(content: Any, images: list[str | Embedded | None]) -> str:
-    """The text of a message with a marker for each image part; the image, or None, is appended to `images`."""
+    """Return a message's text with a marker for each image part; append the image, or None, to `images`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -200,7 +191,7 @@ def _outside_images(value: Mapping[str, Any]) -> list[str | Embedded]:
 
 
 def _image(value: Any) -> str | Embedded:
-    """An image as a path or as embedded bytes. Raises SkipRecord for a web address or a value of another type."""
+    """Return an image as a path or as embedded bytes. Raises SkipRecord for a web address or another type."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("url") or value.get("path")
     if isinstance(value, bytes) and value:
@@ -227,16 +218,16 @@ SOURCES = (
     Source(
         "messages",
         "your own chat messages, or questions and answers: JSON, parquet, `datasets`",
-        "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read (so\n"
-        "also the folders of save_to_disk of `datasets`; the package itself is not needed). The name of\n"
-        "the file or folder says the split.\n"
+        "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read.\n"
+        "Folders written by save_to_disk of `datasets` work too, without that package. The name of the file\n"
+        "or folder gives the split.\n"
         "Records have `messages` (role, content: text, or parts of type text, image, image_url),\n"
         "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
         "(answer, output, response).\n"
         "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW),\n"
         "bytes, base64 or a data: address. Web addresses are counted and left out. A part of type image\n"
         "without an address takes the next of `images`.\n"
-        "A system prompt (a turn, or the key `system`) is left out, since the template brings one.",
+        "A system prompt (a turn, or the key `system`) is left out because the template has its own.",
         iterate,
         Options,
     ),

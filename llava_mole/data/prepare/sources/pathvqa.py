@@ -29,7 +29,7 @@ from llava_mole.data.prepare.samples import (
 LARGEST = 1 << 30
 """Most bytes of a pickle; PathVQA's have two million."""
 
-# The unpickler's errors for damage, depending on where it is.
+# Errors that the unpickler raises for damage, depending on its place.
 _REFUSALS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError, TypeError,
              OverflowError, MemoryError, RecursionError)  # fmt: skip
 
@@ -43,7 +43,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain(path: Path) -> Any:
-    """Load a pickle of nothing but lists, dicts, tuples, texts, numbers, True, False and None.
+    """Load a pickle that holds only lists, dicts, tuples, texts, numbers, True, False and None.
 
     Raises:
         DataError: it holds anything else (which is not called), or it is damaged.
@@ -80,7 +80,7 @@ class Options(SourceOptions):
 
 
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
-    """Rows of the form of the data set that lies below `raw`, for the splits that the options name."""
+    """Yield the rows of the format that lies below `raw`, for the splits that the options name."""
     splits = [split for split in SPLITS if options.wants(split)]
     pickles = {split: path for split in splits if (path := _pickle(raw, split)) is not None}
     if pickles:
@@ -98,7 +98,7 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample
 
 
 def _pickle(raw: Path, split: Split) -> Path | None:
-    """The pickle of a split: `<split>_qa.pkl`, or LXMERT's twin `<split>_vqa.pkl`, where the archives put them."""
+    """Find the pickle of a split, `<split>_qa.pkl` or LXMERT's `<split>_vqa.pkl`, where the archives put it."""
     for name in (f"{split}_qa.pkl", f"{split}_vqa.pkl"):
         for folder in ("pvqa/qas", "qas", "."):
             for path in (raw / folder / split / name, raw / folder / name):
@@ -142,19 +142,13 @@ def _parquet_rows(path: Path, raw: Path, split: Split, options: Options, defects
 
 
 def _sample(
-    question: Any,
-    answer: Any,
-    image: str | Embedded,
-    where: str,
-    split: Split,
-    options: Options,
-    defects: Defects,
+    question: Any, answer: Any, image: str | Embedded, where: str, split: Split, options: Options, defects: Defects
 ) -> RawSample:
     number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
     if number and abs(answer) < _LARGEST_ANSWER:  # neither NaN nor an integer that Python refuses to print
         answer = str(answer)
     if not isinstance(question, str) or not isinstance(answer, str):
-        # Types, not values: those of a hostile pickle may be nested too deeply to be shown.
+        # Types instead of values, which a hostile pickle may nest too deeply to be shown.
         types = f"question is {type(question).__name__}, answer is {type(answer).__name__}"
         raise SkipRecord("bad-record", f"{types}; both must be text")
     kind = answer_type(answer)
@@ -176,7 +170,7 @@ def _with_suffix(turns: tuple[Turn, ...], first: str) -> tuple[Turn, ...]:
 
 
 def _json_rows(path: Path, raw: Path, split: Split, options: Options, defects: Defects) -> Iterator[RawSample]:
-    """LLaVA-Med's records; its test file misspells `conversations`."""
+    """Yield LLaVA-Med's records; its test file misspells `conversations`."""
 
     def make(value: Any, where: str) -> RawSample:
         value = require_object(value)
@@ -205,16 +199,16 @@ SOURCES = (
         "biomedicine, 19,755 train and 6,761 test: pickles, parquet, LLaVA-Med's JSON",
         "One of:\n"
         "RAW/pvqa/qas/<split>/<split>_qa.pkl and RAW/pvqa/images/<split>/*.jpg (UCSD-AI4H/PathVQA), with\n"
-        "the paper's counts. The pickles are read without calling anything in them.\n"
+        "the paper's counts. Nothing in the pickles is executed.\n"
         "RAW/**/{train,validation,test}*.parquet (flaviagiammarino/path-vqa): 19,654 / 6,259 / 6,719,\n"
-        "de-duplicated, so its test scores have other denominators than the paper's 3,370 open and 3,391\n"
-        "closed questions.\n"
-        "RAW/**/*.json in LLaVA-Med's form (its misspelt key is understood); the file name says the split,\n"
+        "de-duplicated. Its test scores therefore have other denominators than the paper's 3,370 open and\n"
+        "3,391 closed questions.\n"
+        "RAW/**/*.json in LLaVA-Med's format (its misspelt key is accepted); the file name gives the split,\n"
         "and images are below --image-root.\n"
         "A question is CLOSED if its answer is yes or no. --closed-suffix adds LLaVA-Med's\n"
         "`Please choose ...` to those.\n"
-        "MIT licence; the images belong to textbook publishers, so do not pass them on. Some are CMYK or\n"
-        "grey.",
+        "MIT licence; the images belong to textbook publishers: do not pass them on. Some images are CMYK\n"
+        "or grey.",
         iterate,
         Options,
     ),

@@ -31,13 +31,7 @@ from llava_mole.data.prepare.samples import (
 )
 
 PRESETS = {
-    "official": {
-        "DocVQA": 3,
-        "InfographicsVQA": 3,
-        "WikiTableQuestions": 3,
-        "DeepForm": 2,
-        "KleisterCharity": 2,
-    },
+    "official": {"DocVQA": 3, "InfographicsVQA": 3, "WikiTableQuestions": 3, "DeepForm": 2, "KleisterCharity": 2},
     "none": {},
 }
 """Names that `--upsample` takes; `official` has the factors of the UReader paper."""
@@ -74,7 +68,7 @@ class Options(SourceOptions):
 
 
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
-    """Rows of train.jsonl and val.jsonl, repeated as `--upsample` says, then those of every test_<set>.jsonl."""
+    """Yield the rows of train.jsonl and val.jsonl, repeated as `--upsample` says, then of every test_<set>.jsonl."""
     seen: set[str] = set()
     for path, split in _files(raw):
         if not options.wants(split):
@@ -88,7 +82,7 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample
             again = [replace(sample, id=f"{sample.id}#{copy}", again=True) for copy in range(2, copies + 1)]
             yield sample
             yield from again
-    # The raw data may lack a set of the official factors; a name among your own factors must be a typing error.
+    # The raw data may lack a set of the official factors. An unknown name in your own factors is a typing error.
     official = options.upsample == PRESETS["official"]
     unknown = [] if official else sorted(options.upsample.keys() - seen)
     if unknown and seen:
@@ -109,7 +103,7 @@ def _files(raw: Path) -> list[tuple[Path, Split]]:
 
 
 def source_of(image: str) -> str:
-    """Sub-source of an image path: `ChartQA/...` or `DUE_Benchmark/<set>/...`; DocDownstream puts `imgs/` in front."""
+    """Return the sub-source of an image: `ChartQA/...`, `DUE_Benchmark/<set>/...`; DocDownstream prefixes `imgs/`."""
     path = image.removeprefix("./").removeprefix("imgs/").removeprefix(_DUE)
     folder, slash, _ = path.partition("/")
     return folder if slash else "ureader"
@@ -156,11 +150,11 @@ SOURCES = (
         "leaves val.jsonl out).\n"
         "--upsample DocVQA=3,... repeats sub-sources; `official` is the UReader paper's choice: DocVQA,\n"
         "InfographicsVQA and WikiTableQuestions three times, DeepForm and KleisterCharity twice.\n"
-        "Known: many answers of DeepForm and KleisterCharity are the word None, on purpose: kept and\n"
-        "counted; some TabFact images are missing. Images called x.tiff.<page>, counted from 0, of which\n"
-        "only x.tiff exists: the first page is used in place, the others need --images unpack, else they\n"
-        "are counted as tiff-page.\n"
-        "DocDownstream-1.0 has the same form (its imgs/ is understood).",
+        "Known: many answers of DeepForm and KleisterCharity are the word None, which the source intends;\n"
+        "they are kept and counted. Some TabFact images are missing. Some images are called x.tiff.<page>,\n"
+        "counted from 0, but only x.tiff exists. The first page is used in place. The others need --images\n"
+        "unpack; without it they are left out and counted as tiff-page.\n"
+        "DocDownstream-1.0 has the same format (its imgs/ is accepted).",
         iterate,
         Options,
         image_folder="ureader_images",

@@ -1,4 +1,4 @@
-"""What the converters share: reading official files, and the result."""
+"""Shared by the converters: reading official files, and the type of the result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,28 +18,45 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 @dataclass
 class Converted:
-    """Question lines, the folder their image paths are relative to, and the files they come from."""
+    """The result of a converter."""
 
     lines: list[Line]
     images: Path
+    """The folder that the lines' image paths are relative to."""
     sources: list[Path]
     remarks: list[str] = field(default_factory=list)
-    """What the user should know, one line each."""
+    """Notes for the user, one line each."""
 
 
-def read_list(path: Path, key: str | None = None) -> list[Line]:
+class Item(dict[str, Any]):
+    """An object of an official file. Asking for a key it does not have raises a DataError that names its place."""
+
+    def __init__(self, value: Mapping[str, Any], where: str):
+        super().__init__(value)
+        self.where = where
+
+    def __missing__(self, key: str) -> Any:
+        return need(self, key, self.where)
+
+
+def read_list(path: Path, key: str | None = None) -> list[Item]:
     """Return the objects of a JSON file that is a list, or has one under `key`. Raises DataError for another file."""
     value = read_json(path)
     if key is not None and isinstance(value, dict):
         value = value.get(key)
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise DataError(f"{path}: a list of objects{f' under {key!r}' if key else ''} is needed")
-    return value
+    return [Item(item, f"{path}: item {n}") for n, item in enumerate(value)]
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path) -> list[Item]:
     """Return the objects of a JSON-lines file. Raises DataError for another file."""
-    return [line for _, line in read_json_lines(path)]
+    return [Item(line, where) for where, line in read_json_lines(path)]
+
+
+def make_line(question_id: Any, image: Any, text: Any, **others: Any) -> Line:
+    """Return a question line; `others` are its category, gold answers and other keys that the metrics read."""
+    return {"question_id": question_id, "image": image, "text": text, **others}
 
 
 def need(item: Any, key: str, where: str) -> Any:
@@ -74,6 +91,6 @@ def find(raw: Path, *names: str) -> Path:
 
 
 def without(text: str, suffix: str) -> str:
-    """Return a question of LLaVA's files without image placeholder and prompt suffix, which the benchmark adds."""
+    """Return a question of LLaVA's files without the image placeholder and the suffix, which the benchmark adds."""
     text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
     return text.removesuffix(suffix.strip()).rstrip("\n") if suffix else text

@@ -11,18 +11,8 @@ from pathlib import Path
 from llava_mole.common.errors import DataError
 from llava_mole.common.files import read_json, write_bytes
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.eval.benchmarks.official.base import (
-    LETTER,
-    Converted,
-    Line,
-    find,
-    need,
-    need_list,
-    option,
-    read_lines,
-    read_list,
-    without,
-)
+from llava_mole.eval.benchmarks.official import base
+from llava_mole.eval.benchmarks.official.base import Converted, Line, make_line, need
 from llava_mole.eval.metrics.choice import LETTERS
 
 MMBENCH_OPTIONS = ("A", "B", "C", "D")
@@ -34,23 +24,23 @@ def science_qa(raw: Path, options: Mapping[str, str]) -> Converted:
 
     Questions with an image form the group `image`, the others `text`, as LLaVA's IMG-accuracy counts them.
     """
-    path, problems_path = find(raw, option(options, "file")), find(raw, "problems.json", "data/scienceqa/problems.json")
+    path = base.find(raw, base.option(options, "file"))
+    problems_path = base.find(raw, "problems.json", "data/scienceqa/problems.json")
     problems = read_json(problems_path)
     lines: list[Line] = []
-    for n, item in enumerate(read_list(path)):
-        where = f"{path}: item {n}"
-        identifier = str(need(item, "id", where))
+    for item in base.read_list(path):
+        where, identifier = item.where, str(item["id"])
         if not isinstance(problems, dict) or identifier not in problems:
             raise DataError(f"{where}: {problems_path} has no problem {identifier}")
         problem = problems[identifier]
         answer, choices = need(problem, "answer", where), need(problem, "choices", where)
-        turns = need_list(item, "conversations", where)
+        turns = base.need_list(item, "conversations", where)
         text = str(need(turns[0] if turns else None, "value", where))
         if not isinstance(choices, list) or answer not in range(min(len(choices), len(LETTERS))):
             raise DataError(f"{where}: answer {answer!r} of {problems_path} is not the number of one of its choices")
         line: Line = {
             "question_id": identifier,
-            "text": without(text, LETTER),
+            "text": base.without(text, base.LETTER),
             "category": "image" if "image" in item or DEFAULT_IMAGE_TOKEN in text else "text",
             "answer": LETTERS[answer],
             "choices": len(choices),
@@ -58,24 +48,23 @@ def science_qa(raw: Path, options: Mapping[str, str]) -> Converted:
         if "image" in item:
             line["image"] = item["image"]
         lines.append(line)
-    return Converted(lines, find(raw, "images/test", "test", "."), [path, problems_path])
+    return Converted(lines, base.find(raw, "images/test", "test", "."), [path, problems_path])
 
 
 def seed(raw: Path, options: Mapping[str, str]) -> Converted:
     """Join LLaVA's `llava-seed-bench.jsonl` (text, image) with `SEED-Bench.json` (answer, image or video)."""
-    path, reference = find(raw, option(options, "file")), find(raw, "SEED-Bench.json")
-    known = {str(need(q, "question_id", f"{reference}")): q for q in read_list(reference, "questions")}
+    path, reference = base.find(raw, base.option(options, "file")), base.find(raw, "SEED-Bench.json")
+    known = {str(question["question_id"]): question for question in base.read_list(reference, "questions")}
     lines: list[Line] = []
-    for n, line in enumerate(read_lines(path)):
-        where = f"{path}:{n + 1}"
-        identifier = str(need(line, "question_id", where))
+    for line in base.read_lines(path):
+        identifier = str(line["question_id"])
         if identifier not in known:
-            raise DataError(f"{where}: {reference} has no question {identifier}")
+            raise DataError(f"{line.where}: {reference} has no question {identifier}")
         line |= {
             "question_id": known[identifier]["question_id"],  # as the submission file has it: LLaVA's is a number
-            "text": without(str(need(line, "text", where)), LETTER),
+            "text": base.without(str(line["text"]), base.LETTER),
             "category": str(known[identifier].get("data_type", "image")),
-            "answer": need(known[identifier], "answer", where),
+            "answer": known[identifier]["answer"],
         }
         lines.append(line)
     left = len(known.keys() - {str(line["question_id"]) for line in lines})
@@ -89,7 +78,7 @@ def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
     The text is the hint, the question and the options `A. ...` up to the first missing one. Each question is asked
     once, as LLaVA does by default.
     """
-    path = find(raw, option(options, "file"))
+    path = base.find(raw, base.option(options, "file"))
     folder = raw / "images"
     folder.mkdir(exist_ok=True)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
@@ -108,12 +97,9 @@ def mmbench(raw: Path, options: Mapping[str, str]) -> Converted:
         choices = [(letter, row.get(letter, "")) for letter in MMBENCH_OPTIONS]
         choices = list(itertools.takewhile(lambda choice: choice[1].lower() not in MISSING, choices))
         parts = [row.get("hint", ""), need(row, "question", where), *(f"{letter}. {text}" for letter, text in choices)]
-        line: Line = {
-            "question_id": index,
-            "image": picture.name,
-            "text": "\n".join(part for part in parts if part.lower() not in MISSING),
-            "row": {key: value for key, value in row.items() if key != "image"},
-        }
+        text = "\n".join(part for part in parts if part.lower() not in MISSING)
+        kept = {key: value for key, value in row.items() if key != "image"}
+        line = make_line(index, picture.name, text, row=kept)
         if row.get("answer", "").strip():
             line["answer"] = row["answer"].strip()
         lines.append(line)

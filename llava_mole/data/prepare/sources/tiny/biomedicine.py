@@ -1,9 +1,9 @@
 """The biomedicine domain: patches of a real immunohistochemistry photograph, with PathVQA-style questions.
 
 The photograph (colonic glands, DAB brown with hematoxylin blue; 512 x 512; shipped with scikit-image) is cut into two
-regions, one for training and one for testing, with an unused strip between them. Every answer is a
-measurement: colour deconvolution (Ruifrok and Johnston, 2001; `skimage.color.rgb2hed`), then shares of pixels above
-fixed thresholds. A question is asked only if the measurement lies clearly on one side of every limit.
+regions, one for training and one for testing, with an unused strip between them. Every answer is measured: colour
+deconvolution (Ruifrok and Johnston, 2001; `skimage.color.rgb2hed`), then shares of pixels above fixed thresholds. A
+question is asked only if the measurement lies clearly on one side of every limit.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ REGIONS: Mapping[str, tuple[int, int]] = {"train": (0, 344), "test": (360, 512)}
 """Rows of the photograph, first included and last excluded, from which a split's patches are cut."""
 
 DAB_LEVEL = 0.05
-"""A pixel is DAB positive above this much DAB (optical density units of `rgb2hed`)."""
+"""A pixel with more DAB is DAB positive (optical density, in units of `rgb2hed`)."""
 HEMATOXYLIN_LEVEL = 0.03
-"""A pixel that is not DAB positive is a blue nucleus above this much hematoxylin."""
+"""A pixel with more hematoxylin that is not DAB positive belongs to a blue nucleus."""
 PALE_LEVEL = 215
 """A pixel is unstained when its darkest channel (0-255) is above this."""
 
@@ -40,7 +40,7 @@ class Measurement:
 
 
 def photograph() -> np.ndarray:
-    """The photograph, uint8 `[512, 512, 3]`."""
+    """Load the photograph, uint8 `[512, 512, 3]`."""
     from skimage import data
 
     return data.immunohistochemistry()
@@ -61,12 +61,12 @@ def measure(patch: np.ndarray) -> Measurement:
 
 
 def grade(value: float, *grades: tuple[str, float, float]) -> str | None:
-    """The name of the (name, low, high) interval that holds `value`; None in a gap between intervals."""
+    """Return the name of the (name, low, high) interval that contains `value`; None in a gap between intervals."""
     return next((name for name, low, high in grades if low <= value <= high), None)
 
 
 def findings(m: Measurement) -> dict[str, str]:
-    """Findings that the measurement supports clearly, as kind -> short answer; doubtful kinds are absent."""
+    """Return the findings that the measurement clearly supports, as kind -> short answer."""
     upper_left, upper_right, lower_left, lower_right = m.quadrants
     order = sorted(m.quadrants)
     found = {
@@ -100,7 +100,7 @@ QUESTIONS: Mapping[str, tuple[str, str]] = {
 
 
 def caption(found: Mapping[str, str], rng: Random) -> str:
-    """One or two plain sentences made of the findings."""
+    """Describe the findings in a few plain sentences."""
     parts = []
     if "dab_area" in found:
         parts.append(f"a {found['dab_area']} DAB positive area")
@@ -127,7 +127,7 @@ def caption(found: Mapping[str, str], rng: Random) -> str:
 
 
 def facts(found: Mapping[str, str]) -> tuple[str, ...]:
-    """Short true sentences, one per finding."""
+    """Return short true sentences, one for each finding."""
     wording = {
         "dab_present": {"yes": "DAB staining is present", "no": "no DAB staining"},
         "dab_half": {"yes": "more than half is brown", "no": "less than half is brown"},
@@ -148,7 +148,7 @@ def facts(found: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def generate(count: int, split: str, rng: Random) -> list[Sample]:
-    """`count` patches from the split's region: random places, each turned or mirrored at random."""
+    """Cut `count` patches from random places of the split's region, each rotated and mirrored at random."""
     rows = REGIONS[split]
     picture = photograph()[rows[0] : rows[1]]
     samples = []
@@ -162,7 +162,7 @@ def generate(count: int, split: str, rng: Random) -> list[Sample]:
         patch = np.ascontiguousarray(patch)
         found = findings(measure(patch))
         asked = tuple(Question(QUESTIONS[kind][0], answer, QUESTIONS[kind][1]) for kind, answer in found.items())
-        # the name holds the place of the patch, so that anyone can check that the splits do not overlap
+        # The name holds the place of the patch: it shows that the splits do not overlap.
         name = f"{index:05d}_y{rows[0] + top}_x{left}"
         samples.append(Sample(name, Image.fromarray(patch), caption(found, rng), facts(found), asked))
     return samples

@@ -1,8 +1,8 @@
 """The document domain: small bar charts and tables, drawn with Pillow, with ChartQA/DocVQA-style questions.
 
-Text is Pillow's built-in 6 x 11 pixel bitmap font, drawn without smoothing: it is legible at 64 pixels and the same on
-every machine. Names, values and bars stand on a grid of 16 pixels, moved by at most one pixel. A bar's height is 3
-pixels per unit; its value is printed at the top, its name below it.
+Text is drawn in Pillow's built-in 6 x 11 pixel bitmap font without smoothing: it is legible at 64 pixels and the same
+on every machine. Names, values and bars lie on a grid of 16 pixels, shifted by at most one pixel. A bar's height is 3
+pixels per unit; its value is printed at the top and its name below it.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Document:
 
 
 def draw_document(rng: Random) -> Document:
-    """A random document: a chart of two or three bars, or a table of three rows."""
+    """Draw a random document: a chart of two or three bars, or a table of three rows."""
     kind = rng.choice(("chart", "table"))
     count = 3 if kind == "table" else rng.choice((2, 3))
     names = tuple(rng.sample(NAMES, count))
@@ -65,7 +65,7 @@ def draw_document(rng: Random) -> Document:
 
 
 def render(document: Document) -> Image.Image:
-    """The document as an RGB image of 64 x 64 pixels."""
+    """Render the document as an RGB image of 64 x 64 pixels."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (255, 255, 255))
     pen = ImageDraw.Draw(image)
     pen.fontmode = "1"
@@ -93,7 +93,7 @@ def render(document: Document) -> Image.Image:
 
 
 def questions(document: Document) -> tuple[Question, ...]:
-    """All questions the document answers."""
+    """Return all questions that the document answers."""
     by_value = dict(zip(document.values, document.names, strict=True))
     out = []
     for name, value in zip(document.names, document.values, strict=True):
@@ -123,17 +123,17 @@ def questions(document: Document) -> tuple[Question, ...]:
 
 
 def bar_places(count: int) -> dict[str, int]:
-    """Name of the place of each of two or three bars -> index from the left."""
+    """Return the place of each of two or three bars -> its index from the left."""
     return {"left": 0, "right": 1} if count == 2 else {"left": 0, "middle": 1, "right": 2}
 
 
 def yes_no(truth: bool) -> str:
-    """`yes` or `no`."""
+    """Return `yes` or `no`."""
     return "yes" if truth else "no"
 
 
 def caption(document: Document, rng: Random) -> str:
-    """One or two plain sentences that name every label, value and colour, from left to right or top to bottom."""
+    """Name every label, value and colour in a plain sentence, from left to right or top to bottom."""
     if document.kind == "table":
         cells = [f"{name} {value}" for name, value in zip(document.names, document.values, strict=True)]
         listed = ", ".join(cells[:-1]) + " and " + cells[-1]
@@ -149,7 +149,7 @@ def caption(document: Document, rng: Random) -> str:
 
 
 def facts(document: Document) -> tuple[str, ...]:
-    """Short true sentences: which name stands where, with which value and colour."""
+    """Return short true sentences about the place, value and colour of each name."""
     out = []
     if document.kind == "table":
         places = [f"{ordinal} row" for ordinal in ORDINALS]
@@ -167,7 +167,7 @@ def facts(document: Document) -> tuple[str, ...]:
 
 
 def generate(count: int, rng: Random, taken: set[bytes]) -> list[Sample]:
-    """`count` samples whose pictures differ from one another and from those in `taken` (which grows)."""
+    """Generate `count` samples whose images differ from one another and from `taken`, to which they are added."""
     samples: list[Sample] = []
     while len(samples) < count:
         document = draw_document(rng)

@@ -1,7 +1,7 @@
-"""The general domain: easy-VQA (Victor Zhou, MIT licence), the real files of the PyPI package `easy-vqa`.
+"""The general domain: easy-VQA (Victor Zhou, MIT licence), as installed with the PyPI package `easy-vqa`.
 
-Every image shows one coloured shape on a light ground, 64 x 64 pixels. Questions, answers and the split into train
-and test are the data set's own. Shape and colour for the captions are measured from the pixels.
+Every image shows one coloured shape on a light background, 64 x 64 pixels. Questions, answers and the train and test
+splits are those of easy-VQA. Shape, colour and place for the captions are measured from the pixels.
 """
 
 from collections import defaultdict
@@ -28,10 +28,10 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def load(split: str, count: int) -> tuple[list[Sample], dict[str, Path]]:
-    """The first `count` images of easy-VQA's `train` (4,000) or `test` (1,000) split in a fixed shuffled order.
+    """Load the first `count` images of easy-VQA's `train` (4,000) or `test` (1,000) split in a fixed shuffled order.
 
     Returns:
-        The samples, and the original file of each sample's name.
+        The samples, and name of a sample -> its original file.
     """
     import easy_vqa
 
@@ -59,17 +59,17 @@ def load(split: str, count: int) -> tuple[list[Sample], dict[str, Path]]:
 
 
 def category(text: str, answer: str) -> str:
-    """Kind of an easy-VQA question: `color`, `shape` or `presence` (yes or no)."""
+    """Return the kind of an easy-VQA question: `color`, `shape` or `presence` (yes or no)."""
     if answer in ("yes", "no"):
         return "presence"
     return "color" if answer in COLOURS else "shape"
 
 
 def measure(image: Image.Image) -> tuple[str, str, str]:
-    """Shape, colour and place of the one object of an easy-VQA image.
+    """Measure shape, colour and place of the only object in an easy-VQA image.
 
-    The colour is the palette colour with most pixels. A rectangle fills its bounding box; a triangle has less than
-    40% of its pixels in the upper half of the box, a circle about half.
+    The colour is the palette colour with the most pixels. A rectangle fills its bounding box. A triangle has less than
+    40% of its pixels in the upper half of the box, and a circle about half.
     """
     pixels = np.asarray(image)
     masks = {name: (pixels == np.array(rgb, np.uint8)).all(-1) for name, rgb in COLOURS.items()}
@@ -85,7 +85,7 @@ def measure(image: Image.Image) -> tuple[str, str, str]:
 
 
 def facts(shape: str, colour: str, place: str) -> tuple[str, ...]:
-    """Short true sentences about the object."""
+    """Return short true sentences about the object."""
     return (
         f"a {colour} {shape}",
         f"a {shape} in the {place}",
@@ -96,7 +96,7 @@ def facts(shape: str, colour: str, place: str) -> tuple[str, ...]:
 
 
 def vary(sample: Sample, rng: Random) -> Sample:
-    """The same object in another colour, elsewhere, on another light ground: more train images for the tower."""
+    """Redraw the object in a random colour and place on a random light background, to train the tower on."""
     pixels = np.asarray(sample.image).astype(np.float32)
     shape, colour, _ = measure(sample.image)
     values, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
@@ -120,14 +120,14 @@ def vary(sample: Sample, rng: Random) -> Sample:
 
 
 def place_name(row: float, column: float, size: int) -> str:
-    """`upper left`, `left`, `center`, ... : the cell of a 3 x 3 grid over an image of `size` pixels."""
+    """Name the cell of a 3 x 3 grid over an image of `size` pixels: `upper left`, `left`, `center`, ..."""
     vertical = ("upper", "", "lower")[min(2, int(3 * row / size))]
     horizontal = ("left", "", "right")[min(2, int(3 * column / size))]
     return " ".join(word for word in (vertical, horizontal) if word) or "center"
 
 
 def caption(shape: str, colour: str, place: str, rng: Random) -> str:
-    """A plain sentence that names colour and shape."""
+    """Return one or two plain sentences that name colour, shape and place."""
     return rng.choice(
         (
             f"A {colour} {shape} in the {place}.",

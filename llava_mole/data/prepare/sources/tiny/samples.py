@@ -9,12 +9,12 @@ from PIL import Image
 
 DOMAINS = ("general", "document", "biomedicine")
 IMAGE_SIZE = 64
-"""Side of every image in pixels: that of easy-VQA's files, and of the small tower's input."""
+"""Side of every image in pixels, as in easy-VQA and in the small tower's input."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one image. `category` is its kind (`presence`, `value`, ...), used to break scores down."""
+    """A question about one image. `category` is its kind (`presence`, `value`, ...), by which scores are reported."""
 
     text: str
     answer: str
@@ -30,17 +30,17 @@ class Sample:
     image: Image.Image
     """RGB, 64 x 64."""
     caption: str
-    """One or two plain sentences that name everything the questions ask about."""
+    """Plain sentences that name everything the questions ask about."""
     facts: tuple[str, ...]
-    """Short true sentences, each about one attribute; the tower's contrastive training matches images with them."""
+    """Short true sentences about one attribute each; the tower's contrastive training matches images with them."""
     questions: tuple[Question, ...]
 
 
 def balance(samples: Sequence[Sample], rng: Random, open_ratio: float = 1.5) -> list[tuple[int, Question]]:
-    """Choose questions so that no answer is much more frequent than another answer of the same question string.
+    """Choose questions so that the answers to one question string are about equally frequent.
 
-    For each string, an answer is kept at most as often as the rarest answer of that string (times `open_ratio` if
-    the answers are not just yes and no). `rng` draws which ones are kept.
+    Each answer to a string is kept at most as often as the rarest answer to that string (times `open_ratio` if there
+    are other answers than yes and no). `rng` draws the questions that are kept.
 
     Returns:
         (index of the sample, question) pairs, ordered by sample.
@@ -53,7 +53,7 @@ def balance(samples: Sequence[Sample], rng: Random, open_ratio: float = 1.5) -> 
     for text in sorted(groups):
         answers = groups[text]
         if len(answers) < 2:
-            continue  # a question whose answer never varies asks nothing
+            continue  # the answer can be given without the image
         rarest = min(len(pairs) for pairs in answers.values())
         cap = rarest if set(answers) <= {"yes", "no"} else int(rarest * open_ratio) + 1
         for answer in sorted(answers):
@@ -63,7 +63,7 @@ def balance(samples: Sequence[Sample], rng: Random, open_ratio: float = 1.5) -> 
 
 
 def draw_test(pairs: Sequence[tuple[int, Question]], rng: Random, limit: int) -> list[tuple[int, Question]]:
-    """At most `limit` of the balanced `pairs`, taken in rounds: one per (question string, answer) and round."""
+    """Draw at most `limit` of the balanced `pairs` in rounds, each with one pair per question string and answer."""
     cells: dict[tuple[str, str], list[tuple[int, Question]]] = defaultdict(list)
     for pair in pairs:
         cells[pair[1].text, pair[1].answer].append(pair)
@@ -74,7 +74,7 @@ def draw_test(pairs: Sequence[tuple[int, Question]], rng: Random, limit: int) ->
         texts = sorted({text for (text, _), cell in cells.items() if cell})
         rng.shuffle(texts)
         for text in texts:
-            # all answers of a string in the same round, so that cutting at the limit keeps the balance
+            # All answers to a string are in the same round, so that the limit does not upset the balance.
             group = [cell.pop() for (other, _), cell in sorted(cells.items()) if other == text and cell]
             if len(drawn) + len(group) > limit:
                 return sorted(drawn, key=lambda pair: (pair[0], pair[1].text))

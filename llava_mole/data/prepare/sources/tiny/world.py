@@ -1,11 +1,12 @@
 """`llava-mole prepare tiny --out playground/data/tiny`: write the data of the tiny world.
 
 Three domains (general, document, biomedicine) with disjoint train and test splits, stage-1 captions of the train
-images, and a few photographs. The seed decides everything. Image paths in the records are relative to the output
-folder. The folder appears complete or not at all; a second call verifies an existing folder and leaves it alone.
+images, and a few photographs. The seed determines everything. Image paths in the records are relative to the output
+folder. The folder appears complete or not at all. A second call verifies an existing folder and does not change it.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.files import read_json, sha256_of, write_json
+from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
 
@@ -37,17 +39,17 @@ def progress(items: Iterable[T], label: str, unit: str) -> "tqdm[T]":
 
 
 FORMAT = 1
-"""Increased whenever the same seed gives other data."""
+"""Increased when the same seed starts to give other data."""
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
 MAX_TURNS = 6
-"""Questions in one training record; they share the image and the system prompt."""
+"""Most questions in one training record; they share the image and the system prompt."""
 MOST_TEST_IMAGES = 1000
-"""Most images drawn for a test split (easy-VQA has as many); those without a chosen question are not written."""
+"""Most images drawn for a test split (easy-VQA has 1,000); those without a chosen question are not written."""
 PACKAGES = ("easy-vqa", "scikit-image", "numpy", "pillow")
 
 
 def domain_samples(domain: str, split: str, count: int, seed: int) -> tuple[list[Sample], dict[str, Path]]:
-    """At most `count` samples of a domain's split, and the original files of those that are copied, by name."""
+    """Return at most `count` samples of a domain's split, and name -> original file for those that are copied."""
     if domain == "general":
         return general.load(split, count)
     rng = Random(f"{seed}-{domain}-{split}")
@@ -60,27 +62,31 @@ def domain_samples(domain: str, split: str, count: int, seed: int) -> tuple[list
 
 
 def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> list[dict[str, Any]]:
-    """LLaVA records with up to `MAX_TURNS` balanced questions each; an image without a question gets no record."""
+    """Return LLaVA records with up to `MAX_TURNS` balanced questions each; images without questions are left out."""
     turns: dict[int, list[Question]] = {}
     for index, question in balance(samples, rng):
         turns.setdefault(index, []).append(question)
     records = []
     for index, asked in turns.items():
         rng.shuffle(asked)
-        conversations = []
-        for number, question in enumerate(asked[:MAX_TURNS]):
-            prefix = "<image>\n" if number == 0 else ""
-            conversations.append({"from": "human", "value": prefix + question.text})
-            conversations.append({"from": "gpt", "value": question.answer})
         name = samples[index].name
-        image = image_path(domain, "train", name)
-        records.append({"id": f"{domain}-train-{name}", "image": image, "conversations": conversations})
+        rounds = [(question.text, question.answer) for question in asked[:MAX_TURNS]]
+        records.append(llava_record(f"{domain}-train-{name}", image_path(domain, "train", name), rounds))
     rng.shuffle(records)
     return records
 
 
+def llava_record(ident: str, image: str, rounds: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return questions and answers about one image in LLaVA's format."""
+    turns = []
+    for number, (question, answer) in enumerate(rounds):
+        turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"id": ident, "image": image, "conversations": turns}
+
+
 def image_path(domain: str, split: str, name: str) -> str:
-    """Path of an image, relative to the output folder."""
+    """Return the path of an image, relative to the output folder."""
     return f"{domain}/images/{split}/{name}.png"
 
 
@@ -102,8 +108,7 @@ def write_split(
         for number, (index, question) in enumerate(drawn):
             path = image_path(domain, split, samples[index].name)
             ident = f"{domain}-test-{number:04d}"
-            turns = [{"from": "human", "value": "<image>\n" + question.text}, {"from": "gpt", "value": question.answer}]
-            records.append({"id": ident, "image": path, "conversations": turns})
+            records.append(llava_record(ident, path, [(question.text, question.answer)]))
             line = {"question_id": ident, "image": path, "text": question.text, "category": question.category}
             lines.append(json.dumps(line | {"answer": question.answer}))
         (folder / "test_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -116,15 +121,15 @@ def write_split(
             shutil.copyfile(files[sample.name], out / path)
         else:
             sample.image.save(out / path)
-        turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": sample.caption}]
-        captions.append({"id": f"{domain}-caption-{sample.name}", "image": path, "conversations": turns})
+        described = [("Describe the image.", sample.caption)]
+        captions.append(llava_record(f"{domain}-caption-{sample.name}", path, described))
     questions = [turn["value"] for record in records for turn in record["conversations"][::2]]
     counts = {"images": len(captions), "records": len(records), "questions": len(questions)}
     return counts, captions
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write a list with one record a line, so that a line number identifies a record."""
+    """Write a JSON list with one record a line: a line number identifies a record."""
     lines = ",\n".join(json.dumps(record) for record in records)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
@@ -140,7 +145,7 @@ def write_photos(folder: Path) -> None:
 
 
 def tree_digest(root: Path) -> tuple[str, int]:
-    """Digest of the relative paths and contents of all files below `root` except the manifest, and their number."""
+    """Return the digest of the paths and contents of all files below `root` but the manifest, and their number."""
     digest = hashlib.sha256()
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path != root / "manifest.json")
     for path in paths:
@@ -167,16 +172,12 @@ def write(out: Path, train_per_domain: int, test_per_domain: int, seed: int) -> 
     counts["captions"] = {"records": len(captions)}
     write_photos(out / "photos")
     digest, files_written = tree_digest(out)
-    return {
-        **request(train_per_domain, test_per_domain, seed),
-        "counts": counts,
-        "files": files_written,
-        "sha256": digest,
-    }
+    wanted = request(train_per_domain, test_per_domain, seed)
+    return wanted | {"counts": counts, "files": files_written, "sha256": digest}
 
 
 def request(train_per_domain: int, test_per_domain: int, seed: int) -> dict[str, Any]:
-    """The part of the manifest that decides what is written. Raises DataError if a package is missing."""
+    """Return the part of the manifest that determines the files. Raises DataError if a package is missing."""
     try:
         versions = {name: version(name) for name in PACKAGES}
     except PackageNotFoundError as error:
@@ -229,12 +230,16 @@ def build(out: Path, train_per_domain: int = 4000, test_per_domain: int = 800, s
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="llava-mole prepare tiny", description=__doc__)
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="llava-mole prepare tiny",
+        formatter_class=functools.partial(argparse.HelpFormatter, width=HELP_WIDTH),
+        description=__doc__,
+    )
     parser.add_argument("--out", type=Path, default=Path("playground/data/tiny"), help="folder to write (%(default)s)")
     parser.add_argument("--train-per-domain", type=int, default=4000, metavar="N", help="train images (%(default)s)")
     parser.add_argument("--test-per-domain", type=int, default=800, metavar="N", help="test questions (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides everything (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="determines everything (%(default)s)")
     given = parser.parse_args(arguments)
     written = build(given.out, given.train_per_domain, given.test_per_domain, given.seed)
     manifest = read_json(given.out / "manifest.json")
