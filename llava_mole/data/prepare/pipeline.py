@@ -18,7 +18,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.common.files import remove, try_lock, write_bytes, write_json
+from llava_mole.common.files import remove, write_bytes, write_errors, write_json
+from llava_mole.common.locks import locked
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.data.prepare.defects import Defects, Issue
 from llava_mole.data.prepare.image_pool import CheckImages, ImageChecker, Journal
@@ -32,7 +33,7 @@ REPORT, DEFECTS = "report.json", "defects.jsonl"
 """Contents of a prepared folder."""
 MOST_SUB_SOURCES = 512
 """Limit on distinct sub-sources; the rest are pooled as `images` and `text`."""
-_JOURNAL, _REQUEST, _LOCK = "checked.jsonl", "request.json", "lock"
+_JOURNAL, _REQUEST = "checked.jsonl", "request.json"
 """Additional contents of a partial folder."""
 
 
@@ -75,12 +76,13 @@ def prepare(request: Request) -> dict[str, Any]:
     out = request.out
     partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
     _check_out(request)
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _LOCK).open("w") as lock:
-        try_lock(lock, out, "another process is preparing it; wait for it")
+    with write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.parent / f".{out.name}.lock", f"--out {out}"):
         if old.exists() and not out.exists():  # an earlier call was killed between the two renames of `_publish`
             os.replace(old, out)
         _check_out(request)
+        partial.mkdir(exist_ok=True)
         _clear_partial(partial, request)
         report = _write(request, partial)
         _publish(partial, out, old)
@@ -261,12 +263,18 @@ class _Output:
 
 
 def _clear_partial(partial: Path, request: Request) -> None:
-    """Remove the files of an interrupted call, except those with which the same request continues."""
+    """Remove the files of an interrupted call, except those with which the same request continues.
+
+    Raises:
+        ConfigError: the folder is not one that `prepare` left.
+    """
     path, identity = partial / _REQUEST, request.identity()
+    if not path.is_file() and any(partial.iterdir()):
+        raise ConfigError(f"{partial} holds no {_REQUEST}, so `prepare` did not write it; remove it yourself")
     same = path.is_file() and path.read_bytes() == identity
     for entry in partial.iterdir():
         continued = same and entry.name in (IMAGES, _JOURNAL) and not entry.is_symlink()
-        if entry.name != _LOCK and not continued:
+        if not continued:
             remove(entry)
     write_bytes(path, identity)
 
@@ -286,6 +294,6 @@ def _publish(partial: Path, out: Path, old: Path) -> None:
         remove(old)  # left by a call that was killed while it removed it
         os.replace(out, old)
     os.replace(partial, out)
-    for name in (_JOURNAL, _REQUEST, _LOCK):
+    for name in (_JOURNAL, _REQUEST):
         (out / name).unlink(missing_ok=True)
     remove(old)

@@ -1,6 +1,5 @@
 """`prepare` is all or nothing: killed at any moment it leaves no output, and the next call ends with the same bytes."""
 
-import errno
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ import pytest
 from worlds import published_sets, raw_sets
 
 from llava_mole.cli import main
+from llava_mole.common.locks import locked
 from llava_mole.data.prepare import image_pool
 from llava_mole.data.prepare.images import ImageInfo
 from llava_mole.data.store import verify_shards
@@ -184,26 +184,21 @@ def test_a_failed_overwrite_keeps_the_old_output(tmp_path: Path) -> None:
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fcntl
+    write_many(tmp_path / "raw", 1, 3)
+    with locked(tmp_path / ".out.lock", "it"):
+        assert main(arguments(tmp_path, "out")) == 2
+    assert f"--out {tmp_path / 'out'} is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert main(arguments(tmp_path, "out")) == 0
+    assert not (tmp_path / ".out.lock").exists()
 
+
+def test_a_folder_of_the_partial_name_is_not_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_many(tmp_path / "raw", 1, 3)
     (tmp_path / ".out.partial").mkdir()
-    with (tmp_path / ".out.partial" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(arguments(tmp_path, "out")) == 2
-    assert "another process is preparing it" in capsys.readouterr().err
-
-
-def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    write_many(tmp_path / "raw", 1, 3)
-    monkeypatch.setattr("fcntl.flock", refuse)
-    assert main(arguments(tmp_path, "out")) == 0
-    assert "no locks (Operation not supported)" in caplog.text
+    (tmp_path / ".out.partial" / "notes.txt").write_text("mine")
+    assert main(arguments(tmp_path, "out")) == 2
+    assert "holds no request.json, so `prepare` did not write it" in capsys.readouterr().err
+    assert (tmp_path / ".out.partial" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.slow
