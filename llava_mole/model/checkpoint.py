@@ -168,11 +168,13 @@ def newest_valid_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that verifies, or None. Each skipped one is logged with the reason."""
     for path in list_checkpoints(run_dir):
         try:
-            verify_checkpoint(path)
+            step = verify_checkpoint(path)["step"]
         except CheckpointError as error:
             logger.warning("skipping %s: %s", path.name, error)
         else:
-            return path
+            if step == _step_of(path):
+                return path
+            logger.warning("skipping %s: it is the checkpoint of step %d under another name", path.name, step)
     return None
 
 
@@ -258,7 +260,7 @@ def clean_leftovers(run_dir: Path) -> None:
             continue
         kind, name = match.groups()
         if any(path.iterdir()) and _owner(path) is None and not (path / MANIFEST).is_file():
-            logger.warning("%s was not written by a run of this version: it is left alone", path)
+            logger.warning("%s was not written by a run: it is left alone", path)
         elif kind == "old" and not (run_dir / name).exists():
             os.replace(path, run_dir / name)
             logger.warning(

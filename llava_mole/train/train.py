@@ -116,12 +116,12 @@ def check_start(
     config: RunConfig, start: Start, dataset: SupervisedDataset, contents: dict[str, str], steps: int
 ) -> Progress:
     """The progress that the run starts with, once it is proven that it continues the same experiment."""
-    progress = Progress(plan_digest=dataset.plan.digest)
-    if start.checkpoint is not None:
-        check_same_contents(start.checkpoint, contents, config.train.accept_changed)
-        progress = read_progress(start.checkpoint)
-        check_same_plan(progress, dataset.plan.digest, config.train.global_batch_size, start.checkpoint)
-        logger.info("resuming from %s: %d samples consumed", start.checkpoint, progress.samples_consumed)
+    checkpoint, progress = start.checkpoint, Progress(plan_digest=dataset.plan.digest)
+    if checkpoint is not None:
+        on_main(lambda: check_same_contents(checkpoint, contents, config.train.accept_changed))
+        progress = read_progress(checkpoint)
+        check_same_plan(progress, dataset.plan.digest, config.train.global_batch_size, checkpoint)
+        logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
     on_main(lambda: check_steps_free(Path(config.train.output_dir), start.run, progress.step, steps))
     return progress
 

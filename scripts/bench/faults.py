@@ -6,7 +6,12 @@ Each run starts with `--train.resume auto`, has something done to it at a random
 complete. Then its weights, its optimizer, its counters and the losses of all its steps must equal, bit for bit, those
 of a run that nothing was done to. A run that cannot be finished is *lost*; one that ends with another result has
 *resumed wrongly*. Some samples of all runs, the undisturbed one too, are NaN and some images cannot be read, so the
-skipped steps and replaced samples have to be the same as well. Exit code 1 if a run was lost or resumed wrongly.
+skipped steps and replaced samples have to be the same as well.
+
+Between two starts somebody tries to continue the run as another experiment (edited answers, another base model, another
+rank), on a disk that is read-only, or beside itself. Every such start must be refused with exit code 2 and change
+nothing. Checkpoints of other tools lie in every run directory; a changed byte of them is a *foreign file touched*. Exit
+code 1 if a run was lost, resumed wrongly, or touched a foreign file.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +37,9 @@ STEPS, SAVE_EVERY = 32, 4
 FIRST_START_S = 300.0
 RUN_S = 120.0
 """No incarnation of a run takes nearly that long: one that does hangs."""
-CALLS_IN_A_SAVE = 45
+CALLS_IN_A_SAVE = 48
+FOREIGN = ("checkpoint-500", "checkpoint-998", "checkpoint-999", "checkpoint-1000", "checkpoint-notes",
+           ".tmp-checkpoint-7-1")  # fmt: skip
 MOST_RESTARTS = 60
 
 
@@ -46,6 +54,7 @@ class Campaign:
     counts: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
     restarts: int = 0
     run_s: float = 2.0
     """Seconds of the undisturbed run: moments for faults are drawn from them."""
@@ -60,7 +69,7 @@ class Campaign:
 
     def prepare(self) -> None:
         """Make the models and the data, with samples that are NaN and images that cannot be read."""
-        from worlds.tiny_models import make_world
+        from worlds.tiny_models import make_language_model, make_world
 
         make_world(self.directory, samples=40, text_only_every=5)
         for number in (7, 21):
@@ -68,11 +77,12 @@ class Campaign:
             image.write_bytes(image.read_bytes()[:30])
         self.counts["unreadable image (records)"] = 2
         self.counts["NaN sample (records)"] = len(self.nan_ids)
+        make_language_model(self.directory / "other_base", seed=1)
 
     nan_ids = ("blue-3", "red-18")
 
-    def start(self, name: str, **sabotage: Any) -> Ranks:
-        """Start, or go on with, the run of that name."""
+    def start(self, name: str, changes: Mapping[str, str] | None = None, **sabotage: Any) -> Ranks:
+        """Start or resume the run of that name, with changed options if given."""
         from faults_rank import Sabotage
 
         options = {
@@ -84,6 +94,7 @@ class Campaign:
             "train.save_every": str(SAVE_EVERY),
             "train.micro_batch_size": "1",
             "train.check_ranks_every": "5",
+            **(changes or {}),
         }
         arguments = [str(self.directory / "config.yaml"), *(w for k, v in options.items() for w in (f"--{k}", v))]
         return self.farm.start(arguments, self.directory / f"{name}.log", Sabotage(self.nan_ids, **sabotage))
@@ -104,10 +115,10 @@ class Campaign:
         """Everything that must not depend on faults: tensors as bytes, counters, losses."""
         from safetensors.torch import load_file
 
-        from llava_mole.model.checkpoint import list_checkpoints, verify_checkpoint
+        from llava_mole.model.checkpoint import verify_checkpoint
 
         run_dir = self.directory / name
-        newest = list_checkpoints(run_dir)[0]
+        newest = self.checkpoints(name)[0]
         verify_checkpoint(newest)
         tensors = load_file(newest / "trainer" / "optimizer.safetensors")
         entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -122,7 +133,10 @@ class Campaign:
     def disturb_until_done(self, name: str, expected: dict[str, Any], kills: int) -> None:
         """One run from start to end, with something going wrong in each of its lives but the last."""
         self.lost_image.write_bytes(b"\x89PNG")  # what an earlier run has lost
+        foreign: dict[str, str] = {}
         for life in range(MOST_RESTARTS):
+            if not foreign and self.checkpoints(name):
+                foreign = self.add_foreign(name)
             calm = self.kills >= kills or life == MOST_RESTARTS - 1
             codes, intended = self.undisturbed_life(name) if calm else self.disturbed_life(name)
             self.restarts += 1
@@ -136,9 +150,13 @@ class Campaign:
                 return
             if not calm:
                 self.damage_disk(name)
+                self.try_what_is_refused(name)
         else:
             self.lost.append(f"{name}: not done after {MOST_RESTARTS} lives")
             return
+        if any(path.name.startswith(".") for path in (self.directory / name).iterdir()):
+            self.undisturbed_life(name)  # the last deletion failed: a finished run that starts again only clears up
+        self.check_foreign(name, foreign)
         found = self.result(name)
         if different := [key for key in expected if found[key] != expected[key]]:
             self.wrong.append(f"{name}: {', '.join(different)} differ from the undisturbed run's")
@@ -151,17 +169,19 @@ class Campaign:
         draw = self.random
         failing: dict[int, str] = {}
         if draw.random() < 0.25:
-            kind = draw.choice(["no_space", "file_limit"])
+            kind = draw.choice(["no_space", "file_limit", "read_only", "rotation"])
             failing = {draw.randrange(2): kind}
+        clock = draw.choice([0.0, 0.0, 3600.0])
+        self.counts["clock going backwards (a life)"] += clock > 0
         killed = {-signal.SIGKILL, -signal.SIGTERM, 1}
         kind = draw.choices(["any", "save", "all", "stop"], [5, 4, 1, 1])[0]
         if kind == "save":
             moment = (draw.randrange(3), draw.randrange(CALLS_IN_A_SAVE))
-            ranks = self.start(name, die_in_save=moment, failing_saves=failing)
+            ranks = self.start(name, die_in_save=moment, failing_saves=failing, clock_back_s=clock)
             codes = ranks.wait(RUN_S)
             self.counts["kill -9 in a save"] += codes is not None and codes[0] == -signal.SIGKILL
         else:
-            ranks = self.start(name, failing_saves=failing)
+            ranks = self.start(name, failing_saves=failing, clock_back_s=clock)
             time.sleep(draw.uniform(0.0, 0.9 * self.run_s))
             if kind == "stop":
                 ranks.signal(draw.choice([signal.SIGTERM, signal.SIGUSR1]), draw.choice([None, 0, 1]))
@@ -176,19 +196,110 @@ class Campaign:
                 label = "kill -9, all" if kind == "all" else "kill -9, random moment"
                 self.counts[label] += any(hit)
         log = Path(f"{self.directory / name}.log.0").read_text(encoding="utf-8", errors="replace")
-        seen = log.count("could not be written")
-        self.counts["save on a full disk"] += seen - self._seen.get(name, 0)
-        self._seen[name] = seen
+        messages = {
+            "save on a full disk": ("bytes free; a checkpoint takes", "File too large"),
+            "save on a disk that became read-only": ("Read-only file system",),
+            "disk full while an old checkpoint is deleted": ("an old checkpoint could not be deleted",),
+        }
+        for kind, texts in messages.items():
+            seen = sum(log.count(text) for text in texts)
+            self.counts[kind] += seen - self._seen.get((name, kind), 0)
+            self._seen[name, kind] = seen
         return codes, killed
 
-    _seen: dict[str, int] = field(default_factory=dict)
+    _seen: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def checkpoints(self, name: str) -> list[Path]:
+        """The run's own checkpoints, newest first."""
+        from llava_mole.model.checkpoint import list_checkpoints
+
+        return [p for p in list_checkpoints(self.directory / name) if not p.is_symlink() and _step(p) <= STEPS]
+
+    def add_foreign(self, name: str) -> dict[str, str]:
+        """Put what others may have left into the run directory. Returns the digest of every file."""
+        run_dir, elsewhere = self.directory / name, self.directory / "elsewhere" / name
+        for path in (run_dir / "checkpoint-500", run_dir / "checkpoint-1000", elsewhere / "checkpoint-1"):
+            path.mkdir(parents=True)
+            (path / "model.safetensors").write_bytes(self.random.randbytes(100))
+        shutil.copytree(self.checkpoints(name)[0], run_dir / "checkpoint-998")
+        (run_dir / "checkpoint-999").symlink_to(elsewhere / "checkpoint-1")
+        (run_dir / "checkpoint-notes").write_text("mine", encoding="utf-8")
+        (run_dir / ".tmp-checkpoint-7-1").mkdir()
+        (run_dir / ".tmp-checkpoint-7-1" / "notes").write_text("mine", encoding="utf-8")
+        self.counts["foreign checkpoints, links and files (entries)"] += 6
+        return self.foreign_files(name)
+
+    def foreign_files(self, name: str) -> dict[str, str]:
+        """Digest of every file of the run directory that the run did not write."""
+        from llava_mole.common.files import sha256_of
+
+        roots = [self.directory / "elsewhere" / name]
+        roots += [self.directory / name / entry for entry in FOREIGN]
+        files = [p for root in roots for p in ([root] if root.is_file() else root.rglob("*")) if p.is_file()]
+        return {str(path.relative_to(self.directory)): sha256_of(path) for path in files}
+
+    def check_foreign(self, name: str, foreign: dict[str, str]) -> None:
+        """Compare the foreign files with what they were, and remove them."""
+        found = self.foreign_files(name) if foreign else {}
+        self.touched += [f"{name}: {key}" for key in foreign if found.get(key) != foreign[key]]
+        for entry in FOREIGN if foreign else ():
+            path = self.directory / name / entry
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def try_what_is_refused(self, name: str) -> None:
+        """Start the run as something that it is not, or where it cannot run: refused, and nothing has changed."""
+        if not self.checkpoints(name):
+            return
+        red, base = self.directory / "red" / "red.json", self.directory / "other_base"
+        original = red.read_bytes()
+        in_the_way = self.directory / name / f"checkpoint-{STEPS}"
+        kinds: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+            "edited data": ({}, {}, "data.sources.red has digest"),
+            "swapped base model": ({"model.language_model": str(base)}, {}, "model.language_model has digest"),
+            "changed setting": ({"adapter.rank": "3"}, {}, "adapter.rank is 2 there and 3 here"),
+            "start on a read-only file system": ({}, {"read_only_start": True}, "Read-only file system"),
+            "foreign checkpoint in the way": ({}, {}, "which this run did not write and would have to replace"),
+            "two runs at once": ({}, {}, "is in use by process"),
+        }
+        for kind in self.random.sample(sorted(kinds), 2):
+            changes, sabotage, message = kinds[kind]
+            if kind == "foreign checkpoint in the way" and in_the_way.exists():
+                continue
+            log = Path(f"{self.directory / name}.log.0")
+            first = None
+            if kind == "two runs at once":
+                first = self.start(name)
+                lock = self.directory / name / ".lock"
+                while first.processes[0].is_alive() and not lock.exists():
+                    time.sleep(0.002)
+            elif kind == "edited data":
+                red.write_bytes(original.replace(b"It is red.", b"It is Red."))
+            elif kind == "foreign checkpoint in the way":
+                in_the_way.mkdir()
+            before, said = self.tree(name), len(log.read_text(encoding="utf-8", errors="replace"))
+            codes = self.start(name, changes, **sabotage).wait(RUN_S)
+            answered = log.read_text(encoding="utf-8", errors="replace")[said:]
+            if first is not None:
+                if first.wait(RUN_S) not in ([0, 0], None) or message not in answered:
+                    self.wrong.append(f"{name}: {kind}: {codes}\n{answered[-1500:]}")
+            elif codes not in ([2, 2], [2, -signal.SIGTERM]) or message not in answered or self.tree(name) != before:
+                self.wrong.append(f"{name}: {kind}: ended with {codes}\n{answered[-1500:]}")
+            red.write_bytes(original)
+            if kind == "foreign checkpoint in the way":
+                in_the_way.rmdir()
+            self.counts[f"{kind}, refused"] += 1
+
+    def tree(self, name: str) -> dict[str, bytes]:
+        """Every file of the run directory except what killed processes left, which each start removes."""
+        run_dir = self.directory / name
+        entries = [p for p in run_dir.iterdir() if p.name in FOREIGN or not p.name.startswith(".")]
+        files = [file for entry in entries for file in (entry, *entry.rglob("*")) if file.is_file()]
+        return {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
 
     def damage_disk(self, name: str) -> None:
         """Now and then cut off or flip a bit of a file of the newest checkpoint, or lose an image for good."""
-        from llava_mole.model.checkpoint import list_checkpoints
-
         draw = self.random
-        checkpoints = list_checkpoints(self.directory / name)
+        checkpoints = self.checkpoints(name)
         if len(checkpoints) >= 2 and draw.random() < 0.3:
             file = draw.choice(sorted(p for p in checkpoints[0].rglob("*") if p.is_file() and p.stat().st_size))
             content = bytearray(file.read_bytes())
@@ -213,6 +324,10 @@ class Campaign:
     def tail(self, name: str) -> str:
         logs = [Path(f"{self.directory / name}.log.{rank}") for rank in range(2)]
         return "\n".join(f"{p}:\n{p.read_text(errors='replace')[-2500:]}" for p in logs if p.exists())
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def main() -> int:
@@ -241,30 +356,32 @@ def main() -> int:
         runs += 1
         print(
             f"run {runs}: {campaign.kills}/{kills} kills, {campaign.restarts} starts, {len(campaign.lost)} lost, "
-            f"{len(campaign.wrong)} wrong, {time.monotonic() - started:.0f} s",
+            f"{len(campaign.wrong)} wrong, {len(campaign.touched)} touched, {time.monotonic() - started:.0f} s",
             flush=True,
         )
     seconds = time.monotonic() - started
-    for problem in campaign.lost + campaign.wrong:
+    for problem in campaign.lost + campaign.wrong + campaign.touched:
         print(problem, file=sys.stderr)
     rows: list[dict[str, Any]] = [{"fault": kind, "count": n} for kind, n in sorted(campaign.counts.items()) if n]
     report(f"Faults, 2 ranks, {options.distributed}, float32 on CPU (measured)", rows)
     total = {
         "fault": "all",
-        "count": sum(n for kind, n in campaign.counts.items() if "(records)" not in kind),
+        "count": sum(n for kind, n in campaign.counts.items() if "(records)" not in kind and "(entries)" not in kind),
         "kills": campaign.kills,
         "runs": runs,
         "starts": campaign.restarts,
         "lost_runs": len(campaign.lost),
         "wrong_resumes": len(campaign.wrong),
+        "foreign_files_touched": len(campaign.touched),
         "total_s": seconds,
         "start_s": seconds / max(1, campaign.restarts),
     }
-    report("Result: lost_runs and wrong_resumes must be 0", [total])
+    report("Result: lost_runs, wrong_resumes and foreign_files_touched must be 0", [total])
     save([*rows, total], options.json)
-    if options.keep is None and not campaign.lost and not campaign.wrong:
+    failed = bool(campaign.lost or campaign.wrong or campaign.touched)
+    if options.keep is None and not failed:
         shutil.rmtree(directory)
-    return 1 if campaign.lost or campaign.wrong else 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 A fork server imports this module once; ranks forked from it start in a tenth of a second instead of ten.
 """
 
+import errno
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  load
 import llava_mole.data.dataset
 import llava_mole.train.train
 import llava_mole.train.trainer
-from llava_mole.common import files
+from llava_mole.common import files, locks
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.model import checkpoint
 from llava_mole.train import checkpointing
@@ -44,7 +47,12 @@ class Sabotage:
     die_in_save: tuple[int, int] | None = None
     """Rank 0 kills itself in its n-th save (from 0), at the m-th call to the file system."""
     failing_saves: dict[int, str] = field(default_factory=dict)
-    """n-th save (from 0) -> `no_space` (too little is free), `file_limit` (a write fails half-way)."""
+    """n-th save (from 0) -> `no_space` (too little is free), `file_limit` (a write fails half-way), `read_only` (the
+    file system has been mounted read-only), `rotation` (the disk is full while an old checkpoint is deleted)."""
+    read_only_start: bool = False
+    """The run directory's file system is read-only when the run starts."""
+    clock_back_s: float = 0.0
+    """The clock of rank 0 goes back by so many seconds each time it is read."""
     diverge_at: int | None = None
     """Rank 1 changes a parameter of its own after so many steps."""
     die_at_step: int | None = None
@@ -86,6 +94,11 @@ def install(sabotage: Sabotage, rank: int) -> None:
         _poison_samples(set(sabotage.nan_ids))
     if sabotage.failing_saves or sabotage.die_in_save:
         _disturb_saves(sabotage)
+    if sabotage.read_only_start:
+        locks._create = _refuse_writing
+    if rank == 0 and sabotage.clock_back_s:
+        readings, original = iter(range(1, 1 << 30)), time.time
+        time.time = lambda: original() - next(readings) * sabotage.clock_back_s
     if rank == 1 and sabotage.diverge_at is not None:
         _after_step(sabotage.diverge_at, _change_a_parameter)
     if rank == 1 and sabotage.die_at_step is not None:
@@ -119,6 +132,15 @@ def _disturb_saves(sabotage: Sabotage) -> None:
                 return original(self, *arguments)
             finally:
                 checkpoint.shutil.disk_usage = kept
+        if kind == "read_only":
+            Path.mkdir, make = _refuse_writing, Path.mkdir  # type: ignore[method-assign, assignment]
+            try:
+                return original(self, *arguments)
+            finally:
+                Path.mkdir = make  # type: ignore[method-assign]
+        if kind == "rotation":
+            checkpoint._delete, delete = _delete_half, checkpoint._delete
+            checkpointing.rotate_checkpoints = partial(_rotate_once, delete=delete)
         if kind == "file_limit":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -131,6 +153,23 @@ def _disturb_saves(sabotage: Sabotage) -> None:
 
     CheckpointWriter.write = write  # type: ignore[method-assign]
     checkpointing.FINAL_SAVE_WAITS_S = (0.0, 0.1, 0.1)
+
+
+def _refuse_writing(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def _delete_half(directory: Path) -> None:
+    next(path for path in directory.iterdir() if path.is_file()).unlink()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _rotate_once(*arguments: Any, delete: Any) -> None:
+    checkpointing.rotate_checkpoints = checkpoint.rotate_checkpoints
+    try:
+        checkpoint.rotate_checkpoints(*arguments)
+    finally:
+        checkpoint._delete = delete
 
 
 def _die_at_call(number: int) -> None:

@@ -206,6 +206,13 @@ def test_a_run_replaces_its_own(tmp_path: Path) -> None:
     assert checkpoint.verify_checkpoint(path)["run"] == "own"
 
 
+def test_a_copy_under_another_name_is_not_the_newest(tmp_path: Path) -> None:
+    newest = write(tmp_path / "checkpoint-8")
+    shutil.copytree(write(tmp_path / "checkpoint-4"), tmp_path / "checkpoint-900")
+    assert checkpoint.newest_valid_checkpoint(tmp_path) == newest
+    assert checkpoint.resolve_checkpoint(tmp_path / "checkpoint-900").name == "checkpoint-900"  # if asked for
+
+
 def test_format_1_is_still_read(tmp_path: Path) -> None:
     path = write(tmp_path / "checkpoint-1", format="llava_mole.checkpoint/1")
     assert checkpoint.verify_checkpoint(path)["step"] == 1

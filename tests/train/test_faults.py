@@ -77,6 +77,7 @@ def test_short_campaign(farm: Farm, tmp_path: Path) -> None:
     assert campaign.kills >= 2
     assert not campaign.lost
     assert not campaign.wrong
+    assert not campaign.touched
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
