@@ -168,13 +168,13 @@ def newest_valid_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run that verifies, or None. Each skipped one is logged with the reason."""
     for path in list_checkpoints(run_dir):
         try:
-            step = verify_checkpoint(path)["step"]
+            step = verify_checkpoint(path).get("step")
         except CheckpointError as error:
             logger.warning("skipping %s: %s", path.name, error)
         else:
             if step == _step_of(path):
                 return path
-            logger.warning("skipping %s: it is the checkpoint of step %d under another name", path.name, step)
+            logger.warning("skipping %s: it is the checkpoint of step %s under another name", path.name, step)
     return None
 
 
@@ -258,17 +258,17 @@ def clean_leftovers(run_dir: Path) -> None:
         match = LEFTOVER.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir():
             continue
-        kind, name = match.groups()
-        if any(path.iterdir()) and _owner(path) is None and not (path / MANIFEST).is_file():
-            logger.warning("%s was not written by a run: it is left alone", path)
-        elif kind == "old" and not (run_dir / name).exists():
-            os.replace(path, run_dir / name)
-            logger.warning(
-                "%s: an interrupted save had moved this checkpoint aside; it has been restored", run_dir / name
-            )
-        else:
+        kind, target = match[1], run_dir / match[2]
+        is_checkpoint = _owner(path) is not None or (path / MANIFEST).is_file()
+        replaced = kind != "old" or (target / MANIFEST).is_file()
+        if kind == "old" and is_checkpoint and not os.path.lexists(target):
+            os.replace(path, target)
+            logger.warning("%s: an interrupted save had moved this checkpoint aside; it has been restored", target)
+        elif not any(path.iterdir()) or (is_checkpoint and replaced):
             _delete(path)
             logger.info("removed %s, left by a killed process", path)
+        else:
+            logger.warning("%s was not written by a run, or is the only copy: it is left alone", path)
 
 
 def _recorded_files(directory: Path, manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
