@@ -277,12 +277,12 @@ class Campaign:
             elif kind == "foreign checkpoint in the way":
                 in_the_way.mkdir()
             before, said = self.tree(name), len(log.read_text(encoding="utf-8", errors="replace"))
-            codes = self.start(name, changes, **sabotage).wait(RUN_S)
+            codes = self.start(name, changes, **sabotage).wait(RUN_S, end_together=True)
             answered = log.read_text(encoding="utf-8", errors="replace")[said:]
             if first is not None:
                 if first.wait(RUN_S) not in ([0, 0], None) or message not in answered:
                     self.wrong.append(f"{name}: {kind}: {codes}\n{answered[-1500:]}")
-            elif codes not in ([2, 2], [2, -signal.SIGTERM]) or message not in answered or self.tree(name) != before:
+            elif codes != [2, 2] or message not in answered or self.tree(name) != before:
                 self.wrong.append(f"{name}: {kind}: ended with {codes}\n{answered[-1500:]}")
             red.write_bytes(original)
             if kind == "foreign checkpoint in the way":
@@ -350,18 +350,20 @@ def main() -> int:
     if not expected["progress"]["skipped_steps"] or not expected["progress"]["replaced_images"]:
         raise SystemExit("the undisturbed run met neither NaN nor unreadable images: the campaign would prove less")
     print(f"undisturbed: {STEPS} steps in {campaign.run_s:.1f} s, {expected['progress']}", flush=True)
-    runs = 0
+    runs = reported = 0
     while campaign.kills < kills:
         campaign.disturb_until_done(f"run-{runs}", expected, kills)
         runs += 1
+        problems = campaign.lost + campaign.wrong + campaign.touched
+        for problem in problems[reported:]:
+            print(problem, file=sys.stderr, flush=True)
+        reported = len(problems)
         print(
             f"run {runs}: {campaign.kills}/{kills} kills, {campaign.restarts} starts, {len(campaign.lost)} lost, "
             f"{len(campaign.wrong)} wrong, {len(campaign.touched)} touched, {time.monotonic() - started:.0f} s",
             flush=True,
         )
     seconds = time.monotonic() - started
-    for problem in campaign.lost + campaign.wrong + campaign.touched:
-        print(problem, file=sys.stderr)
     rows: list[dict[str, Any]] = [{"fault": kind, "count": n} for kind, n in sorted(campaign.counts.items()) if n]
     report(f"Faults, 2 ranks, {options.distributed}, float32 on CPU (measured)", rows)
     total = {

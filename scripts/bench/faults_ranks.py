@@ -1,5 +1,6 @@
 """Starts ranks quickly and ends them roughly: a fork server in the place of torchrun."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -82,13 +83,19 @@ class Ranks:
         """Send a signal to one rank or all."""
         for index, process in enumerate(self.processes):
             if rank in (None, index) and process.is_alive():
-                os.kill(process.pid, number)  # type: ignore[arg-type]
+                with contextlib.suppress(ProcessLookupError):  # it has ended since
+                    os.kill(process.pid, number)  # type: ignore[arg-type]
 
-    def wait(self, timeout_s: float) -> list[int] | None:
-        """Exit codes of all ranks (minus the signal that killed one), or None if some still run after the time."""
+    def wait(self, timeout_s: float, *, end_together: bool = False) -> list[int] | None:
+        """Exit codes of all ranks (minus the signal that killed one), or None if some still run after the time.
+
+        Ranks that `end_together` by themselves are not stopped when one of them has ended.
+        """
         deadline, failed = time.monotonic() + timeout_s, False
         while any(process.is_alive() for process in self.processes):
-            if not failed and any(process.exitcode not in (None, 0, 75) for process in self.processes):
+            if not (failed or end_together) and any(
+                process.exitcode not in (None, 0, 75) for process in self.processes
+            ):
                 failed, deadline = True, min(deadline, time.monotonic() + PEERS_S)
                 self.signal(signal.SIGTERM)
             if time.monotonic() > deadline:
