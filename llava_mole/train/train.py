@@ -41,7 +41,7 @@ from llava_mole.train.checkpointing import (
 from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
 from llava_mole.train.metrics import Tracker
 from llava_mole.train.monitor import Monitor
-from llava_mole.train.optim import build_optimizer
+from llava_mole.train.optim import announce_schedule, build_optimizer
 from llava_mole.train.preflight import check_inputs
 from llava_mole.train.resume import (
     Start,
@@ -123,6 +123,7 @@ def check_start(
         check_same_plan(progress, dataset.plan.digest, config.train.global_batch_size, start.checkpoint)
         logger.info("resuming from %s: %d samples consumed", start.checkpoint, progress.samples_consumed)
     on_main(lambda: check_steps_free(Path(config.train.output_dir), start.run, progress.step, steps))
+    announce_schedule(config.train, steps, begun=start.begun or start.checkpoint is not None)
     return progress
 
 
