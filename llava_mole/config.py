@@ -304,8 +304,8 @@ class TrainConfig:
     min_learning_rate: float = 2e-6
     """Floor of the cosine schedule (paper, Table 1)."""
     warmup_steps: int | None = None
-    """Optimizer steps of linear warm-up. None takes 500 (paper, Table 1), unless warmup_ratio is given. A warm-up longer
-    than the data lasts is refused, and one above a fifth of the steps is warned about."""
+    """Optimizer steps of linear warm-up. None takes 500 (paper, Table 1), unless warmup_ratio is given. More steps than
+    the data lasts are refused, and more than a fifth of the run gives a warning."""
     warmup_ratio: float | None = None
     """The warm-up as a share of the optimizer steps (LLaVA: 0.03), in place of warmup_steps."""
     weight_decay: float = 0.0
