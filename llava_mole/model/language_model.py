@@ -99,7 +99,7 @@ def check_vocabulary(causal_lm: Any, hf_tokenizer: Any, where: str | Path) -> No
 
 
 def check_special_ids(config: Any, rows: int, file: str) -> None:
-    """Raise WeightsError if a pad, bos or eos id of the configuration in `file` is not below `rows` of the embedding."""
+    """Raise WeightsError if a pad, bos or eos id of the configuration in `file` is outside an embedding of `rows`."""
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(config, key, None)
         for number in value if isinstance(value, list) else [value]:
