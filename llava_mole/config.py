@@ -246,6 +246,10 @@ class DataConfig:
     """What happens to longer samples; their numbers are reported by source. `truncate`: cut at the end, as in LLaVA;
     `error`: refuse to start; `drop`: leave out; `truncate_history`: remove the oldest rounds, except the last one and
     those with an image, and drop the sample if it still does not fit."""
+    special_tokens: Literal["escape", "keep", "refuse"] = "keep"
+    """Control tokens inside texts: the tokenizer's special tokens (`</s>`), and bracketed markers of the template
+    (`[INST]`). `keep`: they act as such, as in LLaVA; `escape`: a space after the first character makes them ordinary
+    text, the safe choice for data of unknown origin; `refuse`: training does not start."""
     validation_samples: int = 0
     """Samples of each source held out of training for the validation loss; 0 turns it off."""
     max_bad_image_share: float = 0.001

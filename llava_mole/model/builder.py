@@ -258,7 +258,8 @@ def load_pretrained_model(
     model.to(where, float_type).eval()
     return LoadedModel(
         model=model,
-        tokenizer=HFTextTokenizer(hf_tokenizer),
+        # A prompt is never refused: the model has not seen control tokens in texts, and must not see them now.
+        tokenizer=HFTextTokenizer(hf_tokenizer, "keep" if config.data.special_tokens == "keep" else "escape"),
         image_processor=build_image_processor(model, config.data.image_aspect_ratio),
         template=manifest["template"],
         context_length=context_length(model, config.data.max_length),

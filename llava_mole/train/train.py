@@ -79,7 +79,7 @@ def train(config: RunConfig) -> Path:
                 return run_dir
             torch.manual_seed(config.train.seed)  # the same initial weights on every rank
             model, hf_tokenizer, fingerprints = build_parts(config.model)
-            tokenizer = HFTextTokenizer(hf_tokenizer)
+            tokenizer = HFTextTokenizer(hf_tokenizer, config.data.special_tokens)
             dataset = load_data(config, model, tokenizer, start.begun)
             steps, _ = count_steps(len(dataset), config.train.global_batch_size)
             steps = min(steps, config.train.max_steps or steps)
