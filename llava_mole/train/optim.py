@@ -7,6 +7,7 @@ import torch
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.log import get_logger
+from llava_mole.common.text import count_of
 from llava_mole.config import TrainConfig
 from llava_mole.model.adapters import parameter_part
 
@@ -89,18 +90,19 @@ def announce_schedule(config: TrainConfig, total_steps: int, *, begun: bool) -> 
     peaks = {"": config.learning_rate, **{f"{name} ": rate for name, rate in own.items() if rate is not None}}
     rates = ", ".join(f"{name}{peak * highest:.3g} down to {peak * last:.3g}" for name, peak in peaks.items())
     share = warmup / total_steps
-    logger.info("schedule: %d steps, %d of them warm-up (%.1f%%), rate %s", total_steps, warmup, 100 * share, rates)
+    steps = count_of(total_steps, "step")
+    logger.info("schedule: %s, %d of them warm-up (%.1f%%), rate %s", steps, warmup, 100 * share, rates)
     advice = (
         f"set --train.warmup_steps to at most {max(1, int(LONG_WARMUP * total_steps))}, or --train.warmup_steps null "
         "--train.warmup_ratio 0.03"
     )
     if warmup > total_steps and total_steps != config.max_steps and not begun:
         raise ConfigError(
-            f"train.warmup_steps is {warmup}, but the run has {total_steps} steps and its rate would end at "
+            f"train.warmup_steps is {warmup}, but the run has {steps} and its rate would end at "
             f"{highest:.0%} of the peak; {advice}"
         )
     if warmup > max(1, LONG_WARMUP * total_steps):
         logger.warning(
-            "the warm-up takes %d of the run's %d steps, and the rate reaches %.0f%% of its peak; %s",
-            min(warmup, total_steps), total_steps, 100 * highest, advice,
+            "the warm-up takes %d of %s, and the rate reaches %.0f%% of its peak; %s",
+            min(warmup, total_steps), steps, 100 * highest, advice,
         )  # fmt: skip
