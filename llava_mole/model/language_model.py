@@ -32,7 +32,7 @@ def check_language_model_dir(path: str) -> None:
 
 
 @contextmanager
-def _load_errors(path: str):
+def load_errors(path: str):
     """Turn what transformers raises for a model directory into a WeightsError."""
     try:
         yield
@@ -63,10 +63,11 @@ def read_config(path: str) -> Any:
     from transformers import AutoConfig
 
     check_language_model_dir(path)
-    with _load_errors(path):
+    with load_errors(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     text = config.get_text_config()
-    check_special_ids(text, text.vocab_size, f"{path}/config.json")
+    if hasattr(text, "vocab_size"):  # not so for a configuration of another kind, which its loading refuses by name
+        check_special_ids(text, text.vocab_size, f"{path}/config.json")
     return config
 
 
@@ -125,7 +126,7 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     read_config(path)
-    with _load_errors(path):
+    with load_errors(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype="auto",

@@ -13,7 +13,7 @@ from llava_mole.common.errors import WeightsError
 from llava_mole.config import AdapterConfig, ModelConfig
 from llava_mole.data.tokenization import load_tokenizer
 from llava_mole.model.builder import attach_adapter
-from llava_mole.model.language_model import check_vocabulary, read_config
+from llava_mole.model.language_model import check_vocabulary, load_errors, read_config
 from llava_mole.model.llava_arch import LlavaMole
 
 _LLAMA = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000}
@@ -57,7 +57,8 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
     if not Path(tower.weights).is_file():
         assumptions.append(f"vision tower {tower.name} as open_clip defines it; {tower.weights} is absent")
     with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(lm_config)
+        with load_errors(config.language_model):
+            language_model = AutoModelForCausalLM.from_config(lm_config)
         language_model.requires_grad_(False)
         clip = open_clip.CLIP(
             embed_dim=tower_config["embed_dim"],

@@ -260,6 +260,9 @@ def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(WeightsError, match=r"does not load: .*unheard-of"):
         meta_model(paper("--model.language_model", str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(WeightsError, match=r"does not load: .*CLIPVisionConfig"):
+        meta_model(paper("--model.language_model", str(tmp_path)))
     with pytest.raises(WeightsError, match="known: vicuna-7b-v1.5, vicuna-13b-v1.5"):
         meta_model(paper("--model.language_model", str(tmp_path / "other")))
 
