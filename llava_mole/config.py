@@ -5,7 +5,8 @@ addresses) comes from the launcher's environment. Relative paths start at the wo
 files start at the file that names them.
 
 Each section checks its own values when it is built, and `RunConfig` checks the sections against each other. Values
-assigned later are not checked.
+assigned later are not checked. RANGES has the allowed values of every number, and PATHS the keys whose value is a path:
+`~` and environment variables in them are expanded.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
@@ -33,15 +35,125 @@ SHARDED_REASON = (
 )
 
 
-def _require(section: object, name: str, keys: str, allowed: Callable[[Any], bool], rule: str) -> None:
-    """Raise ConfigError for the first of the section's `keys` (separated by blanks) whose value is not allowed."""
-    for key in keys.split():
-        if not allowed(value := getattr(section, key)):
-            raise ConfigError(f"{name}.{key} is {value}; it {rule}")
+DEFAULT_WARMUP = 500
 
 
-def _is_share(value: float) -> bool:
-    return 0 <= value <= 1
+class Range(NamedTuple):
+    """The allowed values of a number: from `low` to `high`, as `rule` says in a message."""
+
+    rule: str
+    low: float
+    high: float = 2.0**63
+
+
+_ANY = Range("must be a number", -(2.0**63))
+_FROM_0 = Range("must not be negative", 0)
+_FROM_1 = Range("must be at least 1", 1)
+_ABOVE_0 = Range("must be above 0", math.nextafter(0, 1))
+_SHARE = Range("is a share, 0 to 1", 0, 1)
+_BELOW_1 = Range("must be at least 0 and below 1", 0, math.nextafter(1, 0))
+
+RANGES: dict[str, Range] = {
+    "model.vision_tower.select_layer": _ANY,  # the tower knows how many blocks it has
+    "adapter.rank": _FROM_1,
+    "adapter.alpha": _ABOVE_0,
+    "adapter.dropout": _BELOW_1,
+    "adapter.num_experts": _FROM_1,
+    "data.max_length": _FROM_1,
+    "data.validation_samples": _FROM_0,
+    "data.max_bad_image_share": _SHARE,
+    "tracker.log_every": _FROM_1,
+    "train.global_batch_size": _FROM_1,
+    "train.pack_length": _FROM_1,
+    "train.micro_batch_size": _FROM_1,
+    "train.epochs": _FROM_1,
+    "train.max_steps": _FROM_1,
+    "train.learning_rate": _FROM_0,
+    "train.projector_learning_rate": _FROM_0,
+    "train.router_learning_rate": _FROM_0,
+    "train.min_learning_rate": _FROM_0,
+    "train.warmup_steps": _FROM_0,
+    "train.warmup_ratio": _SHARE,
+    "train.weight_decay": _FROM_0,
+    "train.max_grad_norm": _FROM_0,
+    "train.checkpoint_every_n": _FROM_1,
+    "train.num_workers": _FROM_0,
+    "train.seed": _FROM_0,
+    "train.save_every": _FROM_1,
+    "train.keep_checkpoints": _FROM_1,
+    "train.validate_every": _FROM_0,
+    "train.validation_answers": _FROM_0,
+    "train.max_bad_steps": _FROM_1,
+    "train.check_ranks_every": _FROM_0,
+    "check.max_bad_records": _SHARE,
+    "check.max_missing_images": _SHARE,
+    "check.max_bad_images": _SHARE,
+    "check.max_truncated": _SHARE,
+    "check.max_duplicates": _SHARE,
+    "check.max_overlap": _SHARE,
+    "check.huge_pixels": _FROM_1,
+}
+"""The allowed values of every number of a configuration, by key; `data.mixture` has `check_lambdas`."""
+
+PATHS = (
+    "model.language_model", "model.vision_tower.name", "model.vision_tower.weights", "data.sources.*.annotations",
+    "data.sources.*.image_folder", "train.output_dir", "train.deepspeed_config", "train.resume",
+    "check.evaluation_images", "projector_weights", "init_from",
+)  # fmt: skip
+"""Keys whose value is a path or a list of paths."""
+_VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})")
+
+
+def expand_path(path: str | os.PathLike[str], key: str) -> str:
+    """`path` with `~` and environment variables replaced. Raises ConfigError, which names `key`, for an unknown one."""
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise ConfigError(f"{key} is {path!r}; it must be a path")
+    path = str(path)
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if unknown := _VARIABLE.search(expanded):
+        raise ConfigError(
+            f"{key} is {path!r}, and the environment variable {unknown.group().strip('${}')!r} is not set; set it, or "
+            "write the path out"
+        )
+    if expanded.startswith("~") and path.startswith("~"):
+        raise ConfigError(f"{key} is {path!r}, and there is no such user; write the path out")
+    return expanded
+
+
+def _check_section(section: Any, prefix: str, pattern: str | None = None) -> None:
+    """Expand the paths of a section, in place, and check its numbers.
+
+    Args:
+        section: One dataclass of the configuration.
+        prefix: Its key with a final dot, for messages; empty for RunConfig.
+        pattern: Its key in RANGES and PATHS if that differs.
+
+    Raises:
+        ConfigError: a number is outside its range or of another type, or a path has an unknown variable.
+    """
+    for option in dataclasses.fields(section):
+        name, value = f"{prefix}{option.name}", getattr(section, option.name)
+        key, kinds = f"{pattern or prefix}{option.name}", get_args(option.type) or (option.type,)
+        if value is None and NoneType in kinds:
+            continue
+        if key in PATHS and isinstance(value, list):
+            setattr(section, option.name, [expand_path(path, name) for path in value])
+        elif key in PATHS:
+            setattr(section, option.name, expand_path(value, name))
+        elif key in RANGES:
+            _check_number(name, value, RANGES[key], whole=float not in kinds)
+
+
+def _check_number(key: str, value: Any, allowed: Range, *, whole: bool) -> None:
+    rule = None
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        rule = f"must be a {'whole ' * whole}number"
+    elif not abs(value) < 2.0**63:
+        rule = "must be a finite number below 2^63"
+    elif not allowed.low <= value <= allowed.high:
+        rule = allowed.rule
+    if rule:
+        raise ConfigError(f"{key} is {value!r}; it {rule}")
 
 
 @dataclass(kw_only=True)
@@ -56,6 +168,9 @@ class VisionTowerConfig:
     """The activation the weights were trained with (OpenAI: quick_gelu); a model with another one is refused."""
     select_layer: int = -2
     """The block whose output is used, counted as in Hugging Face's `hidden_states` (LLaVA-1.5: -2)."""
+
+    def __post_init__(self) -> None:
+        _check_section(self, "model.vision_tower.")
 
 
 @dataclass(kw_only=True)
@@ -72,6 +187,9 @@ class ModelConfig:
     quantization: Quantization = "none"
     """Keep the language model's frozen linears (not its head) in 8 bits, or in 4 bits (NF4 with double quantisation, as
     in QLoRA and LLaVA), with bitsandbytes (extra `quant`). The directory holds the unquantised weights."""
+
+    def __post_init__(self) -> None:
+        _check_section(self, "model.")
 
 
 @dataclass(kw_only=True)
@@ -94,7 +212,7 @@ class AdapterConfig:
     """MoLE options that differ from the preset, e.g. `{expert_scale: straight_through, balance_coef: 0.001}`."""
 
     def __post_init__(self) -> None:
-        _require(self, "adapter", "rank num_experts", lambda value: value >= 1, "must be at least 1")
+        _check_section(self, "adapter.")
 
 
 @dataclass(kw_only=True)
@@ -128,6 +246,10 @@ class DataConfig:
     """What happens to longer samples; their numbers are reported by source. `truncate`: cut at the end, as in LLaVA;
     `error`: refuse to start; `drop`: leave out; `truncate_history`: remove the oldest rounds, except the last one and
     those with an image, and drop the sample if it still does not fit."""
+    special_tokens: Literal["escape", "keep", "refuse"] = "keep"
+    """Control tokens inside texts: the tokenizer's special tokens (`</s>`), and bracketed markers of the template
+    (`[INST]`). `keep`: they act as such, as in LLaVA; `escape`: a space after the first character makes them ordinary
+    text, the safe choice for data of unknown origin; `refuse`: training does not start."""
     validation_samples: int = 0
     """Samples of each source held out of training for the validation loss; 0 turns it off."""
     max_bad_image_share: float = 0.001
@@ -137,7 +259,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.sources or self.mixture:  # `RunConfig` refuses data without sources
             check_lambdas(self.sources, self.mixture)
-        _require(self, "data", "max_bad_image_share", _is_share, "is a share, 0 to 1")
+        _check_section(self, "data.")
+        for name, source in self.sources.items():
+            _check_section(source, f"data.sources.{name}.", "data.sources.*.")
 
 
 @dataclass(kw_only=True)
@@ -150,6 +274,9 @@ class TrackerConfig:
     """`offline` needs no account; upload later with `wandb sync`."""
     log_every: int = 1
     """Optimizer steps between two entries."""
+
+    def __post_init__(self) -> None:
+        _check_section(self, "tracker.")
 
 
 @dataclass(kw_only=True)
@@ -171,7 +298,7 @@ class TrainConfig:
     epochs: int = 1
     """Passes over the mixture."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps; the learning-rate schedule spans them."""
+    """Stop after this many optimizer steps; the learning-rate schedule spans them. None sets no limit."""
     learning_rate: float = 2e-5
     """Peak learning rate of adapters and projector (paper, Table 1)."""
     projector_learning_rate: float | None = None
@@ -180,8 +307,11 @@ class TrainConfig:
     """Peak learning rate of the routers; its floor scales with it. None takes learning_rate."""
     min_learning_rate: float = 2e-6
     """Floor of the cosine schedule (paper, Table 1)."""
-    warmup_steps: int = 500
-    """Linear warm-up (paper, Table 1)."""
+    warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up. None takes 500 (paper, Table 1), unless warmup_ratio is given. More steps than
+    the data lasts are refused, and more than a fifth of the run gives a warning."""
+    warmup_ratio: float | None = None
+    """The warm-up as a share of the optimizer steps (LLaVA: 0.03), in place of warmup_steps."""
     weight_decay: float = 0.0
     """AdamW's decoupled decay; LLaVA uses 0."""
     max_grad_norm: float = 1.0
@@ -230,10 +360,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.distributed in SHARDED:
             raise ConfigError(f"train.distributed is {self.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")
-        sizes = "global_batch_size micro_batch_size epochs save_every keep_checkpoints checkpoint_every_n max_bad_steps"
-        _require(self, "train", sizes, lambda value: value >= 1, "must be at least 1")
-        rates = "learning_rate min_learning_rate warmup_steps weight_decay max_grad_norm check_ranks_every"
-        _require(self, "train", rates, lambda value: value >= 0, "must not be negative")
+        _check_section(self, "train.")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError(
+                f"train.warmup_steps is {self.warmup_steps} and train.warmup_ratio is {self.warmup_ratio}: give one, "
+                "and set the other to null"
+            )
+        if self.warmup_ratio is None and self.warmup_steps is None:
+            self.warmup_steps = DEFAULT_WARMUP
         if self.min_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}"
@@ -263,8 +397,7 @@ class CheckConfig:
     """List images with more pixels than this; they take memory and seconds in a data loader."""
 
     def __post_init__(self) -> None:
-        keys = "max_bad_records max_missing_images max_bad_images max_truncated max_duplicates max_overlap"
-        _require(self, "check", keys, _is_share, "is a share, 0 to 1")
+        _check_section(self, "check.")
 
 
 @dataclass(kw_only=True)
@@ -290,6 +423,7 @@ class RunConfig:
     """`auto` takes the GPU if there is one."""
 
     def __post_init__(self) -> None:
+        _check_section(self, "")
         check_lambdas(self.data.sources, self.data.mixture)
         if self.stage == "pretrain" and self.adapter.method != "none":
             raise ConfigError(
@@ -322,7 +456,7 @@ class RunConfig:
                     f"train.validation_answers cannot be used with adapter.options.{key} {value!r}: that router needs "
                     "to be told a sample's source, which a prompt does not have; set it to 0"
                 )
-        if (held_out > 0) != (every > 0) or held_out < 0:
+        if (held_out > 0) != (every > 0):
             raise ConfigError(
                 f"data.validation_samples is {held_out} and train.validate_every is {every}: set both above 0, or "
                 "neither"
@@ -341,9 +475,9 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of every option
     arguments = [re.sub(r"^--init-from(?==|$)", "--init_from", argument) for argument in arguments]
     if arguments and not arguments[0].startswith("-"):
-        if not Path(arguments[0]).is_file():
-            raise ConfigError(f"config file {arguments[0]!r} does not exist; the shipped ones are in configs/")
-        arguments[:1] = ["--config", arguments[0]]
+        arguments[:1] = ["--config", expand_path(arguments[0], "the config file")]
+    if arguments[:1] == ["--config"] and len(arguments) > 1 and not Path(arguments[1]).is_file():
+        raise ConfigError(f"config file {arguments[1]!r} does not exist; the shipped ones are in configs/")
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
@@ -364,7 +498,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
     """Read a configuration file written by hand or by `save_config`."""
-    return parse_run_config([str(path)])
+    return parse_run_config(["--config", str(path)])  # a name that exists is not expanded
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -383,7 +517,7 @@ def check_lambdas(names: Collection[str], lambdas: Mapping[str, float]) -> None:
     for name, value in lambdas.items():
         if name not in names:
             raise ConfigError(f"data.mixture.{name}: no such source; there are {', '.join(names) or 'none'}")
-        if not math.isfinite(value) or value < 0:
+        if not isinstance(value, int | float) or not 0 <= value < 2.0**63:
             raise ConfigError(f"data.mixture.{name} is {value}; lambda must be a finite number >= 0 (0 leaves it out)")
     if not any(lambdas.get(name, 1.0) for name in names):
         raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")

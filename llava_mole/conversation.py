@@ -6,7 +6,9 @@ counting of tokens: whatever the tokenizer does, a token is supervised if it beg
 A template for another family of language models is one more entry in `TEMPLATES`.
 """
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -86,6 +88,32 @@ class Template:
     def stop(self) -> str:
         """The string at which generation may stop."""
         return self.answer_end.strip(" ")
+
+
+@functools.cache
+def any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """A pattern that finds each of some texts, the longest first; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+@dataclass(frozen=True)
+class GuardedTemplate(Template):
+    """A template that keeps control tokens in the text of a turn from acting as such."""
+
+    controls: tuple[str, ...] = ()
+    """The control tokens."""
+    refuse: bool = False
+    """Refuse a text that has one; otherwise a space after its first character makes it ordinary text."""
+
+    def admit(self, text: str) -> str:
+        """The text without control tokens. Raises DataError if they are refused."""
+        found = any_of(self.controls)
+        if self.refuse and (token := found.search(text)):
+            raise DataError(
+                f"the text has the control token {token.group()!r}, which data.special_tokens 'refuse' does not allow; "
+                "remove it, or set data.special_tokens to escape (ordinary text) or keep (it acts as the token)"
+            )
+        return found.sub(lambda token: f"{token.group()[0]} {token.group()[1:]}", text)
 
 
 VICUNA_SYSTEM = (
@@ -237,6 +265,8 @@ def render(template: Template, turns: Sequence[Turn], *, add_generation_prompt: 
     """
     _check_order(turns)
     turns = drop_leading_answer(turns)
+    if isinstance(template, GuardedTemplate):
+        turns = [Turn(turn.role, template.admit(turn.text)) for turn in turns]
     if template.strip:
         turns = [replace(turn, text=turn.text.strip()) for turn in turns]
     _check_ends(template, turns, add_generation_prompt)

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.conversation import TOKENIZER_TEMPLATE, Template, Turn, get_template, render
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.conversation import TOKENIZER_TEMPLATE, GuardedTemplate, Template, Turn, get_template, render
 from llava_mole.data.tokenization import HFTextTokenizer, TextTokenizer
 
 Render = Callable[[Sequence[Turn], bool], str]
@@ -29,12 +30,39 @@ def check_template_name(name: str) -> None:
 def resolve_template(name: str, tokenizer: TextTokenizer | None) -> Template:
     """The template called `name`; the name `tokenizer` selects the chat template of `tokenizer`.
 
+    It treats control tokens in texts as the tokenizer's `special_tokens` says.
+
     Raises:
         ConfigError: no template has this name, or as `read_chat_template`.
     """
-    if name != TOKENIZER_TEMPLATE:
-        return get_template(name)
-    return read_chat_template(getattr(tokenizer, "hf", None))
+    template = read_chat_template(getattr(tokenizer, "hf", None)) if name == TOKENIZER_TEMPLATE else get_template(name)
+    if not isinstance(tokenizer, HFTextTokenizer) or tokenizer.special_tokens == "keep":
+        return template
+    controls = control_tokens(template, tokenizer)
+    return GuardedTemplate(**vars(template), controls=controls, refuse=tokenizer.special_tokens == "refuse")
+
+
+def markers(template: Template) -> set[str]:
+    """The visible texts that a template writes around every turn."""
+    around = (
+        template.user_start,
+        template.user_end,
+        template.answer_marker,
+        template.answer_end,
+        template.between_rounds,
+    )
+    return {text.strip() for text in around} - {""}
+
+
+def control_tokens(template: Template, tokenizer: HFTextTokenizer) -> tuple[str, ...]:
+    """Texts that act on a model even inside a turn: special tokens of the tokenizer, and bracketed template markers.
+
+    A marker of letters, such as `USER:`, is ordinary text, which an escape would damage.
+    """
+    added = tokenizer.hf.added_tokens_decoder.values()
+    special = {*tokenizer.hf.all_special_tokens, *(token.content for token in added if token.special)}
+    special |= {text for text in markers(template) if not text[0].isalnum()}
+    return tuple(sorted(text for text in special - {DEFAULT_IMAGE_TOKEN} if len(text) > 1))
 
 
 def read_chat_template(hf_tokenizer: Any) -> Template:

@@ -195,7 +195,8 @@ def build_dataset(
     limits = Limits(template, tokenizer, num_image_tokens, data_config.max_length, data_config.max_length_policy)
     all_records = {name: read_records(data_config.sources[name].annotations, name) for name in names}
     image_folders = {name: data_config.sources[name].image_folder for name in names}
-    all_lengths = batching == "packed" or data_config.validation_samples > 0
+    # A text that is escaped or refused is found by counting: its bytes do not tell.
+    all_lengths = batching == "packed" or data_config.validation_samples > 0 or data_config.special_tokens != "keep"
     fitted = {}
     for name in names:
         if not resuming:

@@ -89,7 +89,7 @@ def parse_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
             "alternate, merge them"
         )
     turns = drop_leading_answer(all_turns)
-    if not any(turn.role == "assistant" and turn.text for turn in turns):
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
         raise DataError(f"{where}: no gpt turn with text answers a human turn; there is nothing to train on")
     _check_markers(turns, images, where)
     if len(images) == 1:

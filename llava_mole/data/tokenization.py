@@ -18,6 +18,7 @@ Offsets = list[tuple[int, int]]
 VERSION = 1
 """Increase it whenever `encode` returns other ids for the same text: stored token counts then become invalid."""
 LengthPolicy = Literal["truncate", "error", "drop", "truncate_history"]
+SpecialTokens = Literal["escape", "keep", "refuse"]
 
 
 class TextTokenizer(Protocol):
@@ -45,17 +46,20 @@ class TextTokenizer(Protocol):
 class HFTextTokenizer:
     """A fast tokenizer of transformers as a `TextTokenizer`; `hf` is the original.
 
+    `special_tokens` is `data.special_tokens`, which `resolve_template` builds into the template.
+
     Raises:
         WeightsError: the tokenizer is slow and reports no character offsets, or has no token for padding.
     """
 
-    def __init__(self, hf_tokenizer: Any) -> None:
+    def __init__(self, hf_tokenizer: Any, special_tokens: SpecialTokens = "keep") -> None:
         if not getattr(hf_tokenizer, "is_fast", False):
             raise WeightsError(
                 f"tokenizer {type(hf_tokenizer).__name__} gives no character offsets; load it with "
                 "AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         self.hf = hf_tokenizer
+        self.special_tokens = special_tokens
         # Some tokenizers have a `bos_token_id` but do not put it in front of texts.
         first = hf_tokenizer("a").input_ids[0]
         self.bos_token_id: int | None = first if first == hf_tokenizer.bos_token_id else None

@@ -18,7 +18,12 @@ from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import add_adapter
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
-from llava_mole.model.language_model import check_language_model_dir, load_language_model
+from llava_mole.model.language_model import (
+    check_language_model_dir,
+    check_vocabulary,
+    load_language_model,
+    longest_sequence,
+)
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import build_vision_tower
 from llava_mole.model.multimodal_projector import build_projector
@@ -64,14 +69,19 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
+def build_parts(config: ModelConfig, tokenizer_dir: Path | None = None) -> tuple[LlavaMole, Any, dict[str, str]]:
     """The model without adapters, its Hugging Face tokenizer and the fingerprints of its frozen parts.
 
     The model is on the CPU, in the dtype its weights are stored in. If quantisation is configured, call
     `quantize_linears` next.
 
+    Args:
+        config: Section `model`.
+        tokenizer_dir: Directory of the tokenizer; None takes the language model's.
+
     Raises:
-        WeightsError: A weight file is missing, unreadable or does not fit.
+        WeightsError: A weight file is missing, unreadable or does not fit, or the tokenizer has tokens that the
+            language model lacks.
         ConfigError: A part of this name or kind does not exist, or bitsandbytes is needed and not installed.
     """
     require_bitsandbytes(config.quantization)
@@ -83,7 +93,9 @@ def build_parts(config: ModelConfig) -> tuple[LlavaMole, Any, dict[str, str]]:
         config.vision_tower.select_layer,
     )
     language_model, lm_fingerprint = load_language_model(config.language_model, config.attn_implementation)
-    tokenizer = load_tokenizer(config.language_model)
+    where = str(tokenizer_dir or config.language_model)
+    tokenizer = load_tokenizer(where)
+    check_vocabulary(language_model, tokenizer, where)
     projector = build_projector(
         config.projector, tower.hidden_size, language_model.config.get_text_config().hidden_size
     )
@@ -235,10 +247,9 @@ def load_pretrained_model(
         logger.info("language model: quantisation %s; it was %s in training", quantization, config.model.quantization)
         config.model.quantization = quantization
     where, float_type = select_device(device), getattr(torch, dtype)
-    model, _, fingerprints = build_parts(config.model)
+    # Not the base directory's tokenizer: that one, or its chat template, may have changed since training.
+    model, hf_tokenizer, fingerprints = build_parts(config.model, path / TOKENIZER_DIR)
     check_base(path, fingerprints)
-    # Not the base directory's: that one, or its chat template, may have changed since training.
-    hf_tokenizer = load_tokenizer(str(path / TOKENIZER_DIR))
     quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
     load_projector(model.projector, path / PROJECTOR_FILE)
     if (path / ADAPTER_DIR).is_dir():
@@ -247,7 +258,8 @@ def load_pretrained_model(
     model.to(where, float_type).eval()
     return LoadedModel(
         model=model,
-        tokenizer=HFTextTokenizer(hf_tokenizer),
+        # A prompt is never refused: the model has not seen control tokens in texts, and must not see them now.
+        tokenizer=HFTextTokenizer(hf_tokenizer, "keep" if config.data.special_tokens == "keep" else "escape"),
         image_processor=build_image_processor(model, config.data.image_aspect_ratio),
         template=manifest["template"],
         context_length=context_length(model, config.data.max_length),
@@ -259,7 +271,7 @@ def load_pretrained_model(
 
 def context_length(model: LlavaMole, default: int) -> int:
     """The language model's longest sequence in tokens; `default` if its configuration does not say."""
-    return getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", default)
+    return longest_sequence(model.causal_lm.config) or default
 
 
 def build_image_processor(model: LlavaMole, aspect_ratio: Literal["pad", "square"]) -> ImageProcessor:

@@ -1,10 +1,12 @@
 """The frozen language model: any Hugging Face causal LM from a local directory; recomputation and compilation."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from llava_mole.common.errors import ConfigError, WeightsError
+from llava_mole.common.text import shorten
 from llava_mole.model.checkpoint import fingerprint
 
 
@@ -29,6 +31,87 @@ def check_language_model_dir(path: str) -> None:
         )
 
 
+@contextmanager
+def load_errors(path: str):
+    """Turn what transformers raises for a model directory into a WeightsError."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, down to KeyError for a value in config.json
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise WeightsError(f"language model {path!r} does not load: {reason}") from None
+
+
+def longest_sequence(config: Any) -> int | None:
+    """The positions of a language model, by its transformers configuration; None if it does not say.
+
+    Scaled rotary embeddings (linear, dynamic, yarn) reach `factor` times as far as those it was pretrained with.
+    """
+    config = config.get_text_config()
+    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if positions is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return positions
+    return max(positions, int(rope.get("original_max_position_embeddings", positions) * rope.get("factor", 1)))
+
+
+def read_config(path: str) -> Any:
+    """The transformers configuration of the language model in directory `path`.
+
+    Raises:
+        WeightsError: it is not a model directory, transformers does not know the model, or a special id is outside its
+            vocabulary.
+    """
+    from transformers import AutoConfig
+
+    check_language_model_dir(path)
+    with load_errors(path):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    text = config.get_text_config()
+    if hasattr(text, "vocab_size"):  # not so for a configuration of another kind, which its loading refuses by name
+        check_special_ids(text, text.vocab_size, f"{path}/config.json")
+    return config
+
+
+def check_max_length(config: Any, max_length: int, path: str) -> None:
+    """Raise ConfigError if `data.max_length` exceeds the positions of the language model in `path`.
+
+    Learned positions end there, and rotary ones were not trained beyond. `config` is its transformers configuration.
+    """
+    positions = longest_sequence(config)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"data.max_length is {max_length}, but language model {path!r} has {positions} positions; set "
+            f"--data.max_length to at most {positions}, or scale rotary embeddings with rope_scaling in its config.json"
+        )
+
+
+def check_vocabulary(causal_lm: Any, hf_tokenizer: Any, where: str | Path) -> None:
+    """Raise WeightsError if the tokenizer in directory `where` has tokens that the language model cannot embed.
+
+    The model, a transformers causal LM, may be on the meta device.
+    """
+    rows = causal_lm.get_input_embeddings().weight.shape[0]
+    outside = sorted((number, token) for token, number in hf_tokenizer.get_vocab().items() if number >= rows)
+    if outside:
+        raise WeightsError(
+            f"the tokenizer in {str(where)!r} does not fit the language model, whose embedding has rows 0 to "
+            f"{rows - 1}: {shorten([f'{token!r} has id {number}' for number, token in outside])}. Give the tokenizer "
+            "the model was trained with, or enlarge the embedding (model.resize_token_embeddings in transformers)"
+        )
+
+
+def check_special_ids(config: Any, rows: int, file: str) -> None:
+    """Raise WeightsError if a pad, bos or eos id of the configuration in `file` is outside an embedding of `rows`."""
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, key, None)
+        for number in value if isinstance(value, list) else [value]:
+            # The first Llama configurations have a pad_token_id of -1 for none, and nothing here reads it.
+            if number is not None and not 0 <= number < rows and (key, number) != ("pad_token_id", -1):
+                raise WeightsError(
+                    f"{file}: {key} {number} is outside the language model's embedding, which has rows 0 to "
+                    f"{rows - 1}; write the id that its tokenizer has"
+                )
+
+
 def load_language_model(path: str, attn_implementation: str = "sdpa"):
     """Load a causal LM from the directory `path`, in the dtype it is stored in, without gradients.
 
@@ -36,13 +119,14 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
         The model and the fingerprint of its weights.
 
     Raises:
-        WeightsError: It is not a model directory, its files do not load, or tensors are missing, unexpected or of
-            the wrong shape (transformers would silently initialise them at random).
+        WeightsError: It is not a model directory, its files do not load, a special id is outside the vocabulary, or
+            tensors are missing, unexpected or of the wrong shape (transformers would silently initialise them at
+            random).
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    check_language_model_dir(path)
-    try:
+    read_config(path)
+    with load_errors(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype="auto",
@@ -52,9 +136,6 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with their names
         )
-    except Exception as error:  # transformers raises many kinds, down to KeyError for a value in config.json
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise WeightsError(f"language model {path!r} does not load: {reason}") from None
     model, info = loaded
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
@@ -65,6 +146,7 @@ def load_language_model(path: str, attn_implementation: str = "sdpa"):
     # Vicuna's generation config has sampling values: they would leak into greedy decoding, and newer versions of
     # transformers refuse to save them.
     stored = model.generation_config
+    check_special_ids(stored, model.get_input_embeddings().weight.shape[0], f"{path}/generation_config.json")
     model.generation_config = GenerationConfig(
         bos_token_id=stored.bos_token_id, eos_token_id=stored.eos_token_id, pad_token_id=stored.pad_token_id
     )

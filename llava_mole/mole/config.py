@@ -1,6 +1,8 @@
 """`MoleConfig`: the options of a mixture of LoRA experts, the presets, and the combinations that are refused."""
 
 import dataclasses
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,6 +17,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"shared_r": 8},
 }
 """What each preset changes in the field defaults, which follow the paper's text. `released`: the authors' code."""
+
+
+_LARGEST = 2**63 - 1
+_FROM_0 = (0, _LARGEST, "a whole number of at least 0")
+_FROM_1 = (1, _LARGEST, "a whole number of at least 1")
+_NOT_NEGATIVE = (0.0, sys.float_info.max, "a finite number that is not negative")
+_BELOW_1 = (0.0, math.nextafter(1, 0), "at least 0 and below 1")
+RANGES: dict[str, tuple[int, int, str] | tuple[float, float, str]] = {
+    "r": _FROM_1,
+    "alpha": _NOT_NEGATIVE,
+    "attention_r": _FROM_1,
+    "dropout": _BELOW_1,
+    "num_experts": _FROM_1,
+    "top_k": _FROM_1,
+    "temperature": (math.nextafter(0, 1), sys.float_info.max, "a finite number above 0"),
+    "jitter": _BELOW_1,
+    "num_tasks": _FROM_0,
+    "shared_r": _FROM_0,
+    "balance_coef": _NOT_NEGATIVE,
+    "z_loss_coef": _NOT_NEGATIVE,
+    "bias_update_rate": _NOT_NEGATIVE,
+}
+"""The lowest and highest value of every number, and its rule in a message. A lowest value of type int asks for whole
+numbers."""
+NONE_ALLOWED = ("attention_r",)
+"""Numbers that may be None; alpha has been filled in."""
 
 
 @dataclass
@@ -160,29 +188,19 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_count(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
 def _check_values(c: MoleConfig) -> None:
     """Raise ValueError for an option outside its range."""
     for option in dataclasses.fields(c):
         value, allowed = getattr(c, option.name), get_args(option.type)
         if get_origin(option.type) is Literal and value not in allowed:
             raise ValueError(f"{option.name} is {value!r}; it must be one of {', '.join(allowed)}")
-    for key, low in (("r", 1), ("num_experts", 1), ("top_k", 1), ("num_tasks", 0), ("shared_r", 0)):
-        if not _is_count(getattr(c, key), low):
-            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be a whole number of at least {low}")
-    if c.attention_r is not None and not _is_count(c.attention_r, 1):
-        raise ValueError(f"attention_r is {c.attention_r!r}; it must be a whole number of at least 1, or None")
-    for key in ("balance_coef", "z_loss_coef", "bias_update_rate", "alpha"):
-        if not _is_number(getattr(c, key)) or getattr(c, key) < 0:
-            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be a number that is not negative")
-    for key in ("dropout", "jitter"):
-        if not _is_number(getattr(c, key)) or not 0 <= getattr(c, key) < 1:
-            raise ValueError(f"{key} is {getattr(c, key)!r}; it must be at least 0 and below 1")
-    if not _is_number(c.temperature) or c.temperature <= 0:
-        raise ValueError(f"temperature is {c.temperature!r}; it must be above 0")
+    for key, (low, high, rule) in RANGES.items():
+        value = getattr(c, key)
+        whole = not isinstance(low, float)
+        if value is None and key in NONE_ALLOWED:
+            continue
+        if not _is_number(value) or (whole and not isinstance(value, int)) or not low <= value <= high:
+            raise ValueError(f"{key} is {value!r}; it must be {rule}{', or None' if key in NONE_ALLOWED else ''}")
     if c.top_k > c.num_experts:
         raise ValueError(f"top_k is {c.top_k} but num_experts is {c.num_experts}; top_k cannot be larger")
 

@@ -8,6 +8,7 @@ from llava_mole.common.errors import ConfigError, WeightsError, command
 from llava_mole.common.text import count_of
 from llava_mole.config import DataConfig, ModelConfig, check_batch, parse_run_config
 from llava_mole.data.store import is_prepared
+from llava_mole.model.language_model import check_max_length, read_config
 from llava_mole.model.quantization import require_bitsandbytes
 
 TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
@@ -39,7 +40,8 @@ def check_inputs(model: ModelConfig, data: DataConfig, *, projector_weights: str
 
     Raises:
         WeightsError: an input is missing; the message names all of them, and configurations that need none.
-        ConfigError: bitsandbytes is needed but not installed.
+        ConfigError: bitsandbytes is needed but not installed, or `data.max_length` exceeds the language model's
+            positions.
     """
     require_bitsandbytes(model.quantization)
     absent = missing_inputs(model, data, projector_weights, init_from)
@@ -50,6 +52,7 @@ def check_inputs(model: ModelConfig, data: DataConfig, *, projector_weights: str
             f"other paths with --key PATH, or run what needs no download: {TINY_CONFIGS} (after "
             "`llava-mole prepare tiny --out playground/data/tiny`)"
         )
+    check_max_length(read_config(model.language_model), data.max_length, model.language_model)
 
 
 @command

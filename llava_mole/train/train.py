@@ -41,7 +41,7 @@ from llava_mole.train.checkpointing import (
 from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
 from llava_mole.train.metrics import Tracker
 from llava_mole.train.monitor import Monitor
-from llava_mole.train.optim import build_optimizer
+from llava_mole.train.optim import announce_schedule, build_optimizer
 from llava_mole.train.preflight import check_inputs
 from llava_mole.train.resume import (
     Start,
@@ -79,7 +79,7 @@ def train(config: RunConfig) -> Path:
                 return run_dir
             torch.manual_seed(config.train.seed)  # the same initial weights on every rank
             model, hf_tokenizer, fingerprints = build_parts(config.model)
-            tokenizer = HFTextTokenizer(hf_tokenizer)
+            tokenizer = HFTextTokenizer(hf_tokenizer, config.data.special_tokens)
             dataset = load_data(config, model, tokenizer, start.begun)
             steps, _ = count_steps(len(dataset), config.train.global_batch_size)
             steps = min(steps, config.train.max_steps or steps)
@@ -123,6 +123,7 @@ def check_start(
         check_same_plan(progress, dataset.plan.digest, config.train.global_batch_size, checkpoint)
         logger.info("resuming from %s: %d samples consumed", checkpoint, progress.samples_consumed)
     on_main(lambda: check_steps_free(Path(config.train.output_dir), start.run, progress.step, steps))
+    announce_schedule(config.train, steps, begun=start.begun or start.checkpoint is not None)
     return progress
 
 

@@ -1,10 +1,24 @@
 """The schedule's values and the optimizer's groups."""
 
+import logging
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from llava_mole.config import TrainConfig
-from llava_mole.train.optim import build_optimizer, schedule_factor, set_learning_rates
+from llava_mole.common.errors import ConfigError
+from llava_mole.config import TrainConfig, load_config
+from llava_mole.train.optim import (
+    LONG_WARMUP,
+    announce_schedule,
+    build_optimizer,
+    schedule_factor,
+    set_learning_rates,
+    warmup_steps,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_schedule_warms_up_linearly_and_ends_at_the_floor() -> None:
@@ -50,3 +64,55 @@ def test_decay_spares_experts_routers_and_biases() -> None:
         "language_model.layers.0.self_attn.q_proj.mole_lora.default.A",
     }
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
+
+
+SCHEDULES = [
+    # settings, steps, logged
+    ({"warmup_steps": 50}, 1000, "schedule: 1,000 steps, 50 of them warm-up (5.0%), rate 0.01 down to 0.001"),
+    ({"warmup_ratio": 0.03}, 1000, "schedule: 1,000 steps, 30 of them warm-up (3.0%), rate 0.01 down to 0.001"),
+    ({"warmup_ratio": 0.03}, 101, "schedule: 101 steps, 4 of them warm-up"),
+    ({"warmup_ratio": 0.03}, 1, "schedule: 1 step, 1 of them warm-up (100.0%), rate 0.01 down to 0.01"),
+    ({"warmup_steps": 0}, 2, "schedule: 2 steps, 0 of them warm-up (0.0%), rate 0.01 down to 0.001"),
+    ({"warmup_steps": 0, "projector_learning_rate": 0.5}, 9, "rate 0.01 down to 0.001, projector 0.5 down to 0.05"),
+]
+
+
+@pytest.mark.parametrize(("values", "steps", "expected"), SCHEDULES)
+def test_the_schedule_is_announced(
+    values: dict[str, Any], steps: int, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = TrainConfig(output_dir="x", learning_rate=1e-2, min_learning_rate=1e-3, **values)
+    with caplog.at_level(logging.INFO):
+        announce_schedule(config, steps, begun=False)
+    assert expected in caplog.text
+    assert "the warm-up takes" not in caplog.text
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(500, 50), (50, 49), (2, 1), (500, 72)])
+def test_a_warm_up_longer_than_the_data_is_refused(warmup: int, steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    config = TrainConfig(output_dir="x", warmup_steps=warmup)
+    with pytest.raises(ConfigError, match=rf"warmup_steps is {warmup}, but the run has {steps} steps? .*warmup_ratio"):
+        announce_schedule(config, steps, begun=False)
+    announce_schedule(config, steps, begun=True)  # an earlier version let it start
+    announce_schedule(TrainConfig(output_dir="x", warmup_steps=warmup, max_steps=steps), steps, begun=False)
+    assert caplog.text.count(f"the warm-up takes {steps} of {steps} step") == 2
+
+
+@pytest.mark.parametrize(("values", "steps", "warned"), [
+    ({"warmup_steps": 20}, 100, False), ({"warmup_steps": 21}, 100, True), ({"warmup_ratio": 0.2}, 100, False),
+    ({"warmup_ratio": 0.5}, 100, True), ({"warmup_steps": 1}, 3, False), ({"warmup_steps": 100}, 100, True),
+])  # fmt: skip
+def test_a_warm_up_above_a_fifth_is_warned_about(
+    values: dict[str, Any], steps: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    announce_schedule(TrainConfig(output_dir="x", **values), steps, begun=False)
+    assert ("the warm-up takes" in caplog.text) == warned
+
+
+def test_shipped_configurations_arrive() -> None:
+    """The schedule of every shipped run, with the records of its data, or 300 of the user's own for a task."""
+    sizes = {"pretrain": 1_000_000 // 256, "finetune_mole": 3_000_000 // 64, "finetune_lora": 3_000_000 // 64}
+    for path in [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/tiny").glob("*.yaml")]:
+        train = load_config(path).train
+        steps = train.max_steps or sizes.get(path.stem, 300 // train.global_batch_size)
+        assert warmup_steps(train, steps) <= max(1, LONG_WARMUP * steps), path

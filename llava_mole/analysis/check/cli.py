@@ -56,12 +56,22 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
     from llava_mole.analysis.check import report
     from llava_mole.analysis.check.images import OpenedImages, SourceImages, evaluation_files, find_overlap
     from llava_mole.analysis.check.records import TextLimits, check_records, read_all
+    from llava_mole.model.language_model import check_max_length, read_config
 
     data = config.data
     limits = None
     if not given.no_tokens:
+        if (Path(config.model.language_model) / "config.json").is_file():
+            check_max_length(read_config(config.model.language_model), data.max_length, config.model.language_model)
         tokens = image_tokens(config)
-        limits = TextLimits(config.model.language_model, data.template, tokens, data.max_length, data.max_length_policy)
+        limits = TextLimits(
+            config.model.language_model,
+            data.template,
+            tokens,
+            data.max_length,
+            data.max_length_policy,
+            data.special_tokens,
+        )
     # Listed first: a wrong place is then reported before minutes of decoding.
     evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
     out: Path = given.out or Path(config.train.output_dir, "check_data")

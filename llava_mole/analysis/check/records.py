@@ -1,7 +1,8 @@
 """Reads every record of a source and checks its tokens and images, without stopping at a mistake."""
 
+import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,13 +16,19 @@ from llava_mole.analysis.check.images import SourceImages
 from llava_mole.analysis.check.report import FindingsFile, SourceFindings
 from llava_mole.common.errors import DataError
 from llava_mole.common.processes import WorkQueue
+from llava_mole.common.text import shorten
+from llava_mole.conversation import any_of
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.prepare.defects import OVERLONG_RECORD, REFUSED_RECORD, Defects, SkipRecord
 from llava_mole.data.prepare.sources.llava import first_folder, to_sample
 from llava_mole.data.records import Record, parse_record
 from llava_mole.data.store import PreparedRecords, is_prepared
-from llava_mole.data.tokenization import LengthPolicy
+from llava_mole.data.tokenization import LengthPolicy, SpecialTokens
 
+IMAGE_LIKE = re.compile(
+    r"(?!<image>)<\|?/?(?:image|img|im_(?:start|end|patch)|video)[\w -]*\|?/?>|\[(?:image|img)[\w -]*\]",
+    re.IGNORECASE,
+)
 _BATCH = 256
 """Records that a worker process tokenizes at a time."""
 _AHEAD = 8
@@ -82,6 +89,7 @@ class TextLimits:
     image_tokens: int
     max_length: int
     policy: LengthPolicy = "truncate"
+    special_tokens: SpecialTokens = "keep"
 
 
 class TokenCount(NamedTuple):
@@ -93,13 +101,27 @@ class TokenCount(NamedTuple):
     """(kind, detail) of its findings."""
 
 
+class _Tools(NamedTuple):
+    tokenizer: Any
+    template: Any
+    texts: dict[str, re.Pattern[str]]
+    """By kind of finding: what the text of a turn should not have."""
+
+
 @lru_cache(maxsize=1)
-def _tools(language_model: str, template: str) -> tuple[Any, Any]:
-    from llava_mole.data.chat_template import resolve_template
+def _tools(language_model: str, template: str, special_tokens: SpecialTokens) -> _Tools:
+    from llava_mole.data.chat_template import control_tokens, markers, resolve_template
     from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 
-    tokenizer = HFTextTokenizer(load_tokenizer(language_model))
-    return tokenizer, resolve_template(template, tokenizer)
+    tokenizer = HFTextTokenizer(load_tokenizer(language_model), special_tokens)
+    resolved = resolve_template(template, tokenizer)
+    controls = control_tokens(resolved, tokenizer)
+    words = frozenset(markers(resolved).difference(controls))
+    return _Tools(
+        tokenizer,
+        resolved,
+        {"special-token": any_of(controls), "chat-marker": any_of(words), "image-like": IMAGE_LIKE},
+    )
 
 
 def count_tokens(records: Sequence[Record], limits: TextLimits) -> list[TokenCount]:
@@ -109,8 +131,24 @@ def count_tokens(records: Sequence[Record], limits: TextLimits) -> list[TokenCou
         WeightsError: the tokenizer does not load.
         ConfigError: the template does not exist.
     """
-    tokenizer, template = _tools(limits.language_model, limits.template)
-    return [_count(record, limits, tokenizer, template) for record in records]
+    tools = _tools(limits.language_model, limits.template, limits.special_tokens)
+    counts = [_count(record, limits, tools.tokenizer, tools.template) for record in records]
+    return [
+        count._replace(found=(*count.found, *_suspicious(record, tools.texts)))
+        for record, count in zip(records, counts, strict=True)
+    ]
+
+
+def _suspicious(record: Record, texts: Mapping[str, re.Pattern[str]]) -> Iterator[tuple[str, str]]:
+    """(kind, detail) of each kind of text that may act on the model, or was meant to."""
+    for kind, pattern in texts.items():
+        found = [
+            f"{text!r} in {'an answer' if turn.role == 'assistant' else 'a question'}"
+            for turn in record.turns
+            for text in pattern.findall(turn.text)
+        ]
+        if found:
+            yield kind, shorten(found)
 
 
 def _count(record: Record, limits: TextLimits, tokenizer: Any, template: Any) -> TokenCount:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from llava_mole.common.errors import ConfigError, WeightsError
+from llava_mole.common.errors import WeightsError
 from llava_mole.config import AdapterConfig, ModelConfig
+from llava_mole.data.tokenization import load_tokenizer
 from llava_mole.model.builder import attach_adapter
+from llava_mole.model.language_model import check_vocabulary, load_errors, read_config
 from llava_mole.model.llava_arch import LlavaMole
 
 _LLAMA = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000}
@@ -55,7 +57,8 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
     if not Path(tower.weights).is_file():
         assumptions.append(f"vision tower {tower.name} as open_clip defines it; {tower.weights} is absent")
     with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(lm_config)
+        with load_errors(config.language_model):
+            language_model = AutoModelForCausalLM.from_config(lm_config)
         language_model.requires_grad_(False)
         clip = open_clip.CLIP(
             embed_dim=tower_config["embed_dim"],
@@ -66,6 +69,8 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
         width = language_model.config.get_text_config().hidden_size
         projector = build_projector(config.projector, vision.hidden_size, width)
         model = LlavaMole(vision, projector, language_model)
+        if (Path(config.language_model) / "tokenizer_config.json").is_file():
+            check_vocabulary(language_model, load_tokenizer(config.language_model), config.language_model)
         attach_adapter(model, adapter)
     model.projector.requires_grad_(train_projector)
     return MetaModel(model, tuple(assumptions))
@@ -75,16 +80,12 @@ def language_model_config(path: str) -> tuple[Any, str]:
     """The transformers configuration of the model in `path`, and the assumption made if it is missing (else empty).
 
     Raises:
-        WeightsError: The directory is missing and its name is not in `KNOWN_LANGUAGE_MODELS`.
-        ConfigError: transformers does not know the model of its config.json.
+        WeightsError: The directory is missing and its name is not in `KNOWN_LANGUAGE_MODELS`, or as `read_config`.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     if (Path(path) / "config.json").is_file():
-        try:
-            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), ""
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{path}/config.json is not usable: {' '.join(str(error).split())}") from None
+        return read_config(path), ""
     name = Path(path).name
     if name not in KNOWN_LANGUAGE_MODELS:
         raise WeightsError(

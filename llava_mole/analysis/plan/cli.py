@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def parse_source(text: str) -> tuple[str, tuple[int, float]]:
         result = name, (int(records), float(mean))
     except ValueError:
         raise ConfigError(f"--source {text!r}: it must be NAME=RECORDS,MEAN_TOKENS, as in notes=20000,700") from None
-    if not name or result[1][0] < 1 or result[1][1] < 1:
+    if not name or result[1][0] < 1 or not 1 <= result[1][1] < math.inf:
         raise ConfigError(f"--source {text!r}: give a name, and records and tokens of at least 1")
     return result
 

@@ -125,7 +125,7 @@ def measured_lengths(name: str, data: DataConfig, language_model: str, image_tok
 
     records: Sequence[Any] = read_records(data.sources[name].annotations, name)
     has_tokenizer = (Path(language_model) / "config.json").is_file()
-    tokenizer = HFTextTokenizer(load_tokenizer(language_model)) if has_tokenizer else None
+    tokenizer = HFTextTokenizer(load_tokenizer(language_model), data.special_tokens) if has_tokenizer else None
     template = resolve_template(data.template, tokenizer)
     chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).astype(int))]
     images = np.array([len(record.images) for record in chosen], dtype=np.int64)

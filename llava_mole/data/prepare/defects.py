@@ -27,6 +27,9 @@ KINDS: dict[str, str] = {
     "none-answer": "the answer is the word None, which the source uses for an absent field",
     "marker": "the numbers of <image> markers and images differ, or an answer holds a marker",
     "marker-again": "several markers in one turn for one image",
+    "special-token": "a control token inside a text, which data.special_tokens keeps, escapes or refuses",
+    "chat-marker": "a word that the template writes around turns (such as USER:) inside a text",
+    "image-like": "a text like <img> or <image_1>; only <image> stands for an image",
     # Length in tokens.
     "too-long": "longer than data.max_length; with data.max_length_policy error training does not start",
     "truncated": "longer than data.max_length, cut at the end",

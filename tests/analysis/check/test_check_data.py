@@ -82,6 +82,15 @@ RECORDS: list[tuple[Any, str | None]] = [
     ({**turns("Long?", "red " * 400)}, "truncated"),
     ({**turns("Long? " * 400, SAY)}, "masked"),
     ({"image": "a.png", **turns("Last?", "word " * 400, "<image>\nNow?", SAY)}, "image-cut"),
+    ({**turns("Ends?", "It is</s> red.")}, "special-token"),
+    ({**turns("Begins <s>?", SAY)}, "special-token"),
+    ({**turns("Says USER: who?", SAY)}, "chat-marker"),
+    ({**turns("Who?", "ASSISTANT: red")}, "chat-marker"),
+    ({**turns("What is in <image_1>?", SAY)}, "image-like"),
+    ({**turns("And <|image|>?", SAY)}, "image-like"),
+    ({**turns("And </Image>?", SAY)}, "image-like"),
+    ({**turns("And [IMG]?", SAY)}, "image-like"),
+    ({"image": "a.png", **turns(ASK, "  \n")}, "empty-answer"),
 ]
 
 

@@ -238,6 +238,8 @@ MISTAKES = {
     "no GPU": (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
     "too fast": (["--utilisation", "1.5"], "--utilisation is 1.5"),
     "source": (["--source", "red"], "it must be NAME=RECORDS,MEAN_TOKENS"),
+    "no mean": (["--source", "red=10,nan"], "records and tokens of at least 1"),
+    "endless mean": (["--source", "red=10,inf"], "records and tokens of at least 1"),
     "unknown source": (["--source", "green=10,100"], "--source green: no such source; data.sources has "),
     "unknown key": (["--train.learning_rat", "1"], "learning_rat"),
     "unknown model": (["--model.language_model", "x/unheard-of-7b"], "absent and its name is not known"),
@@ -256,7 +258,10 @@ def test_mistakes_are_one_line(name: str, world: Path, tmp_path: Path, capsys: p
 
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
-    with pytest.raises(ConfigError, match=r"config\.json is not usable"):
+    with pytest.raises(WeightsError, match=r"does not load: .*unheard-of"):
+        meta_model(paper("--model.language_model", str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(WeightsError, match=r"does not load: .*CLIPVisionConfig"):
         meta_model(paper("--model.language_model", str(tmp_path)))
     with pytest.raises(WeightsError, match="known: vicuna-7b-v1.5, vicuna-13b-v1.5"):
         meta_model(paper("--model.language_model", str(tmp_path / "other")))
