@@ -25,6 +25,8 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
 from llava_mole.common.text import HELP_WIDTH, count_of
 
+AspectRatio = Literal["pad", "square"]
+ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
 SHARDED = ("zero3", "fsdp")
 SHARDED_REASON = (
@@ -105,6 +107,8 @@ class SourceConfig:
     """LLaVA JSON (one list), JSONL, or the directory of a prepared data set."""
     image_folder: str = "playground/data"
     """Root of the records' image paths; images outside it are refused."""
+    follow_links: bool = False
+    """Whether symbolic links below image_folder may lead out of it."""
 
 
 @dataclass(kw_only=True)
@@ -117,8 +121,13 @@ class DataConfig:
     """Name -> lambda, the sampling frequency (default 1: each sample once an epoch; 0.5: half of them; 2: twice)."""
     template: str = "vicuna_v1"
     """Conversation template; `plain` for stage `pretrain`."""
-    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    image_aspect_ratio: AspectRatio = "pad"
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
+    image_modes: ImageModes = "llava"
+    """How images that are not 8-bit, opaque and upright become RGB, in training and inference. `llava`: as in LLaVA
+    (more bits are clipped, alpha is dropped, EXIF rotation is ignored), logged once per source; `rescale`: as in an
+    image viewer (values stretched to 0..255, white background, upright); `strict`: upright, and unreadable if deep or
+    transparent."""
     image_draft: bool = False
     """Decode large JPEGs at a half, quarter or eighth of their size if the shorter side keeps twice the tower's. It is
     faster, but pixels differ by up to 3/255 on average; evaluation never does it."""
