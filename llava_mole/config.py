@@ -23,16 +23,20 @@ import yaml
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
+from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
 
 AspectRatio = Literal["pad", "square"]
 ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
 SHARDED = ("zero3", "fsdp")
+_SECTIONS = ("train", "model", "adapter", "data", "tracker", "check")
 SHARDED_REASON = (
     "ZeRO stage 3 and FSDP shard the frozen model too, which this trainer's checkpoints do not gather; all that trains "
     "takes about 2 GB of memory, which ZeRO-2 shards"
 )
+
+logger = get_logger(__name__)
 
 
 def _require(section: object, name: str, keys: str, allowed: Callable[[Any], bool], rule: str) -> None:
@@ -341,9 +345,12 @@ class RunConfig:
 def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -> RunConfig:
     """Build a `RunConfig` from `[CONFIG.yaml] [--key.sub value ...]`; later arguments win.
 
+    `--SECTION FILE.yaml` replaces only the keys that FILE has; which others CONFIG still gives is logged.
+
     Raises:
         ConfigError: unknown key, wrong type, value that is not allowed, or unreadable file; the message names it.
     """
+    _log_merged_files(arguments)
     # Importing it takes half a second, which commands that only name a section need not wait for.
     from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -369,6 +376,35 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         message = " ".join(str(error).split())
         raise ConfigError(f"{where}{message} (see `llava-mole train --help` for the keys)") from None
     return RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
+
+
+def _log_merged_files(arguments: Sequence[str]) -> None:
+    """Log which keys of CONFIG stay under `CONFIG --SECTION FILE`: FILE replaces only the keys that it has."""
+    if not arguments or arguments[0].startswith("-"):
+        return
+    split = [part for argument in arguments[1:] for part in argument.split("=", 1)]
+    for option, file in zip(split, split[1:], strict=False):
+        section = option.removeprefix("--")
+        if option == f"--{section}" and section in _SECTIONS and os.path.isfile(file):
+            kept = sorted(_section_of(Path(arguments[0]), section).keys() - _mapping_in(Path(file)).keys())
+            if kept:
+                keys = ", ".join(f"{section}.{key}" for key in kept)
+                logger.info("--%s %s is merged into %s, which still gives %s", section, file, arguments[0], keys)
+
+
+def _section_of(config: Path, section: str) -> Mapping[str, Any]:
+    """A section in a YAML file, or in the file that it names; empty if it is neither."""
+    value = _mapping_in(config).get(section)
+    return _mapping_in(config.parent / value) if isinstance(value, str) else value if isinstance(value, dict) else {}
+
+
+def _mapping_in(file: Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file; empty if there is none, which the parser reports."""
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:

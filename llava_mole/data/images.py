@@ -8,9 +8,10 @@ dropped, the rotation is ignored).
 
 import contextlib
 import os
+import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -39,8 +40,15 @@ IMAGE_MODES = get_args(ImageModes)
 
 _LARGEST_SIDE = 8192
 """Longer images are first reduced by an integer factor; padded to a square they would take gigabytes."""
+_BUFFER = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")
 _LONGEST_STRIP = 64
 """Ratio of the sides above which `square` crops before it resizes, removing only what the result would not show."""
+REFUSED_BY: Mapping[ImageModes, tuple[str, ...]] = {
+    "llava": (),
+    "rescale": ("not-finite-image",),
+    "strict": ("not-finite-image", "deep-image", "transparent-image"),
+}
+"""Kinds of `Oddity` with which an image is not read."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,6 +59,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what turns the stored pixels upright; 1 is upright. Pillow itself turns TIFF images."""
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 logger = get_logger(__name__)
 
@@ -59,7 +68,7 @@ class Oddity(NamedTuple):
     """A property of an image with which `llava` shows something else than an image viewer."""
 
     kind: str
-    """`deep-image`, `transparent-image` or `rotated-image`."""
+    """`deep-image`, `not-finite-image`, `transparent-image` or `rotated-image`."""
     detail: str
     """Follows "the image has"."""
 
@@ -245,8 +254,14 @@ def image_errors(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, MemoryError) as error:
         raise DataError(f"{shown} is too large to decode: {str(error) or 'out of memory'}; scale it down") from None
     except DECODER_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{shown} cannot be decoded: {reason}; replace the file or remove the record") from None
+        raise DataError(
+            f"{shown} cannot be decoded: {reason_of(error)}; replace the file or remove the record"
+        ) from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What Pillow says about an image on one line, without the address of the buffer that held it."""
+    return " ".join(_BUFFER.sub("", str(error)).split()) or type(error).__name__
 
 
 def decode_rgb(
@@ -264,24 +279,23 @@ def decode_rgb(
         on_odd: Called with the name for everything that `llava` shows differently from an image viewer.
 
     Raises:
-        DataError: `strict` refuses the image, or `rescale` finds a value that is not finite.
+        DataError: `modes` refuses the image, see `REFUSED_BY`.
     """
     image.load()
     if modes == "llava":
         for oddity in oddities(image) if on_odd is not None else ():
             on_odd(name, oddity)  # type: ignore[misc]  # not None here
         return image if image.mode == "RGB" else image.convert("RGB")
-    if modes == "strict":
-        for oddity in oddities(image):
-            if oddity.kind != "rotated-image":
-                raise DataError(
-                    f"image {name} has {oddity.detail}, which data.image_modes 'strict' refuses; convert the file to 8 "
-                    "bits without transparency, or choose 'rescale' (white background, values stretched to 0 to 255) "
-                    "or 'llava' (as the original: clipped, without alpha)"
-                )
+    for oddity in oddities(image):
+        if oddity.kind in REFUSED_BY[modes]:
+            raise DataError(
+                f"image {name} has {oddity.detail}, which data.image_modes {modes!r} refuses; convert the file to 8 "
+                "bits without transparency, or choose 'rescale' (values stretched to 0 to 255, white background) or "
+                "'llava' (as the original: values clipped, alpha dropped)"
+            )
     orientation = _orientation(image)
     if _is_deep(image):
-        image = _stretched(image, name)
+        image = _stretched(image)
     elif image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), _with_alpha(image))
     rgb = image if image.mode == "RGB" else image.convert("RGB")
@@ -297,7 +311,9 @@ def oddities(image: Image.Image) -> list[Oddity]:
     if _is_deep(image):
         values = np.asarray(image)
         bits = "float" if image.mode == "F" else "32-bit" if image.mode == "I" else "16-bit"
-        if not _fits_bytes(values):
+        if not np.isfinite(values).all():
+            found.append(Oddity("not-finite-image", f"float pixels that are NaN or infinite (mode {image.mode})"))
+        elif not _fits_bytes(values):
             detail = f"{bits} pixels from {values.min():g} to {values.max():g} (mode {image.mode})"
             found.append(Oddity("deep-image", detail))
     elif image.has_transparency_data and not _is_opaque(image):
@@ -310,7 +326,8 @@ def oddities(image: Image.Image) -> list[Oddity]:
 def warn_odd(source: str, name: str, oddity: Oddity) -> None:
     """Log what `llava` does to an image of a source that has an oddity."""
     effect = {
-        "deep-image": "they are clipped to 255, so the model sees mostly white or black",
+        "deep-image": "they are clipped to 0 to 255, so the model sees mostly white or black",
+        "not-finite-image": "they are black",
         "transparent-image": "alpha is dropped, so the model sees the colour below, often black",
         "rotated-image": "it is ignored, so the model sees the image rotated or mirrored",
     }
@@ -324,6 +341,11 @@ def warn_odd(source: str, name: str, oddity: Oddity) -> None:
     )
 
 
+def may_be_odd(image: Image.Image) -> bool:
+    """Whether an opened image may have an oddity; it need not be decoded. A PNG's EXIF data may follow its pixels."""
+    return _is_deep(image) or image.has_transparency_data or any(key in image.info for key in _METADATA)
+
+
 def _is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 
@@ -333,11 +355,9 @@ def _fits_bytes(values: np.ndarray) -> bool:
     return bool(values.min() >= 0 and 1 < values.max() <= 255) or not values.any()
 
 
-def _stretched(image: Image.Image, name: str) -> Image.Image:
+def _stretched(image: Image.Image) -> Image.Image:
     """Deep pixels as mode L: the smallest value becomes 0 and the largest 255, unless they are 8-bit values."""
     values = np.asarray(image)
-    if not np.isfinite(values).all():
-        raise DataError(f"image {name} holds pixels that are not finite (NaN or infinite); correct the file")
     if not _fits_bytes(values):
         low, high = float(values.min()), float(values.max())
         # A constant image has no range; it becomes black.
