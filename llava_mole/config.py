@@ -10,6 +10,7 @@ assigned later are not checked.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -383,7 +384,7 @@ def _log_merged_files(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         return
     split = [part for argument in arguments[1:] for part in argument.split("=", 1)]
-    for option, file in zip(split, split[1:], strict=False):
+    for option, file in itertools.pairwise(split):
         section = option.removeprefix("--")
         if option == f"--{section}" and section in _SECTIONS and os.path.isfile(file):
             kept = sorted(_section_of(Path(arguments[0]), section).keys() - _mapping_in(Path(file)).keys())
