@@ -11,6 +11,7 @@ import pytest
 from worlds import raw_sets
 from worlds.llama_sentencepiece import LlamaSentencePiece
 
+from llava_mole.analysis.check.images import evaluation_files
 from llava_mole.cli import main
 from llava_mole.common.errors import DataError
 from llava_mole.config import DataConfig, SourceConfig
@@ -137,6 +138,11 @@ def test_images_behind_links_are_read_only_if_asked(tmp_path: Path, capsys: pyte
     done = raw_sets.prepare("llava-json", tmp_path / "both.jsonl", tmp_path / "all", *more)
     assert (len(done.rows), done.defects) == (2, {})
     assert "follow_links: true" in capsys.readouterr().out
+
+
+def test_evaluation_images_behind_links_are_compared(tmp_path: Path) -> None:
+    raw = linked_world(tmp_path)
+    assert [path.name for path in evaluation_files([str(raw)])] == ["more.png", "own.png"]
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../away/more.png", "link/../../x.png"])

@@ -13,6 +13,7 @@ from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
 from llava_mole.data.records import parse_record, unread_image
 from llava_mole.data.store import read_records
+from llava_mole.eval.questions import read_questions
 
 TALK = raw_sets.talk("What is it?", "A mill.")
 CONVERTS = "`llava-mole prepare messages --raw FILE --out DIR`"
@@ -137,6 +138,16 @@ def test_other_formats_are_refused_with_the_command_that_converts_them(record: d
     done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
     (row,) = done.rows
     assert len(row.images) == ("image" in record or "images" in record)
+
+
+@pytest.mark.parametrize("key", ["image_path", "Image", "img", "image_file", "photo"])
+def test_a_question_is_not_asked_without_its_image(key: str, tmp_path: Path) -> None:
+    question = {"question_id": 1, "text": "What is it?", "answer": "photo.jpg", "image_id": 4}
+    raw_sets.write_lines(tmp_path / "q.jsonl", [question])
+    assert read_questions([str(tmp_path / "q.jsonl")])[0].image is None
+    raw_sets.write_lines(tmp_path / "q.jsonl", [question | {key: "a.png"}])
+    with pytest.raises(DataError, match=f"q.jsonl:1: '{key}' is 'a.png', but the image of a question is read from"):
+        read_questions([str(tmp_path / "q.jsonl")])
 
 
 # prepare

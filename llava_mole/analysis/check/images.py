@@ -16,6 +16,7 @@ from llava_mole.config import ImageModes, SourceConfig
 from llava_mole.data.images import REFUSED_BY
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.prepare.defects import Issue
+from llava_mole.data.prepare.files import walk
 from llava_mole.data.prepare.images import EXTENSIONS, ImageInfo, ImageRoot, look
 
 _BATCH = 64
@@ -150,7 +151,7 @@ class SourceImages:
 
 
 def evaluation_files(places: Sequence[str]) -> list[Path]:
-    """Every image of the given folders and question files, each file once.
+    """Every image of the given folders, with those that links lead to, and question files, each file once.
 
     The images of a question file are looked for in its folder, in the folder above, and in `images` in the folder
     above (where `llava-mole prepare` writes them).
@@ -162,7 +163,7 @@ def evaluation_files(places: Sequence[str]) -> list[Path]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            found = sorted(p for p in walk(path, True) if p.suffix.lower() in _SUFFIXES and p.is_file())
         elif path.is_file():
             found = _of_questions(path)
         else:
