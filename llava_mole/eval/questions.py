@@ -160,8 +160,8 @@ def _image(line: dict[str, Any], where: str) -> str | None:
     for key, value in line.items() if not paths else ():
         if value and isinstance(value, (str, list, dict)) and IMAGE_NAME.fullmatch(key):
             raise DataError(
-                f"{where}: {key!a} is {str(value)[:80]!a}, but the image of a question is read from 'image' or 'images' "
-                "only, and it would be asked without one; rename the key"
+                f"{where}: {key!a} is {str(value)[:80]!a}, but the image of a question is read from 'image' or "
+                "'images' only, and it would be asked without one; rename the key"
             )
     if len(paths) > 1:
         raise DataError(f"{where}: {len(paths)} images ({', '.join(paths)}); a question is about one image or none")

@@ -13,7 +13,7 @@ from torch import nn
 
 from llava_mole.common.errors import CheckpointError, ConfigError, WeightsError, value_errors_as
 from llava_mole.common.log import get_logger
-from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, Quantization, load_config
+from llava_mole.config import AdapterConfig, AspectRatio, ImageModes, ModelConfig, Quantization, load_config
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import add_adapter
@@ -248,7 +248,7 @@ def load_pretrained_model(
     return LoadedModel(
         model=model,
         tokenizer=HFTextTokenizer(hf_tokenizer),
-        image_processor=build_image_processor(model, config.data),
+        image_processor=build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
         template=manifest["template"],
         context_length=context_length(model, config.data.max_length),
         path=path,
@@ -262,12 +262,10 @@ def context_length(model: LlavaMole, default: int) -> int:
     return getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", default)
 
 
-def build_image_processor(model: LlavaMole, data: DataConfig) -> ImageProcessor:
-    """The image preprocessing that the model's tower expects, with the rules of the run's data."""
+def build_image_processor(model: LlavaMole, aspect_ratio: AspectRatio, modes: ImageModes = "llava") -> ImageProcessor:
+    """The image preprocessing that the model's tower expects."""
     tower = model.vision_tower
-    return ImageProcessor(
-        tower.image_size, tower.image_mean, tower.image_std, data.image_aspect_ratio, data.image_modes
-    )
+    return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio, modes)
 
 
 def locate_parts(config: ModelConfig, manifest: dict[str, Any], checkpoint: Path, model_base: str | None) -> None:

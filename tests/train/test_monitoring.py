@@ -56,7 +56,7 @@ def test_validation_comes_when_it_is_due(validated: Path) -> None:
 def test_validation_loss_is_that_of_the_held_out_samples(validated: Path) -> None:
     config = load_config(validated / "config.yaml")
     loaded = load_pretrained_model(validated, device="cpu")
-    processor = build_image_processor(loaded.model, config.data)
+    processor = build_image_processor(loaded.model, config.data.image_aspect_ratio)
     dataset = build_dataset(
         config.data, loaded.tokenizer, processor, loaded.model.num_image_tokens, seed=config.train.seed, epochs=1
     )
@@ -89,7 +89,7 @@ def test_validation_answers_are_those_of_the_saved_model(world: Path) -> None:
     entry = read_metrics(answered / "metrics.jsonl")[-1]
     predictor = Predictor.from_pretrained(answered, device="cpu")
     config, model = load_config(predictor.loaded.path / "config.yaml"), predictor.loaded.model
-    processor = build_image_processor(model, config.data)
+    processor = build_image_processor(model, config.data.image_aspect_ratio)
     held_out = build_dataset(
         config.data, predictor.loaded.tokenizer, processor, model.num_image_tokens, seed=config.train.seed, epochs=1
     ).validation
@@ -116,7 +116,7 @@ def test_validation_answers_are_those_of_the_saved_model(world: Path) -> None:
 def test_a_question_without_room_for_an_answer_is_left_out(world: Path, validated: Path) -> None:
     predictor = Predictor.from_pretrained(validated, device="cpu")
     config, loaded = load_config(predictor.loaded.path / "config.yaml"), predictor.loaded
-    processor = build_image_processor(loaded.model, config.data)
+    processor = build_image_processor(loaded.model, config.data.image_aspect_ratio)
     arguments = (config.data, loaded.tokenizer, processor, loaded.model.num_image_tokens)
     held_out = build_dataset(*arguments, seed=config.train.seed, epochs=1).validation
     assert held_out is not None
