@@ -11,6 +11,7 @@ assigned later are not checked. RANGES has the allowed values of every number, a
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -25,14 +26,20 @@ import yaml
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
+from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
 
+AspectRatio = Literal["pad", "square"]
+ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
 SHARDED = ("zero3", "fsdp")
+_SECTIONS = ("train", "model", "adapter", "data", "tracker", "check")
 SHARDED_REASON = (
     "ZeRO stage 3 and FSDP shard the frozen model too, which this trainer's checkpoints do not gather; all that trains "
     "takes about 2 GB of memory, which ZeRO-2 shards"
 )
+
+logger = get_logger(__name__)
 
 
 DEFAULT_WARMUP = 500
@@ -223,6 +230,8 @@ class SourceConfig:
     """LLaVA JSON (one list), JSONL, or the directory of a prepared data set."""
     image_folder: str = "playground/data"
     """Root of the records' image paths; images outside it are refused."""
+    follow_links: bool = False
+    """Whether symbolic links below image_folder may lead out of it."""
 
 
 @dataclass(kw_only=True)
@@ -235,8 +244,13 @@ class DataConfig:
     """Name -> lambda, the sampling frequency (default 1: each sample once an epoch; 0.5: half of them; 2: twice)."""
     template: str = "vicuna_v1"
     """Conversation template; `plain` for stage `pretrain`."""
-    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    image_aspect_ratio: AspectRatio = "pad"
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
+    image_modes: ImageModes = "llava"
+    """How images that are not 8-bit, opaque and upright become RGB, in training and inference. `llava`: as in LLaVA
+    (more bits are clipped, alpha is dropped, EXIF rotation is ignored), logged once per source; `rescale`: as in an
+    image viewer (values stretched to 0..255, white background, upright); `strict`: upright, and unreadable if deep or
+    transparent."""
     image_draft: bool = False
     """Decode large JPEGs at a half, quarter or eighth of their size if the shorter side keeps twice the tower's. It is
     faster, but pixels differ by up to 3/255 on average; evaluation never does it."""
@@ -466,9 +480,12 @@ class RunConfig:
 def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -> RunConfig:
     """Build a `RunConfig` from `[CONFIG.yaml] [--key.sub value ...]`; later arguments win.
 
+    `--SECTION FILE.yaml` replaces only the keys that FILE has; which others CONFIG still gives is logged.
+
     Raises:
         ConfigError: unknown key, wrong type, value that is not allowed, or unreadable file; the message names it.
     """
+    _log_merged_files(arguments)
     # Importing it takes half a second, which commands that only name a section need not wait for.
     from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -494,6 +511,35 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         message = " ".join(str(error).split())
         raise ConfigError(f"{where}{message} (see `llava-mole train --help` for the keys)") from None
     return RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
+
+
+def _log_merged_files(arguments: Sequence[str]) -> None:
+    """Log which keys of CONFIG stay under `CONFIG --SECTION FILE`: FILE replaces only the keys that it has."""
+    if not arguments or arguments[0].startswith("-"):
+        return
+    split = [part for argument in arguments[1:] for part in argument.split("=", 1)]
+    for option, file in itertools.pairwise(split):
+        section = option.removeprefix("--")
+        if option == f"--{section}" and section in _SECTIONS and os.path.isfile(file):
+            kept = sorted(_section_of(Path(arguments[0]), section).keys() - _mapping_in(Path(file)).keys())
+            if kept:
+                keys = ", ".join(f"{section}.{key}" for key in kept)
+                logger.info("--%s %s is merged into %s, which still gives %s", section, file, arguments[0], keys)
+
+
+def _section_of(config: Path, section: str) -> Mapping[str, Any]:
+    """A section in a YAML file, or in the file that it names; empty if it is neither."""
+    value = _mapping_in(config).get(section)
+    return _mapping_in(config.parent / value) if isinstance(value, str) else value if isinstance(value, dict) else {}
+
+
+def _mapping_in(file: Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file; empty if there is none, which the parser reports."""
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:

@@ -1,6 +1,8 @@
 """Every shipped configuration loads; every mistake in one is named; the package passes on sections, not all of it."""
 
 import ast
+import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.config import (
     DataConfig,
     ModelConfig,
+    RunConfig,
     check_batch,
     config_to_dict,
     load_config,
@@ -69,6 +72,50 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
     assert config.train.learning_rate == 3e-4
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+
+
+MERGED = {
+    "both name all": ("{sources: {a: {annotations: a}}}", ""),
+    "CONFIG has more": (
+        "{max_length: 9, mixture: {a: 2}, sources: {a: {annotations: a}}}",
+        "data.max_length, data.mixture",
+    ),
+    "CONFIG names a file": ("parts/old.yaml", "data.image_draft"),
+    "FILE has more": ("{}", ""),
+}
+
+
+@pytest.mark.parametrize("form", ["{option} {file}", "{option}={file}"])
+@pytest.mark.parametrize("name", MERGED)
+def test_a_section_from_a_file_says_what_it_leaves(
+    name: str, form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    section, kept = MERGED[name]
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "old.yaml").write_text("sources: {b: {annotations: b}}\nimage_draft: true\n")
+    config, file = tmp_path / "run.yaml", tmp_path / "new.yaml"
+    config.write_text(f"stage: finetune\ntrain: {{output_dir: x}}\ndata: {section}\n")
+    file.write_text("sources: {a: {annotations: c.json}}\nvalidation_samples: 0\n")
+    with caplog.at_level(logging.INFO, "llava_mole"):
+        data = parse_run_config([str(config), *form.format(option="--data", file=file).split()]).data
+    assert data.sources["a"].annotations == "c.json"
+    assert list(data.sources) == ["a"]
+    said = [record.message for record in caplog.records]
+    assert said == ([f"--data {file} is merged into {config}, which still gives {kept}"] if kept else [])
+
+
+SECTIONS = [f.name for f in dataclasses.fields(RunConfig) if f.name in ("train", "model") or "Config" in str(f.type)]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_section_says_it(section: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = config_to_dict(parse_run_config(MINIMAL))
+    save_config(values, tmp_path / "run.yaml")
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(dict(list(values[section].items())[:1])))
+    with caplog.at_level(logging.INFO, "llava_mole"):
+        parse_run_config([str(tmp_path / "run.yaml"), f"--{section}", str(tmp_path / "part.yaml")])
+    (record,) = caplog.records
+    assert all(f"{section}.{key}" in record.message for key in list(values[section])[1:])
 
 
 MISTAKES = {

@@ -1,7 +1,7 @@
 """The training set: examples at the positions of a plan, and `build_dataset`, which checks all data before a run."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -19,7 +19,7 @@ from llava_mole.conversation import Template
 from llava_mole.data.batching import GroupedPlan, modality_lengths
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
-from llava_mole.data.images import ImageProcessor, load_image, resolve_image
+from llava_mole.data.images import ImageProcessor, Oddity, load_image, resolve_image, warn_odd
 from llava_mole.data.lengths import Fitted, Limits, fit_source, image_counts, sample_of
 from llava_mole.data.mixture import TrainingPlan, hold_out
 from llava_mole.data.records import Record, RecordSubset
@@ -43,6 +43,7 @@ class SupervisedDataset:
         image_processor: Converts an image to the input of the vision tower.
         lengths: Tokens of every record, by source; required by the method `lengths` only.
         image_draft: See `DataConfig.image_draft`.
+        follow_links: Sources with `SourceConfig.follow_links`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SupervisedDataset:
         lengths: Mapping[str, npt.NDArray[np.int32]] | None = None,
         *,
         image_draft: bool = False,
+        follow_links: Collection[str] = (),
     ) -> None:
         self.plan = plan
         self._records = dict(records_by_source)
@@ -64,6 +66,9 @@ class SupervisedDataset:
         self.image_processor = image_processor
         self._lengths = lengths
         self._draft_size = 2 * image_processor.image_size if image_draft else None
+        self._follow_links = follow_links
+        self.warned = torch.zeros(len(plan.names), dtype=torch.uint8).share_memory_()
+        """By source: whether an image that `llava` alters was logged; shared with the loader's workers."""
         self.validation: SupervisedDataset | None = None
         """Each held-out sample once; None if validation is off."""
         self.report: dict[str, dict[str, int]] = {}
@@ -95,10 +100,7 @@ class SupervisedDataset:
             DataError: the record cannot be used, or none of the records after it has readable images; the message
                 starts with `file:line`.
         """
-        source, sample = self.plan[position]
-        record, pictures, replaced = readable_record(
-            self._records[source], sample, self._image_folders[source], draft_size=self._draft_size
-        )
+        source, record, pictures, replaced = self._readable(position, self._draft_size)
         encoded = self._encode(record)
         images = torch.stack([self.image_processor.pixels(picture) for picture in pictures]) if pictures else None
         index = self._source_index[source]
@@ -110,9 +112,28 @@ class SupervisedDataset:
         Raises:
             DataError: none of the records after it has readable images.
         """
+        return self._readable(position, None)[:3]
+
+    def _readable(self, position: int, draft_size: int | None) -> tuple[str, Record, list[Image.Image], str | None]:
         source, sample = self.plan[position]
-        record, pictures, _ = readable_record(self._records[source], sample, self._image_folders[source])
-        return source, record, pictures
+        warned, index = self.warned, self._source_index[source]
+
+        def load(path: str, where: str) -> Image.Image:
+            def warn(_: str, oddity: Oddity) -> None:
+                if not warned[index]:
+                    warned[index] = 1
+                    warn_odd(f"data: {source}", f"{path!r} ({where})", oddity)
+
+            return load_image(
+                path,
+                self._image_folders[source],
+                draft_size=draft_size,
+                modes=self.image_processor.modes,
+                on_odd=None if warned[index] else warn,
+                follow_links=source in self._follow_links,
+            )
+
+        return source, *readable_record(self._records[source], sample, load)
 
     def _encode(self, record: Record) -> Encoded:
         limits = self.limits
@@ -125,9 +146,12 @@ class SupervisedDataset:
 
 
 def readable_record(
-    records: Sequence[Record], sample: int, image_folder: str, *, draft_size: int | None = None
+    records: Sequence[Record], sample: int, load: Callable[[str, str], Image.Image]
 ) -> tuple[Record, list[Image.Image], str | None]:
     """Record `sample` or, if its images cannot be read, the next record with readable images.
+
+    Args:
+        load: Opens an image, given its path and the `where` of its record. Raises DataError.
 
     Returns:
         The record, its decoded images, and the problem of the record it replaces (None if it replaces none).
@@ -141,7 +165,7 @@ def readable_record(
         if not record.images and problem is not None:
             continue
         try:
-            pictures = [load_image(path, image_folder, draft_size=draft_size) for path in record.images]
+            pictures = [load(path, record.where) for path in record.images]
             return record, pictures, problem
         except DataError as error:
             problem = problem or f"{record.where}: {error}"
@@ -200,7 +224,7 @@ def build_dataset(
     fitted = {}
     for name in names:
         if not resuming:
-            _check_images(all_records[name], image_folders[name])
+            _check_images(all_records[name], image_folders[name], data_config.sources[name].follow_links)
         # Rank 0 counts for all ranks.
         fit = partial(fit_source, all_records[name], limits, name, all_lengths=all_lengths)
         fitted[name] = on_main(fit)
@@ -230,16 +254,22 @@ def build_dataset(
     samples, passes = count_of(len(plan), "sample"), count_of(epochs, "epoch")
     logger.info("data: %s in %s, plan %s", samples, passes, plan.digest[:12])
     lengths = {name: _lengths_of(records[name], fitted[name]) for name in names} if all_lengths else None
-    draft = data_config.image_draft
-    dataset = SupervisedDataset(records, image_folders, plan, limits, image_processor, lengths, image_draft=draft)
+    reading = partial(
+        SupervisedDataset,
+        image_folders=image_folders,
+        limits=limits,
+        image_processor=image_processor,
+        image_draft=data_config.image_draft,
+        follow_links=[name for name in names if data_config.sources[name].follow_links],
+    )
+    dataset = reading(records, plan=plan, lengths=lengths)
     dataset.report = report
     dataset.digests = on_main(lambda: {name: content_digest(data_config.sources[name].annotations) for name in names})
     if held_out:
         once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
         held_out_lengths = {name: _lengths_of(held_out[name], fitted[name]) for name in names}
-        dataset.validation = SupervisedDataset(
-            held_out, image_folders, once, limits, image_processor, held_out_lengths, image_draft=draft
-        )
+        dataset.validation = reading(held_out, plan=once, lengths=held_out_lengths)
+        dataset.validation.warned = dataset.warned
         held = count_of(data_config.validation_samples, "sample")
         logger.info("data: held out for validation: %s of each source", held)
     return dataset
@@ -286,7 +316,7 @@ def _warn_about_end_marker(template: Template, tokenizer: TextTokenizer) -> None
         )
 
 
-def _check_images(records: Sequence[Record], folder: str) -> None:
+def _check_images(records: Sequence[Record], folder: str, follow_links: bool) -> None:
     """Raise DataError for a missing image. `prepare` has checked prepared sets, so only a sample of them is tried."""
     known: set[str] = set()
     indices = sample_of(len(records)) if isinstance(records, PreparedRecords) else range(len(records))
@@ -295,7 +325,7 @@ def _check_images(records: Sequence[Record], folder: str) -> None:
         for path in record.images:
             if path not in known:
                 try:
-                    resolve_image(path, folder)
+                    resolve_image(path, folder, follow_links=follow_links)
                 except DataError as error:
                     raise DataError(f"{record.where}: {error}") from None
                 known.add(path)

@@ -1,22 +1,27 @@
 """Images, from a file to the pixels of the vision tower.
 
-The pixels equal those of LLaVA-1.5 with the Pillow version of the CLIP processor: RGB by `convert` (alpha is dropped,
-EXIF rotation is ignored), bicubic resize of 8-bit pixels, centre crop, normalisation by mean and standard deviation.
+The pixels equal those of LLaVA-1.5 with the Pillow version of the CLIP processor: bicubic resize of 8-bit pixels,
+centre crop, normalisation by mean and standard deviation. Images that have more than 8 bits, transparency or a
+rotation become RGB by one of `ImageModes`; `llava` is the original's way (`convert`: values are clipped, alpha is
+dropped, the rotation is ignored).
 """
 
 import contextlib
 import os
+import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.common.log import get_logger
 from llava_mole.common.text import is_text
+from llava_mole.config import AspectRatio, ImageModes
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
@@ -30,12 +35,42 @@ DECODER_ERRORS = (
     struct.error, zlib.error,
 )  # fmt: skip
 """Errors that Pillow raises for damaged files, depending on the format and the place of the damage."""
-ASPECT_RATIOS = ("pad", "square")
+ASPECT_RATIOS = get_args(AspectRatio)
+IMAGE_MODES = get_args(ImageModes)
 
 _LARGEST_SIDE = 8192
 """Longer images are first reduced by an integer factor; padded to a square they would take gigabytes."""
+_BUFFER = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")
 _LONGEST_STRIP = 64
 """Ratio of the sides above which `square` crops before it resizes, removing only what the result would not show."""
+REFUSED_BY: Mapping[ImageModes, tuple[str, ...]] = {
+    "llava": (),
+    "rescale": ("not-finite-image",),
+    "strict": ("not-finite-image", "deep-image", "transparent-image"),
+}
+"""Kinds of `Oddity` with which an image is not read."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the stored pixels upright; 1 is upright. Pillow itself turns TIFF images."""
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+
+logger = get_logger(__name__)
+
+
+class Oddity(NamedTuple):
+    """A property of an image with which `llava` shows something else than an image viewer."""
+
+    kind: str
+    """`deep-image`, `not-finite-image`, `transparent-image` or `rotated-image`."""
+    detail: str
+    """Follows "the image has"."""
 
 
 class ImageProcessor:
@@ -46,9 +81,10 @@ class ImageProcessor:
         mean: Per channel, from 0 to 1; `int(255 * mean)` is the colour of the padding.
         std: Per channel, from 0 to 1.
         aspect_ratio: `pad` centres the image on a square (LLaVA stage 2); `square` crops the centre (LLaVA stage 1).
+        modes: How unusual images become RGB, see `DataConfig.image_modes`.
 
     Raises:
-        ConfigError: the aspect ratio is unknown, or the size is below 1.
+        ConfigError: the aspect ratio or `modes` is unknown, or the size is below 1.
     """
 
     def __init__(
@@ -56,16 +92,38 @@ class ImageProcessor:
         image_size: int,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
-        aspect_ratio: Literal["pad", "square"] = "pad",
+        aspect_ratio: AspectRatio = "pad",
+        modes: ImageModes = "llava",
     ) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
             raise ConfigError(f"image aspect ratio {aspect_ratio!r} does not exist; choose one of {ASPECT_RATIOS}")
+        if modes not in IMAGE_MODES:
+            raise ConfigError(f"data.image_modes {modes!r} does not exist; choose one of {IMAGE_MODES}")
         if image_size < 1:
             raise ConfigError(f"image size is {image_size}; it must be at least 1")
         self.image_size = image_size
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.aspect_ratio = aspect_ratio
+        self.modes: ImageModes = modes
+        self._warned = False
+
+    def load(self, image: Image.Image | str | os.PathLike[str]) -> Image.Image:
+        """An image or image file as RGB by the rule `modes`; the first one that `llava` alters is logged.
+
+        Raises:
+            DataError: as `open_image`.
+        """
+        on_odd = None if self._warned else self._warn
+        if isinstance(image, Image.Image):
+            name = getattr(image, "filename", "") or "given"
+            with image_errors(name):
+                return decode_rgb(image, self.modes, name=repr(name), on_odd=on_odd)
+        return open_image(image, modes=self.modes, on_odd=on_odd)
+
+    def _warn(self, name: str, oddity: Oddity) -> None:
+        self._warned = True
+        warn_odd("inference", name, oddity)
 
     def __call__(self, image: Image.Image) -> "torch.Tensor":
         """The image in any Pillow mode as normalised float32 [3, S, S]."""
@@ -73,7 +131,7 @@ class ImageProcessor:
 
     def pixels(self, image: Image.Image) -> "torch.Tensor":
         """The image as uint8 [3, S, S], a quarter of the bytes; the vision tower normalises it."""
-        image = decode_rgb(image)
+        image = decode_rgb(image, self.modes)
         square = self._padded_square(image) if self.aspect_ratio == "pad" else self._resize_and_crop(_cut_strip(image))
         import torch  # here because `prepare` and `check-data` only open images and must start fast
 
@@ -127,11 +185,14 @@ def _cut_strip(image: Image.Image) -> Image.Image:
     return image.crop((left, top, min(width, left + longest), min(height, top + longest)))
 
 
-def resolve_image(path: str, root: str | os.PathLike[str]) -> Path:
+def resolve_image(path: str, root: str | os.PathLike[str], *, follow_links: bool = False) -> Path:
     """The absolute path of the file that a record's `image` names.
 
+    Args:
+        follow_links: Whether symbolic links may lead out of `root`.
+
     Raises:
-        DataError: the path is absolute, contains `..`, leads out of `root` through a symbolic link, or is not a file.
+        DataError: the path is absolute, contains `..`, leads out of `root` through a link, or is not a file.
     """
     if os.path.isabs(path) or ".." in Path(path).parts or "\0" in path or not is_text(path):
         raise DataError(f"image path {path!r} must be relative to the image folder {root}, without '..'")
@@ -140,15 +201,21 @@ def resolve_image(path: str, root: str | os.PathLike[str]) -> Path:
     if not os.path.isfile(target):
         hint = "" if os.path.isdir(folder) else "; this folder does not exist, check data.sources.<name>.image_folder"
         raise DataError(f"image {path!r} is not a file in the image folder {root}{hint}")
-    if os.path.commonpath([folder, target]) != folder:
+    if not follow_links and os.path.commonpath([folder, target]) != folder:
         raise DataError(
             f"image {path!r} is a link to {target}, outside the image folder {root}; set image_folder to the folder of "
-            "the images"
+            "the images, or allow links with data.sources.<name>.follow_links"
         )
     return Path(target)
 
 
-def open_image(path: str | os.PathLike[str], *, draft_size: int | None = None) -> Image.Image:
+def open_image(
+    path: str | os.PathLike[str],
+    *,
+    draft_size: int | None = None,
+    modes: ImageModes = "llava",
+    on_odd: Callable[[str, Oddity], object] | None = None,
+) -> Image.Image:
     """Decode an image file completely and convert it to RGB.
 
     Args:
@@ -156,16 +223,17 @@ def open_image(path: str | os.PathLike[str], *, draft_size: int | None = None) -
         draft_size: Let the JPEG decoder reduce the image, to an eighth at most, if both sides keep this many pixels and
             no size is rounded. The pixels then differ from those of the full decoder: for photos and pages that are
             resized to half of `draft_size`, by up to 3 of 255 on average and 32 at most.
+        modes, on_odd: See `decode_rgb`.
 
     Raises:
-        DataError: the file is missing, not an image or truncated, or has more pixels than Pillow decodes (a
-            decompression bomb).
+        DataError: the file is missing, not an image or truncated, has more pixels than Pillow decodes (a
+            decompression bomb), or as `decode_rgb`.
     """
     with image_errors(os.fspath(path)), Image.open(path, formats=FORMATS) as image:
         if draft_size is not None:
             factor = _draft_factor(image.width, image.height, draft_size)
             image.draft(None, (image.width // factor, image.height // factor))
-        return decode_rgb(image)
+        return decode_rgb(image, modes, name=repr(os.fspath(path)), on_odd=on_odd)
 
 
 def _draft_factor(width: int, height: int, smallest: int) -> int:
@@ -186,16 +254,145 @@ def image_errors(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, MemoryError) as error:
         raise DataError(f"{shown} is too large to decode: {str(error) or 'out of memory'}; scale it down") from None
     except DECODER_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{shown} cannot be decoded: {reason}; replace the file or remove the record") from None
+        raise DataError(
+            f"{shown} cannot be decoded: {reason_of(error)}; replace the file or remove the record"
+        ) from None
 
 
-def decode_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image as RGB; the same object if it is RGB already."""
+def reason_of(error: BaseException) -> str:
+    """What Pillow says about an image on one line, without the address of the buffer that held it."""
+    return " ".join(_BUFFER.sub("", str(error)).split()) or type(error).__name__
+
+
+def decode_rgb(
+    image: Image.Image,
+    modes: ImageModes = "llava",
+    *,
+    name: str = "given",
+    on_odd: Callable[[str, Oddity], object] | None = None,
+) -> Image.Image:
+    """The decoded image as RGB; the same object if it is such already.
+
+    Args:
+        modes: See `DataConfig.image_modes`.
+        name: Of the image, for messages.
+        on_odd: Called with the name for everything that `llava` shows differently from an image viewer.
+
+    Raises:
+        DataError: `modes` refuses the image, see `REFUSED_BY`.
+    """
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if modes == "llava":
+        for oddity in oddities(image) if on_odd is not None else ():
+            on_odd(name, oddity)  # type: ignore[misc]  # not None here
+        return image if image.mode == "RGB" else image.convert("RGB")
+    for oddity in oddities(image):
+        if oddity.kind in REFUSED_BY[modes]:
+            raise DataError(
+                f"image {name} has {oddity.detail}, which data.image_modes {modes!r} refuses; convert the file to 8 "
+                "bits without transparency, or choose 'rescale' (values stretched to 0 to 255, white background) or "
+                "'llava' (as the original: values clipped, alpha dropped)"
+            )
+    orientation = _orientation(image)
+    if _is_deep(image):
+        image = _stretched(image)
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), _with_alpha(image))
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if orientation != 1:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+        rgb.info = {}  # it still says that the image is to be turned
+    return rgb
 
 
-def load_image(path: str, root: str | os.PathLike[str], *, draft_size: int | None = None) -> Image.Image:
-    """Image `path` below `root` as RGB. Raises DataError like `resolve_image` and `open_image`."""
-    return open_image(resolve_image(path, root), draft_size=draft_size)
+def oddities(image: Image.Image) -> list[Oddity]:
+    """What `llava` shows differently from an image viewer, for a decoded image."""
+    found = []
+    if _is_deep(image):
+        values = np.asarray(image)
+        bits = "float" if image.mode == "F" else "32-bit" if image.mode == "I" else "16-bit"
+        if not np.isfinite(values).all():
+            found.append(Oddity("not-finite-image", f"float pixels that are NaN or infinite (mode {image.mode})"))
+        elif not _fits_bytes(values):
+            detail = f"{bits} pixels from {values.min():g} to {values.max():g} (mode {image.mode})"
+            found.append(Oddity("deep-image", detail))
+    elif image.has_transparency_data and not _is_opaque(image):
+        found.append(Oddity("transparent-image", f"transparent pixels (mode {image.mode})"))
+    if (orientation := _orientation(image)) != 1:
+        found.append(Oddity("rotated-image", f"EXIF orientation {orientation}, so its pixels are not stored upright"))
+    return found
+
+
+def warn_odd(source: str, name: str, oddity: Oddity) -> None:
+    """Log what `llava` does to an image of a source that has an oddity."""
+    effect = {
+        "deep-image": "they are clipped to 0 to 255, so the model sees mostly white or black",
+        "not-finite-image": "they are black",
+        "transparent-image": "alpha is dropped, so the model sees the colour below, often black",
+        "rotated-image": "it is ignored, so the model sees the image rotated or mirrored",
+    }
+    logger.warning(
+        "%s: image %s has %s; with data.image_modes 'llava', as in the original, %s. 'rescale' shows it like an image "
+        "viewer, 'strict' refuses deep and transparent images; `llava-mole check-data` counts them. Logged once",
+        source,
+        name,
+        oddity.detail,
+        effect[oddity.kind],
+    )
+
+
+def may_be_odd(image: Image.Image) -> bool:
+    """Whether an opened image may have an oddity; it need not be decoded. A PNG's EXIF data may follow its pixels."""
+    return _is_deep(image) or image.has_transparency_data or any(key in image.info for key in _METADATA)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _fits_bytes(values: np.ndarray) -> bool:
+    """Whether deep pixels hold 8-bit values, which need no change: from 0 to 255, and not only 0 and 1."""
+    return bool(values.min() >= 0 and 1 < values.max() <= 255) or not values.any()
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    """Deep pixels as mode L: the smallest value becomes 0 and the largest 255, unless they are 8-bit values."""
+    values = np.asarray(image)
+    if not _fits_bytes(values):
+        low, high = float(values.min()), float(values.max())
+        # A constant image has no range; it becomes black.
+        values = (values.astype(np.float64) - low) * (255 / (high - low) if high > low else 0.0)
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """An image with transparency of any kind (alpha, palette or a transparent colour) as RGBA."""
+    return image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+
+
+def _is_opaque(image: Image.Image) -> bool:
+    alpha = (image if image.mode in ("RGBA", "LA", "PA") else _with_alpha(image)).getchannel("A")
+    return alpha.getextrema() == (255, 255)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 without one. Damaged metadata count as none, as in image viewers."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODER_ERRORS:
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def load_image(
+    path: str,
+    root: str | os.PathLike[str],
+    *,
+    draft_size: int | None = None,
+    modes: ImageModes = "llava",
+    on_odd: Callable[[str, Oddity], object] | None = None,
+    follow_links: bool = False,
+) -> Image.Image:
+    """Image `path` below `root` as RGB. Takes and raises what `resolve_image` and `open_image` do."""
+    file = resolve_image(path, root, follow_links=follow_links)
+    return open_image(file, draft_size=draft_size, modes=modes, on_odd=on_odd)

@@ -1,10 +1,11 @@
-"""JSON files of any size, one value at a time: JSONL, or a file that holds one list.
+"""JSON files of any size, one value at a time: JSONL, or a file that holds one list, also compressed.
 
 A list is decoded from a window of text that moves over the file, so a list of gigabytes takes a few megabytes of
 memory. Every value comes with the line on which it starts.
 """
 
 import codecs
+import io
 import json
 import os
 import re
@@ -14,6 +15,11 @@ from typing import Any, BinaryIO
 
 from llava_mole.common.errors import DataError
 
+COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
+"""Suffixes of compressed files, which pyarrow unpacks while they are read."""
+_LINES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = tuple(name + packed for name in (".json", *_LINES) for packed in ("", *COMPRESSED))
+"""Ends of the names of JSON files, in lower case."""
 LARGEST_VALUE = 64 << 20
 """Most bytes of a line, or characters of an element. A larger value means a damaged or hostile file."""
 _BLOCK = 1 << 20
@@ -30,12 +36,12 @@ def iterate_json(
     on_read: Callable[[int], object] = lambda size: None,
     on_error: Callable[[int, str], object] | None = None,
 ) -> Iterator[tuple[Any, int]]:
-    """Yield the values of a JSONL file (a name ending in `.jsonl`) or the elements of a JSON list, in order.
+    """Yield the values of a JSONL file (named `.jsonl` or `.ndjson`) or the elements of a JSON list, in order.
 
     Args:
-        path: UTF-8, with or without a byte order mark.
+        path: UTF-8, with or without a byte order mark; one of `COMPRESSED` may follow in the name.
         largest_value: Most bytes of a line, or characters of an element.
-        on_read: Called with the number of bytes just read, for a progress bar.
+        on_read: Called with the number of bytes just read (and unpacked), for a progress bar.
         on_error: Called with the line and the problem of a JSONL line that is not valid (JSON, UTF-8, size, nesting),
             which is then skipped. Without it such a line raises. A damaged list always raises.
 
@@ -48,13 +54,31 @@ def iterate_json(
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            if path.suffix == ".jsonl":
+        with _open(path) as file:
+            if path.name.lower().removesuffix(_compression(path)).endswith(_LINES):
                 yield from _lines(file, path, largest_value, on_read, on_error)
             else:
                 yield from _Window(file, path, largest_value, on_read).elements()
     except OSError as error:
-        raise DataError(f"{path}: cannot read the annotation file: {error.strerror}") from None
+        # Errors of unpacking have no number.
+        reason = error.strerror or f"{' '.join(str(error).split())}; is it damaged or not complete?"
+        raise DataError(f"{path}: cannot read the annotation file: {reason}") from None
+
+
+def _compression(path: Path) -> str:
+    """The suffix of a compressed file in lower case; empty for another file."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSED else ""
+
+
+def _open(path: Path) -> BinaryIO:
+    """The file for reading, unpacked if it is compressed. Raises OSError."""
+    if not _compression(path):
+        return path.open("rb")
+    import pyarrow as pa
+
+    names = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+    return io.BufferedReader(pa.input_stream(str(path), compression=names[_compression(path)]), _BLOCK)
 
 
 def _lines(
@@ -104,7 +128,7 @@ class _Window:
         if self._peek() != "[":
             raise self._error(
                 "not a JSON list; LLaVA's format is one list of records, and a file with one record per line must be "
-                "named .jsonl"
+                "named .jsonl (also .jsonl.gz, .jsonl.zst)"
             )
         self._position += 1
         more = self._peek() != "]"

@@ -2,12 +2,13 @@
 
 A raw record is `{"id": ..., "image": "relative/path.jpg", "conversations": [{"from": "human", "value":
 "<image>\\n..."}, {"from": "gpt", "value": "..."}, ...]}`. Without `image` it is text only; with a list of paths it has
-several images and as many markers. Other keys are ignored. An image without a marker or a second marker for one image,
-which LLaVA repairs or ignores silently, is an error.
+several images and as many markers; `images` is another name of `image`. Other keys are ignored, unless one of a record
+or turn without an image looks like an image: LLaVA would train on that record blindly. An image without a marker or a
+second marker for one image, which LLaVA repairs or ignores silently, is an error.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -20,6 +21,24 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Role, Turn, consecutive_turns, drop_leading_answer, place_image_first
 
 _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
+_RECORD_KEYS = frozenset({"id", "image", "images", "conversations"})
+_TURN_KEYS = frozenset({"from", "value", "role", "content"})
+IMAGE_NAME = re.compile(
+    r"(image|img|picture|photo|pic)s?_?(path|file|file_?name|name|url|uri|bytes|base64|data)?s?_?\d*", re.IGNORECASE
+)
+"""Keys that hold an image in other formats; `image_id` does not."""
+_MEDIUM_NAME = re.compile(r"(video|audio|pixel)s?_?(path|file|url|value)?s?", re.IGNORECASE)
+_MEDIUM = re.compile(
+    r"data:(image|video|audio)/.*|\S[^\n]*\.(jpe?g|jpe|jfif|png|gif|webp|bmp|dib|tiff?|ppm|pgm|pbm|svg|heic|heif|avif|jp2"
+    r"|dcm|mp4|avi|mov|mkv|webm|mpe?g)(\?\S*)?\s*",
+    re.IGNORECASE | re.DOTALL,
+)
+"""A file name or address of an image or video, or a `data:` address."""
+_LONGEST_NAME = 1024
+_CONVERTED = ("messages", "question", "instruction", "prompt", "query")
+"""Keys of records in the formats that `prepare messages` reads."""
+_CONVERT = "`llava-mole prepare messages --raw FILE --out DIR` converts it"
+_CHAT_ROLES = ("user", "assistant", "system")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:")
 
 
@@ -76,12 +95,18 @@ def parse_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
     """
     if not isinstance(value, dict):
         raise DataError(f"{where}: a record must be an object, got {_kind(value)}")
-    images = _image_paths(value["image"], where) if "image" in value else ()
+    images = _images_of(value, where)
     conversations = value.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         state = "no" if "conversations" not in value else "an empty" if conversations == [] else "a malformed"
-        raise DataError(f"{where}: the record has {state} 'conversations' list; it needs human and gpt turns")
+        other = next((f"; {key!r} is of another format, and {_CONVERT}" for key in _CONVERTED if key in value), "")
+        raise DataError(f"{where}: the record has {state} 'conversations' list; it needs human and gpt turns{other}")
     all_turns = tuple([_to_turn(turn, where, index) for index, turn in enumerate(conversations, 1)])
+    if not images and (unread := unread_image(value, conversations)) is not None:
+        raise DataError(
+            f"{where}: {unread}, but images are read from 'image' or 'images' only, and the record would be trained on "
+            f"without it; rename the key ({_CONVERT} too), or remove it"
+        )
     if (pair := consecutive_turns(all_turns)) is not None:
         speaker = conversations[pair[0]]["from"]
         raise DataError(
@@ -99,14 +124,58 @@ def parse_record(value: Any, source: str, where: str) -> tuple[Record, bool]:
     return Record(identifier, images, turns, source, where), len(turns) < len(all_turns)
 
 
-def _image_paths(value: Any, where: str) -> tuple[str, ...]:
+def _images_of(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    found = {"image": _image_paths(record["image"], "image", where)} if "image" in record else {}
+    if record.get("images"):
+        found["images"] = _image_paths(record["images"], "images", where)
+    if len(set(found.values())) > 1:
+        raise DataError(f"{where}: 'image' and 'images' name different images; keep one of these keys")
+    return next(iter(found.values()), ())
+
+
+def unread_image(record: Mapping[Any, Any], turns: Sequence[Any], known: Collection[str] = _RECORD_KEYS) -> str | None:
+    """Where a record has an image or another medium that is not read, and what it is; None if there is none.
+
+    Such a record would be trained on as if the question came without the image.
+
+    Args:
+        record: Without an image that is read.
+        turns: Its turns, of any type.
+        known: Keys of the record that are read.
+    """
+    for key, value in record.items():
+        if key not in known and _holds_medium(key, value):
+            return f"{str(key)!a} is {str(value)[:80]!a}"
+    for number, turn in enumerate(turns, 1):
+        for key, value in turn.items() if isinstance(turn, dict) else ():
+            if key not in _TURN_KEYS and _holds_medium(key, value):
+                return f"{str(key)!a} of turn {number} is {str(value)[:80]!a}"
+    return None
+
+
+def _holds_medium(key: Any, value: Any) -> bool:
+    """Whether the name of a key or its value says that it holds an image, video or sound."""
+    if not isinstance(value, (str, list, dict, bytes)) or not value:
+        return False
+    name = str(key)
+    return bool(IMAGE_NAME.fullmatch(name) or _MEDIUM_NAME.fullmatch(name)) or _is_medium(value)
+
+
+def _is_medium(value: Any) -> bool:
+    if isinstance(value, str):
+        return (len(value) <= _LONGEST_NAME or value.startswith("data:")) and _MEDIUM.fullmatch(value) is not None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(item, str) and _is_medium(item) for item in inner)
+
+
+def _image_paths(value: Any, key: str, where: str) -> tuple[str, ...]:
     paths = value if isinstance(value, list) else [value]
     if not paths:
-        raise DataError(f"{where}: 'image' is an empty list; leave the key out of text-only records")
+        raise DataError(f"{where}: {key!r} is an empty list; leave the key out of text-only records")
     for path in paths:
         if not isinstance(path, str) or not path:
             raise DataError(
-                f"{where}: 'image' must be one relative path or a list of them, got {_kind(path)}; leave the key out "
+                f"{where}: {key!r} must be one relative path or a list of them, got {_kind(path)}; leave the key out "
                 "of text-only records"
             )
         if _URL.match(path):
@@ -123,12 +192,17 @@ def _to_turn(value: Any, where: str, index: int) -> Turn:
         raise DataError(f"{where}: turn {index} must be an object with 'from' and 'value', got {_kind(value)}")
     missing = [key for key in ("from", "value") if key not in value]
     if missing:
-        raise DataError(f"{where}: turn {index} has no {missing[0]!r}; a turn is an object with 'from' and 'value'")
+        other = f". 'role' and 'content' are of another format, and {_CONVERT}" if "role" in value else ""
+        raise DataError(
+            f"{where}: turn {index} has no {missing[0]!r}; a turn is an object with 'from' and 'value'{other}"
+        )
     role, text = value["from"], value["value"]
     if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"{where}: turn {index} is from {role!r}; allowed are 'human' and 'gpt'")
+        other = f". With other roles it is of another format, and {_CONVERT}" if role in _CHAT_ROLES else ""
+        raise DataError(f"{where}: turn {index} is from {role!r}; allowed are 'human' and 'gpt'{other}")
     if not isinstance(text, str):
-        raise DataError(f"{where}: turn {index}: 'value' must be a string, got {_kind(text)}")
+        other = f". Parts are of another format, and {_CONVERT}" if isinstance(text, list) else ""
+        raise DataError(f"{where}: turn {index}: 'value' must be a string, got {_kind(text)}{other}")
     if not text.isascii():
         _check_text(text, f"{where}: turn {index}: 'value'")
     return Turn(_ROLES[role], text)

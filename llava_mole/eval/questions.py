@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from llava_mole.common.errors import ConfigError, DataError, PromptError
 from llava_mole.data.images import resolve_image
+from llava_mole.data.records import IMAGE_NAME
 
 NO_GROUP = "all"
 """Group of a question with neither a group nor a category."""
@@ -156,6 +157,12 @@ def _image(line: dict[str, Any], where: str) -> str | None:
         if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
             raise DataError(f"{where}: {key!r} must be a path or a list of one path; found {value!r}")
         paths += [path for path in given if path not in paths]
+    for key, value in line.items() if not paths else ():
+        if value and isinstance(value, (str, list, dict)) and IMAGE_NAME.fullmatch(key):
+            raise DataError(
+                f"{where}: {key!a} is {str(value)[:80]!a}, but the image of a question is read from 'image' or "
+                "'images' only, and it would be asked without one; rename the key"
+            )
     if len(paths) > 1:
         raise DataError(f"{where}: {len(paths)} images ({', '.join(paths)}); a question is about one image or none")
     return paths[0] if paths else None

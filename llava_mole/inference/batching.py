@@ -16,7 +16,6 @@ from llava_mole.common.errors import ConfigError, PromptError
 from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
-from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
 from llava_mole.model.builder import LoadedModel
 
@@ -150,7 +149,7 @@ def batches(
     for members, distinct in zip(batched, shown, strict=True):
         new = [key for key in distinct if key not in features]
         if new:
-            pixels = torch.stack([loaded.image_processor.pixels(_open(distinct[key])) for key in new])
+            pixels = torch.stack([_pixels(loaded, distinct[key]) for key in new])
             with torch.inference_mode():
                 features.update(zip(new, loaded.model.encode_images(pixels.to(loaded.model.device)), strict=True))
         keys = [_key(image) for n in members for image in as_images(images[n])]
@@ -169,10 +168,8 @@ def _key(image: OneImage) -> object:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
-def _open(image: OneImage) -> Image:
-    if isinstance(image, (str, os.PathLike)):
-        return open_image(image)
-    return image.convert("RGB")
+def _pixels(loaded: LoadedModel, image: OneImage) -> torch.Tensor:
+    return loaded.image_processor.pixels(loaded.image_processor.load(image))
 
 
 def _collate(

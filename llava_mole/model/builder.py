@@ -6,14 +6,14 @@ This is where a run's configuration ends: what is built here holds plain values.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from llava_mole.common.errors import CheckpointError, ConfigError, WeightsError, value_errors_as
 from llava_mole.common.log import get_logger
-from llava_mole.config import AdapterConfig, ModelConfig, Quantization, load_config
+from llava_mole.config import AdapterConfig, AspectRatio, ImageModes, ModelConfig, Quantization, load_config
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import add_adapter
@@ -260,7 +260,7 @@ def load_pretrained_model(
         model=model,
         # A prompt is never refused: the model has not seen control tokens in texts, and must not see them now.
         tokenizer=HFTextTokenizer(hf_tokenizer, "keep" if config.data.special_tokens == "keep" else "escape"),
-        image_processor=build_image_processor(model, config.data.image_aspect_ratio),
+        image_processor=build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
         template=manifest["template"],
         context_length=context_length(model, config.data.max_length),
         path=path,
@@ -274,10 +274,10 @@ def context_length(model: LlavaMole, default: int) -> int:
     return longest_sequence(model.causal_lm.config) or default
 
 
-def build_image_processor(model: LlavaMole, aspect_ratio: Literal["pad", "square"]) -> ImageProcessor:
+def build_image_processor(model: LlavaMole, aspect_ratio: AspectRatio, modes: ImageModes = "llava") -> ImageProcessor:
     """The image preprocessing that the model's tower expects."""
     tower = model.vision_tower
-    return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio)
+    return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio, modes)
 
 
 def locate_parts(config: ModelConfig, manifest: dict[str, Any], checkpoint: Path, model_base: str | None) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.log import setup_logging
-from llava_mole.inference.batching import Turn, open_image
+from llava_mole.data.images import open_image
+from llava_mole.inference.batching import Turn
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor, add_loading_arguments, load_predictor
 
@@ -29,11 +30,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_image(name: str):
-    """The image as RGB. Raises DataError for a URL or a file that is not an image."""
+def check_image(name: str) -> None:
+    """Raise DataError for a URL or a file that is not an image, before the model is loaded."""
     if "://" in name:
         raise DataError(f"--image-file {name}: addresses are not opened; download the image and give its path")
-    return open_image(name)
+    open_image(name)
 
 
 def questions_from(prompts: Sequence[str] | None) -> Iterator[str]:
@@ -89,14 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p)
-    image = read_image(args.image_file)
+    check_image(args.image_file)
     predictor = load_predictor(args.model_path, args)
     origin = "as asked for" if args.conv_mode else "as stored in the checkpoint"
     quantization = predictor.loaded.quantization
     base = "" if quantization == "none" else f"   language model in {quantization}"
     print(f"model: {predictor.loaded.path}   template: {predictor.template.name} ({origin}){base}", flush=True)
     try:
-        chat(predictor, image, questions_from(args.prompt), decoding)
+        chat(predictor, args.image_file, questions_from(args.prompt), decoding)
     except KeyboardInterrupt:
         print()
     return 0

@@ -132,7 +132,7 @@ def load_data(config: RunConfig, model: LlavaMole, tokenizer: HFTextTokenizer, r
     return build_dataset(
         config.data,
         tokenizer,
-        build_image_processor(model, config.data.image_aspect_ratio),
+        build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
         model.num_image_tokens,
         seed=config.train.seed,
         epochs=config.train.epochs,

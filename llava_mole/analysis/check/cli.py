@@ -93,7 +93,7 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
             sources.append(source)
             images = None
             if not given.no_images:
-                images = SourceImages(described.image_folder, source, findings, opened, pool)
+                images = SourceImages(described, data.image_modes, source, findings, opened, pool)
             records = read_all(described.annotations, source, findings)
             counting = pool if _size(described.annotations) > ALONE else None
             check_records(records, source, findings, limits, images, counting)

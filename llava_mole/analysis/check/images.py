@@ -12,8 +12,11 @@ from tqdm import tqdm
 from llava_mole.analysis.check.report import FindingsFile, SourceFindings
 from llava_mole.common.errors import DataError
 from llava_mole.common.processes import WorkQueue
+from llava_mole.config import ImageModes, SourceConfig
+from llava_mole.data.images import REFUSED_BY
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.prepare.defects import Issue
+from llava_mole.data.prepare.files import walk
 from llava_mole.data.prepare.images import EXTENSIONS, ImageInfo, ImageRoot, look
 
 _BATCH = 64
@@ -83,16 +86,24 @@ class SourceImages:
     """Opens the images of one source; a file is opened once in a run, but reported for every source that names it.
 
     Args:
-        folder: The source's image folder.
+        described: The source.
+        modes: See `DataConfig.image_modes`.
         source, findings: Receive the numbers and the list.
         opened: The images that earlier sources opened; this one's are added.
         pool: Decodes the images; None decodes in this process.
     """
 
     def __init__(
-        self, folder: str, source: SourceFindings, findings: FindingsFile, opened: OpenedImages, pool: Executor | None
+        self,
+        described: SourceConfig,
+        modes: ImageModes,
+        source: SourceFindings,
+        findings: FindingsFile,
+        opened: OpenedImages,
+        pool: Executor | None,
     ) -> None:
-        self._root = ImageRoot(Path(folder))
+        self._root = ImageRoot(Path(described.image_folder), follow_links=described.follow_links)
+        self._refused = REFUSED_BY[modes]
         self._source, self._findings, self._opened = source, findings, opened
         self._batch: list[tuple[str, str, str]] = []
         """(absolute name, path, where) of images waiting for a full batch."""
@@ -132,14 +143,15 @@ class SourceImages:
 
     def _report(self, info: ImageInfo, path: str, where: str) -> None:
         for issue in info.notes if info.problem is None else (info.problem, *info.notes):
+            kind = "refused-image" if issue.kind in self._refused else issue.kind
             # Another source may call the file by another name.
-            self._findings.add(self._source, issue.kind, where, path + issue.detail.removeprefix(info.path))
+            self._findings.add(self._source, kind, where, path + issue.detail.removeprefix(info.path))
         if self._opened.is_huge(info) and info.size is not None:
             self._findings.add(self._source, "huge-image", where, f"{path}: {info.size[0]} x {info.size[1]}")
 
 
 def evaluation_files(places: Sequence[str]) -> list[Path]:
-    """Every image of the given folders and question files, each file once.
+    """Every image of the given folders, with those that links lead to, and question files, each file once.
 
     The images of a question file are looked for in its folder, in the folder above, and in `images` in the folder
     above (where `llava-mole prepare` writes them).
@@ -151,7 +163,7 @@ def evaluation_files(places: Sequence[str]) -> list[Path]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            found = sorted(p for p in walk(path, True) if p.suffix.lower() in _SUFFIXES and p.is_file())
         elif path.is_file():
             found = _of_questions(path)
         else:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 from llava_mole.common.text import format_table
 from llava_mole.config import CheckConfig
-from llava_mole.data.prepare.defects import BAD_IMAGE, KINDS, MISSING_IMAGE, REFUSED_RECORD
+from llava_mole.data.prepare.defects import BAD_IMAGE, KINDS, MISSING_IMAGE, REFUSED_RECORD, SHOWN_KINDS
 
 
 @dataclass
@@ -31,6 +31,8 @@ class SourceFindings:
     """Records longer than `data.max_length` that `data.max_length_policy` cuts, shortens or drops."""
     kinds: Counter[str] = field(default_factory=Counter)
     """Findings by kind."""
+    first: dict[str, str] = field(default_factory=dict)
+    """Kind -> where and what the first finding was."""
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Tokens of each usable record before any cut; empty if they were not counted."""
 
@@ -48,6 +50,7 @@ class FindingsFile:
     def add(self, source: SourceFindings, kind: str, where: str, detail: str) -> None:
         """Count a finding and list it."""
         source.kinds[kind] += 1
+        source.first.setdefault(kind, f"{where}: {detail[:300]}")
         line = {"source": source.name, "kind": kind, "where": where, "detail": detail[:300]}
         self._file.write(json.dumps(line) + "\n")
 
@@ -105,6 +108,9 @@ def report_text(report: Mapping[str, Any]) -> str:
             found.append((source["name"], kind, f"{count:,}", KINDS[kind]))
     lines = [format_table(rows, right=range(1, 8)), ""]
     lines.append(format_table(found, right=(2,)) if len(found) > 1 else "no findings")
+    for source in report["sources"]:
+        first = source["first_findings"]
+        lines += [f"{source['name']}, first {kind}: {first[kind]}" for kind in SHOWN_KINDS if kind in first]
     evaluated, shared = (report["evaluation_images"][key] for key in ("files", "trained_on"))
     if evaluated:
         lines += ["", f"evaluation images: {evaluated:,}, of which {len(shared):,} are trained on"]
@@ -147,6 +153,7 @@ def report_values(
                 "truncated": source.truncated,
                 "duplicates": source.duplicates,
                 "findings": dict(source.kinds),
+                "first_findings": dict(source.first),
                 "tokens": _quantiles(source),
             }
             for source in sources

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from llava_mole.common.errors import ConfigError, DataError, WeightsError, command, one_line
 from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.chat_template import check_template_name
+from llava_mole.data.images import IMAGE_MODES
 from llava_mole.data.prepare.files import unpack_archives
 from llava_mole.data.prepare.samples import Source, SourceOptions
 from llava_mole.data.prepare.sources import MODULES, get_module, get_source
@@ -72,6 +73,8 @@ def make_parser(source: Source) -> argparse.ArgumentParser:
         "image, or stop (default %(default)s)")  # fmt: skip
     add("--check-images", choices=("exist", "decode", "none"), default="decode" if source.embedded else "exist",
         help="check that each file exists, decode it, or check nothing (default %(default)s)")  # fmt: skip
+    add("--image-modes", choices=IMAGE_MODES, default="llava", help="data.image_modes of the runs: strict leaves out "
+        "deep and transparent images; all report them if images are decoded (default %(default)s)")  # fmt: skip
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that open images (default %(default)s)")
     add(
         "--unpack-archives",
@@ -142,6 +145,7 @@ def run(source: Source, argv: Sequence[str]) -> int:
         image_root=given.image_root or (image_folder if image_folder.is_dir() else raw),
         options=source.options(**{field.name: getattr(given, field.name) for field in fields(source.options)}),
         check=given.check_images,
+        modes=given.image_modes,
         copy=given.images == "unpack",
         workers=given.workers,
         missing_images=given.missing_images,
@@ -153,6 +157,8 @@ def run(source: Source, argv: Sequence[str]) -> int:
     print(report_text(report))
     if (given.out / TRAIN).is_dir():
         print(f"\nannotations: {given.out / TRAIN}\nimage_folder: {given.out / IMAGES}")
+        if given.follow_links:
+            print("follow_links: true")
         if given.tokenizer is not None:
             from llava_mole.data.lengths import add_lengths
             from llava_mole.data.tokenization import load_tokenizer
@@ -174,6 +180,11 @@ def _check_arguments(source: Source, given: argparse.Namespace) -> None:
         raise ConfigError(f"--workers is {given.workers}; it must be at least 1")
     if given.images == "keep" and source.embedded:
         raise ConfigError(f"--images keep: the images of {source.name} are inside its records and must be unpacked")
+    if given.image_modes == "strict" and given.check_images != "decode":
+        raise ConfigError(
+            f"--image-modes strict with --check-images {given.check_images}: only decoded pixels show what they are; "
+            "give --check-images decode"
+        )
     if given.tokenizer is not None:
         check_template_name(given.template)
         if not Path(given.tokenizer).is_dir():

@@ -30,6 +30,7 @@ KINDS: dict[str, str] = {
     "special-token": "a control token inside a text, which data.special_tokens keeps, escapes or refuses",
     "chat-marker": "a word that the template writes around turns (such as USER:) inside a text",
     "image-like": "a text like <img> or <image_1>; only <image> stands for an image",
+    "image-key": "an image, video or sound under a key that is not read; name it image or images",
     # Length in tokens.
     "too-long": "longer than data.max_length; with data.max_length_policy error training does not start",
     "truncated": "longer than data.max_length, cut at the end",
@@ -45,6 +46,11 @@ KINDS: dict[str, str] = {
     "too-large-image": "more pixels than Pillow decodes (a decompression bomb), or too many bytes",
     "huge-image": "more pixels than check.huge_pixels",
     "animated-image": "several frames; training sees the first",
+    "deep-image": "16-bit, 32-bit or float pixels; data.image_modes says what training sees",
+    "not-finite-image": "NaN or infinite pixels",
+    "transparent-image": "transparent pixels; data.image_modes says what training sees",
+    "rotated-image": "stored rotated (EXIF); data.image_modes says what training sees",
+    "refused-image": "pixels that data.image_modes refuses",
     "cmyk-image": "CMYK pixels; training sees them converted to RGB",
     "wrong-extension": "the content has another format than the file name says",
     "base64": "the base64 text is not valid",
@@ -57,12 +63,14 @@ KINDS: dict[str, str] = {
 """Kind -> what it means."""
 
 REFUSED_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-again", "turn-order", "empty-answer",
-                  "bad-text", "image-cut", "masked", "too-long")  # fmt: skip
+                  "bad-text", "image-cut", "image-key", "masked", "too-long")  # fmt: skip
 """Kinds of defects with which training does not start."""
 OVERLONG_RECORD = ("truncated", "shortened", "dropped")
 """Kinds of records longer than `data.max_length` that `data.max_length_policy` allows."""
 MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
-BAD_IMAGE = ("corrupt-image", "too-large-image")
+BAD_IMAGE = ("corrupt-image", "too-large-image", "refused-image")
+SHOWN_KINDS = ("deep-image", "not-finite-image", "transparent-image", "rotated-image", "refused-image", "image-key")
+"""Kinds of which reports also print the first."""
 
 Action = Literal["dropped", "repaired", "kept"]
 
@@ -92,6 +100,8 @@ class Defects:
 
     def __init__(self, path: Path | None = None) -> None:
         self.counts: Counter[tuple[str, Action]] = Counter()
+        self.first: dict[str, str] = {}
+        """Kind -> where and what the first defect was."""
         self.ignored_keys: Counter[str] = Counter()
         """How many records hold each key that training does not read."""
         self._file = None if path is None else path.open("w", encoding="utf-8", newline="\n")
@@ -101,6 +111,7 @@ class Defects:
         if kind not in KINDS:
             raise KeyError(kind)
         self.counts[kind, action] += 1
+        self.first.setdefault(kind, f"{where}: {detail[:300]}")
         if self._file is not None:
             line = {"where": where, "kind": kind, "action": action, "detail": detail[:300]}
             self._file.write(json.dumps(line, ensure_ascii=True) + "\n")
@@ -119,9 +130,9 @@ class Defects:
             self._file = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return `{kind, action, count, meaning}` for each kind and action, most frequent first."""
+        """Return `{kind, action, count, meaning, first}` for each kind and action, most frequent first."""
         ordered = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         return [
-            {"kind": kind, "action": action, "count": count, "meaning": KINDS[kind]}
+            {"kind": kind, "action": action, "count": count, "meaning": KINDS[kind], "first": self.first[kind]}
             for (kind, action), count in ordered
         ]

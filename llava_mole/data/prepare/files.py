@@ -15,7 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.json_stream import iterate_json
+from llava_mole.common.log import get_logger
+from llava_mole.data.json_stream import COMPRESSED, iterate_json
 from llava_mole.data.prepare.defects import Defects
 from llava_mole.data.prepare.samples import Split
 
@@ -30,11 +31,13 @@ _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOF
 # Python before 3.10.12 and 3.11.4 has no filters.
 _DATA_FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
-JSON_SUFFIXES = (".json", ".jsonl")
 ARROW_BATCH_ROWS = 64
 """Rows of a parquet or Arrow file in memory at a time: they may hold images of megabytes."""
 
+_PACKED = (*COMPRESSED, ".xz", ".lzma", ".br", ".z", ".zip", ".7z", ".rar")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test|testing)(?:[^a-z]|$)")
+
+logger = get_logger(__name__)
 
 
 def unpack_archives(raw: Path, folder: Path) -> None:
@@ -154,26 +157,51 @@ def split_of(name: str) -> Split:
     return "test" if match[1].startswith("test") else "val"
 
 
-def find_files(raw: Path, suffixes: Sequence[str], what: str) -> list[Path]:
-    """Every file below `raw` with one of the suffixes, sorted; `raw` itself if it is a file.
+def find_files(raw: Path, suffixes: Sequence[str], what: str, follow_links: bool = False) -> list[Path]:
+    """Every file below `raw` whose name ends in one of the suffixes, sorted; `raw` itself if it is a file.
 
-    Hidden files and folders and links to folders are left out.
+    Hidden files and folders are left out, and so are linked folders unless `follow_links`; the latter are logged.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or such a file is compressed in a way that is not read.
+        OSError: a folder cannot be read.
     """
     if raw.is_file():
         return [raw]
-    found = sorted(
-        path
-        for path in raw.rglob("*")
-        if path.suffix in suffixes
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(raw).parts)
-    )
+    files = [path for path in walk(raw, follow_links) if not path.name.startswith(".")]
+    ends = tuple(suffixes)
+    for path in files:
+        packed = path.suffix.lower() in _PACKED and path.stem.lower().endswith(ends)
+        if packed and not path.name.lower().endswith(ends):
+            raise DataError(f"{path}: is compressed in a way that this source does not read; unpack it")
+    found = sorted(path for path in files if path.name.lower().endswith(ends) and path.is_file())
     if not found:
         raise DataError(f"{raw}: no {what} below it ({', '.join('*' + suffix for suffix in suffixes)})")
     return found
+
+
+def walk(folder: Path, follow_links: bool) -> Iterator[Path]:
+    """Yield everything below a folder that is not itself a folder, without hidden folders.
+
+    With `follow_links` linked folders are searched too, and every folder once, whatever leads to it. Otherwise they are
+    left out, and logged. Raises OSError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        target = os.path.realpath(place)
+        if target in seen:
+            folders.clear()
+            continue
+        seen.add(target)
+        yield from (Path(place, name) for name in names)
+        for linked in (os.path.join(place, name) for name in folders if not follow_links):
+            if os.path.islink(linked):
+                logger.warning("%s is a link to a folder and is not searched; --follow-links searches it", linked)
 
 
 def show(path: Path, raw: Path) -> str:

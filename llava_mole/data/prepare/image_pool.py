@@ -67,9 +67,9 @@ class ImageChecker:
     """
 
     def __init__(
-        self, root: Path, unpacked: Path, journal: "Journal", check: CheckImages, copy: bool, workers: int
+        self, root: ImageRoot, unpacked: Path, journal: "Journal", check: CheckImages, copy: bool, workers: int
     ) -> None:
-        self._root, self._unpacked, self._journal = ImageRoot(root), unpacked, journal
+        self._root, self._unpacked, self._journal = root, unpacked, journal
         self._copy, self._decode, self._workers = copy, check == "decode", workers
         self._find_problem = path_problem if check == "none" and not copy else self._root.problem
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from llava_mole.common.errors import DataError
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
-from llava_mole.data.images import DECODER_ERRORS, FORMATS
+from llava_mole.data.images import DECODER_ERRORS, FORMATS, may_be_odd, oddities, reason_of
 from llava_mole.data.prepare.defects import Issue
 
 LARGEST_IMAGE = 64 << 20
@@ -37,7 +37,8 @@ _MOST_FOLDERS = 50_000
 _LONGEST_NAME = 100
 _DATA_URL = re.compile(rb"data:[^,]{0,200};base64,")
 _PAGE = re.compile(r"(.+\.tiff?)\.([0-9]{1,6})", re.IGNORECASE | re.DOTALL)
-_PAGE_MODES = ("1", "L", "RGB")
+_PAGE_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16B", "I", "F")
+"""Modes in which a TIFF page is unpacked; others become RGB, which changes no value that matters."""
 
 
 class ImageInfo(NamedTuple):
@@ -65,10 +66,14 @@ def path_problem(path: str) -> Issue | None:
 
 
 class ImageRoot:
-    """The folder that the records' image paths are relative to; nothing outside it is touched."""
+    """The folder that the records' image paths are relative to.
 
-    def __init__(self, folder: Path) -> None:
+    Nothing outside it is touched, unless `follow_links` lets symbolic links lead out of it.
+    """
+
+    def __init__(self, folder: Path, *, follow_links: bool = False) -> None:
         self.folder = os.path.realpath(folder)
+        self._follow_links = follow_links
         self._resolve = functools.lru_cache(_MOST_FOLDERS)(self._resolve_folder)
 
     def problem(self, path: str) -> Issue | None:
@@ -97,16 +102,17 @@ class ImageRoot:
         return folder if self._inside(folder) else None
 
     def _inside(self, target: str) -> bool:
-        return target == self.folder or target.startswith(self.folder.rstrip(os.sep) + os.sep)
+        return self._follow_links or target == self.folder or target.startswith(self.folder.rstrip(os.sep) + os.sep)
 
 
-def look(source: str | bytes, path: str, *, decode: bool) -> tuple[ImageInfo, str]:
+def look(source: str | bytes, path: str, *, decode: bool, again: bool = False) -> tuple[ImageInfo, str]:
     """Open an image.
 
     Args:
         source: Name of the file, or its bytes.
         path: The `path` of the result; its extension is compared with the content.
-        decode: Decode every pixel of the first frame; else read the header only.
+        decode: Decode every pixel of the first frame and note its oddities; else read the header only.
+        again: Whether the image was decoded before; it then is only if its pixels may be odd.
 
     Returns:
         The image's information, and the extension that belongs to its content ("" if unknown).
@@ -124,9 +130,10 @@ def look(source: str | bytes, path: str, *, decode: bool) -> tuple[ImageInfo, st
                 notes.append(Issue("animated-image", f"{path} has {image.n_frames} frames"))
             if image.mode == "CMYK":
                 notes.append(Issue("cmyk-image", path))
-            if decode:
+            if decode and (not again or may_be_odd(image)):
                 image.seek(0)
                 image.load()
+                notes += [Issue(odd.kind, f"{path}: {odd.detail}") for odd in oddities(image)]
     except _DECODING_ERRORS as error:
         return ImageInfo(path, size, _decoder_issue(error, path)), ""
     return ImageInfo(path, size, None, tuple(notes)), extensions[0]
@@ -135,7 +142,7 @@ def look(source: str | bytes, path: str, *, decode: bool) -> tuple[ImageInfo, st
 def _decoder_issue(error: BaseException, name: str) -> Issue:
     if isinstance(error, (Image.DecompressionBombError, MemoryError)):
         return Issue("too-large-image", f"{name}: {error}")
-    return Issue("corrupt-image", f"{name}: {' '.join(str(error).split()) or type(error).__name__}")
+    return Issue("corrupt-image", f"{name}: {reason_of(error)}")
 
 
 def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) -> ImageInfo:
@@ -146,7 +153,7 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
         folder: The prepared set's image folder.
         group: Folder below it, see `safe_name`.
         name: Name of the image in messages.
-        decode: See `look`. An image that exists was decoded when it was written.
+        decode: See `look`. A plain image that exists was decoded when it was written.
 
     Raises:
         DataError: the file cannot be written, for example because the disk is full.
@@ -157,8 +164,9 @@ def unpack(data: bytes, folder: Path, group: str, name: str, *, decode: bool) ->
     digest = hashlib.sha1(data, usedforsecurity=False).hexdigest()
     group = safe_name(group)
     info, extension = look(data, name, decode=False)
-    if info.problem is None and decode and not (folder / group / f"{digest}.{extension}").is_file():
-        info, extension = look(data, name, decode=True)
+    if info.problem is None and decode:
+        exists = (folder / group / f"{digest}.{extension}").is_file()
+        info, extension = look(data, name, decode=True, again=exists)
     if info.problem is not None:
         return info
     path = f"{group}/{digest}.{extension}"
@@ -221,7 +229,7 @@ def tiff_page(path: str) -> tuple[str, int] | None:
 
 
 def unpack_page(path: str, folder: Path, group: str, name: str) -> ImageInfo:
-    """`unpack` one page of a TIFF file as PNG; `path` is `file.tiff.<page>`, see `tiff_page`."""
+    """`unpack` one page of a TIFF file as PNG (TIFF for 32-bit and float); `path` is `file.tiff.<page>`."""
     found = tiff_page(path)
     if found is None:
         return ImageInfo(name, None, Issue("missing-image", name))
@@ -230,7 +238,8 @@ def unpack_page(path: str, folder: Path, group: str, name: str) -> ImageInfo:
         with Image.open(found[0], formats=FORMATS) as image:
             image.seek(found[1])
             page = image if image.mode in _PAGE_MODES else image.convert("RGB")
-            page.save(buffer, "PNG")
+            page.save(buffer, "TIFF" if page.mode in ("I", "F") else "PNG")
+            notes = tuple([Issue(odd.kind, f"{name}: {odd.detail}") for odd in oddities(page)])
     except _DECODING_ERRORS as error:
         return ImageInfo(name, None, _decoder_issue(error, name))
-    return unpack(buffer.getvalue(), folder, group, name, decode=False)
+    return unpack(buffer.getvalue(), folder, group, name, decode=False)._replace(notes=notes)

@@ -21,9 +21,11 @@ from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.common.files import remove, write_bytes, write_errors, write_json
 from llava_mole.common.locks import locked
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
+from llava_mole.config import ImageModes
+from llava_mole.data.images import REFUSED_BY
 from llava_mole.data.prepare.defects import Defects, Issue
 from llava_mole.data.prepare.image_pool import CheckImages, ImageChecker, Journal
-from llava_mole.data.prepare.images import ImageInfo
+from llava_mole.data.prepare.images import ImageInfo, ImageRoot
 from llava_mole.data.prepare.report import QuestionFiles, published_counts
 from llava_mole.data.prepare.samples import TEXT_ONLY, WITH_IMAGES, Embedded, RawSample, Source, SourceOptions
 from llava_mole.data.store import PreparedRow, StoreWriter
@@ -47,6 +49,7 @@ class Request:
     image_root: Path
     options: SourceOptions
     check: CheckImages
+    modes: ImageModes = "llava"
     copy: bool = False
     workers: int = 1
     missing_images: Literal["drop", "error"] = "drop"
@@ -60,6 +63,7 @@ class Request:
             "image_root": str(self.image_root),
             "options": asdict(self.options),
             "check": self.check,
+            "image_modes": self.modes,
             "copy": self.copy,
             "missing_images": self.missing_images,
         }
@@ -110,9 +114,8 @@ def _write(request: Request, folder: Path) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         defects = stack.enter_context(contextlib.closing(Defects(folder / DEFECTS)))
         journal = stack.enter_context(contextlib.closing(Journal(folder / _JOURNAL)))
-        checker = ImageChecker(
-            request.image_root, folder / IMAGES, journal, request.check, request.copy, request.workers
-        )
+        root = ImageRoot(request.image_root, follow_links=request.options.follow_links)
+        checker = ImageChecker(root, folder / IMAGES, journal, request.check, request.copy, request.workers)
         output = stack.enter_context(contextlib.closing(_Output(request, folder, defects)))
         samples = _pool_sub_sources(request.source.iterate(request.raw, request.options, defects), defects)
         checked = stack.enter_context(contextlib.closing(checker.check(samples)))
@@ -184,6 +187,9 @@ class _Output:
         for image in images:
             problem = problem or image.problem
             for note in image.notes:
+                if note.kind in REFUSED_BY[request.modes]:
+                    problem = problem or Issue("refused-image", note.detail)
+                    continue
                 action: Literal["repaired", "kept"] = "repaired" if note.kind == "base64-spaces" else "kept"
                 self._defects.add(note.kind, where, note.detail, action)
         if problem is None and not is_text(sample.id):
@@ -239,7 +245,7 @@ class _Output:
         request, kept, dropped = self._request, self._kept, self._dropped
         name = request.source.name
         from_parquet = self._from_parquet and f"{name}-parquet" in published_counts()
-        checks = {"check_images": request.check, "missing_images": request.missing_images}
+        checks = {"check_images": request.check, "image_modes": request.modes, "missing_images": request.missing_images}
         return {
             "source": name,
             "published": f"{name}-parquet" if from_parquet else name,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llava_mole.common.text import format_table
+from llava_mole.data.prepare.defects import SHOWN_KINDS
 from llava_mole.data.prepare.images import safe_name
 from llava_mole.data.prepare.samples import SPLITS, RawSample, without_marker
 
@@ -40,6 +41,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         defects: list[tuple[str, ...]] = [("defect", "records", "action", "meaning")]
         defects += [(d["kind"], _number(d["count"]), d["action"], d["meaning"]) for d in report["defects"]]
         parts += ["", format_table(defects, right=(1,))]
+        parts += [f"{d['kind']}, first: {d['first']}" for d in report["defects"] if d["kind"] in SHOWN_KINDS]
     if report["ignored_keys"]:
         keys = ", ".join(f"{key} ({_number(count)})" for key, count in report["ignored_keys"].items())
         parts += ["", f"ignored keys: {keys}"]

@@ -197,6 +197,9 @@ class SourceOptions:
 
     train_splits: tuple[Split, ...] = field(default=("train",), metadata=option(TRAIN_SPLITS))
     test_splits: tuple[Split, ...] = field(default=("test",), metadata=option("raw splits that become question files"))
+    follow_links: bool = field(
+        default=False, metadata=option("search linked folders of --raw, and read images that links lead to")
+    )
 
     def wants(self, split: Split) -> bool:
         """Whether samples of a raw split are used at all."""

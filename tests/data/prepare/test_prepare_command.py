@@ -125,9 +125,9 @@ def test_preparing_loads_no_torch(tmp_path: Path) -> None:
 def test_every_kind_of_defect_has_a_meaning(tmp_path: Path) -> None:
     texts = {
         room: "".join(path.read_text(encoding="utf-8") for path in (PACKAGE / room).rglob("*.py"))
-        for room in ("data/prepare", "analysis/check")
+        for room in ("data", "analysis/check")
     }
-    used = set(re.findall(r'(?:SkipRecord|Issue|efects\.add|self\.add)\(\s*"([a-z0-9-]+)"', texts["data/prepare"]))
+    used = set(re.findall(r'(?:SkipRecord|Issue|Oddity|efects\.add|self\.add)\(\s*"([a-z0-9-]+)"', texts["data"]))
     assert used <= set(KINDS)
     assert all(f'"{kind}"' in texts["analysis/check"] for kind in set(KINDS) - used)
     with pytest.raises(KeyError):

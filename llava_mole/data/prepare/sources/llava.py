@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.data.json_stream import JSON_SUFFIXES
 from llava_mole.data.prepare.defects import Defects, SkipRecord
-from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_values, split_of
+from llava_mole.data.prepare.files import find_files, read_values, split_of
 from llava_mole.data.prepare.samples import (
     LLAVA_ROLES,
     TEXT_ONLY,
@@ -21,6 +22,7 @@ from llava_mole.data.prepare.samples import (
     require_object,
     usable_samples,
 )
+from llava_mole.data.records import unread_image
 
 _READ = {"id", "image", "images", "conversations"}
 SubSourceOf = Callable[[str | None], str]
@@ -47,6 +49,8 @@ def to_sample(value: Any, where: str, sub_source_of: SubSourceOf, defects: Defec
     if len(value) > 2 + ("image" in value):
         defects.add_ignored_keys(value.keys() - _READ, where)
     turns = check_turns(read_turns(value.get("conversations"), LLAVA_ROLES), len(images), where, defects)
+    if not images and (unread := unread_image(value, value["conversations"])) is not None:
+        raise SkipRecord("image-key", unread)
     identifier = value.get("id")
     if identifier is None:
         identifier = where.rpartition(":")[2]
@@ -84,7 +88,7 @@ def _iterate_published(
 
 
 def _iterate_own(raw: Path, options: SourceOptions, defects: Defects) -> Iterator[RawSample]:
-    for path in find_files(raw, JSON_SUFFIXES, "annotation file"):
+    for path in find_files(raw, JSON_SUFFIXES, "annotation file", options.follow_links):
         split = split_of(path.stem)
         if options.wants(split):
             yield from _read_file(path, raw, first_folder, defects, split)
@@ -147,7 +151,8 @@ SOURCES = (
     Source(
         "llava-json",
         "your own data in LLaVA's format, *.json (a list) and *.jsonl",
-        "RAW is one file, or a folder whose *.json and *.jsonl files are all read.\n"
+        "RAW is one file, or a folder whose *.json and *.jsonl files are all read, also compressed ones\n"
+        "(.gz, .zst, .bz2, .lz4).\n"
         'Records: {"id", "image" or "images" (a path, a list of paths, or absent), "conversations":\n'
         '[{"from": "human"|"gpt", "value"}]}; one <image> marker for each image.\n'
         "Image paths are relative to --image-root (default: RAW, or the folder of the file).\n"

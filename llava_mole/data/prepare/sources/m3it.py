@@ -55,7 +55,9 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample
     """Yield the rows of every `<task>/<set>/*.jsonl` below `raw`, or of every parquet file if there are any."""
     parquet = raw.suffix == ".parquet" if raw.is_file() else next(raw.rglob("*.parquet"), None) is not None
     rows, suffix = (_parquet_rows, ".parquet") if parquet else (_json_rows, ".jsonl")
-    for path in find_files(raw, (suffix,), "M3IT file (data/<task>/<set>/train.jsonl, or *.parquet)"):
+    for path in find_files(
+        raw, (suffix,), "M3IT file (data/<task>/<set>/train.jsonl, or *.parquet)", options.follow_links
+    ):
         split = split_of(path.stem)
         if options.wants(split):
             yield from rows(path, raw, split, options, defects)

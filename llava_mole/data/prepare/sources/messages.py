@@ -10,8 +10,9 @@ from typing import Any, Literal
 from llava_mole.common.text import is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn
+from llava_mole.data.json_stream import JSON_SUFFIXES
 from llava_mole.data.prepare.defects import Action, Defects, SkipRecord
-from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.files import find_files, read_rows, read_values, show, split_of
 from llava_mole.data.prepare.samples import (
     CHAT_ROLES,
     MULTI_IMAGE,
@@ -32,6 +33,7 @@ from llava_mole.data.prepare.samples import (
     usable_samples,
     without_marker,
 )
+from llava_mole.data.records import IMAGE_NAME, unread_image
 
 QUESTIONS = ("question", "instruction", "prompt", "query")
 ANSWERS = ("answer", "output", "outputs", "response")
@@ -57,13 +59,14 @@ class Options(SourceOptions):
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
     """Yield the rows of every JSON, JSONL, parquet and Arrow file below `raw` but the metadata of `datasets`."""
     suffixes = (*JSON_SUFFIXES, ".parquet", ".arrow")
-    for path in find_files(raw, suffixes, "file of messages"):
+    for path in find_files(raw, suffixes, "file of messages", options.follow_links):
         if path.name in _METADATA or path.name.startswith("cache-"):
             continue
         split = _split(path, raw)
         if not options.wants(split):
             continue
-        rows = read_values(path, raw, defects) if path.suffix in JSON_SUFFIXES else read_rows(path, raw)
+        is_json = path.name.lower().endswith(JSON_SUFFIXES)
+        rows = read_values(path, raw, defects) if is_json else read_rows(path, raw)
         stem = "" if path == raw else f"{show(path.with_suffix(''), raw)}-"
         make = functools.partial(to_sample, options=options, defects=defects, stem=stem)
         yield from usable_samples(rows, make, defects, split)
@@ -80,7 +83,8 @@ def _split(path: Path, raw: Path) -> Split:
 def to_sample(value: Any, where: str, options: Options, defects: Defects, stem: str = "") -> RawSample:
     """Convert one record of any of the formats. Raises SkipRecord if it cannot be used."""
     value = {key: content for key, content in require_object(value).items() if content is not None}  # tables have nulls
-    defects.add_ignored_keys(value.keys() - _KNOWN, where)
+    named = {key for key in value if IMAGE_NAME.fullmatch(str(key))}
+    defects.add_ignored_keys(value.keys() - _KNOWN - named, where)
     images: list[str | Embedded | None] = []
     messages = value.get("messages", value.get("conversations"))
     system = value.get("system", "")
@@ -96,6 +100,8 @@ def to_sample(value: Any, where: str, options: Options, defects: Defects, stem: 
             turns[0] = Turn("user", f"{system}\n{turns[0].text}")
     outside = _outside_images(value)
     found = _together(images, outside) if images else outside
+    if not found and (unread := unread_image(value, messages or (), _KNOWN)) is not None:
+        raise SkipRecord("image-key", unread)
     if outside and not any(DEFAULT_IMAGE_TOKEN in turn.text for turn in turns):
         turns = _with_markers(turns, len(outside))
     kept = choose_images(found, options.multi_image, where, defects)
@@ -185,7 +191,8 @@ def _content(content: Any, images: list[str | Embedded | None]) -> str:
 
 
 def _outside_images(value: Mapping[str, Any]) -> list[str | Embedded]:
-    content = next((value[key] for key in IMAGES if key in value), None)
+    named = (key for key in value if key not in _KNOWN and IMAGE_NAME.fullmatch(str(key)))
+    content = next((value[key] for key in (*IMAGES, *named) if value.get(key)), None)
     items = content if isinstance(content, list) else [] if content is None else [content]
     return [_image(item) for item in items if item is not None]
 
@@ -218,15 +225,16 @@ SOURCES = (
     Source(
         "messages",
         "your own chat messages, or questions and answers: JSON, parquet, `datasets`",
-        "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read.\n"
+        "RAW is one file, or a folder whose *.json, *.jsonl, *.parquet and *.arrow files are all read\n"
+        "(JSON also compressed: .gz, .zst, .bz2, .lz4).\n"
         "Folders written by save_to_disk of `datasets` work too, without that package. The name of the file\n"
         "or folder gives the split.\n"
         "Records have `messages` (role, content: text, or parts of type text, image, image_url),\n"
         "`conversations` (from, value), or a question (question, instruction, prompt, query) and an answer\n"
         "(answer, output, response).\n"
-        "Images: `image` or `images`, or parts of a message; a path below --image-root (default RAW),\n"
-        "bytes, base64 or a data: address. Web addresses are counted and left out. A part of type image\n"
-        "without an address takes the next of `images`.\n"
+        "Images: `image` or `images` (or `image_path`, `img` and the like), or parts of a message; a path\n"
+        "below --image-root (default RAW), bytes, base64 or a data: address. Web addresses are counted and\n"
+        "left out. A part of type image without an address takes the next of `images`.\n"
         "A system prompt (a turn, or the key `system`) is left out because the template has its own.",
         iterate,
         Options,

@@ -8,8 +8,9 @@ from typing import Any
 
 from llava_mole.common.errors import DataError
 from llava_mole.conversation import Turn
+from llava_mole.data.json_stream import JSON_SUFFIXES
 from llava_mole.data.prepare.defects import Defects, SkipRecord
-from llava_mole.data.prepare.files import JSON_SUFFIXES, find_files, read_rows, read_values, show, split_of
+from llava_mole.data.prepare.files import find_files, read_rows, read_values, show, split_of
 from llava_mole.data.prepare.samples import (
     CHAT_ROLES,
     SPLITS,
@@ -89,7 +90,7 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample
         return
     if raw.is_dir() and not next(raw.rglob("*.parquet"), None) and not next(raw.rglob("*.json*"), None):
         raise DataError(f"{raw}: no PathVQA below it: qas/<split>/<split>_qa.pkl, *.parquet or LLaVA-Med's *.json")
-    for path in find_files(raw, (".parquet", *JSON_SUFFIXES), "PathVQA file"):
+    for path in find_files(raw, (".parquet", *JSON_SUFFIXES), "PathVQA file", options.follow_links):
         split = split_of(path.stem)
         if path.name.startswith("dataset_info") or split not in splits:
             continue

@@ -70,7 +70,7 @@ class Options(SourceOptions):
 def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample]:
     """Yield the rows of train.jsonl and val.jsonl, repeated as `--upsample` says, then of every test_<set>.jsonl."""
     seen: set[str] = set()
-    for path, split in _files(raw):
+    for path, split in _files(raw, options):
         if not options.wants(split):
             continue
         make = functools.partial(to_sample, stem=path.stem, options=options, defects=defects)
@@ -89,8 +89,10 @@ def iterate(raw: Path, options: Options, defects: Defects) -> Iterator[RawSample
         raise ConfigError(f"--upsample: no rows of {', '.join(unknown)}; the sub-sources are {', '.join(sorted(seen))}")
 
 
-def _files(raw: Path) -> list[tuple[Path, Split]]:
-    files = find_files(raw, (".jsonl",), "UReader file (train.jsonl, val.jsonl, test_<set>.jsonl)")
+def _files(raw: Path, options: Options) -> list[tuple[Path, Split]]:
+    files = find_files(
+        raw, (".jsonl",), "UReader file (train.jsonl, val.jsonl, test_<set>.jsonl)", options.follow_links
+    )
     found: list[tuple[Path, Split]] = []
     for path in files:
         if path.stem in ("train", "val"):
