@@ -387,6 +387,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-beams", "--num_beams", type=int, default=1, metavar="N", help="beams of beam search (default 1: none)")
     add("--batch-size", type=_batch_size, default=16, metavar="N", help="questions per forward pass (default 16)")
     add("--overwrite", action="store_true", help="replace existing output files")
+    add("--break-lock", action="store_true", help="take over the answers file's lock of a process on another machine")
 
 
 def load_predictor(model_path: str, args: argparse.Namespace) -> Predictor:

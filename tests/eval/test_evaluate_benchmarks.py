@@ -161,7 +161,7 @@ def test_a_second_runner_touches_nothing_of_the_first(
         (out / name).write_text(f"{name} of the first")
     for overwrite in ([], ["--overwrite"]):
         assert cli.main(command(mole_run, asked, benchmark, out, "--prompt-variant", "bare", *overwrite)) == 2
-        assert "colors.jsonl: another process is writing it now" in capsys.readouterr().err
+        assert "colors.jsonl is in use by process" in capsys.readouterr().err
     first.close()
     assert cli.main(command(mole_run, asked, benchmark, out)) == 2  # what is left is of other settings
     assert "colors.jsonl.partial comes from a run with" in capsys.readouterr().err
