@@ -107,13 +107,14 @@ class AnswerFile:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the complete file under its final name and remove the partial ones.
+        """Write the complete file under its final name, remove the partial ones and release the lock.
 
         Raises:
             DataError: a question has no answer, or two different ones.
         """
         all_gather_objects(None)  # wait until every rank has written its answers
         on_main(self._publish)
+        self.close()
 
     def close(self) -> None:
         """Let other processes continue from the partial files. The end of the process does the same."""

@@ -124,7 +124,6 @@ def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
             AnswerFile(path, questions, RUN, overwrite=overwrite, break_lock=True)
     first.add(records(questions))
     first.finish()
-    first.close()
     with pytest.raises(ConfigError, match=r"a\.jsonl exists; give --overwrite"):
         AnswerFile(path, questions, RUN)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
@@ -139,7 +138,6 @@ def test_a_process_that_finishes_meanwhile_is_noticed(tmp_path: Path, monkeypatc
 
     def slow(*arguments):
         other.finish()  # after this process has looked for the file, before it has the lock
-        other.close()
         return lock_answers(*arguments)
 
     monkeypatch.setattr(answers, "lock_answers", slow)
@@ -204,8 +202,9 @@ def test_a_full_disk_is_a_users_error_and_loses_nothing(tmp_path: Path, monkeypa
         patched.setattr(os, "fsync", full)
         with pytest.raises(ConfigError, match=r"a\.jsonl cannot be written: No space left on device; make room"):
             output.finish()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl.partial"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl.lock", "a.jsonl.partial"]
     output.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
     assert len(read_answers([path])) == 3
 
 
