@@ -120,7 +120,9 @@ def refuse_special(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     if stat.S_ISLNK(mode):
-        raise ConfigError(f"{path} is a link to {os.readlink(path)} and is not replaced; name a file, such as its target")
+        raise ConfigError(
+            f"{path} is a link to {os.readlink(path)} and is not replaced; name a file such as its target"
+        )
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
         raise ConfigError(f"{path} is a {kind} and is not replaced; name a file")

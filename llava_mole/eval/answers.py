@@ -217,7 +217,7 @@ def read_answers(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 first = (where, model)
             if model not in (None, first[1]):
                 raise DataError(
-                    f"{where}: an answer of model {model!r}, but {first[0]} is one of {first[1]!r}; score the answers of "
-                    "each model on their own"
+                    f"{where}: an answer of model {model!r}, but {first[0]} is one of {first[1]!r}; score each "
+                    "model's answers on their own"
                 )
     return answers

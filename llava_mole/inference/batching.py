@@ -7,22 +7,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
-from PIL.Image import Image
 
-from llava_mole.common.errors import ConfigError, PromptError
+from llava_mole.common.errors import ConfigError, DataError, PromptError
 from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
-from llava_mole.data.images import open_image
 from llava_mole.data.tokenization import encode
+from llava_mole.inference.inputs import ImagesLike, OneImage, Prompt, as_images, as_turns, open_any
 from llava_mole.model.builder import LoadedModel
-
-OneImage: TypeAlias = Image | str | os.PathLike[str]
-ImagesLike: TypeAlias = OneImage | Sequence[OneImage] | None
-Prompt: TypeAlias = str | Sequence[Turn]
 
 
 @dataclass(frozen=True)
@@ -46,19 +40,6 @@ class Batch:
         return self.attention_mask.sum(dim=1).tolist()
 
 
-def as_images(given: ImagesLike) -> tuple[OneImage, ...]:
-    """The images of one prompt: none, one or several."""
-    if given is None:
-        return ()
-    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-
-
-def check_pairs(images: Sequence[ImagesLike], prompts: Sequence[Prompt]) -> None:
-    """Raise ConfigError unless `images` has one entry per prompt."""
-    if len(images) != len(prompts):
-        raise ConfigError(f"{len(images)} images for {len(prompts)} prompts; give one image (or None) for every prompt")
-
-
 def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     """The turns of a prompt, with one `<image>` for each of its images.
 
@@ -66,9 +47,9 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     LLaVA's training; several images stay where the prompt has them.
 
     Raises:
-        PromptError: The conversation does not end with a user turn, or the number of `<image>` is wrong.
+        PromptError: It is not a prompt or does not end with a user turn, or the number of `<image>` is wrong.
     """
-    turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    turns = as_turns(prompt, position)
     if not turns or turns[-1].role != "user":
         raise PromptError(position, "a conversation to be answered must end with a user turn")
     placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
@@ -139,7 +120,7 @@ def batches(
 
     Raises:
         ConfigError: the model's router needs to know each sample's source, which a prompt does not have.
-        DataError: an image cannot be read.
+        PromptError: an image cannot be read.
     """
     _check_router(loaded)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
@@ -150,7 +131,7 @@ def batches(
     for members, distinct in zip(batched, shown, strict=True):
         new = [key for key in distinct if key not in features]
         if new:
-            pixels = torch.stack([loaded.image_processor.pixels(_open(distinct[key])) for key in new])
+            pixels = torch.stack([_pixels(loaded, distinct[key]) for key in new])
             with torch.inference_mode():
                 features.update(zip(new, loaded.model.encode_images(pixels.to(loaded.model.device)), strict=True))
         keys = [_key(image) for n in members for image in as_images(images[n])]
@@ -161,18 +142,21 @@ def batches(
                 del features[key]
 
 
-def _distinct(images: Sequence[ImagesLike], members: Sequence[int]) -> dict[object, OneImage]:
-    return {_key(image): image for n in members for image in as_images(images[n])}
+def _distinct(images: Sequence[ImagesLike], members: Sequence[int]) -> dict[object, tuple[OneImage, int]]:
+    """Each image of the prompts `members` under its key, with the first prompt that shows it."""
+    return {_key(image): (image, n) for n in reversed(members) for image in as_images(images[n])}
 
 
 def _key(image: OneImage) -> object:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
-def _open(image: OneImage) -> Image:
-    if isinstance(image, (str, os.PathLike)):
-        return open_image(image)
-    return image.convert("RGB")
+def _pixels(loaded: LoadedModel, shown: tuple[OneImage, int]) -> torch.Tensor:
+    image, position = shown
+    try:
+        return loaded.image_processor.pixels(open_any(image))
+    except DataError as error:
+        raise PromptError(position, str(error)) from None
 
 
 def _collate(

@@ -13,7 +13,7 @@ from llava_mole.common.files import atomic_path, refuse_special, write_json
     ("kind", "message"),
     [
         ("pipe", "x is a pipe and is not replaced; name a file"),
-        ("link", "x is a link to file and is not replaced; name a file, such as its target"),
+        ("link", "x is a link to file and is not replaced; name a file such as its target"),
         ("dangling", "x is a link to none and is not replaced"),
         ("folder link", "x is a link to folder and is not replaced"),
     ],

@@ -120,7 +120,9 @@ def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = AnswerFile(path, questions, RUN)
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match=rf"answers file .*a\.jsonl is in use by process {os.getpid()} on .*; wait for"):
+        with pytest.raises(
+            ConfigError, match=rf"answers file .*a\.jsonl is in use by process {os.getpid()} on .*; wait for"
+        ):
             AnswerFile(path, questions, RUN, overwrite=overwrite, break_lock=True)
     first.add(records(questions))
     first.finish()
@@ -172,7 +174,9 @@ def test_links_pipes_and_devices_are_not_replaced(tmp_path: Path, kind: str, nam
     special(tmp_path / name, kind)
     before = {path.name: path.lstat() for path in tmp_path.iterdir()}
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match=rf"{name} (exists|is a (pipe|socket|link to .*) and is not replaced; name a file)"):
+        with pytest.raises(
+            ConfigError, match=rf"{name} (exists|is a (pipe|socket|link to .*) and is not replaced; name a file)"
+        ):
             AnswerFile(tmp_path / "a.jsonl", make_questions(1), RUN, overwrite=overwrite)
     assert {path.name: path.lstat() for path in tmp_path.iterdir()} == before
     assert (tmp_path / "target").read_text() == "somebody's"
@@ -244,7 +248,9 @@ def test_answers_of_two_models_are_refused(tmp_path: Path, models: list) -> None
         paths.append(tmp_path / f"{n}.jsonl")
         record = {"question_id": n, "text": "x"} | ({} if model is None else {"model_id": model})
         paths[-1].write_text(json.dumps(record) + "\n")
-    with pytest.raises(DataError, match=r"\d\.jsonl:1: an answer of model ('n'|3), but .*\d\.jsonl:1 is one of 'm'; score"):
+    with pytest.raises(
+        DataError, match=r"\d\.jsonl:1: an answer of model ('n'|3), but .*\d\.jsonl:1 is one of 'm'; score"
+    ):
         read_answers(paths)
     whole = tmp_path / "whole.jsonl"
     whole.write_text("".join(path.read_text() for path in paths))

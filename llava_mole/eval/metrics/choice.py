@@ -1,8 +1,8 @@
 """Multiple choice: the letter in an answer.
 
-Sources: LLaVA's `eval_science_qa.py` and `eval_seed_bench`-style conversion (`convert_seed_for_submission.py`); lmms-eval's
-ScienceQA task; VLMEvalKit's `can_infer_option` (`vlmeval/utils/matching_util.py`, August 2026) for MMBench, whose
-official scoring also lets a language model match answers without a clear letter.
+Sources: LLaVA's `eval_science_qa.py` and `eval_seed_bench`-style conversion (`convert_seed_for_submission.py`);
+lmms-eval's ScienceQA task; VLMEvalKit's `can_infer_option` (`vlmeval/utils/matching_util.py`, August 2026) for MMBench,
+whose official scoring also lets a language model match answers without a clear letter.
 """
 
 import re

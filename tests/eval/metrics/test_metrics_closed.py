@@ -138,7 +138,14 @@ def test_leading_letter(prediction: str, hit: bool) -> None:
         ("B is right because the sky is blue", None),
         ("The correct answer is **B**. Here is why it is the best", "B"),
         ("Because A is red, the answer is C", "C"),  # two letters: the sentence decides
-        *(("A or B", None), ("b", None), ("Bus", None), ("", None), ("E", None), ("Failed to obtain answer via API B", None)),
+        *(
+            ("A or B", None),
+            ("b", None),
+            ("Bus", None),
+            ("", None),
+            ("E", None),
+            ("Failed to obtain answer via API B", None),
+        ),
         ("Cannot determine the answer B", "Z"),
     ],
 )

@@ -169,10 +169,10 @@ def test_wtq_normalise(text: str, expected: str) -> None:
         ([""], ["a"], False),
         (["x-y-z"], ["x-y-z"], True),
         (["Strasse"], ["straße"], True),  # upper case first, as in the DUE evaluator
-        (["KADIKÖY ISTANBUL"], ["Kadıköy İstanbul"], True),  # the Turkish letters without and with a dot
+        (["KADIKÖY ISTANBUL"], ["Kad\u0131k\u00f6y \u0130stanbul"], True),  # the Turkish letters without and with a dot
         (["ﬁnal"], ["FINAL"], True),
         (["ΟΔΟΣ"], ["οδοσ"], True),  # both forms of the small sigma
-        (["ſt"], ["st"], True),
+        (["\u017ft"], ["st"], True),
         (["1E3"], ["1e3"], True),
     ],
 )
