@@ -28,7 +28,7 @@ from llava_mole.eval.benchmarks.benchmark import (
 )
 from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.benchmarks.submission import SUFFIXES, WRITERS, check_submission
-from llava_mole.eval.model_vqa import answer_questions, describe_run
+from llava_mole.eval.model_vqa import answer_questions, check_prompts, describe_run
 from llava_mole.eval.questions import check_images
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import build_benchmarks
@@ -115,6 +115,8 @@ def run_jobs(args: argparse.Namespace) -> None:
     """Answer, score and report. Ranks share the questions; rank 0 does everything else."""
     jobs = on_main(lambda: plan_jobs(args))
     predictor = load_predictor(args.model_path, args)
+    for job in jobs[1:]:  # `answer_questions` checks the first; a prompt of the last is to be found before its answers
+        check_prompts(predictor, job.loaded.asked(job.variant))
     found = {job.loaded.benchmark.name: _run_job(predictor, job, args) for job in jobs}
     run = {name: scores for name, scores in found.items() if scores is not None}
     if run and is_main_process():

@@ -55,6 +55,16 @@ def describe_run(
     }
 
 
+def check_prompts(predictor: Predictor, questions: Sequence[Question]) -> None:
+    """Raise DataError that names the first question that the model cannot be asked, on every rank."""
+
+    def check() -> None:
+        with errors_named_after(questions):
+            predictor.check([int(q.image is not None) for q in questions], [q.text for q in questions])
+
+    on_main(check)
+
+
 def answer_questions(
     predictor: Predictor,
     questions: Sequence[Question],
@@ -81,6 +91,7 @@ def answer_questions(
     """
     if routing_stats:
         RoutingStats(predictor)  # refuses a model without experts before the work, not after it
+    check_prompts(predictor, questions)
     run = describe_run(predictor, questions, image_folder, decoding)
     name = model_id(predictor.loaded.path)
     title = f"rank 0 of {get_world_size()}" if get_world_size() > 1 else None

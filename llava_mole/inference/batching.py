@@ -33,6 +33,8 @@ class Batch:
     """int64 [N]: which of the M images the n-th `<image>` shows, counted through the rows in order."""
     members: tuple[int, ...]
     """Position of each row in the caller's lists."""
+    images: tuple[ImagesLike, ...]
+    """Each row's images, as the caller gave them."""
 
     @property
     def lengths(self) -> list[int]:
@@ -131,11 +133,11 @@ def batches(
     for members, distinct in zip(batched, shown, strict=True):
         new = [key for key in distinct if key not in features]
         if new:
-            pixels = torch.stack([_pixels(loaded, distinct[key]) for key in new])
+            pixels = torch.stack([read_pixels(loaded, *distinct[key]) for key in new])
             with torch.inference_mode():
                 features.update(zip(new, loaded.model.encode_images(pixels.to(loaded.model.device)), strict=True))
-        keys = [_key(image) for n in members for image in as_images(images[n])]
-        yield _collate(loaded, [rows[n] for n in members], keys, {key: features[key] for key in distinct}, members)
+        own = [images[n] for n in members]
+        yield _collate(loaded, [rows[n] for n in members], own, {key: features[key] for key in distinct}, members)
         for key in distinct:
             remaining[key] -= 1
             if not remaining[key]:  # no later batch shows it
@@ -151,8 +153,8 @@ def _key(image: OneImage) -> object:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
-def _pixels(loaded: LoadedModel, shown: tuple[OneImage, int]) -> torch.Tensor:
-    image, position = shown
+def read_pixels(loaded: LoadedModel, image: OneImage, position: int) -> torch.Tensor:
+    """The image as uint8 [3, S, S]. Raises PromptError about prompt `position` if it cannot be read."""
     try:
         return loaded.image_processor.pixels(open_any(image))
     except DataError as error:
@@ -162,7 +164,7 @@ def _pixels(loaded: LoadedModel, shown: tuple[OneImage, int]) -> torch.Tensor:
 def _collate(
     loaded: LoadedModel,
     rows: Sequence[list[int]],
-    keys: Sequence[object],
+    images: Sequence[ImagesLike],
     features: dict[object, torch.Tensor],
     members: Sequence[int],
 ) -> Batch:
@@ -170,10 +172,12 @@ def _collate(
     device = loaded.model.device
     pad_id = loaded.tokenizer.pad_token_id
     places = {key: n for n, key in enumerate(features)}
+    shown = [places[_key(image)] for own in images for image in as_images(own)]
     return Batch(
         input_ids=torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device),
         attention_mask=torch.tensor([[n >= longest - len(row) for n in range(longest)] for row in rows], device=device),
         features=torch.stack(list(features.values())) if features else None,
-        image_index=torch.tensor([places[key] for key in keys], device=device) if keys else None,
+        image_index=torch.tensor(shown, device=device) if shown else None,
         members=tuple(members),
+        images=tuple(images),
     )

@@ -199,11 +199,14 @@ class RowStop:
         self._answer = answer
         self._limits = list(limits)
         self.cancelled = False
+        self.new_ids_RN: torch.Tensor | None = None
+        """int64 [R, N], the latest ids that it was called with."""
 
     def __call__(self, input_ids: "torch.Tensor", scores: object, **kwargs: object) -> "torch.Tensor":
         """Flags bool [rows] of finished rows, from the new ids int64 [rows, new]; prompts come as embeddings."""
         import torch
 
+        self.new_ids_RN = input_ids
         beams = input_ids.shape[0] // len(self._limits)
         done = [
             self.cancelled or len(ids) >= self._limits[row // beams] or self._answer.is_done(ids)

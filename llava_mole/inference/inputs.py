@@ -78,7 +78,7 @@ def open_any(image: OneImage) -> Image:
         if isinstance(image, np.ndarray):
             return pil.fromarray(image).convert("RGB")
         if not isinstance(image, _BYTES):
-            if hasattr(image, "seek") and image.seekable():  # it may have been read before
+            if hasattr(image, "seekable") and image.seekable():  # it may have been read before
                 image.seek(0)
             image = image.read()
         try:

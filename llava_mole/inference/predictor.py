@@ -6,6 +6,7 @@ so that every command words them alike.
 """
 
 import argparse
+import math
 import os
 import queue
 import threading
@@ -33,6 +34,7 @@ from llava_mole.inference.batching import (
     place_images,
 )
 from llava_mole.inference.decoding import AnswerDecoder, Decoding, RowStop, as_seeds, as_stops, check_count
+from llava_mole.inference.finite import finite_outputs
 from llava_mole.inference.inputs import ImagesLike, Prompt, as_images, as_lists
 from llava_mole.model.builder import LoadedModel, load_pretrained_model
 from llava_mole.model.llava_arch import LlavaMole
@@ -118,7 +120,8 @@ class Predictor:
 
         Raises:
             ConfigError: The lists differ in length, or an option is out of range.
-            PromptError: An image cannot be read, placeholders and images do not match, or a prompt fills the context.
+            PromptError: An image cannot be read, placeholders and images do not match, a prompt fills the context, or
+                the model computes NaN or infinity for it.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
         answer = self._answer_decoder(stop)
@@ -187,7 +190,11 @@ class Predictor:
         ]
         results: dict[int, Likelihood] = {}
         for batch in batches(self.loaded, [ids for ids, _ in encoded], images, batch_size):
-            found = score_batch(self.loaded.model, batch, [encoded[n][1] for n in batch.members])
+            with finite_outputs(self.loaded, batch) as check:
+                found = score_batch(self.loaded.model, batch, [encoded[n][1] for n in batch.members])
+                check.note(
+                    torch.tensor([not math.isfinite(each.logprob) for each in found], device=batch.input_ids.device)
+                )
             results.update(zip(batch.members, found, strict=True))
         return [results[n] for n in range(len(prompts))]
 
@@ -202,6 +209,11 @@ class Predictor:
             for n, (prompt, own) in enumerate(zip(prompts, images, strict=True))
         ]
         return batches(self.loaded, rows, images, batch_size)
+
+    def check(self, num_images: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """Raise PromptError for the first prompt that cannot be asked, whatever its images (`num_images[n]`) hold."""
+        for position, (prompt, number) in enumerate(zip(prompts, num_images, strict=True)):
+            encode_prompt(self.loaded, self.template, prompt, number, position)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D] of a batch."""
@@ -220,18 +232,20 @@ class Predictor:
         criterion: RowStop | None = None,
         streamer: Any = None,
     ) -> list[list[int]]:
-        """The new ids of every row, up to the row's own limit."""
+        """The new ids of every row, up to the row's own limit. Raises PromptError if the model is not finite."""
         limits = [min(decoding.max_new_tokens, self.loaded.context_length - length) for length in batch.lengths]
         criterion = criterion or RowStop(answer, limits)
         language_model: Any = self.loaded.model.language_model
-        with torch.inference_mode():
+        # A stream shows every token, so it waits for each; drawing beams from NaN would end the whole process on a GPU.
+        at_once = streamer is not None or (decoding.samples and decoding.num_beams > 1)
+        with torch.inference_mode(), finite_outputs(self.loaded, batch, criterion, at_once=at_once) as check:
             new_ids = language_model.generate(
                 inputs_embeds=self.embed(batch),
                 attention_mask=batch.attention_mask,
                 generation_config=decoding.generation_config(
                     eos_ids=self._eos_ids, pad_id=self.loaded.tokenizer.pad_token_id
                 ),
-                logits_processor=decoding.processors(seeds),
+                logits_processor=[check, *decoding.processors(seeds)],
                 stopping_criteria=[criterion],
                 streamer=streamer,
             )
