@@ -1,7 +1,7 @@
 """Finds models that compute NaN or infinity: what they generate looks like an answer.
 
-Logits are checked at every step, on their own device, and the result is read once per batch, so that a GPU does not
-wait for the CPU at every token. A second forward pass then finds the module where the fault begins.
+Logits are checked at every step, on their own device. On a GPU the result is read once per batch, so the check adds no
+synchronisation per token. A second forward pass finds the module where the fault begins.
 """
 
 from collections.abc import Iterator
