@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -59,8 +60,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     content. An existing folder is moved aside during the exchange and comes back if the exchange fails.
 
     Raises:
+        ConfigError: `path` is a link, device or pipe.
         OSError: it cannot be written; nothing of the new content is left. Wrap in `write_errors` for a UserError.
     """
+    refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
     old = path.parent / f".old-{path.name}-{os.getpid()}"
@@ -106,11 +109,31 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {' '.join(str(error).split())[:200]}") from None
 
 
+def refuse_special(path: Path) -> None:
+    """Raise ConfigError for a link, device, pipe or socket at `path`, which a renamed file would replace.
+
+    Raises:
+        OSError: the path cannot be looked at.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISLNK(mode):
+        raise ConfigError(
+            f"{path} is a link to {os.readlink(path)} and is not replaced; name a file such as its target"
+        )
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise ConfigError(f"{path} is a {kind} and is not replaced; name a file")
+
+
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise ConfigError unless a file may be written at `path`. Call it before the work, not after it."""
     with write_errors(path):
         if path.is_dir():
             raise ConfigError(f"{path} is a directory; name a file")
+        refuse_special(path)
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} exists; give --overwrite to replace it, or another name")
         folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -108,15 +108,19 @@ class ImageProcessor:
         self.modes: ImageModes = modes
         self._warned = False
 
-    def load(self, image: Image.Image | str | os.PathLike[str]) -> Image.Image:
+    def load(self, image: Image.Image | str | os.PathLike[str], name: str = "given") -> Image.Image:
         """An image or image file as RGB by the rule `modes`; the first one that `llava` alters is logged.
+
+        Args:
+            image: Any Pillow image, decoded or not, or the path of a file.
+            name: What an image without a file is called in messages.
 
         Raises:
             DataError: as `open_image`.
         """
         on_odd = None if self._warned else self._warn
         if isinstance(image, Image.Image):
-            name = getattr(image, "filename", "") or "given"
+            name = getattr(image, "filename", "") or name
             with image_errors(name):
                 return decode_rgb(image, self.modes, name=repr(name), on_odd=on_odd)
         return open_image(image, modes=self.modes, on_odd=on_odd)

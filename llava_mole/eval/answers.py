@@ -3,7 +3,8 @@
 While a run is in progress, answers collect in `<file>.partial`, whose first line describes the run; ranks above 0 write
 `<file>.partial.<rank>`. An interrupted run continues from all of them, on any number of ranks; a run with other
 settings refuses them. The finished file is written beside them and renamed into place, in the order of the questions,
-so a file under its final name always holds every answer. One process (with its ranks) writes a file at a time.
+so a file under its final name always holds every answer. One process (with its ranks) writes a file at a time and
+holds `<file>.lock`.
 """
 
 import base64
@@ -12,12 +13,14 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from llava_mole.common.distributed import all_gather_objects, get_rank, on_main
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.common.files import refuse_existing, try_lock, write_errors, write_text
+from llava_mole.common.files import refuse_existing, refuse_special, write_errors, write_text
+from llava_mole.common.locks import locked
 from llava_mole.common.log import get_logger
 from llava_mole.eval.questions import Question, read_json_lines
 
@@ -40,32 +43,47 @@ def answer_record(question: Question, text: str, model_id: str) -> dict[str, Any
     }
 
 
+def lock_answers(path: Path, break_lock: bool = False) -> AbstractContextManager[None]:
+    """The lock of an answers file, for a `with`. Raises ConfigError in its `with` if another process holds it."""
+    lock = path.with_name(f"{path.name}.lock")
+    return locked(lock, f"the answers file {path}", "--break-lock", break_lock)
+
+
 class AnswerFile:
     """Collects the answers to `questions` and writes them to `path` once they are complete.
 
     Every method except `add` is a collective of the ranks that evaluate together.
     """
 
-    def __init__(self, path: Path, questions: Sequence[Question], run: dict[str, Any], *, overwrite: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        questions: Sequence[Question],
+        run: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        break_lock: bool = False,
+    ):
         """Open or continue.
 
         Args:
             run: What the answers depend on (model, decoding, questions), plain JSON values.
             overwrite: Start over. An existing file stays until the new one is complete.
+            break_lock: Take over a lock whose owner cannot be checked from here.
 
         Raises:
-            ConfigError: `path` exists, or a partial file of a run with other settings does; another process is
-                writing it now; or it cannot be written.
+            ConfigError: `path` exists or is a link, device or pipe, or a partial file of a run with other settings
+                exists; another process is writing it now; or it cannot be written.
             DataError: a partial file cannot be read.
         """
         self.path = path
         rank = get_rank()
         self.partial = path.with_name(f"{path.name}.partial" + (f".{rank}" if rank else ""))
         self._questions = {question.key: question for question in questions}
-        self._lock: TextIO | None = None
+        self._lock = ExitStack()
         try:
             # One rank reads the files, so that all ranks continue from the same answers.
-            self._answered: set[str] = on_main(lambda: self._open(run, overwrite))
+            self._answered: set[str] = on_main(lambda: self._open(run, overwrite, break_lock))
         except BaseException:
             self.close()
             raise
@@ -89,27 +107,28 @@ class AnswerFile:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the complete file under its final name and remove the partial ones.
+        """Write the complete file under its final name, remove the partial ones and release the lock.
 
         Raises:
             DataError: a question has no answer, or two different ones.
         """
         all_gather_objects(None)  # wait until every rank has written its answers
         on_main(self._publish)
+        self.close()
 
     def close(self) -> None:
         """Let other processes continue from the partial files. The end of the process does the same."""
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
-    def _open(self, run: dict[str, Any], overwrite: bool) -> set[str]:
+    def _open(self, run: dict[str, Any], overwrite: bool, break_lock: bool) -> set[str]:
         refuse_existing(self.path, overwrite=overwrite)
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
-        if self.path.exists() and not overwrite:  # the process that held the lock has just finished
-            self.partial.unlink()
-            refuse_existing(self.path, overwrite=overwrite)
+        self._lock.enter_context(lock_answers(self.path, break_lock))
+        refuse_existing(self.path, overwrite=overwrite)  # the process that held the lock may just have finished
+        with write_errors(self.partial):
+            for partial in [self.partial, *self._partials()]:
+                refuse_special(partial)
         if overwrite:
             for partial in self._partials():
                 os.truncate(partial, 0)
@@ -120,22 +139,6 @@ class AnswerFile:
         if answered:
             logger.info("%s: continuing after %d answers", self.partial, len(answered))
         return answered
-
-    def _locked(self) -> TextIO:
-        """Open and lock the partial file of rank 0, which one process may hold at a time."""
-        busy = "another process is writing it now; wait for it, or give another --answers-file"
-        while True:
-            file = self.partial.open("a", encoding="utf-8")
-            try:
-                try_lock(file, self.path, busy)
-                if os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
-                    return file
-            except FileNotFoundError:
-                pass
-            except ConfigError:
-                file.close()
-                raise
-            file.close()  # the process that held the lock has removed this file meanwhile: open the new one
 
     def _partials(self) -> list[Path]:
         """Return the partial files of all ranks, in order."""
@@ -198,13 +201,23 @@ def read_answers(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Return the answers by question id (as text), of one file or of the files of all chunks.
 
     Raises:
-        DataError: unreadable line, missing `question_id` or `text`, or two answers to one question.
+        DataError: unreadable line, missing `question_id` or `text`, two answers to one question, or answers of two
+            models. Answers without a `model_id` are taken as they are.
     """
     answers: dict[str, dict[str, Any]] = {}
+    first: tuple[str, Any] = ("", None)  # place and model of the first answer that names one
     for path in paths:
         for where, record in read_json_lines(path):
             if "question_id" not in record or not isinstance(record.get("text"), str):
                 raise DataError(f"{where}: an answer needs 'question_id' and 'text'")
             if answers.setdefault(str(record["question_id"]), record) is not record:
                 raise DataError(f"{where}: a second answer to question {record['question_id']!r}")
+            model = record.get("model_id")
+            if first[1] is None and model is not None:
+                first = (where, model)
+            if model not in (None, first[1]):
+                raise DataError(
+                    f"{where}: an answer of model {model!r}, but {first[0]} is one of {first[1]!r}; score each "
+                    "model's answers on their own"
+                )
     return answers

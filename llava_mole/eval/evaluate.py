@@ -18,7 +18,7 @@ from llava_mole.common.distributed import is_main_process, on_main
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import read_json, refuse_existing, sha256_of, write_bytes, write_json
 from llava_mole.common.log import setup_logging
-from llava_mole.eval.answers import read_answers
+from llava_mole.eval.answers import lock_answers, read_answers
 from llava_mole.eval.benchmarks.benchmark import (
     DATA_ROOT,
     DEFAULT_VARIANT,
@@ -28,7 +28,7 @@ from llava_mole.eval.benchmarks.benchmark import (
 )
 from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.benchmarks.submission import SUFFIXES, WRITERS, check_submission
-from llava_mole.eval.model_vqa import answer_questions, describe_run
+from llava_mole.eval.model_vqa import answer_questions, check_prompts, describe_run
 from llava_mole.eval.questions import check_images
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import build_benchmarks
@@ -105,8 +105,9 @@ def _plan(loaded: BenchmarkQuestions, answers: Path, args: argparse.Namespace) -
     score.check_scorable(loaded)
     limit = args.max_new_tokens or loaded.benchmark.prompt.max_new_tokens
     job = Job(loaded, args.prompt_variant, Decoding(limit, args.temperature, args.top_p, args.num_beams), answers)
-    if not job.record.exists():
-        refuse_existing(job.answers, overwrite=args.overwrite)
+    refuse_existing(job.answers, overwrite=args.overwrite or job.record.exists())
+    for path in (job.record, job.scores, job.routing, *([job.submission] if job.submission else [])):
+        refuse_existing(path, overwrite=True)
     return job
 
 
@@ -114,6 +115,8 @@ def run_jobs(args: argparse.Namespace) -> None:
     """Answer, score and report. Ranks share the questions; rank 0 does everything else."""
     jobs = on_main(lambda: plan_jobs(args))
     predictor = load_predictor(args.model_path, args)
+    for job in jobs[1:]:  # `answer_questions` checks the first; a prompt of the last is to be found before its answers
+        check_prompts(predictor, job.loaded.asked(job.variant))
     found = {job.loaded.benchmark.name: _run_job(predictor, job, args) for job in jobs}
     run = {name: scores for name, scores in found.items() if scores is not None}
     if run and is_main_process():
@@ -134,10 +137,11 @@ def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[s
             job.decoding,
             batch_size=args.batch_size,
             overwrite=args.overwrite,
+            break_lock=args.break_lock,
             routing_stats=job.routing if predictor.loaded.adapter == "mole" else None,
             begin=lambda: _begin(job, run),
         )
-    return on_main(lambda: _finish(predictor, job, run))
+    return on_main(lambda: _finish(predictor, job, run, args.break_lock))
 
 
 def _is_answered(job: Job, run: Mapping[str, Any], *, overwrite: bool) -> bool:
@@ -165,13 +169,14 @@ def _begin(job: Job, run: Mapping[str, Any]) -> None:
     write_json(job.record, run)
 
 
-def _finish(predictor: Predictor, job: Job, run: Mapping[str, Any]) -> dict[str, Any] | None:
+def _finish(predictor: Predictor, job: Job, run: Mapping[str, Any], break_lock: bool) -> dict[str, Any] | None:
     """Write the server's file, if the benchmark has one, and the scores, unless they are up to date."""
     benchmark = job.loaded.benchmark
     answers = read_answers([job.answers])
     if job.submission is not None:
         score.check_answers(job.loaded, answers)
-        write_bytes(job.submission, WRITERS[benchmark.submission or ""](job.loaded, answers))
+        with lock_answers(job.answers, break_lock):
+            write_bytes(job.submission, WRITERS[benchmark.submission or ""](job.loaded, answers))
         print(f"{benchmark.name}: submission file {job.submission}")
     if benchmark.primary is None:
         return None
@@ -188,7 +193,8 @@ def _finish(predictor: Predictor, job: Job, run: Mapping[str, Any]) -> dict[str,
             "routing": str(job.routing.resolve()) if job.routing.exists() else None,
             "run": run,
         }
-        score.write_score_file(job.scores, scores)
+        with lock_answers(job.answers, break_lock):
+            score.write_score_file(job.scores, scores)
         print(score.format_scores(scores) + "\n")
     return scores | {"score_file": str(job.scores)}
 

@@ -55,6 +55,16 @@ def describe_run(
     }
 
 
+def check_prompts(predictor: Predictor, questions: Sequence[Question]) -> None:
+    """Raise DataError that names the first question that the model cannot be asked, on every rank."""
+
+    def check() -> None:
+        with errors_named_after(questions):
+            predictor.check([int(q.image is not None) for q in questions], [q.text for q in questions])
+
+    on_main(check)
+
+
 def answer_questions(
     predictor: Predictor,
     questions: Sequence[Question],
@@ -64,6 +74,7 @@ def answer_questions(
     *,
     batch_size: int = 16,
     overwrite: bool = False,
+    break_lock: bool = False,
     routing_stats: Path | None = None,
     begin: Callable[[], None] | None = None,
 ) -> None:
@@ -80,10 +91,11 @@ def answer_questions(
     """
     if routing_stats:
         RoutingStats(predictor)  # refuses a model without experts before the work, not after it
+    check_prompts(predictor, questions)
     run = describe_run(predictor, questions, image_folder, decoding)
     name = model_id(predictor.loaded.path)
     title = f"rank 0 of {get_world_size()}" if get_world_size() > 1 else None
-    with closing(AnswerFile(answers_file, questions, run, overwrite=overwrite)) as output:
+    with closing(AnswerFile(answers_file, questions, run, overwrite=overwrite, break_lock=break_lock)) as output:
         if begin is not None:
             on_main(begin)
         if routing_stats and len(output.pending) == len(questions):
@@ -139,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             decoding,
             batch_size=args.batch_size,
             overwrite=args.overwrite,
+            break_lock=args.break_lock,
             routing_stats=Path(args.routing_stats) if args.routing_stats else None,
         )
         if is_main_process():

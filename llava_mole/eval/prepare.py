@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llava_mole.common.errors import ConfigError, DataError, command
-from llava_mole.common.files import sha256_of, write_json, write_text
+from llava_mole.common.files import refuse_existing, sha256_of, write_json, write_text
 from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, PREPARED, Benchmark, BenchmarkQuestions, load_questions
 from llava_mole.eval.benchmarks.official import CONVERTERS
 from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = out / benchmark.data.questions[0]
     if path.exists() and not args.overwrite:
         raise ConfigError(f"{path} exists; give --overwrite to replace it, or another --out")
+    refuse_existing(path, overwrite=True)
     converted = CONVERTERS[benchmark.data.converter](raw, benchmark.data.options)
     if not converted.lines:
         raise DataError(f"{', '.join(map(str, converted.sources)) or raw}: no questions in it")

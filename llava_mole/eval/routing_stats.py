@@ -17,6 +17,7 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.eval.questions import Question, errors_named_after, windows
 from llava_mole.eval.ranks import share_of_rank
+from llava_mole.inference.finite import finite_outputs
 from llava_mole.inference.predictor import Batch, Predictor
 from llava_mole.mole import choice_counts, collect_routing
 
@@ -49,7 +50,11 @@ class RoutingStats:
             inputs_BLD = self._predictor.embed(batch)
             # Through the whole model, which tells gates that average over a prompt where the padding is. The logits
             # are not needed, so only the last position's are computed.
-            causal_lm(inputs_embeds=inputs_BLD, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
+            with finite_outputs(self._predictor.loaded, batch) as check:
+                output = causal_lm(
+                    inputs_embeds=inputs_BLD, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1
+                )
+                check.note(~output.logits.isfinite().flatten(1).all(dim=1))
             routing = collect_routing(model.language_model)
             prompt_BL, is_image_BL = batch.attention_mask, batch.input_ids == IMAGE_TOKEN_INDEX
             masks = {"all": prompt_BL, "image": prompt_BL & is_image_BL, "text": prompt_BL & ~is_image_BL}
@@ -112,9 +117,9 @@ def collect_routing_stats(
     with tqdm(total=len(mine), desc="routing", unit="q", disable=None if is_main_process() else True) as progress:
         for window, images in windows(mine, image_folder, batch_size):
             with errors_named_after(window):
-                batches = predictor.batches(images, [question.text for question in window], batch_size=batch_size)
-            for batch in batches:
-                stats.add(batch, [window[member].group for member in batch.members])
+                prompts = [question.text for question in window]
+                for batch in predictor.batches(images, prompts, batch_size=batch_size):
+                    stats.add(batch, [window[member].group for member in batch.members])
             progress.update(len(window))
     stats.merge_ranks()
     return stats

@@ -7,21 +7,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
-from PIL.Image import Image
 
-from llava_mole.common.errors import ConfigError, PromptError
+from llava_mole.common.errors import ConfigError, DataError, PromptError
 from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
 from llava_mole.data.tokenization import encode
+from llava_mole.inference.inputs import ImagesLike, OneImage, Prompt, as_images, as_turns, open_any
 from llava_mole.model.builder import LoadedModel
-
-OneImage: TypeAlias = Image | str | os.PathLike[str]
-ImagesLike: TypeAlias = OneImage | Sequence[OneImage] | None
-Prompt: TypeAlias = str | Sequence[Turn]
 
 
 @dataclass(frozen=True)
@@ -38,24 +33,13 @@ class Batch:
     """int64 [N]: which of the M images the n-th `<image>` shows, counted through the rows in order."""
     members: tuple[int, ...]
     """Position of each row in the caller's lists."""
+    images: tuple[ImagesLike, ...]
+    """Each row's images, as the caller gave them."""
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, without padding."""
         return self.attention_mask.sum(dim=1).tolist()
-
-
-def as_images(given: ImagesLike) -> tuple[OneImage, ...]:
-    """The images of one prompt: none, one or several."""
-    if given is None:
-        return ()
-    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-
-
-def check_pairs(images: Sequence[ImagesLike], prompts: Sequence[Prompt]) -> None:
-    """Raise ConfigError unless `images` has one entry per prompt."""
-    if len(images) != len(prompts):
-        raise ConfigError(f"{len(images)} images for {len(prompts)} prompts; give one image (or None) for every prompt")
 
 
 def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
@@ -65,9 +49,9 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     LLaVA's training; several images stay where the prompt has them.
 
     Raises:
-        PromptError: The conversation does not end with a user turn, or the number of `<image>` is wrong.
+        PromptError: It is not a prompt or does not end with a user turn, or the number of `<image>` is wrong.
     """
-    turns = [Turn("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    turns = as_turns(prompt, position)
     if not turns or turns[-1].role != "user":
         raise PromptError(position, "a conversation to be answered must end with a user turn")
     placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
@@ -138,7 +122,7 @@ def batches(
 
     Raises:
         ConfigError: the model's router needs to know each sample's source, which a prompt does not have.
-        DataError: an image cannot be read.
+        PromptError: an image cannot be read.
     """
     _check_router(loaded)
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
@@ -149,33 +133,38 @@ def batches(
     for members, distinct in zip(batched, shown, strict=True):
         new = [key for key in distinct if key not in features]
         if new:
-            pixels = torch.stack([_pixels(loaded, distinct[key]) for key in new])
+            pixels = torch.stack([read_pixels(loaded, *distinct[key]) for key in new])
             with torch.inference_mode():
                 features.update(zip(new, loaded.model.encode_images(pixels.to(loaded.model.device)), strict=True))
-        keys = [_key(image) for n in members for image in as_images(images[n])]
-        yield _collate(loaded, [rows[n] for n in members], keys, {key: features[key] for key in distinct}, members)
+        own = [images[n] for n in members]
+        yield _collate(loaded, [rows[n] for n in members], own, {key: features[key] for key in distinct}, members)
         for key in distinct:
             remaining[key] -= 1
             if not remaining[key]:  # no later batch shows it
                 del features[key]
 
 
-def _distinct(images: Sequence[ImagesLike], members: Sequence[int]) -> dict[object, OneImage]:
-    return {_key(image): image for n in members for image in as_images(images[n])}
+def _distinct(images: Sequence[ImagesLike], members: Sequence[int]) -> dict[object, tuple[OneImage, int]]:
+    """Each image of the prompts `members` under its key, with the first prompt that shows it."""
+    return {_key(image): (image, n) for n in reversed(members) for image in as_images(images[n])}
 
 
 def _key(image: OneImage) -> object:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
-def _pixels(loaded: LoadedModel, image: OneImage) -> torch.Tensor:
-    return loaded.image_processor.pixels(loaded.image_processor.load(image))
+def read_pixels(loaded: LoadedModel, image: OneImage, position: int) -> torch.Tensor:
+    """The image as uint8 [3, S, S]. Raises PromptError about prompt `position` if it cannot be read."""
+    try:
+        return loaded.image_processor.pixels(open_any(image, loaded.image_processor))
+    except DataError as error:
+        raise PromptError(position, str(error)) from None
 
 
 def _collate(
     loaded: LoadedModel,
     rows: Sequence[list[int]],
-    keys: Sequence[object],
+    images: Sequence[ImagesLike],
     features: dict[object, torch.Tensor],
     members: Sequence[int],
 ) -> Batch:
@@ -183,10 +172,12 @@ def _collate(
     device = loaded.model.device
     pad_id = loaded.tokenizer.pad_token_id
     places = {key: n for n, key in enumerate(features)}
+    shown = [places[_key(image)] for own in images for image in as_images(own)]
     return Batch(
         input_ids=torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device),
         attention_mask=torch.tensor([[n >= longest - len(row) for n in range(longest)] for row in rows], device=device),
         features=torch.stack(list(features.values())) if features else None,
-        image_index=torch.tensor([places[key] for key in keys], device=device) if keys else None,
+        image_index=torch.tensor(shown, device=device) if shown else None,
         members=tuple(members),
+        images=tuple(images),
     )

@@ -1,6 +1,8 @@
 """Decoding: its options, when an answer ends, and how token ids become text, at once or piece by piece."""
 
 import math
+import numbers
+import operator
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,16 +36,17 @@ class Decoding:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_count("max_new_tokens", self.max_new_tokens)
+        for name, value in (("temperature", self.temperature), ("top_p", 1 if self.top_p is None else self.top_p)):
+            if not isinstance(value, numbers.Real):
+                raise ConfigError(f"{name} is {value!r}; it must be a number")
         if self.temperature and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
                 f"temperature is {self.temperature}; it must be 0 (greedy) or at least {LOWEST_TEMPERATURE}"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.num_beams < 1:
-            raise ConfigError(f"num_beams is {self.num_beams}; it must be at least 1")
+        check_count("num_beams", self.num_beams)
 
     @property
     def samples(self) -> bool:
@@ -86,6 +89,33 @@ class Decoding:
         nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p is not None else []
         warpers = [TemperatureLogitsWarper(self.temperature), TopKLogitsWarper(TOP_K), *nucleus]
         return LogitsProcessorList([*warpers, RowSampler(seeds)])
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number")
+    if value < 1:
+        raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def as_seeds(seeds: Any, count: int) -> list[int]:
+    """One seed per prompt. Raises ConfigError unless there are `count` whole numbers."""
+    try:
+        found = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise ConfigError(f"seeds is {seeds!r}; give a list with one whole number for every prompt") from None
+    if len(found) != count:
+        raise ConfigError(f"{len(found)} seeds for {count} prompts; give one whole number for every prompt")
+    return found
+
+
+def as_stops(stop: Any) -> list[str]:
+    """The texts that end an answer; a single text is one of them. Raises ConfigError if they are not texts."""
+    found = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(found, Sequence) or not all(isinstance(text, str) for text in found):
+        raise ConfigError(f"stop is {stop!r}; give a text or a list of texts")
+    return list(found)
 
 
 class AnswerDecoder:
@@ -169,11 +199,14 @@ class RowStop:
         self._answer = answer
         self._limits = list(limits)
         self.cancelled = False
+        self.new_ids_RN: torch.Tensor | None = None
+        """int64 [R, N], the latest ids that it was called with."""
 
     def __call__(self, input_ids: "torch.Tensor", scores: object, **kwargs: object) -> "torch.Tensor":
         """Flags bool [rows] of finished rows, from the new ids int64 [rows, new]; prompts come as embeddings."""
         import torch
 
+        self.new_ids_RN = input_ids
         beams = input_ids.shape[0] // len(self._limits)
         done = [
             self.cancelled or len(ids) >= self._limits[row // beams] or self._answer.is_done(ids)

@@ -6,17 +6,19 @@ so that every command words them alike.
 """
 
 import argparse
+import math
 import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from llava_mole.common.errors import ConfigError, PromptError
+from llava_mole.common.text import count_of
 from llava_mole.config import Quantization
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, Turn, render
@@ -24,20 +26,21 @@ from llava_mole.data.chat_template import check_template_name, resolve_template
 from llava_mole.data.tokenization import encode
 from llava_mole.inference.batching import (
     Batch,
-    ImagesLike,
-    Prompt,
-    as_images,
     batches,
-    check_pairs,
     check_room,
     check_shown,
     check_text,
     encode_prompt,
     place_images,
 )
-from llava_mole.inference.decoding import AnswerDecoder, Decoding, RowStop
+from llava_mole.inference.decoding import AnswerDecoder, Decoding, RowStop, as_seeds, as_stops, check_count
+from llava_mole.inference.finite import finite_outputs
+from llava_mole.inference.inputs import ImagesLike, Prompt, as_images, as_lists
 from llava_mole.model.builder import LoadedModel, load_pretrained_model
 from llava_mole.model.llava_arch import LlavaMole
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class Predictor:
 
         Arguments and errors are those of `load_pretrained_model`; `template` is that of the constructor.
         """
+        if not isinstance(model_path, (str, os.PathLike)):
+            raise ConfigError(f"model_path is {model_path!r}; give the path of a run or checkpoint")
+        _check_placement(device, dtype, quantization)
         if template is not None:
             check_template_name(template)
         loaded = load_pretrained_model(
@@ -85,43 +91,44 @@ class Predictor:
 
     def generate(
         self,
-        images: Sequence[ImagesLike],
-        prompts: Sequence[Prompt],
+        images: ImagesLike | Sequence[ImagesLike],
+        prompts: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         top_p: float | None = None,
         num_beams: int = 1,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
     ) -> list[str]:
         """Answers to the prompts, in their order.
 
         Args:
-            images: One entry per prompt: a PIL image, a path, None, or a list of images. An object or path that
-                occurs several times is encoded once.
-            prompts: Questions, or conversations that end with a user turn. If the text has no image placeholders, they
-                are put before the first turn.
+            images: One entry per prompt: an image (see `OneImage`), None, or a list of images. An object or path that
+                occurs several times is encoded once. A single image or None goes with every prompt.
+            prompts: Questions, or conversations that end with a user turn; a single one is a list of one, and all
+                images belong to it. If the text has no image placeholders, they are put before the first turn.
             max_new_tokens: Longest answer in tokens; an answer also ends at the context's limit.
             temperature: 0 is greedy, whatever the language model's own generation config says.
             top_p: Sample only within this probability mass.
             num_beams: Beams of beam search; 1 turns it off.
-            stop: Texts that end an answer, in addition to the template's end marker.
+            stop: A text, or texts, that end an answer, in addition to the template's end marker.
             seeds: One per prompt, for sampling; by default drawn from torch's generator. With `num_beams` above 1
                 they are not used: torch's generator decides, and answers depend on the batch.
             batch_size: Prompts per forward pass; prompts of similar length share one.
 
         Raises:
             ConfigError: The lists differ in length, or an option is out of range.
-            DataError: An image cannot be read, placeholders and images do not match, or a prompt fills the context.
+            PromptError: An image cannot be read, placeholders and images do not match, a prompt fills the context, or
+                the model computes NaN or infinity for it.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
-        if seeds is None:
-            seeds = _draw_seeds(decoding, len(prompts))
+        answer = self._answer_decoder(stop)
+        images, prompts = as_lists(images, prompts)
+        seeds = _draw_seeds(decoding, len(prompts)) if seeds is None else as_seeds(seeds, len(prompts))
         answers = [""] * len(prompts)
-        for batch in self.batches(images, prompts, batch_size=_positive(batch_size)):
-            answer = self._answer_decoder(stop)
+        for batch in self.batches(images, prompts, batch_size=batch_size):
             found = self._decode(batch, decoding, answer, [seeds[member] for member in batch.members])
             for position, ids in zip(batch.members, found, strict=True):
                 answers[position] = answer.final(ids)
@@ -135,7 +142,7 @@ class Predictor:
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         top_p: float | None = None,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
     ) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; the joined pieces equal `generate`'s answer.
 
@@ -143,14 +150,15 @@ class Predictor:
         Arguments and errors are those of `generate`; wrong arguments raise at the call.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p)
+        answer = self._answer_decoder(stop)
         (batch,) = self.batches([image], [prompt], batch_size=1)
-        return self._pieces(batch, decoding, self._answer_decoder(stop))
+        return self._pieces(batch, decoding, answer)
 
     def score(
         self,
-        images: Sequence[ImagesLike],
-        prompts: Sequence[Prompt],
-        continuations: Sequence[str],
+        images: ImagesLike | Sequence[ImagesLike],
+        prompts: Prompt | Sequence[Prompt],
+        continuations: str | Sequence[str],
         *,
         with_end: bool = False,
         batch_size: int = 16,
@@ -159,15 +167,19 @@ class Predictor:
 
         Args:
             images, prompts: As for `generate`.
-            continuations: One answer per prompt.
+            continuations: One answer per prompt; a single text is a list of one.
             with_end: Also score the end marker, that is, that the answer stops there.
             batch_size: Rows per forward pass; rows of similar length share one.
 
         Raises:
             ConfigError: The lists differ in length.
-            DataError: As for `generate`, or a continuation is empty.
+            PromptError: As for `generate`, or a continuation is empty.
         """
-        check_pairs(images, prompts)
+        check_count("batch_size", batch_size)
+        images, prompts = as_lists(images, prompts)
+        continuations = [continuations] if isinstance(continuations, str) else continuations
+        if not isinstance(continuations, Sequence) or not all(isinstance(text, str) for text in continuations):
+            raise ConfigError(f"continuations is {continuations!r}; give a list with one text for every prompt")
         if len(continuations) != len(prompts):
             raise ConfigError(f"{len(continuations)} continuations for {len(prompts)} prompts; give one per prompt")
         encoded = [
@@ -177,26 +189,38 @@ class Predictor:
             for n, (own, prompt, text) in enumerate(zip(images, prompts, continuations, strict=True))
         ]
         results: dict[int, Likelihood] = {}
-        for batch in batches(self.loaded, [ids for ids, _ in encoded], images, _positive(batch_size)):
-            found = score_batch(self.loaded.model, batch, [encoded[n][1] for n in batch.members])
+        for batch in batches(self.loaded, [ids for ids, _ in encoded], images, batch_size):
+            with finite_outputs(self.loaded, batch) as check:
+                found = score_batch(self.loaded.model, batch, [encoded[n][1] for n in batch.members])
+                check.note(
+                    torch.tensor([not math.isfinite(each.logprob) for each in found], device=batch.input_ids.device)
+                )
             results.update(zip(batch.members, found, strict=True))
         return [results[n] for n in range(len(prompts))]
 
-    def batches(self, images: Sequence[ImagesLike], prompts: Sequence[Prompt], *, batch_size: int) -> Iterator[Batch]:
-        """The prompts as model input, shortest first to keep padding low."""
-        check_pairs(images, prompts)
+    def batches(
+        self, images: ImagesLike | Sequence[ImagesLike], prompts: Prompt | Sequence[Prompt], *, batch_size: int
+    ) -> Iterator[Batch]:
+        """The prompts as model input, shortest first to keep padding low. Arguments and errors are `generate`'s."""
+        check_count("batch_size", batch_size)
+        images, prompts = as_lists(images, prompts)
         rows = [
             encode_prompt(self.loaded, self.template, prompt, len(as_images(own)), n)
             for n, (prompt, own) in enumerate(zip(prompts, images, strict=True))
         ]
         return batches(self.loaded, rows, images, batch_size)
 
+    def check(self, num_images: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """Raise PromptError for the first prompt that cannot be asked, whatever its images (`num_images[n]`) hold."""
+        for position, (prompt, number) in enumerate(zip(prompts, num_images, strict=True)):
+            encode_prompt(self.loaded, self.template, prompt, number, position)
+
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D] of a batch."""
         return self.loaded.model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features)
 
-    def _answer_decoder(self, stop: Sequence[str] | None) -> AnswerDecoder:
-        return AnswerDecoder(self.loaded.tokenizer, self._eos_ids, [self.template.stop, *(stop or ())])
+    def _answer_decoder(self, stop: str | Sequence[str] | None) -> AnswerDecoder:
+        return AnswerDecoder(self.loaded.tokenizer, self._eos_ids, [self.template.stop, *as_stops(stop)])
 
     def _decode(
         self,
@@ -208,18 +232,20 @@ class Predictor:
         criterion: RowStop | None = None,
         streamer: Any = None,
     ) -> list[list[int]]:
-        """The new ids of every row, up to the row's own limit."""
+        """The new ids of every row, up to the row's own limit. Raises PromptError if the model is not finite."""
         limits = [min(decoding.max_new_tokens, self.loaded.context_length - length) for length in batch.lengths]
         criterion = criterion or RowStop(answer, limits)
         language_model: Any = self.loaded.model.language_model
-        with torch.inference_mode():
+        # A stream shows every token, so it waits for each; drawing beams from NaN would end the whole process on a GPU.
+        at_once = streamer is not None or (decoding.samples and decoding.num_beams > 1)
+        with torch.inference_mode(), finite_outputs(self.loaded, batch, criterion, at_once=at_once) as check:
             new_ids = language_model.generate(
                 inputs_embeds=self.embed(batch),
                 attention_mask=batch.attention_mask,
                 generation_config=decoding.generation_config(
                     eos_ids=self._eos_ids, pad_id=self.loaded.tokenizer.pad_token_id
                 ),
-                logits_processor=decoding.processors(seeds),
+                logits_processor=[check, *decoding.processors(seeds)],
                 stopping_criteria=[criterion],
                 streamer=streamer,
             )
@@ -279,10 +305,22 @@ def _draw_seeds(decoding: Decoding, count: int) -> list[int]:
     return torch.randint(2**62, (count,)).tolist() if decoding.samples else [0] * count
 
 
-def _positive(batch_size: int) -> int:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-    return batch_size
+def _check_placement(device: Any, dtype: Any, quantization: Any) -> None:
+    """Raise ConfigError for a device, dtype or quantisation that does not exist, or is not there."""
+    for name, value, allowed in (
+        ("dtype", dtype, DTYPES),
+        ("quantization", quantization, (None, *get_args(Quantization))),
+        ("device", str(device).partition(":")[0], DEVICES),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(str, allowed))}")
+    if str(device).startswith("cuda"):
+        number = str(device).partition(":")[2] or "0"
+        if not number.isdecimal() or int(number) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device is {device!r}, but PyTorch finds {count_of(torch.cuda.device_count(), 'GPU')} here; give "
+                "another device, or cpu"
+            )
 
 
 def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:
@@ -369,8 +407,8 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, temperature: float
         metavar="N",
         help=f"longest answer in tokens (default {max_new_tokens})",
     )
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default auto: the GPU if there is one")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default float32; bfloat16 is for GPUs")
+    add("--device", default="auto", choices=DEVICES, help="default auto: the GPU if there is one")
+    add("--dtype", default="float32", choices=DTYPES, help="default float32; bfloat16 is for GPUs")
     group = parser.add_mutually_exclusive_group()
     for name, value, text in (
         ("4bit", "4bit", "load the language model in 4 bits (default: as in training)"),
@@ -387,6 +425,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-beams", "--num_beams", type=int, default=1, metavar="N", help="beams of beam search (default 1: none)")
     add("--batch-size", type=_batch_size, default=16, metavar="N", help="questions per forward pass (default 16)")
     add("--overwrite", action="store_true", help="replace existing output files")
+    add("--break-lock", action="store_true", help="take over the answers file's lock of a process on another machine")
 
 
 def load_predictor(model_path: str, args: argparse.Namespace) -> Predictor:

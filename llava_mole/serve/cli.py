@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.log import setup_logging
+from llava_mole.conversation import Turn
 from llava_mole.data.images import open_image
-from llava_mole.inference.batching import Turn
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor, add_loading_arguments, load_predictor
 

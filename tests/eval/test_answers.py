@@ -1,14 +1,16 @@
 """Answer files have LLaVA's fields, appear complete or not at all, and continue after an interruption."""
 
+import contextlib
 import errno
-import fcntl
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from llava_mole.common.errors import ConfigError, DataError
+from llava_mole.eval import answers
 from llava_mole.eval.answers import AnswerFile, answer_record, read_answers
 from llava_mole.eval.questions import Question
 
@@ -118,8 +120,10 @@ def test_one_process_at_a_time_writes_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = AnswerFile(path, questions, RUN)
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match=r"a\.jsonl: another process is writing it now; wait for it"):
-            AnswerFile(path, questions, RUN, overwrite=overwrite)
+        with pytest.raises(
+            ConfigError, match=rf"answers file .*a\.jsonl is in use by process {os.getpid()} on .*; wait for"
+        ):
+            AnswerFile(path, questions, RUN, overwrite=overwrite, break_lock=True)
     first.add(records(questions))
     first.finish()
     with pytest.raises(ConfigError, match=r"a\.jsonl exists; give --overwrite"):
@@ -132,27 +136,55 @@ def test_a_process_that_finishes_meanwhile_is_noticed(tmp_path: Path, monkeypatc
     path = tmp_path / "a.jsonl"
     other = AnswerFile(path, questions, RUN)
     other.add(records(questions))
-    flock = fcntl.flock
+    lock_answers = answers.lock_answers
 
-    def slow(file, operation: int) -> None:
-        if not path.exists():
-            other.finish()  # after this process has opened the partial file, before it has the lock
-            other.close()
-        flock(file, operation)
+    def slow(*arguments):
+        other.finish()  # after this process has looked for the file, before it has the lock
+        return lock_answers(*arguments)
 
-    monkeypatch.setattr(fcntl, "flock", slow)
+    monkeypatch.setattr(answers, "lock_answers", slow)
     with pytest.raises(ConfigError, match=r"a\.jsonl exists; give --overwrite"):
         AnswerFile(path, questions, RUN)
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
     assert len(read_answers([path])) == 2
 
 
-def test_file_systems_without_locks_are_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(file, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+def test_a_lock_of_another_machine_is_broken_only_on_request(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.lock").write_text('{"host": "elsewhere", "pid": 7, "token": "theirs"}')
+    with pytest.raises(ConfigError, match="process 7 on elsewhere .* if it has ended, give --break-lock"):
+        AnswerFile(tmp_path / "a.jsonl", make_questions(1), RUN)
+    AnswerFile(tmp_path / "a.jsonl", make_questions(1), RUN, break_lock=True).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl.partial"]
 
-    monkeypatch.setattr(fcntl, "flock", refused)
-    assert write_all(tmp_path / "a.jsonl", make_questions(2)).count(b"\n") == 2
+
+def special(path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):  # a socket's name must be short
+            server.bind(path.name)
+    else:
+        path.symlink_to({"device": "/dev/null", "dangling": "missing", "link": "target"}[kind])
+    (path.parent / "target").write_text("somebody's")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "link", "dangling", "device"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.partial", "a.jsonl.partial.1"])
+def test_links_pipes_and_devices_are_not_replaced(tmp_path: Path, kind: str, name: str) -> None:
+    special(tmp_path / name, kind)
+    before = {path.name: path.lstat() for path in tmp_path.iterdir()}
+    for overwrite in (False, True):
+        with pytest.raises(
+            ConfigError, match=rf"{name} (exists|is a (pipe|socket|link to .*) and is not replaced; name a file)"
+        ):
+            AnswerFile(tmp_path / "a.jsonl", make_questions(1), RUN, overwrite=overwrite)
+    assert {path.name: path.lstat() for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "target").read_text() == "somebody's"
+
+
+def test_a_device_is_not_replaced() -> None:
+    with pytest.raises(ConfigError, match="/dev/null is a device and is not replaced; name a file"):
+        AnswerFile(Path("/dev/null"), make_questions(1), RUN, overwrite=True)
 
 
 def test_a_full_disk_is_a_users_error_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +206,9 @@ def test_a_full_disk_is_a_users_error_and_loses_nothing(tmp_path: Path, monkeypa
         patched.setattr(os, "fsync", full)
         with pytest.raises(ConfigError, match=r"a\.jsonl cannot be written: No space left on device; make room"):
             output.finish()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl.partial"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl.lock", "a.jsonl.partial"]
     output.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
     assert len(read_answers([path])) == 3
 
 
@@ -206,6 +239,24 @@ def test_answers_of_chunks_are_read_together_and_checked(tmp_path: Path) -> None
     paths[0].write_text('{"question_id": 1}\n')
     with pytest.raises(DataError, match=r"0\.jsonl:1: an answer needs 'question_id' and 'text'"):
         read_answers(paths)
+
+
+@pytest.mark.parametrize("models", [["m", "n"], ["m", "m", "n", "m"], [None, "m", "n"], ["m", None, 3]])
+def test_answers_of_two_models_are_refused(tmp_path: Path, models: list) -> None:
+    paths = []
+    for n, model in enumerate(models):
+        paths.append(tmp_path / f"{n}.jsonl")
+        record = {"question_id": n, "text": "x"} | ({} if model is None else {"model_id": model})
+        paths[-1].write_text(json.dumps(record) + "\n")
+    with pytest.raises(
+        DataError, match=r"\d\.jsonl:1: an answer of model ('n'|3), but .*\d\.jsonl:1 is one of 'm'; score"
+    ):
+        read_answers(paths)
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text("".join(path.read_text() for path in paths))
+    with pytest.raises(DataError, match=r"whole\.jsonl:\d: an answer of model"):
+        read_answers([whole])
+    assert len(read_answers(paths[:1])) == 1
 
 
 def test_added_answers_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

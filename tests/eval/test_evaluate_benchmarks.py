@@ -161,7 +161,7 @@ def test_a_second_runner_touches_nothing_of_the_first(
         (out / name).write_text(f"{name} of the first")
     for overwrite in ([], ["--overwrite"]):
         assert cli.main(command(mole_run, asked, benchmark, out, "--prompt-variant", "bare", *overwrite)) == 2
-        assert "colors.jsonl: another process is writing it now" in capsys.readouterr().err
+        assert "colors.jsonl is in use by process" in capsys.readouterr().err
     first.close()
     assert cli.main(command(mole_run, asked, benchmark, out)) == 2  # what is left is of other settings
     assert "colors.jsonl.partial comes from a run with" in capsys.readouterr().err
@@ -275,3 +275,52 @@ def test_script_passes_everything_on(tmp_path: Path) -> None:
     assert done.stdout == f"{tmp_path} {ROOT} -m llava_mole.cli eval runs/x --benchmarks pope,mme --batch-size 4\n"
     wrong = subprocess.run([*script, "pope"], env=environment, capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stderr[:6]) == (2, "usage:")
+
+
+def test_prompts_of_all_benchmarks_are_checked_before_the_first_answer(
+    mole_run: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, out = make_questions(tmp_path / "asked"), tmp_path / "out"
+    value = yaml.safe_load(benchmark.read_text())
+    value["data"] |= {"folder": "asked"}
+    benchmark.write_text(yaml.safe_dump(value, sort_keys=False))
+    long = asked.with_name("long.jsonl")
+    long.write_text(asked.read_text().replace("What color", "one " * 5000 + "What color", 1))
+    value["data"] |= {"questions": ["long.jsonl"]}
+    second = benchmark.with_name("second.yaml")
+    second.write_text(yaml.safe_dump(value | {"name": "second"}, sort_keys=False))
+    both = command(mole_run, asked, Path(f"{benchmark},{second}"), out)
+    assert cli.main(both) == 2
+    assert f"error: {long}:1: " in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["jsonl", "run.json", "score.json", "routing.json"])
+def test_links_and_pipes_are_not_replaced(
+    mole_run: Path, asked: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / f"colors.{name}")
+    (tmp_path / "elsewhere").write_text("{}")
+    for overwrite in ([], ["--overwrite"]):
+        assert cli.main(command(mole_run, asked, benchmark, out, *overwrite)) == 2
+        assert f"colors.{name} is a pipe and is not replaced" in capsys.readouterr().err
+    (out / f"colors.{name}").unlink()
+    (out / f"colors.{name}").symlink_to(tmp_path / "elsewhere")
+    assert cli.main(command(mole_run, asked, benchmark, out, "--overwrite")) == 2
+    assert f"colors.{name} is a link to {tmp_path / 'elsewhere'} and is not replaced" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [f"colors.{name}"]
+    assert (tmp_path / "elsewhere").read_text() == "{}"
+
+
+def test_a_lock_of_another_machine_is_broken_only_on_request(
+    mole_run: Path, asked: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "colors.jsonl.lock").write_text('{"host": "elsewhere", "pid": 7, "token": "theirs"}')
+    assert cli.main(command(mole_run, asked, benchmark, out)) == 2
+    assert "is in use by process 7 on elsewhere" in capsys.readouterr().err
+    assert cli.main(command(mole_run, asked, benchmark, out, "--break-lock")) == 0
+    assert not list(out.glob("*.lock"))

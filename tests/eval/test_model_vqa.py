@@ -139,6 +139,8 @@ def test_partial_answers_of_other_settings_are_refused(
         (["--temperature", "nan"], "temperature is nan; it must be 0"),
         (["--answers-file", "EXISTING"], "exists; give --overwrite to replace it"),
         (["--answers-file", "/", "--overwrite"], "/ is a directory; name a file"),
+        (["--answers-file", "/dev/null", "--overwrite"], "/dev/null is a device and is not replaced; name a file"),
+        (["--routing-stats", "/dev/null"], "/dev/null is a device and is not replaced"),
         (["--routing-stats", "/dev/null/r.json"], "/dev/null is not a directory that may be written to"),
         (["--routing-stats", "r.json", "--answers-file", "r.json"], "are both r.json; name two files"),
     ],
@@ -170,6 +172,7 @@ def test_batch_size_is_checked(asked: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("loaded_once")
+@pytest.mark.usefixtures("loaded_once")
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -182,9 +185,12 @@ def test_a_question_that_cannot_be_asked_is_named(
     mole_run: Path, asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, problem: str
 ) -> None:
     path = tmp_path / "q.jsonl"
-    path.write_text("".join(json.dumps({"question_id": n, "text": t}) + "\n" for n, t in enumerate(["a", text])))
-    assert run(mole_run, path, tmp_path / "a.jsonl") == 2
-    assert f"error: {path}:2: {problem}" in capsys.readouterr().err
+    texts = ["a"] * 20 + [text]
+    path.write_text("".join(json.dumps({"question_id": n, "text": t}) + "\n" for n, t in enumerate(texts)))
+    for more in ([], ["--batch-size", "1"], ["--num-chunks", "2", "--chunk-idx", "1", "--batch-size", "1"]):
+        assert run(mole_run, path, tmp_path / "a.jsonl", *more) == 2
+        assert f"error: {path}:21: {problem}" in capsys.readouterr().err
+        assert [p.name for p in tmp_path.iterdir()] == ["q.jsonl"]  # found before the first answer
 
 
 def test_model_id_names_checkpoint_and_run(tmp_path: Path) -> None:

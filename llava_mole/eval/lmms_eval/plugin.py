@@ -7,13 +7,14 @@ placeholders, or in front of it.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from llava_mole.common.errors import ConfigError
+from llava_mole.common.errors import ConfigError, DataError, PromptError
 from llava_mole.common.log import get_logger
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor
@@ -95,7 +96,8 @@ class LlavaMoleModel(lmms):
             options, stop = decoding_options(requests[members[0]].args[1])
             prompts = [requests[n].args[0] for n in members]
             images = [self._images(requests[n].args[2:]) for n in members]
-            texts = self._predictor.generate(images, prompts, stop=stop, batch_size=self._batch_size, **options)
+            with _errors_named_after([requests[n] for n in members]):
+                texts = self._predictor.generate(images, prompts, stop=stop, batch_size=self._batch_size, **options)
             for n, text in zip(members, texts, strict=True):
                 answers[n] = text
                 self.cache_hook.add_partial("generate_until", requests[n].args[:2], text)
@@ -111,7 +113,8 @@ class LlavaMoleModel(lmms):
                 prompts.append(context)
                 continuations.append(target if isinstance(target, str) else target(self._document(rest[1:])))
                 images.append(self._images(rest))
-            found = self._predictor.score(images, prompts, continuations, batch_size=self._batch_size)
+            with _errors_named_after([requests[n] for n in members]):
+                found = self._predictor.score(images, prompts, continuations, batch_size=self._batch_size)
             for n, likelihood in zip(members, found, strict=True):
                 results[n] = (likelihood.logprob, likelihood.is_greedy)
         return results
@@ -141,6 +144,16 @@ class LlavaMoleModel(lmms):
     def _document(self, place: Sequence[Any]) -> Any:
         doc_id, task, split = place
         return self.task_dict[task][split][doc_id]
+
+
+@contextmanager
+def _errors_named_after(requests: "Sequence[Instance]") -> Iterator[None]:
+    """Turn an error about the n-th prompt into one about the document of the n-th request."""
+    try:
+        yield
+    except PromptError as error:
+        doc_id, task, split = requests[error.position].args[-3:]
+        raise DataError(f"task {task}, split {split}, document {doc_id}: {error.problem}") from None
 
 
 def decoding_options(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

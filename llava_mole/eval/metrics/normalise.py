@@ -82,4 +82,9 @@ def m4c_normalise(text: str) -> str:
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
+    return m4c_words(text)
+
+
+def m4c_words(text: str) -> str:
+    """The second half of `m4c_normalise`, which lmms-eval's VQAv2 applies alone to the gold answers."""
     return rewrite_words(strip_punctuation(text, COMMA_LOOKAROUND))

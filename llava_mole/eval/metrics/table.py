@@ -7,6 +7,7 @@ the denominator; a metric that leaves a question out returns None.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
@@ -134,6 +135,18 @@ def _science_qa(prediction: str, line: QuestionLine) -> Fields:
     }
 
 
+def _vlmevalkit_option(prediction: str, line: QuestionLine) -> Fields:
+    row = line.get("row")
+    if not isinstance(row, dict) or not (choices := [c for c in ascii_uppercase if _is_given(row.get(c))]):
+        raise DataError("'row' must be an object with the text of each option under its letter, as MMBench's are")
+    letter = choice.vlmevalkit_option(prediction, choices)
+    return {"hit": float(letter == gold(line)), "unparsed": float(letter is None)}
+
+
+def _is_given(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.lower() not in ("", "nan", "none")
+
+
 def _key_values(prediction: str, line: QuestionLine) -> Fields:
     values = line.get("values")
     if not isinstance(values, list) or not all(
@@ -179,12 +192,15 @@ METRICS: Mapping[str, Metric] = {
     ),
     "path_vqa_closed": Metric(("llava_med", "strict"), _path_vqa_closed, binary=("llava_med", "strict")),
     "text_vqa": _graded(text_vqa.soft_score),
+    "vqa_v2_lmms_eval": _graded(text_vqa.vqa_v2_lmms_eval),
     "vqa_exact": _any(text_vqa.normalised_exact),
     "pope_llava": _pope(yes_no.pope_llava, undecided_missed=True),
     # lmms-eval counts a missed yes only if the answer is exactly "no"; others are in neither part of its recall.
     "pope_lmms_eval": _pope(yes_no.pope_lmms_eval, undecided_missed=False),
     "mme": Metric(("hit", "both", "images"), _mme, unit_key="image", combine=_mme_image),
     "science_qa": Metric(("hit", "unparsed"), _science_qa, binary=("hit", "unparsed")),
+    "science_qa_lmms_eval": _one(choice.science_qa_lmms_eval),
+    "vlmevalkit_option": Metric(("hit", "unparsed"), _vlmevalkit_option, binary=("hit", "unparsed")),
     "exact_letter": _one(choice.exact_letter),
     "leading_letter": _one(choice.leading_letter),
     "gqa_exact": _one(exact.gqa_exact),

@@ -1,7 +1,8 @@
 """WikiTableQuestions: denotation accuracy.
 
 Source: Pasupat and Liang's official `evaluator.py` (2015) as the DUE benchmark ships it (`wtq_scorer.py`): without
-CoreNLP values, upper-cased by the DUE evaluator, which changes nothing since normalisation lowers the case.
+CoreNLP values. The DUE evaluator turns all texts into upper case first (`ignore_case`) and normalisation into lower
+case again, which makes "ss" of "ß" and "i" of the dotless "ı".
 """
 
 import math
@@ -102,8 +103,8 @@ def denotation_match(predictions: Sequence[str], targets: Sequence[str]) -> bool
 
     UReader predicts one text, so a question with two target values is never right.
     """
-    predicted = {value.identity(): value for value in map(read_value, predictions)}
-    wanted = {value.identity(): value for value in map(read_value, targets)}
+    predicted = {value.identity(): value for value in map(read_value, map(str.upper, predictions))}
+    wanted = {value.identity(): value for value in map(read_value, map(str.upper, targets))}
     if len(predicted) != len(wanted):
         return False
     return all(any(target.matches(value) for value in predicted.values()) for target in wanted.values())

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError, command
-from llava_mole.common.files import refuse_existing, write_json, write_text
+from llava_mole.common.files import refuse_existing, write_errors, write_json, write_text
+from llava_mole.common.locks import locked
 from llava_mole.eval.report.compare import build_benchmarks, read_runs
 from llava_mole.eval.report.figure import draw_benchmarks
 from llava_mole.eval.report.formats import to_latex, to_markdown, to_text
@@ -35,14 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("no run to report; give score files or directories with them, for example runs/*/eval")
     out = Path(args.out) if args.out else None
     if out:
-        refuse_existing(out / "report.json", overwrite=args.overwrite)
+        _check_out(out, overwrite=args.overwrite)
     runs = read_runs(args.runs, args.run)
     benchmarks = build_benchmarks(runs, published=args.published)
     add_groups(benchmarks, runs)
     print(to_text(benchmarks))
     if out:
-        print(f"\nreport: {', '.join(str(path) for path in write_report(out, benchmarks))}")
+        with write_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with locked(out / "report.lock", f"the report {out}"):
+            _check_out(out, overwrite=args.overwrite)  # the process that held the lock may have written it
+            print(f"\nreport: {', '.join(str(path) for path in write_report(out, benchmarks))}")
     return 0
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError unless every file of a report may be written."""
+    for name in ("report.txt", "report.md", "report.tex", "benchmarks.png"):
+        refuse_existing(out / name, overwrite=True)
+    refuse_existing(out / "report.json", overwrite=overwrite)
 
 
 def write_report(out: Path, benchmarks: Mapping[str, Any]) -> list[Path]:

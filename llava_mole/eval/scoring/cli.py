@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, command
-from llava_mole.common.files import refuse_existing, sha256_of, write_bytes
+from llava_mole.common.files import refuse_existing, sha256_of, write_bytes, write_errors
+from llava_mole.common.locks import locked
 from llava_mole.eval.answers import read_answers
 from llava_mole.eval.benchmarks.benchmark import DATA_ROOT, BenchmarkQuestions, load_questions, own_questions
 from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
@@ -48,21 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     read = [parse_named_file(argument)[1] for argument in (*loaded.files, *(loaded.train_files or []))]
     check_outputs(outputs, [*files, *read], overwrite=args.overwrite)
     answers = read_answers(files)
-    if submission:
-        check_answers(loaded, answers)
-        write_bytes(submission, WRITERS[benchmark.submission or ""](loaded, answers))
-        print(f"submission: {submission} ({len(answers)} answers; {'; '.join(benchmark.notes) or 'no score yet'})")
-    if benchmark.primary:
-        scores = score_benchmark(loaded, answers)
-        scores |= {
-            "answers": [str(file.resolve()) for file in files],
-            "answers_sha256": [sha256_of(file) for file in files],
-            "model_path": ", ".join(scores["model_id"]),
-            "routing": None,
-        }
-        write_score_file(output, scores)
-        print(format_scores(scores))
-        print(f"scores: {output}")
+    with ExitStack() as locks:
+        for path in outputs:
+            with write_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(locked(path.with_name(f"{path.name}.lock"), f"{path}"))
+            refuse_existing(path, overwrite=args.overwrite)  # the process that held the lock may have written it
+        if submission:
+            check_answers(loaded, answers)
+            write_bytes(submission, WRITERS[benchmark.submission or ""](loaded, answers))
+            print(f"submission: {submission} ({len(answers)} answers; {'; '.join(benchmark.notes) or 'no score yet'})")
+        if benchmark.primary:
+            scores = score_benchmark(loaded, answers)
+            scores |= {
+                "answers": [str(file.resolve()) for file in files],
+                "answers_sha256": [sha256_of(file) for file in files],
+                "model_path": ", ".join(scores["model_id"]),
+                "routing": None,
+            }
+            write_score_file(output, scores)
+            print(format_scores(scores))
+            print(f"scores: {output}")
     return 0
 
 

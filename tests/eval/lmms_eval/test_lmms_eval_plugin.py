@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava_mole.common.errors import ConfigError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.inference.predictor import Predictor
 
 NAME = "llava_mole.eval.lmms_eval.plugin"
@@ -93,6 +93,14 @@ def test_answers_are_the_predictors_in_the_order_of_the_requests(model: Any, pre
     assert answers == expected
     assert len(set(answers)) > 2
     assert {entry[2] for entry in model.cached} == set(answers)
+
+
+def test_errors_name_the_document(model: Any) -> None:
+    requests = [request({}, 0), request({}, 2, "one " * 5000)]
+    with pytest.raises(DataError, match=r"^task colors, split test, document 2: \d+ tokens .* leave no room"):
+        model.generate_until(requests)
+    with pytest.raises(DataError, match=r"^task colors, split test, document 1: its continuation is empty"):
+        model.loglikelihood([request("red", 0), request("", 1)])
 
 
 def test_loglikelihood_takes_texts_and_functions_of_the_document(model: Any, predictor: Predictor) -> None:

@@ -126,3 +126,37 @@ def test_science_qa_letter_beyond_the_choices_is_wrong() -> None:
 def test_leading_letter(prediction: str, hit: bool) -> None:
     assert choice.leading_letter(prediction, "B") is hit
     assert choice.exact_letter(prediction, "B") is (prediction == "B")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        *(("B", "B"), ("B.", "B"), ("(B)", "B"), ("**B**", "B"), ("B: a bus", "B"), ("The answer is B", "B")),
+        *(("The answer is B.", "B"), ("Answer: B", "B"), ("it must be {B} !", "B"), ("The answer is Z", "Z")),
+        ("A man is riding a horse", None),  # the article is too far from the end
+        ("A horse", "A"),  # as published: it is among the last four words
+        ("B is right because the sky is blue", None),
+        ("The correct answer is **B**. Here is why it is the best", "B"),
+        ("Because A is red, the answer is C", "C"),  # two letters: the sentence decides
+        *(
+            ("A or B", None),
+            ("b", None),
+            ("Bus", None),
+            ("", None),
+            ("E", None),
+            ("Failed to obtain answer via API B", None),
+        ),
+        ("Cannot determine the answer B", "Z"),
+    ],
+)
+def test_vlmevalkit_option(prediction: str, letter: str | None) -> None:
+    assert choice.vlmevalkit_option(prediction, "ABCD") == letter
+
+
+@pytest.mark.parametrize(
+    ("prediction", "hit"),
+    [("B", True), ("B.", True), ("B.x", True), ("B. blue", True), ("B blue", False), ("b", False), ("A.", False)],
+)
+def test_science_qa_of_lmms_eval(prediction: str, hit: bool) -> None:
+    assert choice.science_qa_lmms_eval(prediction, "B") is hit
+    assert not choice.science_qa_lmms_eval("The answer is B.", "B")  # which LLaVA's rule takes

@@ -168,6 +168,12 @@ def test_wtq_normalise(text: str, expected: str) -> None:
         (["a"], ["a", "A"], True),
         ([""], ["a"], False),
         (["x-y-z"], ["x-y-z"], True),
+        (["Strasse"], ["straße"], True),  # upper case first, as in the DUE evaluator
+        (["KADIKÖY ISTANBUL"], ["Kad\u0131k\u00f6y \u0130stanbul"], True),  # the Turkish letters without and with a dot
+        (["ﬁnal"], ["FINAL"], True),
+        (["ΟΔΟΣ"], ["οδοσ"], True),  # both forms of the small sigma
+        (["\u017ft"], ["st"], True),
+        (["1E3"], ["1e3"], True),
     ],
 )
 def test_wtq_denotations(predicted: list[str], targets: list[str], hit: bool) -> None:

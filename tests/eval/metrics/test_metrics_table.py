@@ -11,6 +11,7 @@ LINES = {
     "pope_lmms_eval": {"answer": "yes"},
     "science_qa": {"answer": "A", "choices": 3},
     "key_values": {"values": [["a"]]},
+    "vlmevalkit_option": {"answer": "A", "row": {"A": "x", "B": "y"}},
     "text_vqa": {"answers": ["nokia"] * 10},
 }
 
@@ -56,6 +57,8 @@ def test_mme_pairs() -> None:
         ("gqa_exact", {"answers": ["a", "b"]}, "2 gold answers; this metric takes one"),
         ("mme", {"answer": "maybe"}, "'maybe'; it must be yes or no"),
         ("science_qa", {"answer": "A"}, "'choices' must be the number"),
+        ("vlmevalkit_option", {"answer": "A"}, "'row' must be an object with the text of each option"),
+        ("vlmevalkit_option", {"answer": "A", "row": {"A": "nan", "B": ""}}, "'row' must be an object"),
         ("key_values", {"values": [[]]}, "'values' must be a list"),
         ("key_values", {}, "'values' must be a list"),
         ("key_values", {"values": [["a", 5]]}, "'values' must be a list"),

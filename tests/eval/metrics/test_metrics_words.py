@@ -119,3 +119,18 @@ def test_text_vqa_needs_ten_golds() -> None:
 def test_normalised_exact() -> None:
     assert text_vqa.normalised_exact("Two", ["5", "2"])
     assert not text_vqa.normalised_exact("two dogs", ["2"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "score"),
+    [
+        ("Yes.", ["yes"] * 10, 1.0),
+        ("yes", ["Yes"] * 10, 0.0),  # golds that agree are not normalised
+        ("yes", ["Yes"] * 9 + ["no"], 1.0),
+        ("two", ["2"] * 3 + ["3"] * 7, 0.9),
+        ("man's", ["man's"] * 3 + ["x"] * 7, 0.0),  # the prediction's 's is set off, the gold's is not
+        ("a, b", ["a, b"] * 3 + ["x"] * 7, 0.9),
+    ],
+)
+def test_vqa_v2_of_lmms_eval(prediction: str, golds: list[str], score: float) -> None:
+    assert text_vqa.vqa_v2_lmms_eval(prediction, golds) == pytest.approx(score)

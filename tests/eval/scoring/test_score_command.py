@@ -1,6 +1,7 @@
 """`llava-mole score`: what it writes, and what it refuses."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from worlds.benchmark_answers import command, write_answers, write_chart
 
 from llava_mole import cli
+from llava_mole.common.locks import locked
 
 
 @pytest.fixture
@@ -91,3 +93,34 @@ def test_questions_without_what_the_metric_needs(chart: Path, capsys: pytest.Cap
     (chart / "q.jsonl").write_text(text)
     assert cli.main(command(chart)) == 2
     assert "q.jsonl:2: 2 gold answers; this metric takes one" in capsys.readouterr().err
+
+
+def test_nothing_is_written_while_another_process_writes(chart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(chart / "a.score.json.lock", "it"):
+        assert cli.main(command(chart)) == 2
+    assert f"a.score.json is in use by process {os.getpid()} on" in capsys.readouterr().err
+    assert not (chart / "a.score.json").exists()
+    assert cli.main(command(chart)) == 0
+    assert not list(chart.glob("*.lock"))
+    with locked(chart / "report.lock", "it"):
+        report = ["report", str(chart / "a.score.json"), "--out", str(chart)]
+        assert cli.main(report) == 2
+    assert f"the report {chart} is in use by process" in capsys.readouterr().err
+    assert not (chart / "report.json").exists()
+    assert cli.main(report) == 0
+    assert not list(chart.glob("*.lock"))
+
+
+@pytest.mark.parametrize("name", ["a.score.json", "report.json", "report.md", "benchmarks.png"])
+def test_links_and_pipes_are_not_replaced(chart: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    scores = chart / "scores" / "a.score.json"
+    assert cli.main(command(chart, "--output", str(scores))) == 0
+    run = command(chart) if name == "a.score.json" else ["report", str(scores), "--out", str(chart)]
+    os.mkfifo(chart / name)
+    assert cli.main([*run, "--overwrite"]) == 2
+    assert f"{name} is a pipe and is not replaced; name a file" in capsys.readouterr().err
+    (chart / name).unlink()
+    (chart / name).symlink_to("missing")
+    assert cli.main([*run, "--overwrite"]) == 2
+    assert f"{name} is a link to missing and is not replaced" in capsys.readouterr().err
+    assert (chart / name).is_symlink()
