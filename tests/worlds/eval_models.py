@@ -43,7 +43,8 @@ def make_checkpoint(
         if parameter.requires_grad or "lora_" in name:
             torch.nn.init.normal_(parameter, std=std)
     run = directory / "run"
-    CheckpointWriter(run, config_to_dict(config), hf_tokenizer, fingerprints).write(model, {}, Progress(step=1))
+    writer = CheckpointWriter(run, config_to_dict(config), hf_tokenizer, fingerprints, {}, "tiny")
+    writer.write(model, {}, Progress(step=1))
     return run
 
 
