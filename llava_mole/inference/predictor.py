@@ -21,7 +21,7 @@ from llava_mole.config import Quantization
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, Turn, render
 from llava_mole.data.chat_template import check_template_name, resolve_template
-from llava_mole.data.tokenization import encode
+from llava_mole.data.tokenization import encode, end_ids
 from llava_mole.inference.batching import (
     Batch,
     ImagesLike,
@@ -59,7 +59,8 @@ class Predictor:
         """Use a loaded model; `template` replaces its own. Raises ConfigError for an unknown template."""
         self.loaded = loaded
         self.template = resolve_template(template or loaded.template, loaded.tokenizer)
-        self._eos_ids = _end_ids(loaded, self.template.stop)
+        configured = loaded.model.causal_lm.generation_config.eos_token_id
+        self._eos_ids = end_ids(loaded.tokenizer, configured, self.template.stop)
 
     @classmethod
     def from_pretrained(
@@ -283,20 +284,6 @@ def _positive(batch_size: int) -> int:
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
     return batch_size
-
-
-def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, the language model's, and the template's end marker if it is one id.
-
-    Special tokens such as `<|im_end|>` never appear in decoded text, so they must be recognised by id.
-    """
-    causal_lm: Any = loaded.model.causal_lm
-    configured = causal_lm.generation_config.eos_token_id
-    ids = [loaded.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    marker, _ = loaded.tokenizer.encode_with_offsets(stop)
-    if len(marker) == 1:
-        ids += marker
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
 def encode_continuation(

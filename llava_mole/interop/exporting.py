@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,8 @@ class _Export:
     """Temporary directory that becomes `out`."""
     difference: float | None = None
     """Largest difference of a logit that the merge made, if one was made."""
+    advice: list[str] = field(default_factory=list)
+    """What the user of the result has to know."""
 
     def write_weights(
         self, rename: Callable[[str, str], str], tower: Mapping[str, torch.Tensor], grow: Mapping[str, tuple[int, int]]
@@ -171,7 +173,7 @@ def _write_llava_hf(export: _Export) -> None:
     config.dtype = options.dtype or next(iter(own.weights.values())).dtype
     export.write_weights(llava_hf_name, own.tower.hugging_face_state(), embeddings_to_grow(own, tokenizer, image_id))
     config.save_pretrained(str(export.folder))
-    write_processor(own, tokenizer, export.folder)
+    export.advice += write_processor(own, tokenizer, export.folder)
     if options.unmerged and export.lora is not None:
         write_lora(export.lora.renamed(llava_hf_module), export.folder / HF_ADAPTER, str(export.out.resolve()))
 
@@ -248,7 +250,7 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
         _write_labels(export, layout.title, " ".join(notes))
     if export.difference is not None:
         notes.append(f"merged logits differ from unmerged by at most {export.difference:.1e}")
-    return notes
+    return notes + export.advice
 
 
 def _write_llava_config(export: _Export) -> None:
@@ -309,6 +311,7 @@ def _write_labels(export: _Export, title: str, note: str) -> None:
     write_label(folder, fields)
     lines += [f"- from: `{fields['from']}`", f"- conversation template: `{fields['template']}`"]
     lines += [f"- fingerprint of the {part.replace('_', ' ')}: `{v}`" for part, v in fields["fingerprints"].items()]
+    lines += [f"- {text}" for text in export.advice]
     if own.method == "mole" and export.lora is None:
         lines += ["", "A mixture of LoRA experts: `import llava_mole.mole` before `PeftModel.from_pretrained`."]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
