@@ -68,6 +68,7 @@ class Predictor:
         model_path: str | os.PathLike[str],
         *,
         model_base: str | None = None,
+        vision_tower: str | None = None,
         device: str = "auto",
         dtype: str = "float32",
         quantization: Quantization | None = None,
@@ -80,7 +81,12 @@ class Predictor:
         if template is not None:
             check_template_name(template)
         loaded = load_pretrained_model(
-            Path(model_path), model_base=model_base, device=device, dtype=dtype, quantization=quantization
+            Path(model_path),
+            model_base=model_base,
+            vision_tower=vision_tower,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
         )
         return cls(loaded, template=template)
 
@@ -339,6 +345,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, temperature: float
     """Add the options for loading a model and decoding its answers, with a command's own defaults."""
     add = parser.add_argument
     add("--model-base", metavar="DIR", help="language model, if it has moved since training")
+    add("--vision-tower", metavar="DIR", help="open_clip vision tower, if it has moved since training")
     add("--conv-mode", metavar="TEMPLATE", help="conversation template (default: the checkpoint's)")
     add(
         "--temperature",
@@ -381,6 +388,7 @@ def load_predictor(model_path: str, args: argparse.Namespace) -> Predictor:
     return Predictor.from_pretrained(
         model_path,
         model_base=args.model_base,
+        vision_tower=args.vision_tower,
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
