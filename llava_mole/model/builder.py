@@ -37,6 +37,7 @@ CONFIG_FILE = "config.yaml"
 SAME_ADAPTER = (
     "r", "lora_alpha", "alpha", "attention_r", "num_experts", "mode", "top_k", "granularity", "router", "router_bias",
     "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale", "use_rslora", "alpha_pattern",
+    "modules_to_save",
 )  # fmt: skip
 """Fields of an adapter's configuration that determine what its weights mean. The others only affect training."""
 TRAINING_OPTIONS = {"language_model": "--model.language_model", "vision_tower": "--model.vision_tower.weights"}
@@ -167,7 +168,8 @@ def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
         raise CheckpointError(f"{path} does not fit this run's adapter: {' '.join(str(error).split())}") from None
     if result.unexpected_keys:
         raise CheckpointError(f"{path} has parameters that this run's adapter lacks: {result.unexpected_keys[:3]}")
-    missing = [key for key in result.missing_keys if ".mole_" in key or ".lora_" in key]
+    of_adapter = (".mole_", ".lora_", ".modules_to_save.")
+    missing = [key for key in result.missing_keys if any(mark in key for mark in of_adapter)]
     if missing:
         raise CheckpointError(f"{path} lacks parameters of this run's adapter: {missing[:3]}")
 
