@@ -17,6 +17,9 @@ Offsets = list[tuple[int, int]]
 
 VERSION = 1
 """Increase it whenever `encode` returns other ids for the same text: stored token counts then become invalid."""
+SAVED = ("padding_side", "truncation_side", "legacy")
+"""Attributes of a tokenizer that transformers loses on saving: those set later, and Llama's `legacy`, which decides
+about the blank after a special token."""
 LengthPolicy = Literal["truncate", "error", "drop", "truncate_history"]
 SpecialTokens = Literal["escape", "keep", "refuse"]
 
@@ -97,7 +100,25 @@ def load_tokenizer(path: str) -> Any:
         raise WeightsError(f"no tokenizer loads from {path!r}: {' '.join(str(error).split())}") from None
     if not tokenizer.is_fast:
         raise WeightsError(f"the tokenizer in {path!r} has no fast form, which labels by character spans require")
+    # save_pretrained writes only the attributes named here, with their values at that time.
+    tokenizer.init_kwargs.update({name: getattr(tokenizer, name) for name in SAVED if hasattr(tokenizer, name)})
     return tokenizer
+
+
+def end_ids(tokenizer: TextTokenizer, configured: int | list[int] | None, stop: str) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's, the language model's, and the template's end marker if it is one id.
+
+    Special tokens such as `<|im_end|>` never appear in decoded text, so they must be recognised by id.
+
+    Args:
+        configured: `eos_token_id` of the language model's generation configuration.
+        stop: the template's end marker.
+    """
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    marker, _ = tokenizer.encode_with_offsets(stop)
+    if len(marker) == 1:
+        ids += marker
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
 @dataclass(frozen=True)

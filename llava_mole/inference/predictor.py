@@ -23,7 +23,7 @@ from llava_mole.config import Quantization
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Rendered, Template, Turn, render
 from llava_mole.data.chat_template import check_template_name, resolve_template
-from llava_mole.data.tokenization import encode
+from llava_mole.data.tokenization import encode, end_ids
 from llava_mole.inference.batching import (
     Batch,
     batches,
@@ -62,7 +62,8 @@ class Predictor:
         """Use a loaded model; `template` replaces its own. Raises ConfigError for an unknown template."""
         self.loaded = loaded
         self.template = resolve_template(template or loaded.template, loaded.tokenizer)
-        self._eos_ids = _end_ids(loaded, self.template.stop)
+        configured = loaded.model.causal_lm.generation_config.eos_token_id
+        self._eos_ids = end_ids(loaded.tokenizer, configured, self.template.stop)
 
     @classmethod
     def from_pretrained(
@@ -70,6 +71,7 @@ class Predictor:
         model_path: str | os.PathLike[str],
         *,
         model_base: str | None = None,
+        vision_tower: str | None = None,
         device: str = "auto",
         dtype: str = "float32",
         quantization: Quantization | None = None,
@@ -85,7 +87,12 @@ class Predictor:
         if template is not None:
             check_template_name(template)
         loaded = load_pretrained_model(
-            Path(model_path), model_base=model_base, device=device, dtype=dtype, quantization=quantization
+            Path(model_path),
+            model_base=model_base,
+            vision_tower=vision_tower,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
         )
         return cls(loaded, template=template)
 
@@ -323,20 +330,6 @@ def _check_placement(device: Any, dtype: Any, quantization: Any) -> None:
             )
 
 
-def _end_ids(loaded: LoadedModel, stop: str) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, the language model's, and the template's end marker if it is one id.
-
-    Special tokens such as `<|im_end|>` never appear in decoded text, so they must be recognised by id.
-    """
-    causal_lm: Any = loaded.model.causal_lm
-    configured = causal_lm.generation_config.eos_token_id
-    ids = [loaded.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    marker, _ = loaded.tokenizer.encode_with_offsets(stop)
-    if len(marker) == 1:
-        ids += marker
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
-
-
 def encode_continuation(
     loaded: LoadedModel, template: Template, turns: Sequence[Turn], continuation: str, position: int, with_end: bool
 ) -> tuple[list[int], int]:
@@ -390,6 +383,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, temperature: float
     """Add the options for loading a model and decoding its answers, with a command's own defaults."""
     add = parser.add_argument
     add("--model-base", metavar="DIR", help="language model, if it has moved since training")
+    add("--vision-tower", metavar="DIR", help="open_clip vision tower, if it has moved since training")
     add("--conv-mode", metavar="TEMPLATE", help="conversation template (default: the checkpoint's)")
     add(
         "--temperature",
@@ -433,6 +427,7 @@ def load_predictor(model_path: str, args: argparse.Namespace) -> Predictor:
     return Predictor.from_pretrained(
         model_path,
         model_base=args.model_base,
+        vision_tower=args.vision_tower,
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,

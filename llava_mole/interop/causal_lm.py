@@ -18,6 +18,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+GENERATION_FILE = "generation_config.json"
 LLAVA_MODEL_TYPES = {
     "llava": ("llama", "LlamaForCausalLM"),
     "llava_llama": ("llama", "LlamaForCausalLM"),
@@ -108,12 +109,24 @@ def open_language_model(directory: Path) -> Weights:
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copy a tokenizer's files. Raises WeightsError if there are none."""
+    """Copy a tokenizer's files and the ids that begin and end texts. Raises WeightsError if there is no tokenizer.
+
+    The generation configuration's other values stay behind: Vicuna's would turn greedy decoding into sampling.
+    """
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(found):
         raise WeightsError(f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}); copy it there from the base")
     for name in found:
         shutil.copyfile(source / name, directory / name)
+    if (source / GENERATION_FILE).is_file():
+        ids = {key: value for key, value in read_object(source / GENERATION_FILE).items() if key.endswith("_token_id")}
+        write_object(directory / GENERATION_FILE, ids)
+
+
+def base_end_ids(directory: Path, config: Any) -> int | list[int] | None:
+    """`eos_token_id` with which transformers generates from a model directory with this configuration."""
+    file = directory / GENERATION_FILE
+    return read_object(file).get("eos_token_id") if file.is_file() else config.get_text_config().eos_token_id
 
 
 def fingerprint_language_model(path: Path) -> str:

@@ -11,13 +11,21 @@ import torch
 from llava_mole.common.errors import ConfigError, WeightsError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.conversation import TOKENIZER_TEMPLATE, get_template
-from llava_mole.interop.exporting import LAYOUTS, ExportOptions, export_checkpoint, export_projector, export_tower
+from llava_mole.interop.exporting import (
+    LAYOUTS,
+    ExportOptions,
+    export_checkpoint,
+    export_inference,
+    export_projector,
+    export_tower,
+)
 from llava_mole.interop.importing import ImportOptions, import_checkpoint
 from llava_mole.interop.kinds import KINDS, find_kind
 
 FORMATS = {
     "checkpoint": "a run directory of llava_mole, from LLaVA-1.5, llava-hf or the authors' .pt",
     "projector": "mm_projector: FILE.bin with LLaVA's names or FILE.safetensors with ours",
+    "inference": "a checkpoint of ours without the state of its optimizer: a third of the size, cannot be resumed",
     "open-clip": "the vision tower for model.vision_tower",
     "hf-clip": "the vision tower as a CLIPVisionModel of transformers",
     "llava": "full LLaVA-1.5, LoRA merged",
@@ -25,6 +33,19 @@ FORMATS = {
     "llava-hf": "LlavaForConditionalGeneration of transformers with processor, LoRA merged",
     "peft": "the adapter, plain or mixture, for PeftModel.from_pretrained, with the projector",
 }
+WITH_PARTS = ("checkpoint", "open-clip", "hf-clip", *LAYOUTS)
+USED_BY = {
+    "model_base": WITH_PARTS,
+    "vision_tower": WITH_PARTS,
+    "vision_tower_name": ("checkpoint", "open-clip", "hf-clip"),
+    **dict.fromkeys(("template", "image_aspect_ratio", "select_layer", "alpha", "mode"), ("checkpoint",)),
+    **dict.fromkeys(("expert", "usage"), tuple(LAYOUTS)),
+    "mm_vision_tower": ("llava", "llava-lora"),
+    "tower_in_shards": ("llava",),
+    "unmerged": ("llava-hf",),
+    "dtype": ("llava", "llava-lora", "llava-hf"),
+}
+"""Option -> the formats that read it."""
 FOREIGN = ("llava", "llava-lora", "llava-projector", "projector", "llava-hf", "released-mole")
 HINTS = {
     "language-model": "it needs no conversion: name it as model.language_model",
@@ -50,15 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="directory (projector: file) to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the result of an earlier conversion")
     parser.add_argument("--model-base", type=Path, metavar="DIR", help="language model that SOURCE was trained on")
+    tower_help = "its vision tower: open_clip directory or weight file, to checkpoint also a CLIP directory"
+    parser.add_argument("--vision-tower", type=Path, metavar="PATH", help=tower_help)
     imports = parser.add_argument_group("to checkpoint")
-    imports.add_argument("--vision-tower", type=Path, metavar="PATH", help="CLIP or open_clip directory, or a file")
     imports.add_argument("--vision-tower-name", metavar="NAME", help="open_clip model name of a file without config")
     imports.add_argument("--template", help="conversation template (default: vicuna_v1; plain for a projector)")
     ratio_help = "how images become square (default: as recorded, or pad)"
     imports.add_argument("--image-aspect-ratio", choices=("pad", "square"), help=ratio_help)
     imports.add_argument("--select-layer", type=int, metavar="N", help="tower layer (default: as recorded, or -2)")
     imports.add_argument("--alpha", type=float, help="LoRA alpha of the authors' .pt (default: 2 r)")
-    imports.add_argument("--mode", choices=("sparse", "dense"), default="sparse", help="mode of the authors' .pt")
+    imports.add_argument("--mode", choices=("sparse", "dense"), help="mode of the authors' .pt (default: sparse)")
     exports = parser.add_argument_group("to llava, llava-lora, llava-hf, peft")
     exports.add_argument("--expert", metavar="K|uniform|usage", help="replace a mixture by one LoRA: approximate")
     exports.add_argument("--usage", type=Path, metavar="FILE", help="routing.json of `llava-mole eval` for usage")
@@ -95,16 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(arguments: argparse.Namespace) -> list[str]:
     source, out, to = arguments.source, arguments.out, arguments.to
     options: ExportOptions = _options(ExportOptions, arguments)
-    if options.unmerged and to != "llava-hf":
-        raise ConfigError(f"--unmerged is for --to llava-hf, not {to}; llava-lora and peft are always unmerged")
+    for name, formats in USED_BY.items():
+        if getattr(arguments, name) not in (None, False) and to not in formats:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --to {', '.join(formats)}, not {to}; leave it out")
     if to == "projector":
         return export_projector(source, out, options)
     if to in ("open-clip", "hf-clip"):
         return export_tower(source, out, options, open_clip=to == "open-clip", name=arguments.vision_tower_name)
     kind = find_kind(source).kind
-    if to in LAYOUTS:
+    if to == "inference" or to in LAYOUTS:
         if kind not in ("run", "checkpoint"):
             raise ConfigError(f"{source} is {KINDS[kind]}; make it a checkpoint first, with --to checkpoint")
+        if to == "inference":
+            return export_inference(source, out, options)
         return export_checkpoint(source, out, options, LAYOUTS[to])
     if kind not in FOREIGN:
         raise ConfigError(f"{source} is {KINDS[kind]}; {HINTS.get(kind, 'it is already ours')}")

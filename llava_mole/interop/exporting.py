@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from llava_mole.interop.sources import HF_ADAPTER, llava_projector, read_project
 from llava_mole.interop.tensors import read_object, save_pickle, save_tensors, write_label, write_object, write_shards
 from llava_mole.interop.towers import Tower, open_tower, tower_from_hugging_face, write_hugging_face, write_open_clip
 from llava_mole.model.builder import PROJECTOR_FILE, PROJECTOR_PREFIX
-from llava_mole.model.checkpoint import resolve_checkpoint
+from llava_mole.model.checkpoint import (
+    OWNER_FILE,
+    SELF_HASH,
+    TRAINER_DIR,
+    read_manifest,
+    resolve_checkpoint,
+    write_checkpoint,
+)
 
 TOWER_DIR = "vision_tower"
 
@@ -33,6 +40,8 @@ class ExportOptions:
 
     model_base: Path | None = None
     """Directory of the language model, if it is no longer where training found it."""
+    vision_tower: Path | None = None
+    """open_clip directory or weight file of the vision tower, likewise."""
     expert: str | None = None
     """Replaces a mixture by one plain LoRA: the number of an expert, `uniform` or `usage`."""
     usage: Path | None = None
@@ -65,7 +74,7 @@ def export_projector(path: Path, out: Path, options: ExportOptions) -> list[str]
 
 def export_tower(path: Path, out: Path, options: ExportOptions, *, open_clip: bool, name: str | None) -> list[str]:
     """Write a vision tower in open_clip's or Hugging Face's layout. `path` is a tower, or a checkpoint with one."""
-    inputs = [path, options.model_base]
+    inputs = [path, options.model_base, options.vision_tower]
     check_out(out, overwrite=options.overwrite, inputs=inputs)
     tower, ratio = _find_tower(path, name, options)
     with publish(out, overwrite=options.overwrite, inputs=[*inputs, tower.weights]) as temporary:
@@ -83,12 +92,38 @@ def _find_tower(path: Path, name: str | None, options: ExportOptions) -> tuple[T
     if found.kind in ("clip", "open_clip"):
         return open_tower(path, name), "square"
     if found.kind in ("run", "checkpoint"):
-        own = open_own(path, options.model_base)
+        own = open_own(path, options.model_base, options.vision_tower)
         return own.tower, own.aspect_ratio
     source = read_source(path)
     if not source.tower or source.tower_config is None:
         raise WeightsError(f"{path} ({found.kind}) does not hold a whole vision tower; convert the tower's directory")
     return tower_from_hugging_face(source.tower, source.tower_config, path), source.aspect_ratio or "pad"
+
+
+def export_inference(path: Path, out: Path, options: ExportOptions) -> list[str]:
+    """Write a checkpoint without the state of its optimizer, two thirds of its size. It belongs to no run.
+
+    Parts that the manifest names relative to the checkpoint get absolute paths. Raises CheckpointError if the
+    checkpoint does not verify, and WeightsError if `out` may not be written.
+    """
+    check_out(out, overwrite=options.overwrite, inputs=[path])
+    checkpoint = resolve_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    fields = {key: value for key, value in manifest.items() if key not in ("format", "files", "run", SELF_HASH)}
+    fields["paths"] = {
+        key: str((checkpoint / value).resolve()) if "/" in value else value for key, value in manifest["paths"].items()
+    }
+
+    def write_files(folder: Path) -> None:
+        for name in manifest["files"]:
+            if name != OWNER_FILE and not name.startswith(f"{TRAINER_DIR}/"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint / name, folder / name)
+
+    with publish(out, overwrite=options.overwrite, inputs=[path, checkpoint]) as temporary:
+        write_checkpoint(temporary, write_files, fields)
+        write_label(temporary, {"converted": "to a checkpoint for inference", "from": str(checkpoint.resolve())})
+    return ["for inference and --init-from; no run can resume from it"]
 
 
 @dataclass
@@ -107,6 +142,8 @@ class _Export:
     """Temporary directory that becomes `out`."""
     difference: float | None = None
     """Largest difference of a logit that the merge made, if one was made."""
+    advice: list[str] = field(default_factory=list)
+    """What the user of the result has to know."""
 
     def write_weights(
         self, rename: Callable[[str, str], str], tower: Mapping[str, torch.Tensor], grow: Mapping[str, tuple[int, int]]
@@ -171,7 +208,7 @@ def _write_llava_hf(export: _Export) -> None:
     config.dtype = options.dtype or next(iter(own.weights.values())).dtype
     export.write_weights(llava_hf_name, own.tower.hugging_face_state(), embeddings_to_grow(own, tokenizer, image_id))
     config.save_pretrained(str(export.folder))
-    write_processor(own, tokenizer, export.folder)
+    export.advice += write_processor(own, tokenizer, export.folder)
     if options.unmerged and export.lora is not None:
         write_lora(export.lora.renamed(llava_hf_module), export.folder / HF_ADAPTER, str(export.out.resolve()))
 
@@ -215,11 +252,13 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
         ConfigError: the checkpoint cannot be written in this layout with these options.
         CheckpointError, WeightsError: a part is missing or does not fit, or `out` may not be written.
     """
-    inputs = [path, options.model_base, options.usage]
+    inputs = [path, options.model_base, options.vision_tower, options.usage]
     check_out(out, overwrite=options.overwrite, inputs=inputs)
-    own = open_own(path, options.model_base)
+    own = open_own(path, options.model_base, options.vision_tower)
     inputs += [own.path, own.language_model, own.tower.weights]
     expert = None if options.expert is None else parse_expert(options.expert)
+    if options.usage is not None and expert != "usage":
+        raise ConfigError(f"--usage {options.usage} is for --expert usage, not {options.expert}")
     if expert is not None and own.method != "mole":
         raise ConfigError(f"--expert is for mixtures of experts; {own.path} has adapter.method {own.method!r}")
     if own.method == "none" and layout.takes_mixture:
@@ -248,7 +287,7 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
         _write_labels(export, layout.title, " ".join(notes))
     if export.difference is not None:
         notes.append(f"merged logits differ from unmerged by at most {export.difference:.1e}")
-    return notes
+    return notes + export.advice
 
 
 def _write_llava_config(export: _Export) -> None:
@@ -309,6 +348,7 @@ def _write_labels(export: _Export, title: str, note: str) -> None:
     write_label(folder, fields)
     lines += [f"- from: `{fields['from']}`", f"- conversation template: `{fields['template']}`"]
     lines += [f"- fingerprint of the {part.replace('_', ' ')}: `{v}`" for part, v in fields["fingerprints"].items()]
+    lines += [f"- {text}" for text in export.advice]
     if own.method == "mole" and export.lora is None:
         lines += ["", "A mixture of LoRA experts: `import llava_mole.mole` before `PeftModel.from_pretrained`."]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -7,8 +7,10 @@ from typing import Any
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.conversation import TOKENIZER_TEMPLATE, Template, get_template
-from llava_mole.data.tokenization import load_tokenizer
+from llava_mole.conversation import TOKENIZER_TEMPLATE, Template
+from llava_mole.data.chat_template import resolve_template
+from llava_mole.data.tokenization import HFTextTokenizer, end_ids, load_tokenizer
+from llava_mole.interop.causal_lm import base_end_ids
 from llava_mole.interop.own import OwnCheckpoint
 from llava_mole.interop.towers import clip_vision_config, image_processor
 from llava_mole.model.builder import TOKENIZER_DIR
@@ -47,7 +49,7 @@ def tokenizer_with_image(own: OwnCheckpoint) -> tuple[Any, int]:
     tokenizer.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # as batched generation needs it
+    tokenizer.padding_side = "left"  # as batched generation needs it; `load_tokenizer` has it saved
     return tokenizer, int(tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
 
 
@@ -87,24 +89,35 @@ def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
     )
 
 
-def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> None:
-    """Write the tokenizer, the image processor, the chat template, and the generation and processor configurations."""
+def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> list[str]:
+    """Write the tokenizer, the image processor, the chat template, and the generation and processor configurations.
+
+    Returns what a caller of `generate` has to know.
+    """
     from transformers import GenerationConfig, LlavaProcessor
 
-    name = own.manifest["template"]
+    name, text_tokenizer = own.manifest["template"], HFTextTokenizer(tokenizer)
+    template = resolve_template(name, text_tokenizer)
     by_tokenizer = name == TOKENIZER_TEMPLATE
-    template = tokenizer.chat_template if by_tokenizer else chat_template(get_template(name), after_image(tokenizer))
     processor = LlavaProcessor(
         image_processor=image_processor(own.tower, own.aspect_ratio),
         tokenizer=tokenizer,
         patch_size=own.tower.config["vision_cfg"]["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=template,
+        chat_template=tokenizer.chat_template if by_tokenizer else chat_template(template, after_image(tokenizer)),
     )
     processor.save_pretrained(str(directory))
-    ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
-    GenerationConfig(**ids).save_pretrained(str(directory))
+    ends = list(end_ids(text_tokenizer, base_end_ids(own.language_model, own.skeleton.config), template.stop))
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(str(directory))
+    if len(text_tokenizer.encode_with_offsets(template.stop)[0]) == 1:
+        return []
+    return [
+        f"answers end with {template.stop!r}, which is not one token: call generate with "
+        f"stop_strings=[{template.stop!r}] and tokenizer=processor.tokenizer"
+    ]
 
 
 def after_image(tokenizer: Any) -> str:

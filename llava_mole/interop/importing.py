@@ -27,7 +27,7 @@ from llava_mole.config import (
 )
 from llava_mole.data.tokenization import load_tokenizer
 from llava_mole.interop.causal_lm import LanguageModelPart, Skeleton, fingerprint_language_model
-from llava_mole.interop.kinds import find_kind
+from llava_mole.interop.kinds import KINDS, find_kind
 from llava_mole.interop.lora import read_lora, write_lora
 from llava_mole.interop.publishing import check_out, publish
 from llava_mole.interop.released import adapt, check_base_weights, read_released, write_experts
@@ -61,8 +61,8 @@ class ImportOptions:
     """None: as the checkpoint records it, otherwise -2."""
     alpha: float | None = None
     """LoRA alpha of the authors' MoLE file. None: 2 r."""
-    mode: str = "sparse"
-    """Mode of the authors' MoLE file: `sparse` or `dense`."""
+    mode: str | None = None
+    """Mode of the authors' MoLE file: `sparse` (also None) or `dense`."""
     overwrite: bool = False
 
 
@@ -78,7 +78,10 @@ def import_checkpoint(path: Path, out: Path, options: ImportOptions) -> list[str
     inputs = [path, options.model_base, options.vision_tower]
     check_out(out, overwrite=options.overwrite, inputs=inputs)
     found = find_kind(path)
-    released = read_released(found, options.alpha, options.mode) if found.kind == "released-mole" else None
+    is_released = found.kind == "released-mole"
+    if not is_released and (options.alpha is not None or options.mode is not None):
+        raise WeightsError(f"--alpha and --mode are for the MoE authors' .pt; {path} is {KINDS[found.kind]}")
+    released = read_released(found, options.alpha, options.mode or "sparse") if is_released else None
     source = read_source(path) if released is None else released.source
     inside, base_dir = _language_model(source, options)
     skeleton = Skeleton(inside.config, base_dir) if inside else Skeleton.of_directory(base_dir)
@@ -256,7 +259,6 @@ def _assumptions(source: Source, config: RunConfig, options: ImportOptions) -> l
     elif options.image_aspect_ratio is None and source.found.kind == "llava-hf" and source.aspect_ratio == "square":
         lines.append("images: square, as its processor crops; LLaVA-1.5 was trained with --image-aspect-ratio pad")
     if source.found.kind == "released-mole":
-        lines.append(
-            f"alpha {config.adapter.alpha:g} (--alpha) and mode {options.mode} (--mode); the file records neither"
-        )
+        mode = options.mode or "sparse"
+        lines.append(f"alpha {config.adapter.alpha:g} (--alpha) and mode {mode} (--mode); the file records neither")
     return lines

@@ -15,7 +15,7 @@ from llava_mole.interop.lora import ADAPTER_CONFIG
 from llava_mole.interop.names import split_llava, split_llava_hf
 from llava_mole.interop.tensors import LABEL_FILE, Weights, open_weights, read_object
 from llava_mole.interop.towers import open_tower
-from llava_mole.model.checkpoint import list_checkpoints, verify_checkpoint
+from llava_mole.model.checkpoint import TRAINER_DIR, list_checkpoints, verify_checkpoint
 
 NEXT = {
     "llava": "use it: llava-mole convert DIR --to checkpoint --vision-tower CLIP --out RUN",
@@ -119,6 +119,9 @@ def _describe_checkpoint(directory: Path) -> list[str]:
     parts: dict[str, list[str]] = {}
     for name in manifest["files"]:
         parts.setdefault(name.split("/")[0], []).append(name)
+    if not (directory / TRAINER_DIR).exists():
+        parts.pop(TRAINER_DIR, None)
+        lines.insert(1, _line("for inference only", f"it has no {TRAINER_DIR}/, so no run can resume from it"))
     for part, names in parts.items():
         size = format_bytes(sum(manifest["files"][name]["bytes"] for name in names))
         counts = [count_parameters(directory / name) for name in names if name.endswith(".safetensors")]

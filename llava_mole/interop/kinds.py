@@ -10,9 +10,10 @@ from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES
 from llava_mole.interop.lora import ADAPTER_CONFIG, ADAPTER_FILES
 from llava_mole.interop.names import split_llava
 from llava_mole.interop.tensors import SUFFIXES, Weights, find_weights, open_weights, read_object
-from llava_mole.interop.towers import CLIP_TYPES, find_open_clip_config
+from llava_mole.interop.towers import CLIP_TYPES
 from llava_mole.model.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from llava_mole.model.checkpoint import MANIFEST, list_checkpoints
+from llava_mole.model.multimodal_encoder import find_open_clip_config
 
 NON_LORA_FILE = "non_lora_trainables.bin"
 LLAVA_PROJECTOR_FILE = "mm_projector.bin"

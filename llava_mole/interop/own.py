@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from llava_mole.common.errors import WeightsError
 from llava_mole.config import RunConfig, load_config
 from llava_mole.interop.causal_lm import Skeleton, fingerprint_language_model, open_language_model
 from llava_mole.interop.sources import read_projector
 from llava_mole.interop.tensors import Weights
 from llava_mole.interop.towers import Tower, open_tower
-from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, check_base, locate_parts
+from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, INFERENCE_OPTIONS, check_base, locate_parts
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
 
 
@@ -46,8 +45,8 @@ class OwnCheckpoint:
         return self.config.data.image_aspect_ratio
 
 
-def open_own(path: Path, model_base: Path | None) -> OwnCheckpoint:
-    """Open a checkpoint, or the newest valid one of a run.
+def open_own(path: Path, model_base: Path | None = None, vision_tower: Path | None = None) -> OwnCheckpoint:
+    """Open a checkpoint, or the newest valid one of a run; its parts may have moved to the given directories.
 
     Raises CheckpointError if it does not verify or was trained on another language model or tower, and WeightsError if
     a part is missing or does not fit.
@@ -55,16 +54,11 @@ def open_own(path: Path, model_base: Path | None) -> OwnCheckpoint:
     checkpoint = resolve_checkpoint(path)
     manifest = read_manifest(checkpoint)
     config = load_config(checkpoint / CONFIG_FILE)
-    locate_parts(config.model, manifest, checkpoint, None if model_base is None else str(model_base))
+    locate_parts(config.model, manifest, checkpoint, model_base, vision_tower)
     directory = Path(config.model.language_model)
-    if not directory.is_dir():
-        raise WeightsError(f"the language model of {checkpoint} is no longer in {directory}; name it with --model-base")
-    fingerprint = fingerprint_language_model(directory)
-    tower_path = Path(config.model.vision_tower.weights)
-    if not tower_path.is_file():
-        raise WeightsError(f"the vision tower of {checkpoint} is no longer in {tower_path}; put it back")
-    tower = open_tower(tower_path, config.model.vision_tower.name)
-    check_base(checkpoint, {"language_model": fingerprint, "vision_tower": tower.fingerprint()})
+    tower = open_tower(Path(config.model.vision_tower.weights), config.model.vision_tower.name)
+    found = {"language_model": fingerprint_language_model(directory), "vision_tower": tower.fingerprint()}
+    check_base(checkpoint, found, INFERENCE_OPTIONS)
     weights, skeleton = open_language_model(directory), Skeleton.of_directory(directory)
     skeleton.check(weights, weights.shapes)
     projector = read_projector(checkpoint)

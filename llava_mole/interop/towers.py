@@ -13,10 +13,14 @@ from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.interop.names import BUFFERS
 from llava_mole.interop.tensors import check_names, open_weights, read_object, save_tensors, write_object
 from llava_mole.model.checkpoint import fingerprint
-from llava_mole.model.multimodal_encoder import build_vision_tower, read_tower_config, read_visual_state
+from llava_mole.model.multimodal_encoder import (
+    build_vision_tower,
+    find_open_clip_config,
+    find_open_clip_weights,
+    read_tower_config,
+    read_visual_state,
+)
 
-OPEN_CLIP_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-OPEN_CLIP_CONFIGS = ("config.json", "open_clip_config.json")
 CLIP_TYPES = ("clip", "clip_vision_model")
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -111,13 +115,13 @@ def open_tower(path: Path, name: str | None = None) -> Tower:
                 f"{path} is a weight file without a configuration beside it; name the open_clip model with "
                 "--vision-tower-name, as in ViT-L-14-336-quickgelu"
             )
-        file = path if path.is_file() else _open_clip_weights(path)
+        file = path if path.is_file() else find_open_clip_weights(path)
         name = name or str(config_file)
         return Tower(read_tower_config(name), name, file)
     if not path.is_dir():
         raise WeightsError(f"vision tower {path} does not exist (--vision-tower)")
     if found := find_open_clip_config(path):
-        return Tower(read_tower_config(str(found)), str(found), _open_clip_weights(path))
+        return Tower(read_tower_config(str(found)), str(found), find_open_clip_weights(path))
     if not (path / CONFIG_FILE).is_file() or read_object(path / CONFIG_FILE).get("model_type") not in CLIP_TYPES:
         raise WeightsError(f"{path} is not a vision tower: it has neither a CLIP config.json nor an open_clip one")
     from transformers import CLIPVisionConfig
@@ -128,21 +132,6 @@ def open_tower(path: Path, name: str | None = None) -> Tower:
     except Exception as error:  # transformers raises many types for an unusable value
         raise WeightsError(f"{path} has no CLIP configuration: {' '.join(str(error).split())[:200]}") from None
     return tower_from_hugging_face(weights, open_clip_config(config, path), path)
-
-
-def find_open_clip_config(path: Path) -> Path | None:
-    """The open_clip configuration in a directory, or None."""
-    for file in (path / name for name in OPEN_CLIP_CONFIGS):
-        if file.is_file() and "vision_cfg" in (content := read_object(file)).get("model_cfg", content):
-            return file
-    return None
-
-
-def _open_clip_weights(path: Path) -> Path:
-    for name in OPEN_CLIP_WEIGHTS:
-        if (path / name).is_file():
-            return path / name
-    raise WeightsError(f"{path} holds no open_clip weights; looked for {', '.join(OPEN_CLIP_WEIGHTS)}")
 
 
 def tower_from_hugging_face(state: Mapping[str, Tensor], config: dict[str, Any], where: object) -> Tower:

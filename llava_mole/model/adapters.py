@@ -69,7 +69,16 @@ def add_adapter(
     return get_peft_model(language_model, mole)
 
 
-_MOLE_PARTS = {".mole_router.": "router", ".mole_experts.": "experts", ".mole_lora.": "attention LoRA"}
+_CONTAINERS = {
+    ".modules_to_save.": "modules_to_save",
+    ".mole_router.": "router",
+    ".mole_experts.": "experts",
+    ".mole_lora.": "attention LoRA",
+}
+"""Container that PEFT or MoLE keeps a parameter in -> its part."""
+DECAYED = ("projector", "attention LoRA", "FFN LoRA")
+"""Parts whose matrices weight decay may pull towards zero. Experts and routers have steps without a gradient, and
+`modules_to_save` are trained copies of the base, for which zero is not a neutral value."""
 _ATTENTION = re.compile(r"attn|attention")
 """In the path of an attention linear: `self_attn` (Llama), `attn` (GPT-2), `attention` (GPT-NeoX, Falcon)."""
 
@@ -77,14 +86,14 @@ _ATTENTION = re.compile(r"attn|attention")
 def parameter_part(name: str) -> str:
     """The part of the model that the parameter `name` of a `LlavaMole` belongs to, for reports and parameter groups.
 
-    One of `vision tower`, `projector`, `router`, `experts`, `attention LoRA`, `FFN LoRA`, `language model`. MoLE's
-    parameters are told apart by the container that holds them, plain LoRA's by the path of their linear.
+    One of `vision tower`, `projector`, `router`, `experts`, `attention LoRA`, `FFN LoRA`, `modules_to_save`, `language
+    model`. Plain LoRA's are told apart by the path of their linear, the others by the container that holds them.
     """
     if name.startswith("vision_tower."):
         return "vision tower"
     if name.startswith("projector."):
         return "projector"
-    for container, part in _MOLE_PARTS.items():
+    for container, part in _CONTAINERS.items():
         if container in name:
             return part
     linear, lora, _ = name.partition(".lora_")

@@ -4,6 +4,7 @@ This is where a run's configuration ends: what is built here holds plain values.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ from llava_mole.model.language_model import (
     longest_sequence,
 )
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.model.multimodal_encoder import build_vision_tower
+from llava_mole.model.multimodal_encoder import (
+    build_vision_tower,
+    find_open_clip_config,
+    find_open_clip_weights,
+)
 from llava_mole.model.multimodal_projector import build_projector
 from llava_mole.model.quantization import quantize_linears, require_bitsandbytes
 
@@ -37,8 +42,15 @@ CONFIG_FILE = "config.yaml"
 SAME_ADAPTER = (
     "r", "lora_alpha", "alpha", "attention_r", "num_experts", "mode", "top_k", "granularity", "router", "router_bias",
     "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale", "use_rslora", "alpha_pattern",
+    "modules_to_save",
 )  # fmt: skip
 """Fields of an adapter's configuration that determine what its weights mean. The others only affect training."""
+TRAINING_OPTIONS = {"language_model": "--model.language_model", "vision_tower": "--model.vision_tower.weights"}
+INFERENCE_OPTIONS = {
+    "language_model": "--model-base DIR (in Python and lmms-eval: model_base)",
+    "vision_tower": "--vision-tower DIR (in Python and lmms-eval: vision_tower)",
+}
+"""How training, and how commands that load a checkpoint, name its frozen parts."""
 
 logger = get_logger(__name__)
 
@@ -168,7 +180,8 @@ def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
         raise CheckpointError(f"{path} does not fit this run's adapter: {' '.join(str(error).split())}") from None
     if result.unexpected_keys:
         raise CheckpointError(f"{path} has parameters that this run's adapter lacks: {result.unexpected_keys[:3]}")
-    missing = [key for key in result.missing_keys if ".mole_" in key or ".lora_" in key]
+    of_adapter = (".mole_", ".lora_", ".modules_to_save.")
+    missing = [key for key in result.missing_keys if any(mark in key for mark in of_adapter)]
     if missing:
         raise CheckpointError(f"{path} lacks parameters of this run's adapter: {missing[:3]}")
 
@@ -187,7 +200,7 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
             another base model.
     """
     checkpoint = resolve_checkpoint(source)
-    check_base(checkpoint, fingerprints)
+    check_base(checkpoint, fingerprints, TRAINING_OPTIONS)
     method = read_manifest(checkpoint)["adapter"]
     if method != config.method or method == "none":
         raise CheckpointError(
@@ -204,15 +217,17 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
     load_adapter_state(model, checkpoint)
 
 
-def check_base(checkpoint: Path, fingerprints: dict[str, str]) -> None:
-    """Raise CheckpointError unless the checkpoint was trained on these frozen parts."""
+def check_base(checkpoint: Path, fingerprints: dict[str, str], options: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless the checkpoint was trained on these frozen parts.
+
+    `options` has for each part the option that names it.
+    """
     for part, found in fingerprints.items():
         recorded = read_manifest(checkpoint)["fingerprints"][part]
         if found != recorded:
             raise CheckpointError(
                 f"{checkpoint} was trained on another {part.replace('_', ' ')} (fingerprint {recorded}) than the one "
-                f"given ({found}); name the original ones (--model-base, or model.language_model and "
-                "model.vision_tower.weights)"
+                f"given ({found}); name the original one with {options[part]}"
             )
 
 
@@ -220,6 +235,7 @@ def load_pretrained_model(
     model_path: str | Path,
     *,
     model_base: str | None = None,
+    vision_tower: str | None = None,
     device: str = "auto",
     dtype: str = "float32",
     quantization: Quantization | None = None,
@@ -229,6 +245,7 @@ def load_pretrained_model(
     Args:
         model_path: A `checkpoint-<step>` directory, or a run directory (its newest valid checkpoint).
         model_base: Directory of the language model, if it has moved since training.
+        vision_tower: open_clip directory or weight file of the vision tower, likewise.
         device: `auto`, `cpu` or `cuda`.
         dtype: `float32` or `bfloat16`.
         quantization: Quantisation of the language model. None keeps that of training, which the adapter has learned
@@ -242,14 +259,14 @@ def load_pretrained_model(
     path = resolve_checkpoint(model_path)
     manifest = read_manifest(path)
     config = load_config(path / CONFIG_FILE)
-    locate_parts(config.model, manifest, path, model_base)
+    locate_parts(config.model, manifest, path, model_base, vision_tower)
     if quantization is not None and quantization != config.model.quantization:
         logger.info("language model: quantisation %s; it was %s in training", quantization, config.model.quantization)
         config.model.quantization = quantization
     where, float_type = select_device(device), getattr(torch, dtype)
     # Not the base directory's tokenizer: that one, or its chat template, may have changed since training.
     model, hf_tokenizer, fingerprints = build_parts(config.model, path / TOKENIZER_DIR)
-    check_base(path, fingerprints)
+    check_base(path, fingerprints, INFERENCE_OPTIONS)
     quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
     load_projector(model.projector, path / PROJECTOR_FILE)
     if (path / ADAPTER_DIR).is_dir():
@@ -280,12 +297,20 @@ def build_image_processor(model: LlavaMole, aspect_ratio: AspectRatio, modes: Im
     return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio, modes)
 
 
-def locate_parts(config: ModelConfig, manifest: dict[str, Any], checkpoint: Path, model_base: str | None) -> None:
+def locate_parts(
+    config: ModelConfig,
+    manifest: dict[str, Any],
+    checkpoint: Path,
+    model_base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+) -> None:
     """Set the paths in `config`, in place, to where a checkpoint's language model and vision tower are now.
 
-    A part is at the configured path or, if that does not exist from the present working directory, at the path that
-    the manifest records. A relative path in the manifest is relative to the checkpoint and is tried first, so that
-    such a directory can be moved.
+    A part is where `model_base` or `vision_tower` says, else at the configured path or, if that does not exist from
+    the present working directory, at the path that the manifest records. A relative path in the manifest is relative
+    to the checkpoint and is tried first, so that such a directory can be moved.
+
+    Raises WeightsError, which names the option, if a part is not there.
     """
 
     def where(configured: str, key: str) -> str:
@@ -294,11 +319,38 @@ def locate_parts(config: ModelConfig, manifest: dict[str, Any], checkpoint: Path
         beside = not Path(recorded).is_absolute()
         return str(found) if found.exists() and (beside or not Path(configured).exists()) else configured
 
-    config.language_model = model_base or where(config.language_model, "language_model")
+    config.language_model = str(model_base or where(config.language_model, "language_model"))
     tower = config.vision_tower
-    tower.weights = where(tower.weights, "vision_tower_weights")
-    if tower.name.endswith(".json"):
-        tower.name = where(tower.name, "vision_tower_config")
+    has_file, own_config = tower.name.endswith(".json"), None
+    if vision_tower is None:
+        tower.weights = where(tower.weights, "vision_tower_weights")
+    else:
+        weights, own_config = _find_tower(Path(vision_tower))
+        tower.weights = str(weights)
+    if has_file:
+        tower.name = str(own_config or where(tower.name, "vision_tower_config"))
+    parts = [("language_model", config.language_model), ("vision_tower", tower.weights)]
+    for part, path in [*parts, ("vision_tower", tower.name)] if has_file else parts:
+        if not Path(path).exists():
+            name = part.replace("_", " ")
+            raise WeightsError(
+                f"the {name} of {checkpoint} is no longer in {path}; name it with {INFERENCE_OPTIONS[part]}"
+            )
+
+
+def _find_tower(path: Path) -> tuple[Path, Path | None]:
+    """Weights and configuration (None if there is none) of the open_clip tower that `--vision-tower` names."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise WeightsError(f"--vision-tower {path} does not exist; give an open_clip directory or weight file")
+        return path, find_open_clip_config(path.parent)
+    config = find_open_clip_config(path)
+    if config is None and (path / "config.json").is_file():
+        raise WeightsError(
+            f"--vision-tower {path} is not in open_clip's layout; convert it with `llava-mole convert {path} --to "
+            "open-clip --out TOWER` and name that"
+        )
+    return find_open_clip_weights(path), config
 
 
 def _load_adapter(language_model: nn.Module, directory: Path) -> nn.Module:

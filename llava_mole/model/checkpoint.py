@@ -31,6 +31,7 @@ logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
 OWNER_FILE = "run.json"
+TRAINER_DIR = "trainer"
 SELF_HASH = "manifest_sha256"
 LEFTOVER = re.compile(r"\.(tmp|old|gone)-(checkpoint-\d+)-\d+")
 FORMAT = "llava_mole.checkpoint/2"
@@ -127,13 +128,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def verify_checkpoint(directory: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its manifest, and return the manifest.
 
+    The folder `trainer/`, which only a resumed run needs, may be absent as a whole.
+
     Raises:
         CheckpointError: A file is missing, or its size or sha256 differs. The message names it.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
+    slim = not os.path.lexists(directory / TRAINER_DIR)
     for name, recorded in _recorded_files(directory, manifest):
         path = directory / name
+        if slim and name.startswith(f"{TRAINER_DIR}/"):
+            continue
         if not path.is_file():
             raise CheckpointError(f"{directory} is incomplete: {name} is missing; use another checkpoint of the run")
         size = path.stat().st_size

@@ -15,8 +15,8 @@ def check_language_model_dir(path: str) -> None:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise WeightsError(
-            f"language model {path!r} is no directory with a config.json (model.language_model); download it first, "
-            "or use a config of configs/tiny/, which needs no download"
+            f"language model {path!r} is no directory with a config.json (model.language_model, --model-base); "
+            "download it first, or use a config of configs/tiny/, which needs no download"
         )
     try:
         stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
@@ -27,7 +27,7 @@ def check_language_model_dir(path: str) -> None:
         raise WeightsError(
             f"language model {path!r} is stored quantised ({method}), which "
             "cannot be recognised as the base of an adapter; give the original, and quantise it at load with "
-            "--model.quantization 4bit or 8bit"
+            "--model.quantization 4bit or 8bit (for inference --load-4bit or --load-8bit)"
         )
 
 

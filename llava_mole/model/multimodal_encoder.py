@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from llava_mole.common.errors import ConfigError, WeightsError
+from llava_mole.common.files import read_json
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.data.images import normalise_pixels
 from llava_mole.model.checkpoint import fingerprint
 
+OPEN_CLIP_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_CONFIGS = ("config.json", "open_clip_config.json")
 _VIT_KEYS = {"image_size", "patch_size", "width", "layers"}
 
 
@@ -89,6 +92,23 @@ def read_tower_config(name: str) -> dict[str, Any]:
     if not isinstance(vision, dict) or not _VIT_KEYS <= vision.keys() or "timm_model_name" in vision:
         raise ConfigError(f"model.vision_tower.name {name!r}: only open_clip's own ViT towers are supported")
     return config
+
+
+def find_open_clip_config(directory: Path) -> Path | None:
+    """The open_clip configuration in a directory, or None. Raises DataError if a file there is not JSON."""
+    for file in (directory / name for name in OPEN_CLIP_CONFIGS):
+        content = read_json(file) if file.is_file() else None
+        if isinstance(content, dict) and "vision_cfg" in content.get("model_cfg", content):
+            return file
+    return None
+
+
+def find_open_clip_weights(directory: Path) -> Path:
+    """The open_clip weight file in a directory. Raises WeightsError if there is none."""
+    for name in OPEN_CLIP_WEIGHTS:
+        if (directory / name).is_file():
+            return directory / name
+    raise WeightsError(f"{directory} holds no open_clip weights; looked for {', '.join(OPEN_CLIP_WEIGHTS)}")
 
 
 def build_vision_tower(name: str, weights: str, activation: str, select_layer: int = -2) -> VisionTower:

@@ -63,7 +63,7 @@ def quantize_linears(
     if not names:
         raise ConfigError(
             f"model.quantization {quantization!r}: {type(causal_lm).__name__} has no torch linears to quantise (GPT-2 "
-            "uses another kind); set 'none'"
+            "uses another kind); set 'none' (for inference --load-full)"
         )
     odd = [(name, causal_lm.get_submodule(name).in_features) for name in names]
     odd = [(name, width) for name, width in odd if width % BLOCK]
@@ -71,7 +71,7 @@ def quantize_linears(
         # Its CPU kernel starts a new block in every row when it expands weights, though not when it packs them.
         raise ConfigError(
             f"model.quantization '4bit': on a CPU bitsandbytes gets linears wrong whose input width is no multiple of "
-            f"{BLOCK} ({odd[0][0]}: {odd[0][1]}); use '8bit' or a GPU"
+            f"{BLOCK} ({odd[0][0]}: {odd[0][1]}); use '8bit' (for inference --load-8bit) or a GPU"
         )
     try:
         for name in names:

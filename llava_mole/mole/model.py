@@ -4,6 +4,8 @@ Below it: the functions that find the tuner in a model and pass routing inputs a
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,13 +31,15 @@ def base_fingerprint(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     named = [] if embedding is None else [("embedding", next(embedding.parameters(), None))]
-    named += [(name, p) for name, p in model.named_parameters() if "mole_" not in name and p.dim() == 1]
+    own = ("mole_", "modules_to_save.")
+    named += [(n, p) for n, p in model.named_parameters() if p.dim() == 1 and not any(mark in n for mark in own)]
     for name, parameter in named:
         if parameter is None or not parameter.is_floating_point():
             continue
         if parameter.device.type == "meta" or parameter.numel() == 0:
             return None
-        digest.update(f"{name.replace('base_layer.', '')}:{tuple(parameter.shape)[-1]}".encode())
+        name = name.replace("base_layer.", "").replace("original_module.", "")
+        digest.update(f"{name}:{tuple(parameter.shape)[-1]}".encode())
         sample = parameter.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -92,8 +96,26 @@ class MoleModel(BaseTuner):
                 f"no FFN of a known structure in {type(self.model).__name__}; name it with ffn_modules and its linears "
                 "with ffn_projections (see docs/mole.md)"
             )
-        peft_config.target_modules = [*peft_config.attention_modules, *peft_config.ffn_modules]
+        targets = [*peft_config.attention_modules, *peft_config.ffn_modules]
+        if peft_config.target_modules not in (None, targets):
+            raise ValueError(
+                f"target_modules is {peft_config.target_modules!r}, but follows from other options: name linears with "
+                "attention_modules and FFNs with ffn_modules"
+            )
+        peft_config.target_modules = targets
+        _check_saved(peft_config.modules_to_save or [], targets, names)
         return peft_config
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls it around every forward pass and generation, with their arguments."""
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is not supported: all rows of a batch use the one active adapter of a MoLE model; call "
+                    "set_adapter and run the rows of each adapter in a batch of their own"
+                )
+        yield
 
     def _create_and_replace(
         self,
@@ -184,6 +206,21 @@ def _matches(key: str, name: str) -> bool:
 
 def _any_matches(keys: list[str], name: str) -> bool:
     return any(_matches(key, name) for key in keys)
+
+
+def _check_saved(saved: list[str], targets: list[str], keys: list[str]) -> None:
+    """Raise ValueError for `modules_to_save` that PEFT would ignore, or would train instead of adapting them."""
+    adapted = [key for key in keys if any(_matches(key, name) for name in targets)]
+    for name in saved:
+        found = [key for key in keys if key.endswith(name)]  # PEFT's rule
+        if not found:
+            raise ValueError(f"modules_to_save names {name!r}, but the name of no module ends so")
+        clash = [k for k in adapted for f in found if f"{k}.".startswith(f"{f}.") or f"{f}.".startswith(f"{k}.")]
+        if clash:
+            raise ValueError(
+                f"modules_to_save names {name!r}, but attention_modules and ffn_modules adapt {clash[0]}; name it in "
+                "one of them only"
+            )
 
 
 def _find_ffns(model: nn.Module) -> list[str]:

@@ -88,9 +88,12 @@ def to_lora(
         adapter_name: which adapter.
 
     Raises:
-        ValueError: no such expert or adapter, or `usage` is missing or has the wrong shape.
+        ValueError: no such expert or adapter, `usage` is missing or has the wrong shape, or the adapter has
+            `modules_to_save`.
     """
     tuner, config = _adapter(model, adapter_name)
+    if config.modules_to_save:
+        raise ValueError(f"the adapter also trains modules_to_save {config.modules_to_save}, which a LoRA would lose")
     ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
     weights_LK = _expert_weights(expert, usage, len(ffns), config.num_experts)
     kept = weights_LK.any(dim=0).nonzero().flatten().tolist()  # the same in all layers: PEFT's ranks are by name ending

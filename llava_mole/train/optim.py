@@ -9,7 +9,7 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 from llava_mole.config import TrainConfig
-from llava_mole.model.adapters import parameter_part
+from llava_mole.model.adapters import DECAYED, parameter_part
 
 LONG_WARMUP = 0.2
 """Share of a run's steps above which a warm-up is warned about."""
@@ -20,15 +20,14 @@ logger = get_logger(__name__)
 def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over named parameters in up to three groups: `adapter`, `projector`, `router`.
 
-    Each group stores its peak rate under `peak_lr`. Weight decay applies only to matrices of the projector and the
-    attention LoRA: it would pull experts and routers towards zero in steps that give them no gradient.
+    Each group stores its peak rate under `peak_lr`. Weight decay applies only to matrices of the parts in `DECAYED`.
     """
     own_rates = {"projector": config.projector_learning_rate, "router": config.router_learning_rate}
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         part = parameter_part(name)
         group = part if part in ("projector", "router") else "adapter"
-        decays = parameter.ndim >= 2 and part not in ("router", "experts")
+        decays = parameter.ndim >= 2 and part in DECAYED
         groups.setdefault((group, decays and config.weight_decay > 0), []).append(parameter)
     settings = []
     for (group, decays), members in groups.items():

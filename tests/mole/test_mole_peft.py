@@ -20,6 +20,7 @@ from llava_mole.mole import (
     mole_auxiliary_loss,
     routing_load,
 )
+from llava_mole.mole.surgery import to_lora
 
 Make = Callable[[], LlamaForCausalLM]
 Randomize = Callable[[nn.Module], nn.Module]
@@ -286,3 +287,51 @@ def test_compiling_breaks_no_graph(tiny_llama: Make, randomized: Randomize, opti
     torch.testing.assert_close(layer.routing.logits, logits)
     grads = [torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (got, expected)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model(IDS, adapter_names=["one", "two"]),
+        lambda model: model(input_ids=IDS, adapter_names=["one", "one"]),
+        lambda model: model.generate(input_ids=IDS, max_new_tokens=1, adapter_names=["__base__", "two"]),
+        lambda model: model(IDS, labels=IDS, alora_offsets=[1, 2]),
+    ],
+)
+def test_an_adapter_per_row_is_refused(tiny_llama: Make, call: Callable[[nn.Module], object]) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=4), adapter_name="one")
+    model.add_adapter("two", MoleConfig(r=2))
+    with pytest.raises(ValueError, match="is not supported: all rows of a batch use the one active adapter"):
+        call(model)
+    assert not torch.isnan(model(IDS).logits).any(), "the model still works"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["mlp"], ["lm_head"]])
+def test_target_modules_are_not_replaced_in_silence(tiny_llama: Make, targets: list[str] | str) -> None:
+    with pytest.raises(ValueError, match="target_modules is .* name linears with attention_modules"):
+        get_peft_model(tiny_llama(), MoleConfig(r=4, target_modules=targets))
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["norm"], ["embed_tokens"], ["lm_head", "norm"], ["input_layernorm"]])
+def test_modules_to_save_train_and_come_back(
+    saved: list[str], tiny_llama: Make, randomized: Randomize, tmp_path: Path
+) -> None:
+    plain = get_peft_model(tiny_llama(), MoleConfig(r=4))
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, modules_to_save=saved))).train()
+    (model(input_ids=IDS, labels=IDS).loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    copies = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
+    assert copies
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in copies.values())
+    with torch.no_grad():
+        for parameter in copies.values():
+            parameter += 0.5
+    model.eval().save_pretrained(tmp_path / "a")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a").eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    plain.save_pretrained(tmp_path / "b")
+    fingerprints = [
+        PeftModel.from_pretrained(tiny_llama(), tmp_path / n).peft_config["default"].base_fingerprint for n in "ab"
+    ]
+    assert fingerprints[0] == fingerprints[1], "a trained copy is not the base"
+    with pytest.raises(ValueError, match=r"also trains modules_to_save .*, which a LoRA would lose"):
+        to_lora(model, tmp_path / "lora", expert=0)

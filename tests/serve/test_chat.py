@@ -156,5 +156,6 @@ def test_loading_options_reach_the_loader(chat_run, photo, monkeypatch: pytest.M
     command = ["--model-path", str(chat_run), "--image-file", photo, "--prompt", "What?", "--model-base", "elsewhere"]
     assert main([*command, "--dtype", "bfloat16", "--device", "cuda", "--conv-mode", "v1", "--load-4bit"]) == 0
     assert seen == {
-        "model_base": "elsewhere", "device": "cuda", "dtype": "bfloat16", "quantization": "4bit", "template": "v1",
+        "model_base": "elsewhere", "vision_tower": None, "device": "cuda", "dtype": "bfloat16",
+        "quantization": "4bit", "template": "v1",
     }  # fmt: skip

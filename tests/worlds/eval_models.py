@@ -21,13 +21,19 @@ def make_checkpoint(
     options: dict[str, Any] | None = None,
     chat_template: str | None = None,
     std: float = 0.3,
+    tokenizer: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
 ) -> Path:
     """Write `<directory>/run/checkpoint-1` of an untrained model with random adapters. Returns the run directory.
 
     `std` is the adapters' standard deviation. With a `chat_template` the tokenizer has it, and
-    the model was trained with it.
+    the model was trained with it. `tokenizer` and `generation` change the language model's tokenizer_config.json and
+    generation_config.json.
     """
     path = make_world(directory, samples=1)
+    for name, changes in (("tokenizer_config.json", tokenizer), ("generation_config.json", generation)):
+        file = directory / "language_model" / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **(changes or {})}))
     if chat_template:
         (directory / "language_model" / "chat_template.jinja").write_text(chat_template)
     mute_byte_pieces(directory / "language_model" / "model.safetensors")

@@ -43,6 +43,7 @@ class LlavaMoleModel(lmms):
     Args:
         pretrained: Run or checkpoint directory.
         model_base: Language model, if it has moved since training.
+        vision_tower: Vision tower, likewise.
         template: Replaces the template stored in the checkpoint.
         device, dtype, quantization: As `Predictor.from_pretrained` takes them.
         batch_size: Prompts per forward pass.
@@ -57,6 +58,7 @@ class LlavaMoleModel(lmms):
         self,
         pretrained: str,
         model_base: str | None = None,
+        vision_tower: str | None = None,
         template: str | None = None,
         device: str | None = None,
         dtype: str = "float32",
@@ -68,8 +70,8 @@ class LlavaMoleModel(lmms):
         super().__init__()
         if unknown:
             raise ConfigError(
-                f"--model_args {', '.join(unknown)}: unknown; allowed are pretrained, model_base, template, device, "
-                "dtype, quantization and batch_size"
+                f"--model_args {', '.join(unknown)}: unknown; allowed are pretrained, model_base, vision_tower, "
+                "template, device, dtype, quantization and batch_size"
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(
@@ -79,7 +81,13 @@ class LlavaMoleModel(lmms):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         kind = "auto" if device is None else "cuda" if str(device).startswith("cuda") else str(device)
         self._predictor = Predictor.from_pretrained(
-            pretrained, model_base=model_base, template=template, device=kind, dtype=dtype, quantization=quantization
+            pretrained,
+            model_base=model_base,
+            vision_tower=vision_tower,
+            template=template,
+            device=kind,
+            dtype=dtype,
+            quantization=quantization,
         )
         self._batch_size = int(batch_size)
         self.device = self._predictor.loaded.model.device

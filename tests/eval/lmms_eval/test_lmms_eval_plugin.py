@@ -142,3 +142,15 @@ def test_bad_model_arguments(plugin: Any, arguments: dict, message: str) -> None
 def test_multi_round_tasks_are_refused(model: Any) -> None:
     with pytest.raises(NotImplementedError, match="multi-round"):
         model.generate_until_multi_round([])
+
+
+def test_moved_parts_reach_the_loader(plugin: Any, predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(path: str, **options: Any) -> Predictor:
+        seen.update(options)
+        return Predictor(predictor.loaded)
+
+    monkeypatch.setattr(Predictor, "from_pretrained", spy)
+    plugin.LlavaMoleModel(pretrained="run", model_base="language model", vision_tower="tower")
+    assert (seen["model_base"], seen["vision_tower"]) == ("language model", "tower")
