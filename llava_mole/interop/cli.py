@@ -25,7 +25,7 @@ from llava_mole.interop.kinds import KINDS, find_kind
 FORMATS = {
     "checkpoint": "a run directory of llava_mole, from LLaVA-1.5, llava-hf or the authors' .pt",
     "projector": "mm_projector: FILE.bin with LLaVA's names or FILE.safetensors with ours",
-    "inference": "a checkpoint of ours without optimizer state: a third of the size, cannot be resumed",
+    "inference": "a checkpoint of ours without its optimizer, a third of the size; cannot be resumed",
     "open-clip": "the vision tower for model.vision_tower",
     "hf-clip": "the vision tower as a CLIPVisionModel of transformers",
     "llava": "full LLaVA-1.5, LoRA merged",

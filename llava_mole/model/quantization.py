@@ -71,7 +71,7 @@ def quantize_linears(
         # Its CPU kernel starts a new block in every row when it expands weights, though not when it packs them.
         raise ConfigError(
             f"model.quantization '4bit': on a CPU bitsandbytes gets linears wrong whose input width is no multiple of "
-            f"{BLOCK} ({odd[0][0]}: {odd[0][1]}); use '8bit' (for inference --load-8bit) or a GPU"
+            f"{BLOCK} ({odd[0][0]}: {odd[0][1]}); use '8bit' or a GPU (for inference --load-8bit)"
         )
     try:
         for name in names:

@@ -134,13 +134,13 @@ def find_start(train: TrainConfig, values: Mapping[str, Any]) -> Start:
         if begun:
             check_same_config(run_dir, values, train.accept_changed)
         return Start(_new_run(), begun=begun)
-    check_same_config(checkpoint, values, train.accept_changed)
     manifest, own = read_manifest(checkpoint), checkpoint.parent.resolve() == run_dir.resolve()
     if not (checkpoint / STATE_FILE).is_file():
         raise CheckpointError(
             f"{checkpoint} has no {STATE_FILE}: it is for inference only, and no run can resume from it; start a new "
             "run from its weights with --init-from"
         )
+    check_same_config(checkpoint, values, train.accept_changed)
     run = manifest.get("run") if own else None
     if finished := own and _is_finished(run_dir, checkpoint, values):
         logger.info("%s is complete (%s): nothing to do", run_dir, checkpoint.name)
