@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -108,6 +109,7 @@ PATHS = (
     "check.evaluation_images", "projector_weights", "init_from",
 )  # fmt: skip
 """Keys whose value is a path or a list of paths."""
+_checks: ContextVar[bool] = ContextVar("checks", default=True)
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})")
 
 
@@ -128,7 +130,7 @@ def expand_path(path: str | os.PathLike[str], key: str) -> str:
 
 
 def _check_section(section: Any, prefix: str, pattern: str | None = None) -> None:
-    """Expand the paths of a section, in place, and check its numbers.
+    """Expand the paths of a section, in place, and check its numbers; `load_config` turns this off.
 
     Args:
         section: One dataclass of the configuration.
@@ -138,7 +140,7 @@ def _check_section(section: Any, prefix: str, pattern: str | None = None) -> Non
     Raises:
         ConfigError: a number is outside its range or of another type, or a path has an unknown variable.
     """
-    for option in dataclasses.fields(section):
+    for option in dataclasses.fields(section) if _checks.get() else ():
         name, value = f"{prefix}{option.name}", getattr(section, option.name)
         key, kinds = f"{pattern or prefix}{option.name}", get_args(option.type) or (option.type,)
         if value is None and NoneType in kinds:
@@ -543,8 +545,16 @@ def _mapping_in(file: Path) -> Mapping[str, Any]:
 
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
-    """Read a configuration file written by hand or by `save_config`."""
-    return parse_run_config(["--config", str(path)])  # a name that exists is not expanded
+    """Read the configuration that a run has saved.
+
+    Numbers and paths were checked when it started and are taken as they are: an earlier version allowed more, and what
+    it trained must still load.
+    """
+    reset = _checks.set(False)
+    try:
+        return parse_run_config(["--config", str(path)])
+    finally:
+        _checks.reset(reset)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -563,7 +573,7 @@ def check_lambdas(names: Collection[str], lambdas: Mapping[str, float]) -> None:
     for name, value in lambdas.items():
         if name not in names:
             raise ConfigError(f"data.mixture.{name}: no such source; there are {', '.join(names) or 'none'}")
-        if not isinstance(value, int | float) or not 0 <= value < 2.0**63:
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ConfigError(f"data.mixture.{name} is {value}; lambda must be a finite number >= 0 (0 leaves it out)")
     if not any(lambdas.get(name, 1.0) for name in names):
         raise ConfigError("data.mixture is empty: give data.sources at least one dataset with lambda > 0")

@@ -199,7 +199,7 @@ def test_every_path_is_expanded(key: str, home: Path) -> None:
         ("~/a", f"{home}/a"), ("$WHERE/b", f"{home}/scratch/b"), ("${WHERE}/c", f"{home}/scratch/c"),
         ("~/$$/d", f"{home}/$$/d"), ("e~/f", "e~/f"),
     ):  # fmt: skip
-        config = load_config(written(home, key, given_))
+        config = parse_run_config([str(written(home, key, given_))])
         assert get_path(config, key) == expected
         save_config(config, home / "saved.yaml")
         assert load_config(home / "saved.yaml") == config
@@ -209,7 +209,7 @@ def test_every_path_is_expanded(key: str, home: Path) -> None:
 @pytest.mark.parametrize("path", ["$NOWHERE/a", "x/${NOWHERE}", "${}/a", "~no-such-user-here/a", "", "a\0b"])
 def test_a_path_that_cannot_be_expanded_is_refused(key: str, path: str, home: Path) -> None:
     with pytest.raises(ConfigError, match=key.replace("*", "a") + " is .*(not set|no such user|must be a path)"):
-        load_config(written(home, key, path))
+        parse_run_config([str(written(home, key, path))])
 
 
 def test_the_configuration_file_itself_is_expanded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,3 +228,23 @@ def test_every_text_that_names_a_file_is_a_path() -> None:
         "data.mixture",
     }  # fmt: skip
     assert set(PATHS) <= texts
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_steps", 0), ("seed", -1), ("validate_every", -1), ("router_learning_rate", -0.5), ("output_dir", "$GONE/x")],
+)
+def test_what_an_earlier_version_ran_still_loads(key: str, value: Any, tmp_path: Path) -> None:
+    """The saved configuration of a checkpoint is read as it is; a new run with it is refused."""
+    save_config(parse_run_config(MINIMAL), tmp_path / "config.yaml")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    saved["train"][key] = value
+    del saved["train"]["warmup_ratio"], saved["data"]["special_tokens"]  # newer than that version
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    loaded = load_config(tmp_path / "config.yaml")
+    assert getattr(loaded.train, key) == value
+    assert (loaded.train.warmup_steps, loaded.data.special_tokens) == (500, "keep")
+    with pytest.raises(ConfigError, match=f"train.{key}"):
+        parse_run_config([str(tmp_path / "config.yaml")])
+    with pytest.raises(ConfigError, match="train.epochs"):
+        parse_run_config([*MINIMAL, "--train.epochs", "0"])  # checks are on again

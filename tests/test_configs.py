@@ -28,8 +28,9 @@ MINIMAL = ["--stage", "finetune", "--train.output_dir", "x", "--data.sources.a.a
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_run_configurations_load(path: Path) -> None:
-    config = load_config(path)
+    config = parse_run_config([str(path)])
     assert config.data.sources
+    assert config == load_config(path)
     assert path.read_text(encoding="utf-8").startswith("#"), "a configuration opens with what it reproduces"
     assert "bash scripts/" in path.read_text(encoding="utf-8"), "and with the command that runs it"
 
