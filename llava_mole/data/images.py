@@ -297,15 +297,16 @@ def decode_rgb(
                 "bits without transparency, or choose 'rescale' (values stretched to 0 to 255, white background) or "
                 "'llava' (as the original: values clipped, alpha dropped)"
             )
-    orientation = _orientation(image)
+    original, orientation = image, _orientation(image)
     if _is_deep(image):
         image = _stretched(image)
-    elif image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), _with_alpha(image))
+    elif (drawing := _with_alpha(image)) is not None:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), drawing)
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     if orientation != 1:
         rgb = rgb.transpose(_UPRIGHT[orientation])
-        rgb.info = {}  # it still says that the image is to be turned
+    if rgb is not original:
+        rgb.info = {}  # it may still say that the image is to be turned, or that a colour is transparent
     return rgb
 
 
@@ -320,7 +321,7 @@ def oddities(image: Image.Image) -> list[Oddity]:
         elif not _fits_bytes(values):
             detail = f"{bits} pixels from {values.min():g} to {values.max():g} (mode {image.mode})"
             found.append(Oddity("deep-image", detail))
-    elif image.has_transparency_data and not _is_opaque(image):
+    elif _with_alpha(image) is not None:
         found.append(Oddity("transparent-image", f"transparent pixels (mode {image.mode})"))
     if (orientation := _orientation(image)) != 1:
         found.append(Oddity("rotated-image", f"EXIF orientation {orientation}, so its pixels are not stored upright"))
@@ -369,14 +370,18 @@ def _stretched(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
-def _with_alpha(image: Image.Image) -> Image.Image:
-    """An image with transparency of any kind (alpha, palette or a transparent colour) as RGBA."""
-    return image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+def _with_alpha(image: Image.Image) -> Image.Image | None:
+    """The image as RGBA if a pixel of it is transparent, by alpha, palette or a transparent colour; else None.
 
-
-def _is_opaque(image: Image.Image) -> bool:
-    alpha = (image if image.mode in ("RGBA", "LA", "PA") else _with_alpha(image)).getchannel("A")
-    return alpha.getextrema() == (255, 255)
+    A transparent colour that does not fit the mode counts as none, since no pixel has it.
+    """
+    if not image.has_transparency_data:
+        return None
+    try:
+        drawing = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+    except DECODER_ERRORS:
+        return None
+    return None if drawing.getchannel("A").getextrema() == (255, 255) else drawing
 
 
 def _orientation(image: Image.Image) -> int:

@@ -17,6 +17,8 @@ from llava_mole.common.errors import DataError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
 """Suffixes of compressed files, which pyarrow unpacks while they are read."""
+PACKED = (*COMPRESSED, ".xz", ".lzma", ".br", ".z", ".zip", ".7z", ".rar")
+"""Suffixes of compressed files, read or not."""
 _LINES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = tuple(name + packed for name in (".json", *_LINES) for packed in ("", *COMPRESSED))
 """Ends of the names of JSON files, in lower case."""
@@ -49,10 +51,12 @@ def iterate_json(
         `(value, line)` with the line, from 1, on which the value starts. Blank lines of JSONL are skipped.
 
     Raises:
-        DataError: the file cannot be read or is not UTF-8 or JSON, or a value is too large or too deeply nested; the
-            message starts with `file:line`.
+        DataError: the file cannot be read, is compressed in another way or is not UTF-8 or JSON, or a value is too
+            large or too deeply nested; the message starts with `file:line`.
     """
     path = Path(path)
+    if path.suffix.lower() in PACKED and not _compression(path):
+        raise DataError(f"{path}: {path.suffix} files are not read; unpack it, or use one of {', '.join(COMPRESSED)}")
     try:
         with _open(path) as file:
             if path.name.lower().removesuffix(_compression(path)).endswith(_LINES):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from worlds import raw_sets
 from worlds.llama_sentencepiece import LlamaSentencePiece
@@ -18,7 +20,7 @@ from llava_mole.cli import main
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.config import DataConfig, SourceConfig
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
-from llava_mole.data.images import IMAGE_MODES, ImageProcessor, load_image, open_image
+from llava_mole.data.images import DECODER_ERRORS, IMAGE_MODES, ImageProcessor, load_image, open_image
 from llava_mole.data.prepare.images import look, unpack, unpack_page
 
 RAMP = np.arange(12, dtype=np.float64).reshape(3, 4) / 11
@@ -227,6 +229,49 @@ def test_a_mode_that_does_not_exist_is_refused() -> None:
         ImageProcessor(8, modes="exact")  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
+@given(
+    st.sampled_from(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
+                     "I", "F", "I;16", "I;16B", "I;16L", "I;16N"]),
+    st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    st.binary(min_size=144, max_size=144),
+    st.none() | st.integers(0, 300) | st.binary(max_size=4) | st.tuples(*[st.integers(0, 255)] * 3),
+    st.none() | st.binary(max_size=40) | st.integers(0, 9),
+)  # fmt: skip
+def test_any_image_is_rgb_of_its_size_or_refused_in_one_line(
+    mode: str, size: tuple[int, int], data: bytes, transparency: Any, metadata: Any
+) -> None:
+    deep = {"I": np.int32, "F": np.float32}.get(mode, np.uint16) if mode[0] in "IF" else np.uint8
+    bands = len(Image.new(mode, (1, 1)).getbands()) if deep is np.uint8 else 1
+    raw = np.frombuffer(data, deep)[: size[0] * size[1] * bands].tobytes()
+    image = Image.frombytes("L", size, raw).convert("1") if mode == "1" else Image.frombytes(mode, size, raw)
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    if isinstance(metadata, bytes):
+        image.info["exif"] = b"Exif\0\0" + metadata
+    elif metadata is not None:
+        image.getexif()[0x0112] = metadata
+        image.info["exif"] = image.getexif().tobytes()
+    for modes in IMAGE_MODES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                rgb = ImageProcessor(4, modes=modes).load(image)
+            except DataError as error:
+                problem = str(error)
+                assert problem.startswith("image 'given' ")
+                assert "\n" not in problem
+                if modes == "llava":
+                    with pytest.raises(DECODER_ERRORS):
+                        image.convert("RGB")
+                continue
+            assert modes != "llava" or np.array_equal(np.asarray(rgb), np.asarray(image.convert("RGB")))
+        turned = modes != "llava" and metadata in (5, 6, 7, 8)
+        assert rgb.mode == "RGB"
+        assert (rgb.size == (size[::-1] if turned else size)) or isinstance(metadata, bytes)
+        assert ImageProcessor(4, modes=modes).pixels(rgb).shape == (3, 4, 4)
+
+
 # Training
 
 
@@ -383,8 +428,8 @@ def test_an_unpacked_tiff_page_keeps_its_pixels(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a", raw_sets.image_bytes(1)[:200]])
 def test_findings_name_the_file_and_no_buffer(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data)
-    for given in (data, str(tmp_path / "a.png")):
-        problem = look(given, "scans/a.png", decode=True)[0].problem
+    for source in (data, str(tmp_path / "a.png")):
+        problem = look(source, "scans/a.png", decode=True)[0].problem
         assert problem is not None
         assert problem.detail.startswith("scans/a.png: ")
         assert "object at 0x" not in problem.detail

@@ -63,6 +63,13 @@ def test_a_damaged_file_is_refused_and_never_cut_short(suffix: str, damage: str,
         read_records(path, "s")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.xz", "a.json.zip", "a.jsonl.br", "a.7z", "a.jsonl.XZ"])
+def test_other_compression_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\xfd7zXZ")
+    with pytest.raises(DataError, match=r"files are not read; unpack it, or use one of \.gz, \.zst, \.bz2, \.lz4"):
+        read_records(tmp_path / name, "s")
+
+
 # prepare
 
 

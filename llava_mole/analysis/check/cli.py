@@ -42,11 +42,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, print the report and write it. Returns 0 if all limits passed, else 1."""
     given, overrides = _parser().parse_known_args(argv)
+    setup_logging()
     config = parse_run_config([given.config, *overrides], prog="llava-mole check-data")
     if given.workers < 1:
         raise ConfigError(f"--workers is {given.workers}; it must be at least 1")
     check_template_name(config.data.template)
-    setup_logging()
     with one_line("check-data must be able to read its data and to write below --out"):
         return check(config, given)
 

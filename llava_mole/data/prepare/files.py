@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llava_mole.common.errors import DataError
 from llava_mole.common.log import get_logger
-from llava_mole.data.json_stream import COMPRESSED, iterate_json
+from llava_mole.data.json_stream import PACKED, iterate_json
 from llava_mole.data.prepare.defects import Defects
 from llava_mole.data.prepare.samples import Split
 
@@ -34,7 +34,6 @@ _DATA_FILTER = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 ARROW_BATCH_ROWS = 64
 """Rows of a parquet or Arrow file in memory at a time: they may hold images of megabytes."""
 
-_PACKED = (*COMPRESSED, ".xz", ".lzma", ".br", ".z", ".zip", ".7z", ".rar")
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|training|val|valid|validation|dev|test|testing)(?:[^a-z]|$)")
 
 logger = get_logger(__name__)
@@ -171,7 +170,7 @@ def find_files(raw: Path, suffixes: Sequence[str], what: str, follow_links: bool
     files = [path for path in walk(raw, follow_links) if not path.name.startswith(".")]
     ends = tuple(suffixes)
     for path in files:
-        packed = path.suffix.lower() in _PACKED and path.stem.lower().endswith(ends)
+        packed = path.suffix.lower() in PACKED and path.stem.lower().endswith(ends)
         if packed and not path.name.lower().endswith(ends):
             raise DataError(f"{path}: is compressed in a way that this source does not read; unpack it")
     found = sorted(path for path in files if path.name.lower().endswith(ends) and path.is_file())
