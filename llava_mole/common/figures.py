@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.common.files import atomic_path, write_errors
 
 # Okabe and Ito's palette: distinguishable for colour-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999933", "#666666", "#BBBBBB")
@@ -23,12 +24,12 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG and return its path."""
+    """Write a figure atomically as PNG and return its path. Raises ConfigError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.set_dpi(140)
-    FigureCanvasAgg(figure).print_png(path)
+    with write_errors(path), atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
     return path
 
 

@@ -1,11 +1,12 @@
 """The runner: LLaVA's file formats; single, batched, chunked and interrupted runs write the same answers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from worlds.eval_models import make_checkpoint
+from worlds.eval_models import make_checkpoint, make_questions
 from worlds.tiny_models import NUM_IMAGE_TOKENS
 
 from llava_mole import cli
@@ -191,6 +192,17 @@ def test_a_question_that_cannot_be_asked_is_named(
         assert run(mole_run, path, tmp_path / "a.jsonl", *more) == 2
         assert f"error: {path}:21: {problem}" in capsys.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == ["q.jsonl"]  # found before the first answer
+
+
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a\x00\x00\x00\x00"])
+def test_an_image_that_cannot_be_decoded_names_the_question(
+    mole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    asked = make_questions(tmp_path)
+    (tmp_path / "images" / "1.png").write_bytes(content)
+    assert run(mole_run, asked, tmp_path / "a.jsonl") == 2
+    assert re.search(rf"error: {asked}:\d+: image '.*1\.png' cannot be decoded: ", capsys.readouterr().err)
 
 
 def test_model_id_names_checkpoint_and_run(tmp_path: Path) -> None:

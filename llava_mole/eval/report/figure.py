@@ -6,7 +6,6 @@ from typing import Any
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.figures import new_figure, save_figure
-from llava_mole.common.files import atomic_path, write_errors
 from llava_mole.common.log import get_logger
 from llava_mole.eval.report.groups import MAJORITY
 
@@ -65,8 +64,7 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
     shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     place = {"loc": "outside lower center", "ncols": min(4, len(shown)), "frameon": False}
     figure.legend(list(shown.values()), list(shown), **place)
-    with write_errors(path), atomic_path(path) as temporary:
-        save_figure(figure, temporary)
+    save_figure(figure, path)
     return True
 
 
