@@ -80,9 +80,9 @@ def _explain(loaded: LoadedModel, batch: Batch, check: FiniteCheck, stop: RowSto
     """The error about the first faulty prompt of a batch."""
     new_ids_RN = batch.input_ids[:, :0] if stop is None or stop.new_ids_RN is None else stop.new_ids_RN
     beams = new_ids_RN.shape[0] // len(batch.members)
-    bad = (
-        [] if check.bad_R is None else check.bad_R.view(len(batch.members), -1).any(dim=1).nonzero().flatten().tolist()
-    )
+    bad: list[int] = []
+    if check.bad_R is not None:
+        bad = check.bad_R.view(len(batch.members), -1).any(dim=1).nonzero().flatten().tolist()
     for row in bad or range(len(batch.members)):
         ids_L = torch.cat([batch.input_ids[row][batch.attention_mask[row]], new_ids_RN[row * beams]])
         if found := _first_module(loaded, ids_L, batch, row):
