@@ -1,7 +1,6 @@
 """Files and folders that are complete or absent: atomic writing, checksums and locks, one implementation of each."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -9,12 +8,9 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.common.log import get_logger
-
-logger = get_logger(__name__)
 
 
 @contextlib.contextmanager
@@ -153,19 +149,3 @@ def sha256_of(path: Path) -> str:
 def sha256_of_json(value: Any) -> str:
     """Hex digest of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def try_lock(file: TextIO, shown: Path, busy: str) -> None:
-    """Lock an open file for this process until it is closed.
-
-    Where the file system has no locks, a warning is logged and the work goes on.
-
-    Raises:
-        ConfigError: another process holds the lock; the message is `shown` and `busy`.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"{shown}: {busy}") from None
-    except OSError as error:
-        logger.warning("%s: this file system has no locks (%s); use one process only", shown, error.strerror)

@@ -181,13 +181,20 @@ class AnswerCheck:
         return True
 
     def _score(self, positions: Sequence[int]) -> list[tuple[str, tuple[float, float]]]:
+        if not positions:
+            return []
         samples = [self._dataset.sample(position) for position in positions]
         prompts = [record.turns[:1] for _, record, _ in samples]
         # A record may show more images later in its conversation.
         images = [
             pictures[: record.turns[0].text.count(DEFAULT_IMAGE_TOKEN)] or None for _, record, pictures in samples
         ]
-        answers = self._predictor.generate(images, prompts, max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
+        try:
+            answers = self._predictor.generate(images, prompts, max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
+        except PromptError as error:  # a model in training may overflow for one prompt, which must not end the run
+            source, record, _ = samples[error.position]
+            logger.warning("validation: %s (%s) is not answered: %s", record.where, source, error.problem)
+            return self._score([p for n, p in enumerate(positions) if n != error.position])
         scored = []
         for (source, record, _), answer in zip(samples, answers, strict=True):
             wanted = record.turns[1].text

@@ -125,6 +125,22 @@ def test_a_question_without_room_for_an_answer_is_left_out(world: Path, validate
     assert set(AnswerCheck(held_out, predictor, count=2, routes=True).scores()["f1"]) == {"red", "blue"}
 
 
+def test_a_model_that_overflows_for_a_question_does_not_end_the_run(
+    world: Path, validated: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = Predictor.from_pretrained(validated, device="cpu")
+    config, loaded = load_config(predictor.loaded.path / "config.yaml"), predictor.loaded
+    processor = build_image_processor(loaded.model, config.data.image_aspect_ratio)
+    arguments = (config.data, loaded.tokenizer, processor, loaded.model.num_image_tokens)
+    held_out = build_dataset(*arguments, seed=config.train.seed, epochs=1).validation
+    assert held_out is not None
+    with torch.no_grad():
+        loaded.model.causal_lm.model.norm.weight.fill_(float("nan"))
+    with caplog.at_level("WARNING"):
+        assert AnswerCheck(held_out, predictor, count=2, routes=True).scores() == {"exact": {}, "f1": {}}
+    assert caplog.text.count("is not answered: the model computes NaN or infinity") == 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
