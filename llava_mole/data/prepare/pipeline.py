@@ -102,8 +102,6 @@ def _check_out(request: Request) -> None:
                 f"--out {out} lies inside --raw {request.raw}, so the next call would read what this one wrote; name "
                 "another --out"
             )
-    if out.is_symlink():
-        raise ConfigError(f"--out {out} is a link to {os.readlink(out)} and is not replaced; name its target")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not request.overwrite:
             raise ConfigError(f"{out} exists; give --overwrite to replace it, or name another --out")
