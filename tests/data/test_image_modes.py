@@ -312,7 +312,7 @@ def test_training_and_validation_see_what_inference_sees(modes: Any, tmp_path: P
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_default_warns_once_for_each_source(
-    workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder, names in (("a", list(DEEP)), ("b", list(TRANSPARENT))):
         for name in names:
@@ -324,13 +324,10 @@ def test_the_default_warns_once_for_each_source(
         "plain": source_of(tmp_path, ["plain.png"] * 3),
     }
     dataset = build(DataConfig(sources=sources, max_length=64, validation_samples=1))
-    handler = logging.StreamHandler()  # writes to a descriptor, which worker processes share
-    logging.getLogger("llava_mole").addHandler(handler)
-    try:
-        for part in (dataset, dataset.validation):
-            list(torch.utils.data.DataLoader(part, batch_size=None, num_workers=workers))  # type: ignore[arg-type]
-    finally:
-        logging.getLogger("llava_mole").removeHandler(handler)
+    # It writes to a descriptor, which worker processes share.
+    monkeypatch.setattr(logging.getLogger("llava_mole"), "handlers", [logging.StreamHandler()])
+    for part in (dataset, dataset.validation):
+        list(torch.utils.data.DataLoader(part, batch_size=None, num_workers=workers))  # type: ignore[arg-type]
     lines = [line for line in capfd.readouterr().err.splitlines() if "image_modes" in line]
     assert sorted(line.split(": ")[1] for line in lines) == ["deep", "drawings"]
     assert all("records.json:" in line and "`llava-mole check-data` counts them" in line for line in lines)
