@@ -88,9 +88,7 @@ def announce_schedule(config: TrainConfig, total_steps: int, *, begun: bool) -> 
     own = {"projector": config.projector_learning_rate, "router": config.router_learning_rate}
     peaks = {"": config.learning_rate, **{f"{name} ": rate for name, rate in own.items() if rate is not None}}
     rates = ", ".join(f"{name}{peak * highest:.3g} down to {peak * last:.3g}" for name, peak in peaks.items())
-    share = warmup / total_steps
     steps = count_of(total_steps, "step")
-    logger.info("schedule: %s, %d of them warm-up (%.1f%%), rate %s", steps, warmup, 100 * share, rates)
     advice = (
         f"set --train.warmup_steps to at most {max(1, int(LONG_WARMUP * total_steps))}, or --train.warmup_steps null "
         "--train.warmup_ratio 0.03"
@@ -100,8 +98,11 @@ def announce_schedule(config: TrainConfig, total_steps: int, *, begun: bool) -> 
             f"train.warmup_steps is {warmup}, but the run has {steps} and its rate would end at "
             f"{highest:.0%} of the peak; {advice}"
         )
+    rising = min(warmup, total_steps)
+    share = 100 * rising / total_steps
+    logger.info("schedule: %s, %d of them warm-up (%.1f%%), rate %s", steps, rising, share, rates)
     if warmup > max(1, LONG_WARMUP * total_steps):
         logger.warning(
             "the warm-up takes %d of %s, and the rate reaches %.0f%% of its peak; %s",
-            min(warmup, total_steps), steps, 100 * highest, advice,
+            rising, steps, 100 * highest, advice,
         )  # fmt: skip
