@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.common.files import remove, write_bytes, write_errors, write_json
+from llava_mole.common.files import remove, write_bytes, write_json
 from llava_mole.common.locks import locked
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.config import ImageModes
@@ -80,13 +80,11 @@ def prepare(request: Request) -> dict[str, Any]:
     out = request.out
     partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
     _check_out(request)
-    with write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock", f"--out {out}"):
         if old.exists() and not out.exists():  # an earlier call was killed between the two renames of `_publish`
             os.replace(old, out)
         _check_out(request)
-        partial.mkdir(exist_ok=True)
         _clear_partial(partial, request)
         report = _write(request, partial)
         _publish(partial, out, old)
