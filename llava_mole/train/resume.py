@@ -142,8 +142,7 @@ def find_start(train: TrainConfig, values: Mapping[str, Any]) -> Start:
         )
     check_same_config(checkpoint, values, train.accept_changed)
     run = manifest.get("run") if own else None
-    if finished := own and _is_finished(run_dir, checkpoint, values):
-        logger.info("%s is complete (%s): nothing to do", run_dir, checkpoint.name)
+    finished = own and _is_finished(run_dir, checkpoint, values)
     begun = own and (run_dir / CONFIG_FILE).exists()
     return Start(run or _new_run(), checkpoint, begun, finished)
 

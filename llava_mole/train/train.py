@@ -75,8 +75,6 @@ def train(config: RunConfig) -> Path:
         strategy = start_strategy(config.train, config.device)
         with run_directory(config.train):
             start = on_main(lambda: find_start(config.train, values))  # before the model, which takes minutes to load
-            if start.finished:
-                return run_dir
             torch.manual_seed(config.train.seed)  # the same initial weights on every rank
             model, hf_tokenizer, fingerprints = build_parts(config.model)
             tokenizer = HFTextTokenizer(hf_tokenizer, config.data.special_tokens)
@@ -85,6 +83,9 @@ def train(config: RunConfig) -> Path:
             steps = min(steps, config.train.max_steps or steps)
             contents = contents_of(fingerprints, tokenizer.fingerprint, dataset.limits.template, dataset.digests)
             progress = check_start(config, start, dataset, contents, steps)
+            if start.finished:  # after all comparisons: nobody must take edited data for trained data
+                logger.info("%s is complete: nothing to do", start.checkpoint)
+                return run_dir
             make_trainable(config, model, strategy.device, fingerprints, start.checkpoint)
             strategy.prepare(model, build_optimizer(trainable_parameters(model), config.train))
             if start.checkpoint is not None:

@@ -253,13 +253,15 @@ SWAPPED = {
 
 
 @pytest.mark.parametrize("swap", SWAPPED, ids=lambda swap: swap.__name__)
-def test_changed_contents_are_refused(world: Path, halfway: Path, swap: Callable[[Path], None]) -> None:
+def test_changed_contents_are_refused(world: Path, finished: Path, halfway: Path, swap: Callable[[Path], None]) -> None:
     saved = world.with_name("saved")
     shutil.copytree(world, saved)
     try:
         swap(world)
         with pytest.raises(CheckpointError, match=f"was trained on other contents: {SWAPPED[swap]} has digest"):
             run(world, halfway, "--train.resume", "auto")
+        with pytest.raises(CheckpointError, match="was trained on other contents"):  # not "complete"
+            run(world, finished, "--train.resume", "auto")
     finally:
         shutil.rmtree(world)
         saved.rename(world)
