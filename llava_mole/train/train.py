@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,9 +91,7 @@ def train(config: RunConfig) -> Path:
             strategy.prepare(model, build_optimizer(trainable_parameters(model), config.train))
             if start.checkpoint is not None:
                 strategy.load_state(read_optimizer_state(start.checkpoint), progress.updates)
-            if is_main_process():
-                write_environment(run_dir, strategy.world_size, str(strategy.device), type(strategy.engine).__name__)
-                save_config(values, run_dir / "config.yaml")
+            record_start(run_dir, values, strategy)
             most_bad = config.train.max_bad_steps, config.data.max_bad_image_share
             Trainer(
                 name=f"{config.stage} ({config.adapter.method})",
@@ -111,6 +110,13 @@ def train(config: RunConfig) -> Path:
                 progress=progress,
             ).run()
     return run_dir
+
+
+def record_start(run_dir: Path, values: dict[str, Any], strategy: Strategy) -> None:
+    """Write the environment, which marks a run's directory, and then the complete configuration."""
+    if is_main_process():
+        write_environment(run_dir, strategy.world_size, str(strategy.device), type(strategy.engine).__name__)
+        save_config(values, run_dir / "config.yaml")
 
 
 def check_start(
