@@ -116,17 +116,18 @@ class Campaign:
         from safetensors.torch import load_file
 
         from llava_mole.model.checkpoint import verify_checkpoint
+        from llava_mole.train.metrics import read_metrics
 
         run_dir = self.directory / name
         newest = self.checkpoints(name)[0]
         verify_checkpoint(newest)
         tensors = load_file(newest / "trainer" / "optimizer.safetensors")
-        entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        entries = read_metrics(run_dir / "metrics.jsonl")
         return {
             "checkpoint": newest.name,
             "tensors": {key: value.numpy().tobytes() for key, value in tensors.items()},
             "progress": json.loads((newest / "trainer" / "state.json").read_text(encoding="utf-8")),
-            "steps": [[e["step"], e["loss"], e.get("auxiliary_loss")] for e in entries],
+            "steps": repr([[e["step"], e["loss"], e.get("auxiliary_loss")] for e in entries]),  # a NaN equals itself
             "leftovers": [path.name for path in run_dir.iterdir() if path.name.startswith(".")],
         }
 
