@@ -308,7 +308,7 @@ def test_run_directories(
                     write = lambda inner: (inner / "weights").write_text("new")  # noqa: E731
                     checkpoint.write_checkpoint(path, write, {"step": step}, run=start.run)
                 except FileExistsError:
-                    assert entries[path.name] not in OURS or run != OWN
+                    assert entries.get(path.name) not in OURS or run != OWN
                 else:
                     checkpoint.rotate_checkpoints(path, keep, start.run)
                     assert checkpoint.verify_checkpoint(path)["run"] == start.run

@@ -118,6 +118,7 @@ def find_start(train: TrainConfig, values: Mapping[str, Any]) -> Start:
     run_dir = Path(train.output_dir)
     clean_leftovers(run_dir)
     _check_foreign_files(run_dir)
+    _remove_torn_files(run_dir)
     existing = list_checkpoints(run_dir)
     automatic = train.resume == "auto" or (_restarted() and (existing or train.resume is None))
     if not automatic and train.resume is None:
@@ -209,6 +210,14 @@ def _check_foreign_files(run_dir: Path) -> None:
             f"{'it' if len(found) == 1 else 'them'}, and this one would overwrite "
             f"{'it' if len(found) == 1 else 'them'}. Choose another --train.output_dir, or move the files away"
         )
+
+
+def _remove_torn_files(run_dir: Path) -> None:
+    """Remove what a process that was killed while it wrote one of a run's own files left under a temporary name."""
+    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ():
+        for path in run_dir.glob(f".tmp-{name}-*"):
+            if path.is_file() and not path.is_symlink() and path.name.rpartition("-")[2].isdecimal():
+                path.unlink()
 
 
 def _refuse_metrics(run_dir: Path) -> None:

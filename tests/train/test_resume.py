@@ -166,6 +166,13 @@ def test_files_that_no_run_wrote_are_not_overwritten(world: Path, tmp_path: Path
     assert contents(tmp_path) == {name: hashlib.sha256(b"# my own notes\n").hexdigest()}
 
 
+def test_torn_files_of_a_killed_process_are_removed(world: Path, halfway: Path) -> None:
+    (halfway / ".tmp-metrics.jsonl-77").write_text("{")
+    (halfway / ".tmp-metrics.jsonl-notes").write_text("mine")
+    run(world, halfway, "--train.resume", "auto")
+    assert [path.name for path in halfway.iterdir() if path.name.startswith(".")] == [".tmp-metrics.jsonl-notes"]
+
+
 def test_metrics_without_checkpoints_are_not_overwritten(world: Path, halfway: Path) -> None:
     shutil.rmtree(halfway / "checkpoint-2")
     before = contents(halfway)
