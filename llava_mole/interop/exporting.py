@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llava_mole.common.errors import ConfigError, WeightsError
+from llava_mole.config import DataConfig
 from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES, copy_tokenizer
 from llava_mole.interop.hf_processor import embeddings_to_grow, llava_config, tokenizer_with_image, write_processor
 from llava_mole.interop.kinds import LLAVA_PROJECTOR_FILE, NON_LORA_FILE, find_kind
@@ -277,7 +278,8 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
         )
     with publish(out, overwrite=options.overwrite, inputs=inputs) as folder, tempfile.TemporaryDirectory() as scratch:
         folder.mkdir(parents=True)
-        export = _Export(own, own.adapter_dir, None, options, out, folder)
+        advice = [] if layout is LAYOUTS["peft"] else _unknown_to_others(own.config.data)
+        export = _Export(own, own.adapter_dir, None, options, out, folder, advice=advice)
         if expert is not None:
             export.adapter = Path(scratch) / "lora"
             notes.insert(0, write_approximation(own, expert, options.usage, export.adapter))
@@ -288,6 +290,22 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
     if export.difference is not None:
         notes.append(f"merged logits differ from unmerged by at most {export.difference:.1e}")
     return notes + export.advice
+
+
+def _unknown_to_others(data: DataConfig) -> list[str]:
+    """What the programs that read an export do to images and text otherwise than the run did."""
+    notes = []
+    if data.image_modes != "llava":
+        notes.append(
+            f"the run saw images by data.image_modes {data.image_modes!r}; other programs only convert to RGB: give "
+            "them 8-bit RGB files without transparency and EXIF rotation"
+        )
+    if data.special_tokens != "keep":
+        notes.append(
+            f"the run read text by data.special_tokens {data.special_tokens!r}; other programs take `</s>` and the "
+            "like in a user's text for control tokens"
+        )
+    return notes
 
 
 def _write_llava_config(export: _Export) -> None:

@@ -2,16 +2,18 @@
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llava_mole.common.errors import ConfigError
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
-def add_adapter(
-    language_model: nn.Module,
+
+def adapter_config(
     method: str,
     *,
     rank: int,
@@ -20,11 +22,10 @@ def add_adapter(
     num_experts: int,
     preset: str,
     options: dict[str, Any],
-) -> nn.Module:
-    """Wrap a causal LM in a PEFT model.
+) -> "PeftConfig | None":
+    """The PEFT configuration of an adapter; None for method `none`. It needs no model.
 
     Args:
-        language_model: the frozen causal LM; adapters are injected in place.
         method: `none`, `lora` (every linear of the decoder layers) or `mole` (LoRA on attention, experts in the FFN).
         rank: LoRA rank r of every adapter.
         alpha: LoRA alpha; None takes 2 * rank.
@@ -33,29 +34,25 @@ def add_adapter(
         preset: named MoLE options (`mole` only).
         options: MoLE options that differ from the preset.
 
-    Returns:
-        The model unchanged for `none`, else a `PeftModel` whose adapter parameters are float32 and trainable.
-
     Raises:
         ConfigError: options that belong to another method or another key.
-        ValueError: an unknown MoLE option, options that cannot learn, or a model without a place for the adapter.
+        ValueError: an unknown MoLE option, or options that cannot learn.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     if method != "mole" and options:
         raise ConfigError(f"adapter.options {sorted(options)} need adapter.method 'mole', got {method!r}")
     if method == "none":
-        return language_model
+        return None
     alpha = 2.0 * rank if alpha is None else alpha
     if method == "lora":
-        lora = LoraConfig(
+        return LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is as good
             lora_dropout=dropout or 0.0,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(language_model, lora)
     from llava_mole.mole import MoleConfig
 
     reserved = sorted(options.keys() & {"r", "alpha", "dropout", "num_experts"})
@@ -63,10 +60,26 @@ def add_adapter(
         raise ConfigError(f"adapter.options {reserved}: set adapter.rank, alpha, dropout and num_experts instead")
     if dropout is not None:
         options = {**options, "dropout": dropout}
-    mole = MoleConfig.from_preset(
+    return MoleConfig.from_preset(
         preset, r=rank, alpha=alpha, num_experts=num_experts, task_type="CAUSAL_LM", **options
     )
-    return get_peft_model(language_model, mole)
+
+
+def add_adapter(language_model: nn.Module, method: str, **fields: Any) -> nn.Module:
+    """Wrap a causal LM in a PEFT model; `method` and `fields` are the arguments of `adapter_config`.
+
+    Returns:
+        The model unchanged for `none`, else a `PeftModel` whose adapter parameters are float32 and trainable. The
+        adapters are injected into `language_model` in place.
+
+    Raises:
+        ConfigError: as `adapter_config`.
+        ValueError: as `adapter_config`, or the model has no place for the adapter.
+    """
+    from peft import get_peft_model
+
+    config = adapter_config(method, **fields)
+    return language_model if config is None else get_peft_model(language_model, config)
 
 
 _CONTAINERS = {

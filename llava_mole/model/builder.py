@@ -5,7 +5,7 @@ This is where a run's configuration ends: what is built here holds plain values.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +118,7 @@ def build_parts(config: ModelConfig, tokenizer_dir: Path | None = None) -> tuple
 def attach_adapter(model: LlavaMole, config: AdapterConfig) -> None:
     """Add the configured adapter to the model's language model, in place. Raises ConfigError for wrong options."""
     with value_errors_as(ConfigError):
-        model.language_model = add_adapter(
-            model.language_model,
-            config.method,
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            num_experts=config.num_experts,
-            preset=config.preset,
-            options=config.options,
-        )
+        model.language_model = add_adapter(model.language_model, **asdict(config))
 
 
 def load_projector(projector: nn.Sequential, source: str | Path) -> None:

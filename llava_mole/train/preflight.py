@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from llava_mole.common.errors import ConfigError, WeightsError, command
+from llava_mole.common.errors import ConfigError, WeightsError, command, value_errors_as
 from llava_mole.common.text import count_of
-from llava_mole.config import DataConfig, ModelConfig, check_batch, parse_run_config
+from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, check_batch, parse_run_config
 from llava_mole.data.store import is_prepared
+from llava_mole.model.adapters import adapter_config
 from llava_mole.model.language_model import check_max_length, read_config
 from llava_mole.model.quantization import require_bitsandbytes
 
@@ -35,15 +37,24 @@ def missing_inputs(
     return [f"{key} = {path}" for key, path, there in wanted if not there]
 
 
-def check_inputs(model: ModelConfig, data: DataConfig, *, projector_weights: str | None, init_from: str | None) -> None:
-    """Check that the inputs of a run exist.
+def check_inputs(
+    model: ModelConfig,
+    data: DataConfig,
+    adapter: AdapterConfig,
+    *,
+    projector_weights: str | None,
+    init_from: str | None,
+) -> None:
+    """Check that the inputs of a run exist and that its adapter is possible.
 
     Raises:
         WeightsError: an input is missing; the message names all of them, and configurations that need none.
-        ConfigError: bitsandbytes is needed but not installed, or `data.max_length` exceeds the language model's
-            positions.
+        ConfigError: bitsandbytes is needed but not installed, an option of the adapter is wrong, or `data.max_length`
+            exceeds the language model's positions.
     """
     require_bitsandbytes(model.quantization)
+    with value_errors_as(ConfigError):
+        adapter_config(**asdict(adapter))
     absent = missing_inputs(model, data, projector_weights, init_from)
     if absent:
         raise WeightsError(
@@ -64,7 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_run_config(arguments[1:])
     train = config.train
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, int(arguments[0]))
-    check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
+    check_inputs(
+        config.model,
+        config.data,
+        config.adapter,
+        projector_weights=config.projector_weights,
+        init_from=config.init_from,
+    )
 
 
 if __name__ == "__main__":

@@ -70,7 +70,13 @@ def train(config: RunConfig) -> Path:
         UserError: an input is missing or unusable; nothing is written before model and data are known to be good.
         StopRequested: SIGTERM or SIGUSR1 came; the run has saved.
     """
-    check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
+    check_inputs(
+        config.model,
+        config.data,
+        config.adapter,
+        projector_weights=config.projector_weights,
+        init_from=config.init_from,
+    )
     values, run_dir = config_to_dict(config), Path(config.train.output_dir)
     with StopSignal() as stop:
         strategy = start_strategy(config.train, config.device)

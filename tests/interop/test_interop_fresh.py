@@ -152,3 +152,16 @@ def test_what_ends_an_answer_comes_along(tmp_path: Path, capsys: pytest.CaptureF
     assert exported("llava-run", tmp_path / "llava", "--to", "checkpoint", *tower) == ends
     for back in ("hf-run", "llava-run"):
         assert load(tmp_path / back).model.causal_lm.generation_config.eos_token_id == ends
+
+
+@pytest.mark.parametrize("layout", ["llava", "llava-lora", "llava-hf"])
+def test_what_other_programs_do_otherwise_is_said(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = ["--data.image_modes", "rescale", "--data.special_tokens", "escape"]
+    run = make_checkpoint(tmp_path, "lora", std=0.1, overrides=ours)
+    assert convert(run, "--to", layout, "--out", tmp_path / "out") == 0
+    printed, readme = capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()
+    for said in ("data.image_modes 'rescale'; other programs only", "data.special_tokens 'escape'; other programs"):
+        assert said in printed
+        assert said in readme

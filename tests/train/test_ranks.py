@@ -121,6 +121,15 @@ def test_packed_rows_balanced_over_ranks_equal_one_padded_process(world: Path, s
     assert_same_run(world, name, single)
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "ddp"])
+def test_a_trained_head_and_norm_on_two_ranks_equal_one_process(world: Path, strategy: str) -> None:
+    saved = ["--adapter.options.modules_to_save", "[lm_head, norm]"]
+    train(parse_run_config(arguments(world, f"head-single-{strategy}", *saved)))
+    run_ranks(world, f"head-{strategy}", "--train.distributed", strategy, *saved)
+    assert any("lm_head" in key for key in masters(world, f"head-{strategy}"))
+    assert_same_run(world, f"head-{strategy}", f"head-single-{strategy}")
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(world: Path, single: str, zero2: list[dict]) -> None:
     for source, name in (("zero2", "two-to-one"), (single, "one-to-two")):
         shutil.copytree(world / source, world / name)

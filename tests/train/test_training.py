@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from worlds.tiny_models import make_data, make_language_model, make_world
 
-from llava_mole.common.errors import CheckpointError
+from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.model.builder import attach_adapter, build_parts, load_pretrained_model
 from llava_mole.train.metrics import over_layers, read_metrics
@@ -269,6 +269,26 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in captured
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--adapter.options.top_q=1", "top_q"),
+        ("--adapter.options.balance_coef=-1", "balance_coef is -1; it must be a finite number"),
+        ("--adapter.options.temperature=0", "temperature is 0; it must be"),
+        ("--adapter.options={r: 4}", "set adapter.rank"),
+        ("--adapter={method: lora, options: {top_k: 2}}", "need adapter.method 'mole'"),
+    ],
+)
+def test_a_wrong_adapter_is_found_before_any_weight_is_read(
+    world: Path, override: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "lm").mkdir()  # there, but not a language model: reading it fails otherwise
+    given = ["--model.language_model", str(tmp_path / "lm"), "--train.output_dir", str(tmp_path / "run")]
+    with pytest.raises(ConfigError, match=message):
+        train(parse_run_config([str(world / "config.yaml"), *given, *override.split("=", 1)]))
     assert not (tmp_path / "run").exists()
 
 

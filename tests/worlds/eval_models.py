@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ def make_checkpoint(
     std: float = 0.3,
     tokenizer: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
+    overrides: Sequence[str] = (),
 ) -> Path:
     """Write `<directory>/run/checkpoint-1` of an untrained model with random adapters. Returns the run directory.
 
     `std` is the adapters' standard deviation. With a `chat_template` the tokenizer has it, and
     the model was trained with it. `tokenizer` and `generation` change the language model's tokenizer_config.json and
-    generation_config.json.
+    generation_config.json, `overrides` (`--key value`) the run's configuration.
     """
     path = make_world(directory, samples=1)
     for name, changes in (("tokenizer_config.json", tokenizer), ("generation_config.json", generation)):
@@ -37,7 +39,7 @@ def make_checkpoint(
     if chat_template:
         (directory / "language_model" / "chat_template.jinja").write_text(chat_template)
     mute_byte_pieces(directory / "language_model" / "model.safetensors")
-    config = parse_run_config([str(path), "--adapter.method", method])
+    config = parse_run_config([str(path), "--adapter.method", method, *overrides])
     config.adapter.options = options or {}
     config.data.template = "tokenizer" if chat_template else config.data.template
     model, hf_tokenizer, fingerprints = build_parts(config.model)
