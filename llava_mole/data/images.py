@@ -203,12 +203,12 @@ def resolve_image(path: str, root: str | os.PathLike[str], *, follow_links: bool
     folder = os.path.realpath(root)
     target = os.path.realpath(os.path.join(folder, path))
     if not os.path.isfile(target):
-        hint = "" if os.path.isdir(folder) else "; this folder does not exist, check data.sources.<name>.image_folder"
+        hint = "" if os.path.isdir(folder) else "; this folder does not exist"
         raise DataError(f"image {path!r} is not a file in the image folder {root}{hint}")
     if not follow_links and os.path.commonpath([folder, target]) != folder:
         raise DataError(
-            f"image {path!r} is a link to {target}, outside the image folder {root}; set image_folder to the folder of "
-            "the images, or allow links with data.sources.<name>.follow_links"
+            f"image {path!r} is a link to {target}, outside the image folder {root}; name the folder of the "
+            "images, or allow such links (data.sources.<name>.follow_links, --follow-links in evaluation)"
         )
     return Path(target)
 

@@ -100,7 +100,7 @@ def plan_jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def _plan(loaded: BenchmarkQuestions, answers: Path, args: argparse.Namespace) -> Job:
-    check_images(loaded.questions, loaded.image_folder)
+    check_images(loaded.questions, loaded.image_folder, follow_links=args.follow_links)
     check_submission(loaded)
     score.check_scorable(loaded)
     limit = args.max_new_tokens or loaded.benchmark.prompt.max_new_tokens
@@ -136,6 +136,7 @@ def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[s
             job.answers,
             job.decoding,
             batch_size=args.batch_size,
+            follow_links=args.follow_links,
             overwrite=args.overwrite,
             break_lock=args.break_lock,
             routing_stats=job.routing if predictor.loaded.adapter == "mole" else None,
@@ -244,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", metavar="DIR", help="where benchmarks' results go (default MODEL_DIR/eval)")
     add("--questions", nargs="+", metavar="[GROUP=]FILE", help="your own question files, with answers")
     add("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
+    add("--follow-links", action="store_true", help="let symbolic links lead out of the image folder")
     add("--answers-file", metavar="FILE", help="answers to --questions; scores are written beside it")
     add("--train-file", nargs="+", metavar="[GROUP=]FILE", help="training splits for --questions' majority baseline")
     add_model_arguments(parser)

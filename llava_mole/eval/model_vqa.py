@@ -73,6 +73,7 @@ def answer_questions(
     decoding: Decoding,
     *,
     batch_size: int = 16,
+    follow_links: bool = False,
     overwrite: bool = False,
     break_lock: bool = False,
     routing_stats: Path | None = None,
@@ -81,6 +82,7 @@ def answer_questions(
     """Answer the questions and write `answers_file`; see the module.
 
     Args:
+        follow_links: Whether symbolic links may lead out of `image_folder`.
         routing_stats: File for the share of tokens per expert.
         begin: Called on rank 0 once the answers file is open and no other process writes it.
 
@@ -103,7 +105,7 @@ def answer_questions(
             on_main(lambda: refuse_existing(routing_stats, overwrite=overwrite))
         mine = share_of_rank(output.pending, get_rank(), get_world_size())
         with tqdm(total=len(mine), desc=title, unit="q", disable=None if is_main_process() else True) as progress:
-            for window, images in windows(mine, image_folder, batch_size):
+            for window, images in windows(mine, image_folder, batch_size, follow_links=follow_links):
                 with errors_named_after(window):
                     texts = predictor.generate(
                         images,
@@ -115,7 +117,9 @@ def answer_questions(
                 output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
                 progress.update(len(window))
         if routing_stats:
-            stats = collect_routing_stats(predictor, questions, image_folder, batch_size=batch_size)
+            stats = collect_routing_stats(
+                predictor, questions, image_folder, batch_size=batch_size, follow_links=follow_links
+            )
             on_main(lambda: write_json(routing_stats, stats.result(), indent=None))
         output.finish()
 
@@ -133,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model-path", required=True, metavar="DIR", help="run directory or checkpoint")
     add("--question-file", nargs="+", required=True, metavar="[GROUP=]FILE", help="questions as JSON lines")
     add("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
+    add("--follow-links", action="store_true", help="let symbolic links lead out of the image folder")
     add("--answers-file", required=True, metavar="FILE", help="answers, written when all are complete")
     add("--num-chunks", type=int, default=1, metavar="N", help="parts to split the questions into")
     add("--chunk-idx", type=int, default=0, metavar="I", help="part to answer, 0 to N-1")
@@ -150,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Path(args.answers_file),
             decoding,
             batch_size=args.batch_size,
+            follow_links=args.follow_links,
             overwrite=args.overwrite,
             break_lock=args.break_lock,
             routing_stats=Path(args.routing_stats) if args.routing_stats else None,
@@ -162,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _read_chunk(args: argparse.Namespace) -> Sequence[Question]:
     """Return the questions to answer, after checking everything that can be checked without the model."""
     questions = take_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)
-    check_images(questions, Path(args.image_folder))
+    check_images(questions, Path(args.image_folder), follow_links=args.follow_links)
     refuse_existing(Path(args.answers_file), overwrite=args.overwrite)
     if args.routing_stats:
         if Path(args.routing_stats) == Path(args.answers_file):

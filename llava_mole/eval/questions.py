@@ -183,14 +183,17 @@ def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[
     return items[len(items) * chunk_idx // num_chunks : len(items) * (chunk_idx + 1) // num_chunks]
 
 
-def check_images(questions: Sequence[Question], folder: Path) -> None:
-    """Raise DataError that names the first question whose image is not a file inside `folder`."""
+def check_images(questions: Sequence[Question], folder: Path, *, follow_links: bool = False) -> None:
+    """Raise DataError that names the first question whose image is not a file inside `folder`.
+
+    With `follow_links` symbolic links may lead out of `folder`.
+    """
     with_image = [question for question in questions if question.image is not None]
     if with_image and not folder.is_dir():
         raise DataError(f"--image-folder {folder} is not a directory; {with_image[0].where} needs an image from it")
     for question in with_image:
         try:
-            resolve_image(question.image or "", folder)
+            resolve_image(question.image or "", folder, follow_links=follow_links)
         except DataError as error:
             raise DataError(f"{question.where}: {error}") from None
 
@@ -205,7 +208,7 @@ def errors_named_after(questions: Sequence[Question]) -> Iterator[None]:
 
 
 def windows(
-    questions: Sequence[Question], folder: Path, batch_size: int
+    questions: Sequence[Question], folder: Path, batch_size: int, *, follow_links: bool = False
 ) -> Iterator[tuple[Sequence[Question], list[Path | None]]]:
     """Yield the questions in windows of `WINDOW` batches, each with the files of its images.
 
@@ -217,5 +220,5 @@ def windows(
     for start in range(0, len(questions), WINDOW * batch_size):
         window = questions[start : start + WINDOW * batch_size]
         names = dict.fromkeys(question.image for question in window if question.image is not None)
-        files = {name: resolve_image(name, folder) for name in names}
+        files = {name: resolve_image(name, folder, follow_links=follow_links) for name in names}
         yield window, [None if question.image is None else files[question.image] for question in window]

@@ -106,7 +106,12 @@ class RoutingStats:
 
 
 def collect_routing_stats(
-    predictor: Predictor, questions: Sequence[Question], image_folder: Path, *, batch_size: int = 16
+    predictor: Predictor,
+    questions: Sequence[Question],
+    image_folder: Path,
+    *,
+    batch_size: int = 16,
+    follow_links: bool = False,
 ) -> RoutingStats:
     """Run every question's prompt through the model once, shared over the ranks.
 
@@ -115,7 +120,7 @@ def collect_routing_stats(
     stats = RoutingStats(predictor)
     mine = share_of_rank(questions, get_rank(), get_world_size())
     with tqdm(total=len(mine), desc="routing", unit="q", disable=None if is_main_process() else True) as progress:
-        for window, images in windows(mine, image_folder, batch_size):
+        for window, images in windows(mine, image_folder, batch_size, follow_links=follow_links):
             with errors_named_after(window):
                 prompts = [question.text for question in window]
                 for batch in predictor.batches(images, prompts, batch_size=batch_size):

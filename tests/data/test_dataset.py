@@ -179,7 +179,7 @@ def image_out_of_reach(world: DataConfig) -> None:
     [
         (missing_image, "general.json:4: ", "image '2.png' is not a file in the image folder"),
         (missing_file, "document.json: ", "does not exist"),
-        (missing_folder, "document.json:2: ", "this folder does not exist, check data.sources.<name>.image_folder"),
+        (missing_folder, "document.json:2: ", "this folder does not exist"),
         (path_that_climbs, "document.json:3: ", "must be relative to the image folder"),
         (text_for_plain, "general.json:6: ", "template 'plain' needs an image marker in the first turn"),
         (

@@ -78,6 +78,27 @@ def test_chunks_in_order_are_the_whole(
 
 
 @pytest.mark.usefixtures("loaded_once")
+def test_links_out_of_the_image_folder_are_followed_only_if_asked(
+    mole_run: Path, asked: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in {json.loads(line).get("image") for line in asked.read_text().splitlines()} - {None}:
+        (linked / name).parent.mkdir(parents=True, exist_ok=True)
+        (linked / name).symlink_to(asked.parent / name)
+    folder = ["--image-folder", str(linked)]
+    assert run(mole_run, asked, tmp_path / "a.jsonl", *folder) == 2
+    assert "outside the image folder" in (said := capsys.readouterr().err)
+    assert "--follow-links" in said
+    assert run(mole_run, asked, tmp_path / "a.jsonl", *folder, "--follow-links") == 0
+    texts = [
+        [json.loads(line)["text"] for line in p.read_text().splitlines()] for p in (tmp_path / "a.jsonl", reference)
+    ]
+    assert texts[0] == texts[1]
+    answers = ["--answers-file", str(tmp_path / "b.jsonl"), "--device", "cpu", "--max_new_tokens", "4"]
+    assert cli.main(["eval", str(mole_run), "--questions", str(asked), *folder, "--follow-links", *answers]) == 0
+
+
 def test_sampled_answers_are_the_questions_own(mole_run: Path, asked: Path, tmp_path: Path) -> None:
     options, whole = ("--temperature", "2", "--top_p", "0.95"), tmp_path / "whole.jsonl"
     assert run(mole_run, asked, whole, *options) == 0
