@@ -3,6 +3,8 @@ is refused."""
 
 import json
 import random
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from worlds.tiny_models import make_data, make_language_model
 from llava_mole import cli
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.data.collator import Example, collate
+from llava_mole.interop.compose.cli import _parser
 from llava_mole.interop.compose.compose import Options, compose, read_loras
 from llava_mole.interop.compose.composition import METHODS, Composition
 from llava_mole.interop.compose.examples import Base, open_causal_lm
@@ -311,3 +314,13 @@ def test_the_search_alone(target: list[float]) -> None:
     assert found == pytest.approx(target, abs=0.02)
     assert value == objective(found) < objective(zero)
     assert search(objective, [zero, target], evaluations=0, seed=1) == (target, 0.0)
+
+
+def test_commands_and_options_of_the_documentation_exist() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "related-methods.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^llava-mole compose (.+)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        _parser().parse_args(shlex.split(command))
+    known = _parser().format_help()
+    assert not [option for option in re.findall(r"--[a-z][a-z0-9-]*", text) if option not in known]

@@ -170,8 +170,7 @@ def loramoe(
     `y = W x + s sum_k softmax(W_g x)_k B_k A_k x`. Loss: `coefficient * var(Z) / (mean(Z)^2 + 1e-10)` over all B K
     entries of `Z = I * Q` with the unbiased variance. `I[n, k] = sum_t p_k(x_t)` is expert k's importance for sample n.
     `Q[n, k]` is `1 + delta` if the expert's group matches the sample's type, and `1 - delta` if not: the first K / 2
-    experts are for type 1, the others for type 0. The released code counts every position, padding too. The paper
-    divides by mean(Z).
+    experts are for type 1, the others for type 0. The released code counts every position, padding too.
     """
     probabilities = softmax(x @ gate.T)
     experts = gate.shape[0]

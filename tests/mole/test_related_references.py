@@ -152,9 +152,7 @@ def test_octavius_has_one_decision_for_the_whole_sample(linear: dict[str, Tensor
     layer = {key: linear[key] for key in ("x", "weight", "a", "b")}
     y = ref.octavius(**layer, weights=weights)
     base = linear["x"] @ linear["weight"].T
-    expected = sum(
-        weights[:, expert, None, None] * (plain(linear, expert, 1.0) - base) for expert in range(K)
-    )
+    expected = sum(weights[:, expert, None, None] * (plain(linear, expert, 1.0) - base) for expert in range(K))
     torch.testing.assert_close(y, base + expected)
     same = {key: equal_experts(linear)[key] for key in ("x", "weight", "a", "b")}
     torch.testing.assert_close(ref.octavius(**same, weights=weights), plain(equal_experts(linear), 0, 1.0))
@@ -259,7 +257,7 @@ def test_balance_losses_at_a_uniform_and_a_skewed_gate() -> None:
 
 
 def test_balance_losses_pool_and_mask_as_their_codes_do() -> None:
-    uniform, skewed = uniform_and_skewed()
+    _, skewed = uniform_and_skewed()
     other = skewed.roll(1, dims=-1)
     mask = torch.ones(B, S, dtype=torch.bool)
     half = mask.clone()

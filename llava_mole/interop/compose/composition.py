@@ -3,7 +3,7 @@
 LoRA i has A_i `[r_i, in]` and B_i `[out, r_i]`, with its alpha / r folded into B_i, and the coefficient w_i.
 
 - `sum` is exact: Delta W = sum_i w_i B_i A_i, a LoRA of rank sum_i r_i (A_i stacked, w_i B_i side by side).
-- `product` is LoraHub's (Huang et al. 2023, arXiv 2307.13269, Eq. 1): Delta W = (sum_i w_i B_i) (sum_i w_i A_i), a LoRA
+- `product` is LoraHub's (Huang et al. 2023, arXiv 2307.13269): Delta W = (sum_i w_i B_i) (sum_i w_i A_i), a LoRA
   of the common rank r. It contains the products B_i A_j of different LoRAs and grows with the square of w.
 """
 
