@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def make_lora(base: Path, directory: Path, seed: int, std: float = 0.25, **optio
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A language model, two LoRAs of one shape and one of another rank; treat as read-only."""
     root = tmp_path_factory.mktemp("compose")
-    make_language_model(root / "base")
+    make_language_model(root / "base", layers=3)  # 21 linears: PEFT shortens lists of 20 names and more
     mute_byte_pieces(root / "base" / "model.safetensors")  # what the model draws is valid text
     return {
         "base": root / "base",
@@ -197,6 +198,7 @@ def test_ranks_and_modules_may_differ_in_a_sum(places: dict[str, Path], texts: P
                  for w, s, f in ((first, 2, files[0]), (second, 1, files[1])) if f"{key}A.weight" in f]  # fmt: skip
         layer = model.get_base_model().get_submodule(path)
         assert layer.r["default"] == rank
+        assert len(parts) == (2 if rank == 5 else 1)
         torch.testing.assert_close(layer.get_delta_weight("default"), sum(parts), rtol=0, atol=1e-5)
 
 
@@ -246,7 +248,11 @@ def test_runs_of_ours_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_what_cannot_be_composed_is_refused(
-    places: dict[str, Path], texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    places: dict[str, Path],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     a, b, wide, base = (places[name] for name in ("a", "b", "wide", "base"))
     out = tmp_path / "out"
@@ -256,6 +262,9 @@ def test_what_cannot_be_composed_is_refused(
     refused(capsys, "take --method sum", a, wide, *command, "--method", "product")
     dora = make_lora(base, tmp_path / "dora", 1, use_dora=True)
     refused(capsys, "use_dora True; only plain LoRA pairs can be", a, dora, *command)
+    monkeypatch.setitem(sys.modules, "cma", None)
+    refused(capsys, "pip install 'llava_mole[compose]'", a, b, *command)
+    monkeypatch.undo()
     make_language_model(tmp_path / "base2", seed=1)
     elsewhere = make_lora(tmp_path / "base2", tmp_path / "elsewhere", 1)
     refused(capsys, "was trained on another language model", a, elsewhere, *command)

@@ -41,15 +41,12 @@ class Base:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Path -> (out, in) of every linear that a LoRA may adapt: all but the head."""
-        from transformers.pytorch_utils import Conv1D
-
-        found: dict[str, tuple[int, int]] = {}
-        for name, module in self.causal_lm.named_modules():
-            if isinstance(module, nn.Linear) and module is not self.causal_lm.get_output_embeddings():
-                found[name] = (module.out_features, module.in_features)
-            elif isinstance(module, Conv1D):
-                found[name] = (module.weight.shape[1], module.weight.shape[0])
-        return found
+        head = self.causal_lm.get_output_embeddings()
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in self.causal_lm.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
 
     def losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Mean cross-entropy of each example's supervised tokens, float32 `[B]`; `model` is `causal_lm`, adapted."""
