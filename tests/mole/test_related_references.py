@@ -7,6 +7,9 @@ import torch
 from mole import related_references as ref
 from torch import Tensor
 
+from llava_mole.mole.loss import balance_loss
+from llava_mole.mole.routing import Routing
+
 B, S, D, H, K, R = 2, 5, 8, 12, 4, 3
 SCALE = 1.5
 
@@ -278,3 +281,20 @@ def test_balance_losses_pool_and_mask_as_their_codes_do() -> None:
     assert ref.asymlora_balance([crossed.softmax(-1)], mask) == pytest.approx(
         float(ref.asymlora_balance([skewed.softmax(-1)], mask))
     )
+
+
+def test_the_balance_loss_of_the_package_expresses_those_of_asymlora_and_mixlora() -> None:
+    logits = [draw(B, S, K, seed=n) for n in range(3)]
+    mask = torch.ones(B, S, dtype=torch.bool)
+    mask[1, 3:] = False
+
+    def routing(top_k: int) -> Routing:
+        index = tuple(layer.topk(top_k, dim=-1).indices for layer in logits)
+        return Routing(("0", "1", "2"), tuple(logits), index, ())
+
+    probabilities = [layer.softmax(dim=-1) for layer in logits]
+    ours = 0.05 * balance_loss(routing(1), mask, scale="mean", layers="pooled", group="sample")
+    torch.testing.assert_close(ours, ref.asymlora_balance(probabilities, mask))
+    # f sums to 1 in the package and to the number of choices in MixLoRA.
+    ours = 2e-3 * balance_loss(routing(2), mask, scale="switch", layers="pooled", group="micro_batch")
+    torch.testing.assert_close(ours, ref.mixlora_balance(logits, mask))
