@@ -27,6 +27,7 @@ OPTIONAL = {
     "skimage",
     "easy_vqa",
     "bitsandbytes",
+    "cma",
     "gradio",
     "open_clip",
     "openpyxl",
