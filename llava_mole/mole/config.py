@@ -5,10 +5,13 @@ import enum
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from llava_mole.mole.card import write_card
 from llava_mole.mole.lora_names import SPELLINGS, own_names, takes_lora_names
 
 
@@ -196,6 +199,14 @@ class MoleConfig(PeftConfig):
         changes = {key: options.pop(key) for key in list(options) if key in own or key in SPELLINGS}
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
         return dataclasses.replace(config, **own_names(changes, own)) if changes else config
+
+    def save_pretrained(self, save_directory: str, **options: Any) -> None:
+        """Write adapter_config.json, as in PEFT, and complete the model card of an adapter that is saved there."""
+        auto_mapping = options.get("auto_mapping_dict")
+        super().save_pretrained(save_directory, **options)
+        directory = Path(save_directory)
+        if any((directory / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            write_card(directory, self, PRESETS, auto_mapping)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values; sets, which PEFT may put in place of lists, as sorted lists."""

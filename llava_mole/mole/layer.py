@@ -22,8 +22,8 @@ from llava_mole.mole.routing import RoutingInputs, RoutingSlot, in_backward, in_
 
 _NO_MERGE = (
     "a mixture of several experts cannot be merged into the base weights, because each token chooses its expert. "
-    "Export a plain LoRA with llava_mole.mole.surgery.to_lora(model, expert=k | 'uniform' | 'usage') and merge that, or "
-    "use unload() for the base model"
+    "Export a plain LoRA with llava_mole.mole.surgery.to_lora(model, expert=k | 'uniform' | 'usage') and merge that, "
+    "or use unload() for the base model"
 )
 
 _NO_REENTRANT = (

@@ -22,6 +22,10 @@ from llava_mole.mole.snapshot import Snapshot
 from llava_mole.mole.targets import Targets, all_linears, find_targets
 
 
+_CLASSIFYING, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
+"""Tasks for which PEFT adds these names to modules_to_save, whether the model has such modules or not."""
+
+
 class MoleModel(BaseTuner):
     """A causal LM with LoRA experts in its FFNs and plain LoRA on its attention linears.
 
@@ -95,8 +99,12 @@ class MoleModel(BaseTuner):
             self._fill_in_modules(wanted, model_config, names)
         elif isinstance(wanted.target_modules, str) and wanted.target_modules.lower() == "all-linear":
             wanted.target_modules = all_linears(wanted, self.model)
-        targets = find_targets(self.model, wanted, self.listed)
-        _check_saved(wanted.modules_to_save or [], list(targets.sizes), names)
+        sought = copy.copy(wanted)
+        if wanted.ffn_modules is not None:
+            sought.modules_to_save = None  # PEFT would let it win over targets without a word
+        targets = find_targets(self.model, sought, self.listed)
+        heads = _HEADS if str(getattr(wanted.task_type, "value", wanted.task_type)) in _CLASSIFYING else ()
+        _check_saved([n for n in wanted.modules_to_save or [] if n not in heads], list(targets.sizes), names)
         _check_tokens(wanted, self.model)
         if targets.sizes and not targets.ffns and wanted.ffn_modules is None and wanted.num_experts > 1:
             warnings.warn(
