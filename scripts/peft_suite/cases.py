@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared": {"r": 4, "num_experts": 3, "shared_r": 2},
 }
 
+_TOKENS = {"target_modules": ["conv1d", "lin0"], "trainable_token_indices": {"emb": [0, 10]}}
 _EXPERT_MODEL = {"ffn_modules": ["mlp"], "attention_modules": ["lin0"]}
 CUSTOM_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one linear": ("MLP", {"target_modules": ["lin0"]}),
@@ -37,7 +38,7 @@ CUSTOM_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d": ("EmbConv1D", {"target_modules": ["conv1d"]}),
     "conv1d and linear": ("EmbConv1D", {"target_modules": ["conv1d", "lin0"]}),
     "saved embedding": ("EmbConv1D", {"target_modules": ["conv1d", "lin0"], "modules_to_save": ["emb"]}),
-    "trainable tokens": ("EmbConv1D", {"target_modules": ["conv1d", "lin0"], "trainable_token_indices": {"emb": [0, 10]}}),
+    "trainable tokens": ("EmbConv1D", _TOKENS),
     "experts": ("WithFfn", _EXPERT_MODEL),
     "experts only": ("WithFfn", {"ffn_modules": ["mlp"], "attention_modules": []}),
     "experts and modules_to_save": ("WithFfn", {**_EXPERT_MODEL, "modules_to_save": ["lin1"]}),
@@ -100,7 +101,7 @@ def task_params(variants: list[str], task_type: str) -> list[Any]:
     rows: list[tuple[str, str, list[Any]]] = []
     for variant in variants:
         if variant == CONTROL:
-            options = {"task_type": task_type, "target_modules": "all-linear", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
+            options = {"task_type": task_type, "target_modules": "all-linear", "r": 4, "lora_dropout": 0.05}
             rows.append((variant, "", [LoraConfig, options]))
         else:
             rows.append((variant, "", [MoleConfig, {"task_type": task_type, **VARIANTS[variant]}]))

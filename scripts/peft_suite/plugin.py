@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import transformers
 import yaml
-
 from peft_suite import cases, models
 
 BLOCKS = {
@@ -101,6 +100,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peft-suite")
     known = [*cases.VARIANTS, cases.CONTROL]
     group.addoption("--variant", action="append", choices=known, help="run only this variant; may be repeated")
+    group.addoption("--exceptions", type=Path, default=EXCEPTIONS, help="tests that need not pass, with reasons")
     group.addoption("--report", type=Path, help="write every result to this file, as JSON")
 
 
@@ -114,7 +114,7 @@ def _version(checkout: Path) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "variant(name): the configuration of MoLE that a test runs with")
-    config.stash[_VERDICTS] = Verdicts(read_exceptions(EXCEPTIONS, _version(config.rootpath)))
+    config.stash[_VERDICTS] = Verdicts(read_exceptions(config.getoption("exceptions"), _version(config.rootpath)))
     config.pluginmanager.register(config.stash[_VERDICTS])
 
 
@@ -129,15 +129,21 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return collected
 
 
+_REPLACED_HELPERS: dict[str, Callable[..., Any]] = {
+    # It would switch the Hub back on. There is no need for it, since all models are local.
+    "hub_online_once": lambda model_id: contextlib.nullcontext(),
+    # PEFT skips GPT-2 for methods that it does not know, though MoLE supports it.
+    "_skip_if_conv1d_not_supported": lambda *args: None,
+    # PEFT skips the merging tests of models without biases, for every method.
+    "check_beft_config": lambda *args: None,
+}
+
+
 def _prepare(module: types.ModuleType) -> None:
     common = sys.modules[f"{module.__name__.rpartition('.')[0]}.testing_common"]
     for place in (module, common):
-        # It would switch the Hub back on. There is no need for it, since all models are local.
-        place.hub_online_once = lambda model_id: contextlib.nullcontext()  # type: ignore[attr-defined]
-    # PEFT skips GPT-2 for methods that it does not know, though MoLE supports it, and merging of models without biases
-    # for every method.
-    common._skip_if_conv1d_not_supported = lambda *args: None  # type: ignore[attr-defined]
-    module.check_beft_config = lambda *args: None  # type: ignore[attr-defined]
+        for name in _REPLACED_HELPERS.keys() & vars(place).keys():
+            setattr(place, name, _REPLACED_HELPERS[name])
     factory = getattr(module, "MockTransformerWrapper", None)
     if factory is not None:
         factory.from_pretrained = _with_expert_model(factory.from_pretrained)
