@@ -85,7 +85,7 @@ def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path 
 
     base, _ = load_language_model(str(own.language_model))
     with value_errors_as(WeightsError):
-        model = PeftModel.from_pretrained(base, str(own.adapter_dir))
+        model = PeftModel.from_pretrained(base, str(own.adapter_dir), strict_base=True)
     usage = None
     if expert == "usage":
         usage = _counted_usage(model) if usage_file is None else _read_usage(usage_file)

@@ -58,7 +58,7 @@ def add_adapter(
         return get_peft_model(language_model, lora)
     from llava_mole.mole import MoleConfig
 
-    reserved = sorted(options.keys() & {"r", "alpha", "dropout", "num_experts"})
+    reserved = sorted(options.keys() & {"r", "alpha", "lora_alpha", "dropout", "lora_dropout", "num_experts"})
     if reserved:
         raise ConfigError(f"adapter.options {reserved}: set adapter.rank, alpha, dropout and num_experts instead")
     if dropout is not None:

@@ -41,8 +41,8 @@ TOKENIZER_DIR = "tokenizer"
 CONFIG_FILE = "config.yaml"
 SAME_ADAPTER = (
     "r", "lora_alpha", "alpha", "attention_r", "num_experts", "mode", "top_k", "granularity", "router", "router_bias",
-    "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale", "use_rslora", "alpha_pattern",
-    "modules_to_save",
+    "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale", "use_rslora", "rank_pattern",
+    "alpha_pattern", "modules_to_save",
 )  # fmt: skip
 """Fields of an adapter's configuration that determine what its weights mean. The others only affect training."""
 TRAINING_OPTIONS = {"language_model": "--model.language_model", "vision_tower": "--model.vision_tower.weights"}
@@ -359,4 +359,4 @@ def _load_adapter(language_model: nn.Module, directory: Path) -> nn.Module:
     import llava_mole.mole  # noqa: F401  registers the MOLE adapter type with PEFT
 
     with value_errors_as(WeightsError):
-        return PeftModel.from_pretrained(language_model, str(directory))
+        return PeftModel.from_pretrained(language_model, str(directory), strict_base=True)  # MoLE's; LoRA ignores it

@@ -1,14 +1,27 @@
 """`MoleConfig`: the options of a mixture of LoRA experts, the presets, and the combinations that are refused."""
 
 import dataclasses
+import enum
 import math
-import sys
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-PEFT_TYPE = "MOLE"
+from llava_mole.mole.card import write_card
+from llava_mole.mole.lora_names import SPELLINGS, own_names, takes_lora_names
+
+
+class MolePeftType(str, enum.Enum):
+    """MoLE's value of `peft_type`. PEFT and transformers read `.value` of it, and files hold the string."""
+
+    MOLE = "MOLE"
+
+
+PEFT_TYPE = MolePeftType.MOLE
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -19,19 +32,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What each preset changes in the field defaults, which follow the paper's text. `released`: the authors' code."""
 
 
-_LARGEST = 2**63 - 1
-_FROM_0 = (0, _LARGEST, "a whole number of at least 0")
-_FROM_1 = (1, _LARGEST, "a whole number of at least 1")
-_NOT_NEGATIVE = (0.0, sys.float_info.max, "a finite number that is not negative")
+_LARGEST = 2**16
+_FROM_0 = (0, _LARGEST, f"a whole number from 0 to {_LARGEST}")
+_FROM_1 = (1, _LARGEST, f"a whole number from 1 to {_LARGEST}")
+_NOT_NEGATIVE = (0.0, 1e6, "a number that is not negative, at most 1e6")
+_POSITIVE = (1e-6, 1e6, "a number from 1e-6 to 1e6")
 _BELOW_1 = (0.0, math.nextafter(1, 0), "at least 0 and below 1")
 RANGES: dict[str, tuple[int, int, str] | tuple[float, float, str]] = {
     "r": _FROM_1,
-    "alpha": _NOT_NEGATIVE,
+    "alpha": _POSITIVE,
     "attention_r": _FROM_1,
     "dropout": _BELOW_1,
     "num_experts": _FROM_1,
     "top_k": _FROM_1,
-    "temperature": (math.nextafter(0, 1), sys.float_info.max, "a finite number above 0"),
+    "temperature": _POSITIVE,
     "jitter": _BELOW_1,
     "num_tasks": _FROM_0,
     "shared_r": _FROM_0,
@@ -45,25 +59,38 @@ NONE_ALLOWED = ("attention_r",)
 """Numbers that may be None; alpha has been filled in."""
 
 
+@takes_lora_names
 @dataclass
 class MoleConfig(PeftConfig):
     """A sparse mixture of K LoRA experts in every FFN, with plain LoRA on the attention linears.
 
     The field defaults are the preset `paper`. docs/mole.md explains every option and gives its source. All layers of
-    an adapter share this object and it does not change; `surgery` replaces it in all of them.
+    an adapter share this object and it does not change; `surgery` replaces it in all of them. The names `lora_alpha`,
+    `lora_dropout` and `init_lora_weights` of PEFT's `LoraConfig` are accepted for `alpha`, `dropout` and
+    `init_weights`.
 
     Raises:
-        ValueError: a value is not allowed, or a combination cannot learn; the message gives the reason.
+        ValueError: an unknown option, a value that is not allowed, or a combination that contradicts itself or cannot
+            learn; the message gives the reason.
     """
 
     r: int = 32
     """LoRA rank of every expert and of the attention adapters."""
     alpha: float | None = None
     """LoRA alpha; the update is scaled by alpha / r. None takes 2 * r."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
     attention_r: int | None = None
     """LoRA rank on attention linears, at the same alpha / r. None takes r."""
     dropout: float = 0.0
     """Dropout on the adapters' input, shared by gate and up."""
+    init_weights: bool | Literal["gaussian"] = True
+    """Start of the LoRA pairs, as in PEFT. True: A uniform, B zero; `gaussian`: A normal, B zero; False: both uniform,
+    so that a new adapter changes the output (for tests)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Module name or regular expression -> its r, as in PEFT. All projections of an FFN have one r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Module name or regular expression -> its alpha, likewise."""
     num_experts: int = 3
     """K, experts in each FFN. 1 is plain LoRA without a router."""
     top_k: int = 1
@@ -109,10 +136,13 @@ class MoleConfig(PeftConfig):
     """Loss-free balancing: step of the selection bias per optimizer step; 0: off."""
     backend: Literal["auto", "masked", "grouped", "loop"] = "auto"
     """How experts are computed; `auto` follows docs/mole.md."""
+    target_modules: list[str] | str | None = None
+    """Modules to adapt, by PEFT's rules: name endings, one regular expression, or `all-linear`. An FFN, or all of its
+    projections, gets experts; other linears get plain LoRA. None: filled in from the two options below."""
     attention_modules: list[str] | None = None
-    """Linears with plain LoRA, by name ending. None: q,k,v,o_proj or the family's."""
+    """Linears with plain LoRA, by name ending. None: q,k,v,o_proj or the family's; []: none."""
     ffn_modules: list[str] | None = None
-    """FFN modules with experts, by name ending. None: found by their structure."""
+    """FFN modules with experts, by name ending. None: found by their structure; []: none."""
     ffn_projections: dict[str, str] | None = None
     """Attribute names of an unknown FFN by role: up, down, activation and, if it is gated, gate."""
     exclude_modules: list[str] | str | None = None
@@ -123,8 +153,10 @@ class MoleConfig(PeftConfig):
     """Name of the layer list."""
     modules_to_save: list[str] | None = None
     """Further modules that are trained and saved."""
-    target_modules: list[str] | None = None
-    """Filled in: attention_modules and ffn_modules together."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose embeddings are trained and saved, as in PEFT; a dict names the embedding modules."""
+    strict_base: bool = False
+    """Loading on another base model than that of training is an error instead of a warning."""
     base_fingerprint: str | None = None
     """Filled in on saving: identifies the base model the adapter was trained on."""
 
@@ -132,9 +164,12 @@ class MoleConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.target_parameters = None  # PEFT's matcher reads it
+        self.trained_on = self.base_fingerprint
+        """The fingerprint this configuration was loaded with. Saving sets `base_fingerprint`, not this."""
         if self.alpha is None:
             self.alpha = 2.0 * self.r if _is_number(self.r) else None
         _check_values(self)
+        _check_modules(self)
         _check_choice(self)
         _check_router_learns(self)
 
@@ -147,17 +182,41 @@ class MoleConfig(PeftConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown MoLE preset {name!r}; there are {', '.join(PRESETS)}")
-        known = {option.name for option in dataclasses.fields(cls)}
-        for key in overrides:
-            if key not in known:
-                raise ValueError(f"unknown MoLE option {key!r}; the options are {', '.join(sorted(known))}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**PRESETS[name], **own_names(overrides, [option.name for option in dataclasses.fields(cls)])})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **options: Any) -> Any:
+        """The configuration of a saved adapter, as in PEFT; MoLE options among the keywords replace the saved values.
+
+        `PeftModel.from_pretrained(model, directory, strict_base=True)` passes its keywords on to here.
+
+        Raises:
+            ValueError: no such file, or a value that is not allowed.
+        """
+        own = {option.name for option in dataclasses.fields(cls)} - {
+            option.name for option in dataclasses.fields(PeftConfig)
+        }
+        changes = {key: options.pop(key) for key in list(options) if key in own or key in SPELLINGS}
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        return dataclasses.replace(config, **own_names(changes, own)) if changes else config
+
+    def save_pretrained(self, save_directory: str, **options: Any) -> None:
+        """Write adapter_config.json, as in PEFT, and complete the model card of an adapter that is saved there."""
+        auto_mapping = options.get("auto_mapping_dict")
+        super().save_pretrained(save_directory, **options)
+        directory = Path(save_directory)
+        if any((directory / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            write_card(directory, self, PRESETS, auto_mapping)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values; sets, which PEFT may put in place of lists, as sorted lists."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     @property
     def scaling(self) -> float:
-        """alpha / r, the factor on every adapter's update."""
+        """alpha / r, or alpha / sqrt(r) with `use_rslora`: the factor on the update of adapters without a pattern."""
         assert self.alpha is not None
-        return self.alpha / self.r
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def has_router(self) -> bool:
@@ -168,6 +227,11 @@ class MoleConfig(PeftConfig):
     def router_trains(self) -> bool:
         """Whether the router's parameters receive updates."""
         return self.has_router and self.router == "learned" and self.train_router
+
+    @property
+    def loss_needs_graph(self) -> bool:
+        """Whether a loss is computed from the router's logits, which must then carry the graph of the forward pass."""
+        return self.router_trains and (self.balance_coef > 0 or self.z_loss_coef > 0)
 
     @property
     def counts_load(self) -> bool:
@@ -194,6 +258,8 @@ def _check_values(c: MoleConfig) -> None:
         value, allowed = getattr(c, option.name), get_args(option.type)
         if get_origin(option.type) is Literal and value not in allowed:
             raise ValueError(f"{option.name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if option.type is bool and not isinstance(value, bool):
+            raise ValueError(f"{option.name} is {value!r}; it must be True or False")
     for key, (low, high, rule) in RANGES.items():
         value = getattr(c, key)
         whole = not isinstance(low, float)
@@ -203,6 +269,82 @@ def _check_values(c: MoleConfig) -> None:
             raise ValueError(f"{key} is {value!r}; it must be {rule}{', or None' if key in NONE_ALLOWED else ''}")
     if c.top_k > c.num_experts:
         raise ValueError(f"top_k is {c.top_k} but num_experts is {c.num_experts}; top_k cannot be larger")
+    if not isinstance(c.init_weights, bool) and c.init_weights != "gaussian":
+        raise ValueError(
+            f"init_weights is {c.init_weights!r}; it must be True, False or 'gaussian': the other initialisations of "
+            "LoRA change the base model or need data"
+        )
+    _check_pattern("rank_pattern", c.rank_pattern, "r")
+    _check_pattern("alpha_pattern", c.alpha_pattern, "alpha")
+
+
+def _check_pattern(key: str, pattern: object, option: str) -> None:
+    low, high, text = RANGES[option]
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{key} is {pattern!r}; it must map module names to numbers")
+    for name, value in pattern.items():
+        whole = isinstance(value, int) or isinstance(low, float)
+        if not isinstance(name, str) or not _is_number(value) or not whole or not low <= value <= high:
+            raise ValueError(f"{key} maps {name!r} to {value!r}; it must map a module name to {text}")
+        _check_expression(key, name)
+
+
+def _check_expression(key: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{key} holds {text!r}, which is not a regular expression: {error}") from None
+
+
+_NAMES = ("attention_modules", "ffn_modules", "modules_to_save")
+_NAMES_OR_EXPRESSION = ("target_modules", "exclude_modules")
+
+
+def _check_modules(c: MoleConfig) -> None:
+    """Raise ValueError for an option about modules that has the wrong type or contradicts another."""
+    for key in (*_NAMES, *_NAMES_OR_EXPRESSION, "layers_pattern"):
+        value = getattr(c, key)
+        if isinstance(value, str) and key not in _NAMES:
+            _check_expression(key, value)
+        elif value is not None and not _is_list(value, str):
+            more = "" if key in _NAMES else " or one regular expression"
+            raise ValueError(f"{key} is {value!r}; it must be a list of names{more}")
+    if isinstance(c.target_modules, str) and c.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform is {c.layers_to_transform!r}, but target_modules is {c.target_modules!r}: PEFT "
+            "applies it to a list of names only; give such a list, or drop layers_to_transform"
+        )
+    layers = c.layers_to_transform
+    if layers is not None and not _is_list([layers] if isinstance(layers, int) else layers, int):
+        raise ValueError(f"layers_to_transform is {layers!r}; it must be a whole number or a list of them")
+    if c.layers_pattern and layers is None:
+        raise ValueError(f"layers_pattern is {c.layers_pattern!r} without layers_to_transform, which it belongs to")
+    parts = c.ffn_projections
+    if parts is not None and not (isinstance(parts, dict) and _is_list([*parts, *parts.values()], str)):
+        raise ValueError(f"ffn_projections is {parts!r}; it must map roles to attribute names")
+    tokens = c.trainable_token_indices
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    if tokens is not None and not all(_is_list(ids, int) and ids and min(ids) >= 0 for ids in lists):
+        raise ValueError(
+            f"trainable_token_indices is {tokens!r}; it must be a list of token ids, or map embedding modules to such"
+        )
+    if c.attention_modules == [] and c.ffn_modules == []:
+        raise ValueError("attention_modules and ffn_modules are both empty: nothing would be adapted")
+    if c.target_modules is None or (c.attention_modules is None and c.ffn_modules is None):
+        return
+    named = {*(c.attention_modules or []), *(c.ffn_modules or [])}
+    if isinstance(c.target_modules, str) or set(c.target_modules) != named:
+        raise ValueError(
+            f"target_modules is {c.target_modules!r}, but attention_modules and ffn_modules name {sorted(named)}: give "
+            "either target_modules or the other two"
+        )
+
+
+def _is_list(value: object, kind: type) -> bool:
+    """Whether `value` is a list, set or tuple of `kind` (where numbers are not bools)."""
+    if not isinstance(value, list | set | tuple):
+        return False
+    return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
 
 
 def _check_choice(c: MoleConfig) -> None:

@@ -35,40 +35,57 @@ from llava_mole.mole.router import ExpertWeights
 DENSE = Backend(dense)
 
 
-def _pair(lead: tuple[int, ...], in_width: int, out_width: int, device, dtype) -> tuple[nn.Parameter, nn.Parameter]:
+def _pair(
+    lead: tuple[int, ...], in_width: int, out_width: int, init: bool | str, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A `[*lead, I]` and B `[*lead, O]`, started as PEFT's `init_lora_weights` says; `lead` ends with the rank."""
     a = nn.Parameter(torch.empty(*lead, in_width, device=device, dtype=dtype))
     b = nn.Parameter(torch.zeros(*lead, out_width, device=device, dtype=dtype))
-    # The bound of kaiming_uniform_(a=sqrt(5)) for a fan-in of `in_width`, as PEFT initialises lora_A. The function
-    # itself would take r * in_width as the fan-in of a stacked tensor.
-    nn.init.uniform_(a, -1 / math.sqrt(in_width), 1 / math.sqrt(in_width))
+    # The bounds are those of kaiming_uniform_(a=sqrt(5)) for a fan-in of `in_width` or the rank. The function itself
+    # would take r * in_width as the fan-in of a stacked tensor.
+    if init == "gaussian":
+        nn.init.normal_(a, std=1 / lead[-1])
+    else:
+        nn.init.uniform_(a, -1 / math.sqrt(in_width), 1 / math.sqrt(in_width))
+    if init is False:
+        nn.init.uniform_(b, -1 / math.sqrt(lead[-1]), 1 / math.sqrt(lead[-1]))
     return a, b
 
 
 class LoraPair(nn.Module):
-    """Plain LoRA of one linear: `A` `[R, I]` and `B` `[R, O]` (PEFT's lora_B transposed). B starts at zero."""
+    """Plain LoRA of one linear: `A` `[R, I]` and `B` `[R, O]` (PEFT's lora_B transposed)."""
 
-    def __init__(self, in_width: int, out_width: int, r: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, r: int, init: bool | str, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.A, self.B = _pair((r,), in_width, out_width, device, dtype)
+        self.A, self.B = _pair((r,), in_width, out_width, init, device, dtype)
 
 
 class ExpertStack(nn.Module):
-    """K LoRA experts for each projection of one FFN: `<name>_A` `[K, R, I]` and `<name>_B` `[K, R, O]`.
+    """K LoRA experts of rank `r` for each projection of one FFN: `<name>_A` `[K, R, I]` and `<name>_B` `[K, R, O]`.
 
     With `shared_r` each projection has one more pair, which every token uses: `<name>_shared_A` `[shared_r, I]` and
     `<name>_shared_B` `[shared_r, O]`. `widths` maps projections to their input and output size.
     """
 
     def __init__(
-        self, widths: dict[str, tuple[int, int]], config: MoleConfig, *, device: torch.device, dtype: torch.dtype
+        self,
+        widths: dict[str, tuple[int, int]],
+        config: MoleConfig,
+        r: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        init = config.init_weights
         for name, (in_width, out_width) in widths.items():
-            a, b = _pair((config.num_experts, config.r), in_width, out_width, device, dtype)
+            a, b = _pair((config.num_experts, r), in_width, out_width, init, device, dtype)
             self.register_parameter(f"{name}_A", a)
             self.register_parameter(f"{name}_B", b)
             if config.shared_r:
-                a, b = _pair((config.shared_r,), in_width, out_width, device, dtype)
+                a, b = _pair((config.shared_r,), in_width, out_width, init, device, dtype)
                 self.register_parameter(f"{name}_shared_A", a)
                 self.register_parameter(f"{name}_shared_B", b)
 
@@ -120,7 +137,8 @@ def build_backend(name: str, weights: ExpertWeights | None, num_experts: int) ->
     if name == "dense" or weights is None or weights.index is None:
         return DENSE
     if name == "masked":
-        return Backend(partial(masked, num_experts=num_experts), (weights.index.to(torch.uint8),))
+        number = torch.uint8 if num_experts <= 256 else torch.int32  # the backward pass saves them
+        return Backend(partial(masked, num_experts=num_experts), (weights.index.to(number),))
     return group_by_expert(weights.index, num_experts)
 
 
@@ -129,10 +147,12 @@ class ExpertMix:
     """The experts of one FFN in one forward pass, and their weights.
 
     `weights` is None for one expert. `shared_weight` is `[T, 1]`, or None for 1. `dropout` is 0 in evaluation.
+    `scaling` is the factor on every expert's update.
     """
 
     experts: ExpertStack
     config: MoleConfig
+    scaling: float
     weights: ExpertWeights | None
     shared_weight: Tensor | None
     dropout: float
@@ -141,7 +161,8 @@ class ExpertMix:
 def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
     """`down(act(gate(x)) * up(x))`, `[T, D]`, where each projection adds the experts of its own input (Eq. 5)."""
     config = mix.config
-    name = choose_backend(config.backend, mix.weights, config.num_experts, config.r, x_TD)
+    rank = mix.experts.pair(layout.up)[0].shape[1]
+    name = choose_backend(config.backend, mix.weights, config.num_experts, rank, x_TD)
     if name == "loop" or torch.compiler.is_compiling():
         return _composed_ffn(base, layout, x_TD, mix, loop=name == "loop")
     backend = build_backend(name, mix.weights, config.num_experts)
@@ -177,7 +198,7 @@ class _Projections:
 
     def add_experts(self, names: list[str], outputs: list[Tensor], x: Tensor, source: Tensor | None) -> list[Tensor]:
         """The outputs of the projections `names`, which all read `x`, plus their experts. See `shrink` for `source`."""
-        experts, scaling = self.mix.experts, self.mix.config.scaling
+        experts, scaling = self.mix.experts, self.mix.scaling
         x = F.dropout(x, self.mix.dropout) if self.mix.dropout else x
         x = x.to(outputs[0].dtype)
         source = None if source is None else source.to(x.dtype)
@@ -199,7 +220,7 @@ class _Projections:
     ) -> Tensor:
         """The down projection of `act(first) * up`, plus its experts, without keeping the activation in memory."""
         a_KRI, b_KRO = self.mix.experts.pair(name)
-        hidden, h = activate_and_shrink(self.backend, self.mix.config.scaling, act, first, up, a_KRI)
+        hidden, h = activate_and_shrink(self.backend, self.mix.scaling, act, first, up, a_KRI)
         return expand(self.backend, getattr(base, name)(hidden), self._weigh(h), b_KRO)
 
     def _weigh(self, h_TJR: Tensor) -> Tensor:
@@ -213,7 +234,7 @@ def _owns_parameters(act: Callable) -> bool:
 
 def _composed_ffn(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix, loop: bool) -> Tensor:
     """The same from differentiable operations alone: what `torch.compile` traces, and the reference `loop`."""
-    delta, scaling = loop_delta if loop else all_experts_delta, mix.config.scaling
+    delta, scaling = loop_delta if loop else all_experts_delta, mix.scaling
 
     def project(name: str, x: Tensor) -> Tensor:
         y = getattr(base, name)(x)

@@ -67,7 +67,7 @@ def masked(index_Tk: Tensor, *, num_experts: int) -> Products:
     """Products over all experts, of which each token keeps its own: no synchronisation, static shapes.
 
     K times the arithmetic of plain LoRA, which is free while plain LoRA waits for memory (GPUs, small K R).
-    `index_Tk` is uint8.
+    `index_Tk` holds whole numbers of any size.
     """
     all_experts, where_Tk1 = dense(), index_Tk.long().unsqueeze(-1)
 

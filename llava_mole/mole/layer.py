@@ -6,10 +6,12 @@ any kind, because they are only called.
 Shape legend: B samples, S positions, T = B S tokens, D hidden size, I input size, O output size, K experts.
 """
 
-from typing import cast
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
@@ -19,9 +21,9 @@ from llava_mole.mole.router import ExpertWeights, Router, RouterState, route, ro
 from llava_mole.mole.routing import RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
 
 _NO_MERGE = (
-    "a mixture of experts cannot be merged into the base weights, because each token chooses its expert. Export a "
-    "plain LoRA with llava_mole.mole.surgery.to_lora(model, expert=k | 'uniform' | 'usage') and merge that, or use "
-    "unload() for the base model"
+    "a mixture of several experts cannot be merged into the base weights, because each token chooses its expert. "
+    "Export a plain LoRA with llava_mole.mole.surgery.to_lora(model, expert=k | 'uniform' | 'usage') and merge that, "
+    "or use unload() for the base model"
 )
 
 _NO_REENTRANT = (
@@ -31,31 +33,114 @@ _NO_REENTRANT = (
 
 
 class AdaptedLayer(BaseTunerLayer):
-    """A base layer with adapters, of which one at a time is active; it cannot be merged."""
+    """A base layer with adapters, of which one at a time is active. Adapters without a choice of experts can be merged.
+
+    Merging keeps the original weights, so unmerging restores them bit for bit.
+    """
 
     configs: dict[str, MoleConfig]
     """The configuration of each adapter on this layer: the tuner's own object, not a copy."""
+    r: dict[str, int]
+    """Rank of each adapter on this layer."""
+    scaling: dict[str, float]
+    """Factor on the update of each adapter."""
     base_layer: nn.Module
+    in_features: int
+    """Width of the input."""
+    out_features: int
+    """Width of the output."""
+
+    def start_adapters(self) -> None:
+        """Begin with no adapter. PEFT's own attributes have defaults that all layers would share."""
+        self.configs, self.r, self.scaling = {}, {}, {}
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names = {}
+        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+
+    def _note_adapter(self, name: str, config: MoleConfig, r: int, scaling: float | None) -> None:
+        self.configs[name], self.r[name] = config, r
+        self.scaling[name] = config.scaling if scaling is None else scaling
+
+    def forget_adapter(self, name: str) -> None:
+        """Undo `add_adapter`, whatever is left of it."""
+        for container in self.adapter_layer_names + self.other_param_names:
+            adapters = getattr(self, container)
+            if name in adapters:
+                del adapters[name]
+        self.frozen_peft_weight_names.pop(name, None)
 
     def current_adapter(self) -> str | None:
-        """The adapter this forward pass uses; None for the base. Raises ValueError if several are active."""
-        if self.disable_adapters:
+        """The adapter this forward pass uses; None for the base. Raises ValueError if several are active.
+
+        As in PEFT, merged adapters are unmerged once they are disabled.
+        """
+        if self.disable_adapters or self.merged_adapters:
+            if self.disable_adapters and self.merged_adapters:
+                self.unmerge()
             return None
         names = [name for name in self.active_adapters if name in self.configs]
         if len(names) > 1:
             raise ValueError(f"the adapters {names} are all active; a MoLE model uses one at a time: set_adapter")
         return names[0] if names else None
 
+    def updates(self, name: str) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+        """The linears that adapter `name` changes, each with A `[R, I]` and B `[R, O]`; its rows are not scaled."""
+        raise NotImplementedError
+
+    def check_mergeable(self, name: str) -> None:
+        """Raise ValueError if adapter `name`, which this layer may lack, cannot be merged into its weights."""
+        if name not in self.configs:
+            return
+        for linear, _, _ in self.updates(name):
+            weight = getattr(linear, "weight", None)
+            if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.element_size() < 2:
+                raise ValueError(
+                    f"an adapter cannot be merged into the quantised weights of a {type(linear).__name__}; load the "
+                    "base model without quantisation and merge there"
+                )
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises ValueError, which names the alternatives."""
-        raise ValueError(_NO_MERGE)
+        """Add the updates of adapters (None: the active ones) to the base weights.
+
+        Raises:
+            ValueError: a mixture of several experts, quantised weights or, with `safe_merge`, a result that is not
+                finite; this layer is then unchanged.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            self.check_mergeable(name)
+            if name not in self.configs:
+                continue
+            merged: list[tuple[nn.Parameter, Tensor]] = []
+            for linear, a_RI, b_RO in self.updates(name):
+                update_OI = b_RO.T @ a_RI * self.scaling[name]
+                update = update_OI.T if hasattr(linear, "nf") else update_OI  # transformers' Conv1D
+                parameter = cast(nn.Parameter, linear.weight)
+                earlier = next((w for p, w in merged if p is parameter), parameter.data)
+                value = (earlier + update.to(parameter.device)).to(parameter.dtype)
+                if safe_merge and not value.isfinite().all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its weights or "
+                        "those of the base are not finite"
+                    )
+                merged = [(p, w) for p, w in merged if p is not parameter] + [(parameter, value)]
+            for parameter, value in merged:
+                if not any(parameter is kept for kept, _ in self._originals):
+                    self._originals.append((parameter, parameter.data))
+                parameter.data = value
+            self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Always raises ValueError: nothing is ever merged."""
-        raise ValueError(_NO_MERGE)
+        """Put the original weights back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for parameter, original in self._originals:
+            parameter.data = original.to(parameter.device, parameter.dtype)
+        self._originals, self.merged_adapters = [], []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: the update depends on the token. `surgery.to_lora` exports what can be exported."""
+        """False: `surgery.to_lora` exports what can be exported."""
         return False
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -79,21 +164,24 @@ class MoleLinear(nn.Module, AdaptedLayer):
     """Plain LoRA on one linear: `y = base(x) + (alpha / r) B A dropout(x)`."""
 
     adapter_layer_names = ("mole_lora",)
-    other_param_names = ("configs",)
+    other_param_names = ("configs", "r", "scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.mole_lora = nn.ModuleDict()
-        self.configs = {}
-
-    def add_adapter(self, name: str, config: MoleConfig) -> None:
-        """Add a LoRA pair of rank `attention_r` (None: `r`), whose B is zero."""
-        widths = linear_widths(self.base_layer)
+        widths = linear_widths(base_layer)
         assert widths is not None
+        self.in_features, self.out_features = widths
+        self.mole_lora = nn.ModuleDict()
+        self.start_adapters()
+
+    def add_adapter(self, name: str, config: MoleConfig, r: int | None = None, scaling: float | None = None) -> None:
+        """Add a LoRA pair of rank `r` (None: `attention_r`, else `config.r`); `scaling` None takes the config's."""
         device, dtype = base_placement(self.base_layer)
-        self.mole_lora[name] = LoraPair(*widths, config.attention_r or config.r, device=device, dtype=dtype)
-        self.configs[name] = config
+        r = r or config.attention_r or config.r
+        widths = self.in_features, self.out_features
+        self.mole_lora[name] = LoraPair(*widths, r, config.init_weights, device=device, dtype=dtype)
+        self._note_adapter(name, config, r, scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., I]` to `[..., O]`, in the output dtype of the base linear."""
@@ -102,22 +190,28 @@ class MoleLinear(nn.Module, AdaptedLayer):
             return self.base_layer(x)
         config, pair = self.configs[name], self.pair(name)
         dropout = config.dropout if self.training else 0.0
-        y_TO = lora_linear(self.base_layer, x.flatten(0, -2), pair.A, pair.B, config.scaling, dropout)
+        y_TO = lora_linear(self.base_layer, x.flatten(0, -2), pair.A, pair.B, self.scaling[name], dropout)
         return y_TO.view(x.shape[:-1] + y_TO.shape[-1:])
 
     def pair(self, name: str) -> LoraPair:
         """The LoRA pair of adapter `name`. Raises KeyError if this layer does not have it."""
         return cast(LoraPair, self.mole_lora[name])
 
+    def updates(self, name: str) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+        """The linear itself with its pair."""
+        pair = self.pair(name)
+        yield self.base_layer, pair.A.detach(), pair.B.detach()
+
 
 class MoleMlp(nn.Module, AdaptedLayer):
     """An FFN with K LoRA experts in each of its projections and one router for all of them.
 
-    After a forward pass `routing` holds the router's float32 logits and the chosen experts; see `RoutingSlot`.
+    After a forward pass `routing` holds the router's float32 logits and the chosen experts; see `RoutingSlot`. The
+    parts of the FFN keep their names: `mlp.up_proj` is the base linear.
     """
 
     adapter_layer_names = ("mole_router", "mole_experts")
-    other_param_names = ("mole_state", "configs")
+    other_param_names = ("mole_state", "configs", "r", "scaling")
 
     def __init__(self, base_layer: nn.Module, layout: FfnLayout, inputs: RoutingInputs) -> None:
         super().__init__()
@@ -128,30 +222,40 @@ class MoleMlp(nn.Module, AdaptedLayer):
         self.mole_router = nn.ModuleDict()
         self.mole_experts = nn.ModuleDict()
         self.mole_state = nn.ModuleDict()
-        self.configs = {}
-        # PEFT's own attribute: what stays frozen when an adapter is (re)activated. Its class default is shared.
-        self.frozen_peft_weight_names = {}
+        self.start_adapters()
+        self.widths = {name: linear_widths(getattr(base_layer, name)) or (0, 0) for name in layout.projections}
+        self.in_features = self.widths[layout.projections[0]][0]
+        self.out_features = self.widths[layout.down][1]
 
-    def add_adapter(self, name: str, config: MoleConfig) -> None:
-        """Add router, experts (whose B is zero) and, if the balancing needs them, counters."""
+    def __getattr__(self, name: str) -> Any:
+        """Parts of the FFN by their own names, for code that was written for the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            # Private attributes belong to whoever set them: accelerate's hooks must find their own module.
+            if base is None or name.startswith("_") or not hasattr(base, name):
+                raise
+            return getattr(base, name)
+
+    def add_adapter(self, name: str, config: MoleConfig, r: int | None = None, scaling: float | None = None) -> None:
+        """Add router, experts of rank `r` and, if the balancing needs them, counters.
+
+        `r` and `scaling` are the configuration's if they are None.
+        """
         device, dtype = base_placement(self.base_layer)
-        widths = {}
-        for projection in self.layout.projections:
-            pair = linear_widths(getattr(self.base_layer, projection))
-            assert pair is not None
-            widths[projection] = pair
+        r = r or config.r
         if config.has_router:
-            hidden_size = widths[self.layout.projections[0]][0]
             by_task = config.granularity == "task"
-            rows, width = (config.num_tasks, config.num_experts) if by_task else (config.num_experts, hidden_size)
+            rows, width = (config.num_tasks, config.num_experts) if by_task else (config.num_experts, self.in_features)
             bias = config.router_bias and not by_task
             self.mole_router[name] = Router(width, rows, bias=bias, device=device, dtype=router_dtype(dtype))
             if not config.router_trains:
                 self.frozen_peft_weight_names[name] = ("mole_router",)
-        self.mole_experts[name] = ExpertStack(widths, config, device=device, dtype=dtype)
+        self.mole_experts[name] = ExpertStack(self.widths, config, r, device=device, dtype=dtype)
         if config.counts_load:
             self.mole_state[name] = _new_state(config, config.num_experts, device)
-        self.configs[name] = config
+        self._note_adapter(name, config, r, scaling)
 
     def current_state(self) -> RouterState | None:
         """Counters of the adapter in use, if it keeps any."""
@@ -192,6 +296,19 @@ class MoleMlp(nn.Module, AdaptedLayer):
         if state is not None:
             self.mole_state[name] = _new_state(config, len(index), state.load.device)
 
+    def updates(self, name: str) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+        """The projections with their pairs, for one expert, and the shared expert's. Raises ValueError for several."""
+        config, experts = self.configs[name], self.experts(name)
+        if config.num_experts > 1:
+            raise ValueError(_NO_MERGE)
+        for projection in self.layout.projections:
+            linear = getattr(self.base_layer, projection)
+            a_KRI, b_KRO = experts.pair(projection)
+            yield linear, a_KRI[0].detach(), b_KRO[0].detach()
+            if config.shared_r:
+                a_RI, b_RO = experts.shared_pair(projection)
+                yield linear, a_RI.detach(), b_RO.detach()
+
     def _state(self, name: str) -> RouterState | None:
         return cast(RouterState, self.mole_state[name]) if name in self.mole_state else None
 
@@ -206,6 +323,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         mix = ExpertMix(
             experts=self.experts(name),
             config=config,
+            scaling=self.scaling[name],
             weights=weights,
             shared_weight=shared_weight,
             dropout=config.dropout if self.training else 0.0,
@@ -223,7 +341,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         found = route(x_BSD, self.router(name), config, self.inputs, self.routing, bias, self.training)
         if torch.compiler.is_compiling() or not in_backward():
             self.routing.logits, self.routing.index = found.logits, found.index
-        elif in_reentrant_checkpoint():
+        elif config.loss_needs_graph and in_reentrant_checkpoint():
             raise ValueError(_NO_REENTRANT)
         if not config.shared_r or config.shared_scale == "one":
             return found.weights, None

@@ -193,7 +193,7 @@ def mole_auxiliary_loss(
 
 
 def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
-    if not config.router_trains or not routing.layers[0].training:
+    if not config.loss_needs_graph or not routing.layers[0].training:
         return
     routers = [layer.router(layer.current_adapter()) for layer in routing.layers]
     for name, logits, router in zip(routing.names, routing.logits, routers, strict=True):

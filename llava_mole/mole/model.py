@@ -3,46 +3,27 @@
 Below it: the functions that find the tuner in a model and pass routing inputs and results in and out.
 """
 
-import hashlib
+import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from llava_mole.mole import ffn
 from llava_mole.mole.config import PEFT_TYPE, MoleConfig
+from llava_mole.mole.fingerprint import base_fingerprint, same_base
 from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
 from llava_mole.mole.routing import Routing, RoutingInputs
+from llava_mole.mole.snapshot import Snapshot
+from llava_mole.mole.targets import Targets, all_linears, find_targets
 
-_SAMPLE = 64
-"""Values of each parameter that the fingerprint of a base model covers."""
 
-
-def base_fingerprint(model: nn.Module) -> str | None:
-    """sha256 (16 hex digits) over shapes and a sample of the embedding and of every one-dimensional float parameter.
-
-    These stay unquantized in 4-bit and 8-bit models; their values are rounded to bfloat16 first. None if weights
-    cannot be read (meta device, parameters partitioned over ranks).
-    """
-    digest = hashlib.sha256()
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    named = [] if embedding is None else [("embedding", next(embedding.parameters(), None))]
-    own = ("mole_", "modules_to_save.")
-    named += [(n, p) for n, p in model.named_parameters() if p.dim() == 1 and not any(mark in n for mark in own)]
-    for name, parameter in named:
-        if parameter is None or not parameter.is_floating_point():
-            continue
-        if parameter.device.type == "meta" or parameter.numel() == 0:
-            return None
-        name = name.replace("base_layer.", "").replace("original_module.", "")
-        digest.update(f"{name}:{tuple(parameter.shape)[-1]}".encode())
-        sample = parameter.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+_CLASSIFYING, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
+"""Tasks for which PEFT adds these names to modules_to_save, whether the model has such modules or not."""
 
 
 class MoleModel(BaseTuner):
@@ -52,7 +33,8 @@ class MoleModel(BaseTuner):
 
     Raises:
         ValueError: no FFN of a known structure was found, a named module cannot be adapted, or an adapter is loaded
-            that does not fit the model or was trained on another base.
+            that does not fit the model or, with `strict_base`, was trained on another base. The model is then as it
+            was before.
     """
 
     prefix = "mole_"
@@ -60,9 +42,41 @@ class MoleModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if "routing_inputs" not in self.__dict__:
-            self.routing_inputs = RoutingInputs()
+            # Layers that another injection left behind keep their inputs, so new layers share them.
+            self.routing_inputs = next((m.inputs for m in model.modules() if isinstance(m, MoleMlp)), RoutingInputs())
             self.pending_counts: Tensor | None = None
             self.watches_cache = False
+            self.targets: dict[str, Targets] = {}
+            self.listed: list[str] | None = None
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As in PEFT; a refused adapter leaves the model as it was."""
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, MoleConfig)
+        before, marker = Snapshot(model), f".{self.prefix}"
+        self.listed = None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
+        try:
+            _check_base(config, model)
+            with warnings.catch_warnings():
+                # Patterns may name projections, which PEFT does not see; `find_targets` has checked them.
+                warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            before.restore()
+            for layer in model.modules():
+                if isinstance(layer, AdaptedLayer):
+                    layer.forget_adapter(adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            raise
+        # PEFT may have shortened a long list, which then would no longer agree with the options it came from.
+        config.target_modules = self.targets[adapter_name].named
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, MoleConfig)
@@ -80,31 +94,61 @@ class MoleModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         assert isinstance(peft_config, MoleConfig)
         names = [name for name, _ in self.model.named_modules() if name]
-        if peft_config.attention_modules is None:
+        wanted = copy.copy(peft_config)
+        if wanted.target_modules is None or wanted.attention_modules is not None or wanted.ffn_modules is not None:
+            self._fill_in_modules(wanted, model_config, names)
+        elif isinstance(wanted.target_modules, str) and wanted.target_modules.lower() == "all-linear":
+            wanted.target_modules = all_linears(wanted, self.model)
+        sought = copy.copy(wanted)
+        if wanted.ffn_modules is not None:
+            sought.modules_to_save = None  # PEFT would let it win over targets without a word
+        targets = find_targets(self.model, sought, self.listed)
+        heads = _HEADS if str(getattr(wanted.task_type, "value", wanted.task_type)) in _CLASSIFYING else ()
+        _check_saved([n for n in wanted.modules_to_save or [] if n not in heads], list(targets.sizes), names)
+        _check_tokens(wanted, self.model)
+        if targets.sizes and not targets.ffns and wanted.ffn_modules is None and wanted.num_experts > 1:
+            warnings.warn(
+                f"no FFN is among the target modules, so this adapter is plain LoRA without experts; num_experts "
+                f"{wanted.num_experts} has no effect",
+                stacklevel=2,
+            )
+        self.targets[self._name_of(peft_config)] = targets
+        peft_config.attention_modules, peft_config.ffn_modules = wanted.attention_modules, wanted.ffn_modules
+        peft_config.target_modules = wanted.target_modules
+        return peft_config
+
+    def _fill_in_modules(self, config: MoleConfig, model_config: dict, names: list[str]) -> None:
+        """Complete `attention_modules`, `ffn_modules` and `target_modules`, and check that the model has them."""
+        found_ffns = None
+        if config.target_modules is not None:  # the two options were checked against it: one that is missing is empty
+            config.attention_modules, config.ffn_modules = config.attention_modules or [], config.ffn_modules or []
+        if config.attention_modules is None:
             family = ffn.FAMILY_ATTENTION.get(str(model_config.get("model_type")), list(ffn.KNOWN_ATTENTION))
-            peft_config.attention_modules = [name for name in family if _any_matches(names, name)]
-        if peft_config.ffn_modules is None:
-            peft_config.ffn_modules = _find_ffns(self.model)
+            config.attention_modules = [name for name in family if _any_matches(names, name)]
+        if config.ffn_modules is None:
+            config.ffn_modules = found_ffns = _find_ffns(self.model)
         for key in ("attention_modules", "ffn_modules"):
-            for name in getattr(peft_config, key):
+            for name in getattr(config, key):
                 if not _any_matches(names, name):
                     raise ValueError(
                         f"{key} names {name!r}, but no module of {type(self.model).__name__} has that name"
                     )
-        if not peft_config.ffn_modules:
+        if found_ffns == []:
             raise ValueError(
                 f"no FFN of a known structure in {type(self.model).__name__}; name it with ffn_modules and its linears "
-                "with ffn_projections (see docs/mole.md)"
+                "with ffn_projections (see docs/mole.md), or set ffn_modules=[] for plain LoRA on the attention alone"
             )
-        targets = [*peft_config.attention_modules, *peft_config.ffn_modules]
-        if peft_config.target_modules not in (None, targets):
-            raise ValueError(
-                f"target_modules is {peft_config.target_modules!r}, but follows from other options: name linears with "
-                "attention_modules and FFNs with ffn_modules"
-            )
-        peft_config.target_modules = targets
-        _check_saved(peft_config.modules_to_save or [], targets, names)
-        return peft_config
+        config.target_modules = [*config.attention_modules, *config.ffn_modules]
+
+    def _name_of(self, config: PeftConfig) -> str:
+        return next(name for name, own in self.peft_config.items() if own is config)
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
+        """Whether the module `key` is adapted; PEFT tells excluded modules from others for its messages."""
+        if key in self.targets[self._name_of(peft_config)].sizes:
+            return True
+        result = super()._check_target_module_exists(peft_config, key)
+        return result if isinstance(result, _ExcludedModule) else False
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -128,41 +172,43 @@ class MoleModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MoleConfig)
-        assert peft_config.ffn_modules is not None
+        targets = self.targets[adapter_name]
         layer: MoleMlp | MoleLinear
         if isinstance(target, MoleMlp | MoleLinear):
             layer = target
-        elif any(_matches(current_key, name) for name in peft_config.ffn_modules):
-            layer = MoleMlp(target, self._layout(target, peft_config, current_key), self.routing_inputs)
+        elif current_key in targets.ffns:
+            layer = MoleMlp(target, targets.ffns[current_key], self.routing_inputs)
         else:
-            if ffn.linear_widths(target) is None:
-                raise ValueError(f"attention_modules: {current_key} is a {type(target).__name__}, not a linear")
             layer = MoleLinear(target)
-        layer.add_adapter(adapter_name, peft_config)
+        size = targets.sizes[current_key]
+        layer.add_adapter(adapter_name, peft_config, size.r, size.scaling)
         setattr(parent, target_name, layer)
-
-    def _layout(self, module: nn.Module, config: MoleConfig, where: str) -> ffn.FfnLayout:
-        if config.ffn_projections is not None:
-            layout = ffn.layout_from_names(config.ffn_projections, module, where)
-        else:
-            found = ffn.find_layout(module)
-            if found is None:
-                raise ValueError(
-                    f"{where} ({type(module).__name__}) is not an FFN of a known structure: name its parts with "
-                    "ffn_projections, or exclude it with exclude_modules"
-                )
-            layout = found
-        first = not any(isinstance(m, MoleMlp) and type(m.base_layer) is type(module) for m in self.model.modules())
-        if first:
-            ffn.check_composition(layout, module, where)
-        return layout
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `weight` from the wrapped module, which an FFN does not have.
         setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self) -> None:
-        next(m for m in self.model.modules() if isinstance(m, AdaptedLayer)).merge()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT. Raises ValueError, before anything is changed, for a mixture of several experts."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, AdaptedLayer):
+                for name in layer.active_adapters if adapter_names is None else adapter_names:
+                    layer.check_mergeable(name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -182,13 +228,6 @@ class MoleModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         assert isinstance(config, MoleConfig)
-        found = base_fingerprint(_base_model(model)) if config.base_fingerprint else None
-        if found is not None and found != config.base_fingerprint:
-            raise ValueError(
-                f"this adapter was trained on another base model (fingerprint {config.base_fingerprint}, this model "
-                f"has {found}); load it on {config.base_model_name_or_path or 'its own base'}, or remove "
-                "base_fingerprint from adapter_config.json if the two are the same"
-            )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_fits(model, adapter_name, remapped)
         return remapped
@@ -198,6 +237,46 @@ def _base_model(model: nn.Module) -> nn.Module:
     """The Hugging Face model inside a PeftModel or tuner."""
     tuner = find_tuner(model)
     return model if tuner is None else tuner.model
+
+
+def _check_base(config: MoleConfig, model: nn.Module) -> None:
+    """Warn, or with `strict_base` raise ValueError, if the adapter of `config` was trained on another base."""
+    if config.trained_on is None or same_base(config.trained_on, model):
+        return
+    message = (
+        f"this adapter was trained on another base model than the one given; load it on "
+        f"{config.base_model_name_or_path or 'its own base'}"
+    )
+    if config.strict_base:
+        raise ValueError(f"{message}, or set strict_base=False if the two are the same")
+    warnings.warn(f"{message}, or ignore this if the two are the same", stacklevel=2)
+
+
+def _check_tokens(config: MoleConfig, model: nn.Module) -> None:
+    """Raise ValueError for `trainable_token_indices` that an embedding does not have."""
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return
+    if not isinstance(tokens, dict):
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        if embedding is None:
+            raise ValueError(
+                f"trainable_token_indices is a list, but {type(model).__name__} does not say which module embeds its "
+                "tokens; give {name: token ids}"
+            )
+        found = [("the input embedding", embedding, tokens)]
+    else:
+        named = list(model.named_modules())
+        found = []
+        for name, ids in tokens.items():
+            modules = [module for key, module in named if key.endswith(name)]  # PEFT's rule
+            if not modules:
+                raise ValueError(f"trainable_token_indices names {name!r}, but the name of no module ends so")
+            found += [(name, module, ids) for module in modules]
+    for name, module, ids in found:
+        size = getattr(getattr(module, "weight", None), "shape", [0])[0]
+        if max(ids) >= size:
+            raise ValueError(f"trainable_token_indices holds {max(ids)}, but {name} has {size} rows")
 
 
 def _matches(key: str, name: str) -> bool:

@@ -99,22 +99,27 @@ def to_lora(
     kept = weights_LK.any(dim=0).nonzero().flatten().tolist()  # the same in all layers: PEFT's ranks are by name ending
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    attention_r = config.attention_r or config.r
+    by_layer = bool(config.rank_pattern or config.alpha_pattern)  # then names by ending are not enough
     for (name, ffn), weight_K in zip(ffns, weights_LK.tolist(), strict=True):
         for projection in ffn.layout.projections:
             a_NI, b_NO = _fold(ffn, adapter_name, projection, {k: weight_K[k] for k in kept})
             _put(tensors, f"{name}.{projection}", a_NI, b_NO)
-            ranks[f"{name.rpartition('.')[-1]}.{projection}"] = a_NI.shape[0]
-    attention_r = config.attention_r or config.r
+            key = f"{name if by_layer else name.rpartition('.')[-1]}.{projection}"
+            ranks[key], alphas[key] = a_NI.shape[0], ffn.scaling[adapter_name] * a_NI.shape[0]
     for name, linear in _layers(tuner.model, MoleLinear, adapter_name):
         pair = linear.pair(adapter_name)
         _put(tensors, name, pair.A.detach(), pair.B.detach())
+        if by_layer:
+            ranks[name], alphas[name] = linear.r[adapter_name], linear.scaling[adapter_name] * linear.r[adapter_name]
     targets = sorted({key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in tensors})
     lora = LoraConfig(
         r=attention_r,
         lora_alpha=config.scaling * attention_r,  # type: ignore[arg-type]
         target_modules=targets,
         rank_pattern=ranks,
-        alpha_pattern={name: config.scaling * rank for name, rank in ranks.items()},
+        alpha_pattern=alphas,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -168,7 +173,7 @@ def from_loras(
                 a_KRI, b_KRO = ffn.experts("default").pair(projection)
                 for k, lora in enumerate(loras):
                     if path in lora:
-                        _fill(a_KRI[k], b_KRO[k], [lora[path]], 1 / config.scaling, path)
+                        _fill(a_KRI[k], b_KRO[k], [lora[path]], 1 / ffn.scaling["default"], path)
         for name, linear in _layers(tuner.model, MoleLinear, "default"):
             used.add(name)
             pair = linear.pair("default")
@@ -176,7 +181,7 @@ def from_loras(
             if found and attention != "none":
                 chosen = found if attention == "mean" else found[:1]
                 share = 1 / count if attention == "mean" else 1.0
-                _fill(pair.A, pair.B, chosen, share / config.scaling, name)
+                _fill(pair.A, pair.B, chosen, share / linear.scaling["default"], name)
     lost = sorted(set().union(*loras) - used)
     if lost:
         raise ValueError(f"the LoRAs adapt {lost[0]}, which this MoLE does not; name it in attention_modules")
