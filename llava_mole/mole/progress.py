@@ -24,7 +24,7 @@ class TrainingPass:
 
 @dataclass
 class TrainingProgress:
-    """What all layers of a model share about its training."""
+    """What all layers of a model share about its training. Copies and pickles of a model start anew."""
 
     left_to_caller: bool = False
     """Whether the training loop adds the balance loss itself; see `leave_balance_loss_to_caller`."""
@@ -45,6 +45,9 @@ class TrainingProgress:
     """Names of the FFNs whose router has had a gradient."""
     blind_steps: int | None = 0
     """Optimizer steps so far that left a trainable router without any gradient; None once nobody watches any more."""
+
+    def __reduce__(self) -> tuple[type["TrainingProgress"], tuple[bool]]:
+        return TrainingProgress, (self.left_to_caller,)
 
     def begin_pass(self, last: bool | None) -> float:
         """Count a training pass and return its weight among those of its optimizer step.

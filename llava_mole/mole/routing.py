@@ -3,6 +3,7 @@
 Shape legend: L layers with experts, B samples, S positions, K experts, k experts a token uses.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -70,7 +71,7 @@ class RoutingInputs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingInputs":
         # All layers share one object. Those of a copied model must share one too, but not with the original.
-        copy = RoutingInputs()
+        copy = RoutingInputs(progress=deepcopy(self.progress))
         memo[id(self)] = copy
         return copy
 

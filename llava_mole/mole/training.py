@@ -225,13 +225,13 @@ def _attach(
     output: Any, loss: Tensor, this_pass: TrainingPass, inside: Tensor | float, outside: float, has_labels: bool
 ) -> Any:
     """The model's output, whose loss contains `inside * loss` and whose other tensors carry `outside * loss`."""
-    carriers = list(_floating(output))
+    own_loss = _own_loss(output, has_labels)
+    carriers = [tensor for tensor in _floating(output) if tensor is not own_loss]
     trained = [tensor for tensor in carriers if tensor.requires_grad]
     chosen = {id(tensor) for tensor in trained or carriers[:1]}
-    own_loss = _own_loss(output, has_labels)
 
     def carry(tensor: Tensor) -> Tensor:
-        if id(tensor) not in chosen or tensor is own_loss:
+        if id(tensor) not in chosen:
             return tensor
         return _Attached.apply(tensor, loss, this_pass, None, outside)
 
