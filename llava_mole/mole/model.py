@@ -1,7 +1,4 @@
-"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them, and registers the method.
-
-Below it: the functions that find the tuner in a model and pass routing inputs and results in and out.
-"""
+"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them, and registers the method."""
 
 import copy
 import warnings
@@ -14,12 +11,14 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
 from llava_mole.mole import ffn
+from llava_mole.mole.access import shared_inputs
 from llava_mole.mole.config import PEFT_TYPE, MoleConfig
 from llava_mole.mole.fingerprint import base_fingerprint, same_base
 from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
-from llava_mole.mole.routing import Routing, RoutingInputs
+from llava_mole.mole.routing import RoutingInputs
 from llava_mole.mole.snapshot import Snapshot
 from llava_mole.mole.targets import Targets, all_linears, find_targets
+from llava_mole.mole.training import watch_training
 
 
 _CLASSIFYING, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
@@ -43,8 +42,7 @@ class MoleModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if "routing_inputs" not in self.__dict__:
             # Layers that another injection left behind keep their inputs, so new layers share them.
-            self.routing_inputs = next((m.inputs for m in model.modules() if isinstance(m, MoleMlp)), RoutingInputs())
-            self.pending_counts: Tensor | None = None
+            self.routing_inputs = shared_inputs(model) or RoutingInputs()
             self.watches_cache = False
             self.targets: dict[str, Targets] = {}
             self.listed: list[str] | None = None
@@ -77,6 +75,7 @@ class MoleModel(BaseTuner):
             raise
         # PEFT may have shortened a long list, which then would no longer agree with the options it came from.
         config.target_modules = self.targets[adapter_name].named
+        watch_training(model)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, MoleConfig)
@@ -336,74 +335,6 @@ def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tenso
 def find_tuner(model: nn.Module) -> MoleModel | None:
     """The MoLE tuner inside `model` (a PeftModel, or anything that contains one), or None."""
     return next((module for module in model.modules() if isinstance(module, MoleModel)), None)
-
-
-def active_config(model: nn.Module) -> MoleConfig | None:
-    """The configuration of the active adapter; None without MoLE."""
-    tuner = find_tuner(model)
-    if tuner is None:
-        return None
-    names = tuner.active_adapters
-    config = tuner.peft_config.get(names[0]) if names else None
-    return config if isinstance(config, MoleConfig) else None
-
-
-def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
-    """Set the facts about a batch that the routers need; `RoutingInputs` lists them.
-
-    Call it before the forward pass. The values hold for later passes too, until the next call. Without MoLE it does
-    nothing.
-
-    Raises:
-        ValueError: unknown name, or an expert, source or task id outside its range.
-    """
-    tuner, config = find_tuner(model), active_config(model)
-    if tuner is None or config is None:
-        return
-    name = config.required_input
-    value = None if name is None else values.get(name)
-    if value is not None and not value.is_floating_point() and value.numel() > 0:
-        limit = config.num_tasks if name == "task" else config.num_experts
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
-    tuner.routing_inputs.update(**values)
-
-
-def missing_input(model: nn.Module) -> str | None:
-    """The routing input (`experts`, `source` or `task`) that the active adapter needs and that is not set, or None."""
-    tuner, config = find_tuner(model), active_config(model)
-    name = None if config is None else config.required_input
-    return name if tuner is not None and name is not None and getattr(tuner.routing_inputs, name) is None else None
-
-
-def disable_finite_check(model: nn.Module) -> None:
-    """Let NaN and infinity in a router's logits reach the loss, as they do on a GPU, instead of raising.
-
-    For training loops that check the loss: an exception in the forward pass of one rank would leave the other ranks
-    waiting for its gradients.
-    """
-    tuner = find_tuner(model)
-    if tuner is not None:
-        tuner.routing_inputs.check_finite = False
-
-
-def collect_routing(model: nn.Module) -> Routing:
-    """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
-
-    Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
-    """
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, MoleMlp) and module.routing.logits is not None
-    ]
-    return Routing(
-        names=tuple(name for name, _ in layers),
-        logits=tuple(module.routing.logits for _, module in layers if module.routing.logits is not None),
-        index=tuple(module.routing.index for _, module in layers if module.routing.index is not None),
-        layers=tuple(module for _, module in layers),
-    )
 
 
 _TABLES = {
