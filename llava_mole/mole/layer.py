@@ -6,7 +6,7 @@ any kind, because they are only called.
 Shape legend: B samples, S positions, T = B S tokens, D hidden size, I input size, O output size, K experts.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -125,6 +125,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         self.layout = layout
         self.inputs = inputs
         self.routing = RoutingSlot()
+        self.batch: int | None = None
         self.mole_router = nn.ModuleDict()
         self.mole_experts = nn.ModuleDict()
         self.mole_state = nn.ModuleDict()
@@ -137,7 +138,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         device, dtype = base_placement(self.base_layer)
         widths = {}
         for projection in self.layout.projections:
-            pair = linear_widths(getattr(self.base_layer, projection))
+            pair = linear_widths(self.linear(projection))
             assert pair is not None
             widths[projection] = pair
         if config.has_router:
@@ -152,6 +153,19 @@ class MoleMlp(nn.Module, AdaptedLayer):
         if config.counts_load:
             self.mole_state[name] = _new_state(config, config.num_experts, device)
         self.configs[name] = config
+
+    def linear(self, projection: str) -> nn.Module:
+        """The base linear of a projection of `layout`."""
+        return getattr(self.base_layer, projection)
+
+    def linear_path(self, path: str, projection: str) -> str:
+        """The path of that linear in the base model, where `path` is the path of this layer."""
+        return f"{path}.{projection}"
+
+    def note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a module around this FFN: notes the batch size, if the FFN reads flattened tokens."""
+        values = (*args, *kwargs.values())
+        self.batch = next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() == 3), None)
 
     def current_state(self) -> RouterState | None:
         """Counters of the adapter in use, if it keeps any."""
@@ -201,23 +215,29 @@ class MoleMlp(nn.Module, AdaptedLayer):
         if name is None:
             self.routing.logits = self.routing.index = None
             return self.base_layer(x)
+        y_TD = ffn_with_experts(self.base_layer, self.layout, x.flatten(0, -2), self._mix(x, name))
+        if self.layout.dropout:
+            y_TD = getattr(self.base_layer, self.layout.dropout)(y_TD)
+        return y_TD.view(x.shape[:-1] + y_TD.shape[-1:])
+
+    def _mix(self, x: Tensor, name: str) -> ExpertMix:
+        """The experts of adapter `name` for the FFN's input `x`."""
         config = self.configs[name]
         weights, shared_weight = self._route(x, name, config)
-        mix = ExpertMix(
+        return ExpertMix(
             experts=self.experts(name),
             config=config,
             weights=weights,
             shared_weight=shared_weight,
             dropout=config.dropout if self.training else 0.0,
         )
-        y_TD = ffn_with_experts(self.base_layer, self.layout, x.flatten(0, -2), mix)
-        if self.layout.dropout:
-            y_TD = getattr(self.base_layer, self.layout.dropout)(y_TD)
-        return y_TD.view(x.shape[:-1] + y_TD.shape[-1:])
 
     def _route(self, x: Tensor, name: str, config: MoleConfig) -> tuple[ExpertWeights | None, Tensor | None]:
         """The experts' weights, and that of the shared expert, `[T, 1]` (None: 1); stores the routing in its slot."""
-        x_BSD = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x.unsqueeze(0)
+        if x.dim() == 2:  # flattened tokens: [T, D]
+            x_BSD = x.view(self.batch, -1, x.shape[1]) if self.batch and x.shape[0] % self.batch == 0 else x[None]
+        else:
+            x_BSD = x.reshape(-1, *x.shape[-2:])
         state = self._state(name)
         bias = None if state is None else state.selection_bias()
         found = route(x_BSD, self.router(name), config, self.inputs, self.routing, bias, self.training)

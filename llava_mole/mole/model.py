@@ -4,6 +4,7 @@ Below it: the functions that find the tuner in a model and pass routing inputs a
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from llava_mole.mole import ffn
+from llava_mole.mole import discover, ffn
 from llava_mole.mole.config import PEFT_TYPE, MoleConfig
 from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
 from llava_mole.mole.routing import Routing, RoutingInputs
+from llava_mole.mole.split import MoleSplitMlp
 
+logger = logging.getLogger(__name__)
 _SAMPLE = 64
 """Values of each parameter that the fingerprint of a base model covers."""
 
@@ -61,6 +65,7 @@ class MoleModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if "routing_inputs" not in self.__dict__:
             self.routing_inputs = RoutingInputs()
+            self.batch_hooks: list[RemovableHandle] = []
             self.pending_counts: Tensor | None = None
             self.watches_cache = False
 
@@ -81,21 +86,18 @@ class MoleModel(BaseTuner):
         assert isinstance(peft_config, MoleConfig)
         names = [name for name, _ in self.model.named_modules() if name]
         if peft_config.attention_modules is None:
-            family = ffn.FAMILY_ATTENTION.get(str(model_config.get("model_type")), list(ffn.KNOWN_ATTENTION))
-            peft_config.attention_modules = [name for name in family if _any_matches(names, name)]
+            peft_config.attention_modules = discover.find_attention(self.model)
         if peft_config.ffn_modules is None:
-            peft_config.ffn_modules = _find_ffns(self.model)
+            peft_config.ffn_modules = discover.find_ffns(self.model)
+            _report_routed_experts(self.model, peft_config)
         for key in ("attention_modules", "ffn_modules"):
             for name in getattr(peft_config, key):
                 if not _any_matches(names, name):
                     raise ValueError(
                         f"{key} names {name!r}, but no module of {type(self.model).__name__} has that name"
                     )
-        if not peft_config.ffn_modules:
-            raise ValueError(
-                f"no FFN of a known structure in {type(self.model).__name__}; name it with ffn_modules and its linears "
-                "with ffn_projections (see docs/mole.md)"
-            )
+        if not peft_config.ffn_modules and not discover.routed_experts(self.model):
+            raise ValueError(_no_ffn(self.model))
         targets = [*peft_config.attention_modules, *peft_config.ffn_modules]
         if peft_config.target_modules not in (None, targets):
             raise ValueError(
@@ -133,29 +135,57 @@ class MoleModel(BaseTuner):
         if isinstance(target, MoleMlp | MoleLinear):
             layer = target
         elif any(_matches(current_key, name) for name in peft_config.ffn_modules):
-            layer = MoleMlp(target, self._layout(target, peft_config, current_key), self.routing_inputs)
+            layer = self._ffn_layer(target, parent, peft_config, current_key)
         else:
             if ffn.linear_widths(target) is None:
                 raise ValueError(f"attention_modules: {current_key} is a {type(target).__name__}, not a linear")
             layer = MoleLinear(target)
         layer.add_adapter(adapter_name, peft_config)
-        setattr(parent, target_name, layer)
+        if not isinstance(layer, MoleSplitMlp):  # it has put its parts in place itself
+            setattr(parent, target_name, layer)
 
-    def _layout(self, module: nn.Module, config: MoleConfig, where: str) -> ffn.FfnLayout:
+    def _ffn_layer(self, target: nn.Module, parent: nn.Module, config: MoleConfig, where: str) -> MoleMlp:
+        """The layer for the FFN `target`, or for the FFN in `parent` whose first linear is `target`.
+
+        One whose forward pass cannot be composed gets its layers in place; the layer of its first linear is returned.
+        """
+        named_by_linear = ffn.linear_widths(target) is not None
+        container = parent if named_by_linear else target
+        layout = ffn.find_layout(container) if config.ffn_projections is None else None
         if config.ffn_projections is not None:
-            layout = ffn.layout_from_names(config.ffn_projections, module, where)
+            layout = ffn.layout_from_names(config.ffn_projections, container, where)
+        if layout is None or (named_by_linear and getattr(container, layout.projections[0]) is not target):
+            raise ValueError(_not_an_ffn(target, where))
+        first = getattr(container, layout.projections[0])
+        if isinstance(first, MoleSplitMlp):  # a further adapter, named by the FFN
+            return first
+        seen = any(type(m.base_layer) is type(container) for m in self.model.modules() if type(m) is MoleMlp)
+        reason = None if seen or named_by_linear else ffn.composition_error(layout, container)
+        if reason is not None and config.ffn_projections is not None:
+            raise ValueError(
+                f"{where} ({type(container).__name__}) {reason}, so experts cannot be placed in it; exclude it with "
+                "exclude_modules"
+            )
+        layer: MoleMlp
+        if named_by_linear or reason is not None:
+            layer = MoleSplitMlp(container, layout, self.routing_inputs)
         else:
-            found = ffn.find_layout(module)
-            if found is None:
-                raise ValueError(
-                    f"{where} ({type(module).__name__}) is not an FFN of a known structure: name its parts with "
-                    "ffn_projections, or exclude it with exclude_modules"
-                )
-            layout = found
-        first = not any(isinstance(m, MoleMlp) and type(m.base_layer) is type(module) for m in self.model.modules())
-        if first:
-            ffn.check_composition(layout, module, where)
-        return layout
+            layer = MoleMlp(container, layout, self.routing_inputs)
+        self._watch_batch(layer, where, inside_layer=ffn.is_whole_layer(layout, container))
+        return layer
+
+    def _watch_batch(self, layer: MoleMlp, where: str, inside_layer: bool) -> None:
+        """Tell an FFN that may read flattened tokens the batch size: inside a sparse block, or a decoder layer."""
+        around = where.rpartition(".")[0]
+        if inside_layer or not around.rpartition(".")[-1].isdigit():
+            hook = self.model.get_submodule(around).register_forward_pre_hook(layer.note_batch, with_kwargs=True)
+            self.batch_hooks.append(hook)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        base = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self.batch_hooks:
+            hook.remove()
+        return base
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `weight` from the wrapped module, which an FFN does not have.
@@ -200,6 +230,18 @@ def _base_model(model: nn.Module) -> nn.Module:
     return model if tuner is None else tuner.model
 
 
+def _not_an_ffn(module: nn.Module, where: str) -> str:
+    if any(discover.holds_routed_experts(part) for part in module.modules()):
+        return (
+            f"ffn_modules: {where} ({type(module).__name__}) holds routed experts as stacked parameters, which cannot "
+            "be adapted; leave ffn_modules at None for the FFNs outside them"
+        )
+    return (
+        f"{where} ({type(module).__name__}) is not an FFN of a known structure: name its parts with ffn_projections, "
+        "or exclude it with exclude_modules"
+    )
+
+
 def _matches(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
@@ -223,15 +265,32 @@ def _check_saved(saved: list[str], targets: list[str], keys: list[str]) -> None:
             )
 
 
-def _find_ffns(model: nn.Module) -> list[str]:
-    """Name endings of the modules that have an FFN's structure, without the experts of a sparse base model."""
-    endings: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoleMlp) or (".base_layer" not in name and ffn.find_layout(module) is not None):
-            ending = name.rpartition(".")[-1]
-            if ending and not ending.isdigit():
-                endings[ending] = None
-    return list(endings)
+def _report_routed_experts(model: nn.Module, config: MoleConfig) -> None:
+    """Say once which part of a sparse base model is left alone, and that some models keep nothing for experts."""
+    counts = discover.routed_experts(model)
+    if not counts:
+        return
+    assert config.ffn_modules is not None
+    found = f"The experts of this adapter go to the FFNs outside them: {', '.join(config.ffn_modules)}"
+    none = "There is no FFN outside them, so this adapter is plain LoRA on the attention, without experts and a router"
+    logger.warning(
+        "%s has %d routed experts of its own (%d sparse FFNs), which are not adapted. %s",
+        type(model).__name__, sum(counts), len(counts), found if config.ffn_modules else none,
+    )  # fmt: skip
+
+
+def _no_ffn(model: nn.Module) -> str:
+    """Why `model` has no FFN for experts, and what to do."""
+    name, kind = type(model).__name__, getattr(getattr(model, "config", None), "model_type", None)
+    if not discover.find_attention(model):
+        return (
+            f"{name}{f' ({kind})' if kind else ''} has neither an FFN nor attention of a known structure, as is the "
+            "case for state-space models such as Mamba: experts have no place in it. Use a transformer, or PEFT's LoRA"
+        )
+    return (
+        f"no FFN of a known structure in {name}; name it with ffn_modules and its linears with ffn_projections (see "
+        "docs/mole.md)"
+    )
 
 
 def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -309,15 +368,18 @@ def disable_finite_check(model: nn.Module) -> None:
         tuner.routing_inputs.check_finite = False
 
 
-def collect_routing(model: nn.Module) -> Routing:
+def collect_routing(model: nn.Module, part: str | None = None) -> Routing:
     """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
 
     Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
+    `part` names a module, such as `encoder` or `decoder`, and selects the FFNs in it: the two stacks of an
+    encoder-decoder model route different tokens, so each is read and balanced by itself, with its own `token_mask`.
     """
     layers = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, MoleMlp) and module.routing.logits is not None
+        if part is None or part in name.split(".")
     ]
     return Routing(
         names=tuple(name for name, _ in layers),

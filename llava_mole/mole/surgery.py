@@ -102,8 +102,9 @@ def to_lora(
     for (name, ffn), weight_K in zip(ffns, weights_LK.tolist(), strict=True):
         for projection in ffn.layout.projections:
             a_NI, b_NO = _fold(ffn, adapter_name, projection, {k: weight_K[k] for k in kept})
-            _put(tensors, f"{name}.{projection}", a_NI, b_NO)
-            ranks[f"{name.rpartition('.')[-1]}.{projection}"] = a_NI.shape[0]
+            path = ffn.linear_path(name, projection)
+            _put(tensors, path, a_NI, b_NO)
+            ranks[".".join(path.split(".")[-2:])] = a_NI.shape[0]
     attention_r = config.attention_r or config.r
     for name, linear in _layers(tuner.model, MoleLinear, adapter_name):
         pair = linear.pair(adapter_name)
@@ -118,7 +119,7 @@ def to_lora(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
-        fan_in_fan_out=any(hasattr(getattr(f.base_layer, f.layout.up), "nf") for _, f in ffns),  # GPT-2's Conv1D
+        fan_in_fan_out=any(hasattr(f.linear(f.layout.up), "nf") for _, f in ffns),  # GPT-2's Conv1D
     )
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def from_loras(
     with torch.no_grad():
         for name, ffn in _layers(tuner.model, MoleMlp, "default"):
             for projection in ffn.layout.projections:
-                path = f"{name}.{projection}"
+                path = ffn.linear_path(name, projection)
                 used.add(path)
                 a_KRI, b_KRO = ffn.experts("default").pair(projection)
                 for k, lora in enumerate(loras):
