@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
+from llava_mole.mole.discover import routed_experts
 from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
 from llava_mole.mole.model import MoleModel, find_tuner
 
@@ -88,8 +89,8 @@ def to_lora(
         adapter_name: which adapter.
 
     Raises:
-        ValueError: no such expert or adapter, `usage` is missing or has the wrong shape, or the adapter has
-            `modules_to_save`.
+        ValueError: no such expert or adapter, `usage` is missing or has the wrong shape, the adapter has
+            `modules_to_save`, or PEFT would load the LoRA into other modules (sparse base models).
     """
     tuner, config = _adapter(model, adapter_name)
     if config.modules_to_save:
@@ -121,11 +122,28 @@ def to_lora(
         inference_mode=True,
         fan_in_fan_out=any(hasattr(f.linear(f.layout.up), "nf") for _, f in ffns),  # GPT-2's Conv1D
     )
+    _check_peft_keeps_targets(lora, tuner.model)
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     lora.save_pretrained(str(out))
     return out
+
+
+def _check_peft_keeps_targets(lora: LoraConfig, model: nn.Module) -> None:
+    """Raise ValueError if PEFT, on loading, would apply the LoRA to the routed experts of a sparse base model."""
+    if not routed_experts(model):
+        return
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    read = copy.deepcopy(lora)
+    convert_peft_config_for_transformers(read, model, conversions=None)
+    moved = sorted(set(lora.target_modules or []) - set(read.target_modules or []))
+    if moved:
+        raise ValueError(
+            f"a LoRA on {moved[0]} cannot be loaded by PEFT in {type(model).__name__}: PEFT takes these names for the "
+            "routed experts. Keep the MoLE adapter"
+        )
 
 
 def from_loras(

@@ -24,8 +24,9 @@ from llava_mole.mole import (
 )
 from llava_mole.mole.surgery import to_lora
 
-IDS = torch.arange(1, 19).view(2, 9)
-MASK = torch.ones(2, 9).bool()
+IDS = torch.arange(1, 17).view(2, 8)
+"""8 is no multiple of K = 3: a perfectly even load would give the router no gradient."""
+MASK = torch.ones(2, 8).bool()
 COMMON = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -69,6 +70,10 @@ class Family:
     """FFNs with experts in the tiny model."""
     quantised: bool = True
     """Whether its linears are torch linears, which bitsandbytes can replace."""
+    exported: bool = True
+    """Whether PEFT can load a LoRA of its FFNs."""
+    dtype: torch.dtype = torch.float64
+    """In which the reference is compared; float32 if the family does not run in float64."""
 
 
 FAMILIES = {
@@ -107,24 +112,31 @@ FAMILIES = {
         ["fc1"],
         ["k_proj", "v_proj", "q_proj", "out_proj"],
         {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2},
+        dtype=torch.float32,
     ),
     "BioGpt": Family(["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"]),
     "Qwen2Moe": Family(
         ["layers.0.mlp", "shared_expert"],
         options={**SPARSE, "shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
     ),
-    "Qwen3Moe": Family(["layers.0.mlp"], options={**SPARSE, "mlp_only_layers": [0]}, layers=1),
+    "Qwen3Moe": Family(["layers.0.mlp"], options={**SPARSE, "mlp_only_layers": [0]}, layers=1, exported=False),
     "DeepseekV2": Family(
         ["layers.0.mlp", "shared_experts"],
         ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
         DEEPSEEK,
+        exported=False,
     ),
     "DeepseekV3": Family(
         ["layers.0.mlp", "shared_experts"],
         ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
         DEEPSEEK,
+        exported=False,
     ),
-    "Glm4Moe": Family(["layers.0.mlp", "shared_experts"], options={k: v for k, v in DEEPSEEK.items() if "rank" not in k}),
+    "Glm4Moe": Family(
+        ["layers.0.mlp", "shared_experts"],
+        options={k: v for k, v in DEEPSEEK.items() if "rank" not in k},
+        exported=False,
+    ),
     "Llama4": Family(
         ["layers.0.feed_forward", "shared_expert"],
         config="Llama4TextConfig",
@@ -155,10 +167,13 @@ def make(name: str, **options: Any) -> Any:
     """A random tiny model of the family, the same one each time."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, family.config or f"{name}Config")(**family.common, **family.options, **options)
+    config = getattr(transformers, family.config or f"{name}Config")(**{**family.common, **family.options, **options})
+    if family.dtype == torch.float64:  # what the routed experts use by default on a CPU has no float64
+        config._experts_implementation = "eager"
     return getattr(transformers, family.model or f"{name}ForCausalLM")(config)
 
 
+@torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return run(model).logits
 
@@ -191,7 +206,7 @@ def test_it_trains_saves_loads_and_generates(
     config = model.peft_config["default"]
     assert (config.ffn_modules, config.attention_modules) == (family.ffns, family.attention)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
-    assert [tuple(x.shape) for r in routings(model) for x in r.logits] == [(2, 9, 3)] * family.layers
+    assert [tuple(x.shape) for r in routings(model) for x in r.logits] == [(2, 8, 3)] * family.layers
 
     randomized(model).train()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -223,8 +238,9 @@ def test_it_trains_saves_loads_and_generates(
 
 @EVERY
 def test_it_equals_a_naive_float64_reference(name: str, randomized: Callable[[nn.Module], nn.Module]) -> None:
-    model: Any = randomized(get_peft_model(make(name).double(), MoleConfig(r=2, shared_r=2))).eval()
-    reference = make(name).double().eval()
+    dtype = FAMILIES[name].dtype
+    model: Any = randomized(get_peft_model(make(name).to(dtype), MoleConfig(r=2, shared_r=2))).eval()
+    reference = make(name).to(dtype).eval()
     for path, layer in model.base_model.model.named_modules():
         if isinstance(layer, MoleMlp):
             add_naive_experts(reference, path, layer)
@@ -234,7 +250,7 @@ def test_it_equals_a_naive_float64_reference(name: str, randomized: Callable[[nn
             reference.get_submodule(path).register_forward_hook(lambda m, x, y, hook=hook: y + hook(x[0]))
     # Many families normalise in float32 whatever the dtype, which rounds what the two add in another order.
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(logits(reference), logits(make(name).double().eval()), atol=1e-3)
+    assert not torch.allclose(logits(reference), logits(make(name).to(dtype).eval()), atol=1e-3)
 
 
 def naive_delta(a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
@@ -283,6 +299,10 @@ def test_one_expert_is_exported_and_merged(
     name: str, randomized: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:
     model: Any = randomized(get_peft_model(make(name), MoleConfig(r=2, num_experts=1))).eval()
+    if not FAMILIES[name].exported:
+        with pytest.raises(ValueError, match="PEFT takes these names for the routed experts"):
+            to_lora(model, tmp_path, expert=0)
+        return
     to_lora(model, tmp_path, expert=0)
     merged: Any = PeftModel.from_pretrained(make(name), tmp_path).eval().merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
