@@ -77,15 +77,18 @@ def leave_balance_loss_to_caller(model: nn.Module) -> None:
         inputs.progress.left_to_caller = True
 
 
-def collect_routing(model: nn.Module) -> Routing:
+def collect_routing(model: nn.Module, part: str | None = None) -> Routing:
     """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
 
     Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
+    `part` names a module, such as `encoder` or `decoder`, and selects the FFNs in it: the two stacks of an
+    encoder-decoder model route different tokens, so each is read and balanced by itself, with its own `token_mask`.
     """
     layers = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, MoleMlp) and module.routing.logits is not None
+        if part is None or part in name.split(".")
     ]
     return Routing(
         names=tuple(name for name, _ in layers),
