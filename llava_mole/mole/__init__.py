@@ -3,19 +3,18 @@
 Importing this package registers the method, which `PeftModel.from_pretrained` needs too.
 """
 
-from llava_mole.mole.config import PRESETS, MoleConfig
-from llava_mole.mole.layer import MoleLinear, MoleMlp
-from llava_mole.mole.loss import balance_loss, mole_after_step, mole_auxiliary_loss, mole_drop_step, z_loss
-from llava_mole.mole.model import (
-    MoleModel,
+from llava_mole.mole.access import (
     active_config,
     collect_routing,
     disable_finite_check,
-    find_tuner,
+    leave_balance_loss_to_caller,
     missing_input,
-    register_mole,
     set_routing_inputs,
 )
+from llava_mole.mole.config import PRESETS, MoleConfig
+from llava_mole.mole.layer import MoleLinear, MoleMlp
+from llava_mole.mole.loss import balance_loss, mole_after_step, mole_auxiliary_loss, mole_drop_step, z_loss
+from llava_mole.mole.model import MoleModel, find_tuner, register_mole
 from llava_mole.mole.routing import Routing, RoutingInputs, RoutingMeter, choice_counts, routing_load
 
 register_mole()
@@ -35,6 +34,7 @@ __all__ = [
     "collect_routing",
     "disable_finite_check",
     "find_tuner",
+    "leave_balance_loss_to_caller",
     "missing_input",
     "mole_after_step",
     "mole_auxiliary_loss",

@@ -134,6 +134,9 @@ class MoleConfig(PeftConfig):
     """Coefficient of mean(logsumexp(logits)^2)."""
     bias_update_rate: float = 0.0
     """Loss-free balancing: step of the selection bias per optimizer step; 0: off."""
+    add_balance_loss: bool = True
+    """Add balance loss and z-loss to the loss of every training pass, so that any Trainer trains the router. False: the
+    training loop adds `mole_auxiliary_loss` itself."""
     backend: Literal["auto", "masked", "grouped", "loop"] = "auto"
     """How experts are computed; `auto` follows docs/mole.md."""
     target_modules: list[str] | str | None = None

@@ -164,7 +164,7 @@ def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: Expe
     rank = mix.experts.pair(layout.up)[0].shape[1]
     name = choose_backend(config.backend, mix.weights, config.num_experts, rank, x_TD)
     if name == "loop" or torch.compiler.is_compiling():
-        return _composed_ffn(base, layout, x_TD, mix, loop=name == "loop")
+        return _composed_ffn(base, layout, x_TD, mix)
     backend = build_backend(name, mix.weights, config.num_experts)
     weight, shared_weight = None if mix.weights is None else mix.weights.weight, mix.shared_weight
     source, order = None, backend.order if x_TD.shape[0] > 1 else None  # one token needs no sorting
@@ -178,6 +178,7 @@ def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: Expe
     inputs = [layout.up] if layout.gate is None else [layout.gate, layout.up]
     outputs = [getattr(base, projection)(x_TD) for projection in inputs]
     outputs = projections.add_experts(inputs, outputs, x_TD, source)
+    assert layout.activation is not None
     act = getattr(base, layout.activation)
     if layout.fused or mix.dropout or config.shared_r or _owns_parameters(act):
         hidden = activate(layout, base, outputs[-1], outputs[0] if layout.gate is not None else None)
@@ -232,19 +233,24 @@ def _owns_parameters(act: Callable) -> bool:
     return isinstance(act, nn.Module) and next(act.parameters(), None) is not None
 
 
-def _composed_ffn(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix, loop: bool) -> Tensor:
-    """The same from differentiable operations alone: what `torch.compile` traces, and the reference `loop`."""
-    delta, scaling = loop_delta if loop else all_experts_delta, mix.scaling
+def linear_with_experts(base: nn.Module, name: str, x_TI: Tensor, mix: ExpertMix) -> Tensor:
+    """`base(x)`, `[T, O]`, plus the experts of projection `name`, from differentiable operations alone."""
+    delta, scaling = loop_delta if mix.config.backend == "loop" else all_experts_delta, mix.scaling
+    y_TO = base(x_TI)
+    x_TI = (F.dropout(x_TI, mix.dropout) if mix.dropout else x_TI).to(y_TO.dtype)
+    y_TO = y_TO + delta(x_TI, *mix.experts.pair(name), mix.weights, scaling)
+    if not mix.config.shared_r:
+        return y_TO
+    a_RI, b_RO = mix.experts.shared_pair(name)
+    shared_TO = all_experts_delta(x_TI, a_RI.unsqueeze(0), b_RO.unsqueeze(0), None, scaling)
+    return y_TO + (shared_TO if mix.shared_weight is None else shared_TO * mix.shared_weight.to(y_TO.dtype))
+
+
+def _composed_ffn(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
+    """The same FFN without kernels of its own: what `torch.compile` traces, and the reference `loop`."""
 
     def project(name: str, x: Tensor) -> Tensor:
-        y = getattr(base, name)(x)
-        x = (F.dropout(x, mix.dropout) if mix.dropout else x).to(y.dtype)
-        y = y + delta(x, *mix.experts.pair(name), mix.weights, scaling)
-        if mix.config.shared_r:
-            a, b = mix.experts.shared_pair(name)
-            shared = all_experts_delta(x, a.unsqueeze(0), b.unsqueeze(0), None, scaling)
-            y = y + (shared if mix.shared_weight is None else shared * mix.shared_weight.to(y.dtype))
-        return y
+        return linear_with_experts(getattr(base, name), name, x, mix)
 
     gate = None if layout.gate is None else project(layout.gate, x_TD)
     return project(layout.down, activate(layout, base, project(layout.up, x_TD), gate))

@@ -57,7 +57,8 @@ class AdaptedLayer(BaseTunerLayer):
         self.frozen_peft_weight_names = {}
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
 
-    def _note_adapter(self, name: str, config: MoleConfig, r: int, scaling: float | None) -> None:
+    def note_adapter(self, name: str, config: MoleConfig, r: int, scaling: float | None) -> None:
+        """Enter an adapter with its rank and scaling (None: the configuration's)."""
         self.configs[name], self.r[name] = config, r
         self.scaling[name] = config.scaling if scaling is None else scaling
 
@@ -181,7 +182,7 @@ class MoleLinear(nn.Module, AdaptedLayer):
         r = r or config.attention_r or config.r
         widths = self.in_features, self.out_features
         self.mole_lora[name] = LoraPair(*widths, r, config.init_weights, device=device, dtype=dtype)
-        self._note_adapter(name, config, r, scaling)
+        self.note_adapter(name, config, r, scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., I]` to `[..., O]`, in the output dtype of the base linear."""
@@ -219,11 +220,12 @@ class MoleMlp(nn.Module, AdaptedLayer):
         self.layout = layout
         self.inputs = inputs
         self.routing = RoutingSlot()
+        self.batch: int | None = None
         self.mole_router = nn.ModuleDict()
         self.mole_experts = nn.ModuleDict()
         self.mole_state = nn.ModuleDict()
         self.start_adapters()
-        self.widths = {name: linear_widths(getattr(base_layer, name)) or (0, 0) for name in layout.projections}
+        self.widths = {name: linear_widths(self.linear(name)) or (0, 0) for name in layout.projections}
         self.in_features = self.widths[layout.projections[0]][0]
         self.out_features = self.widths[layout.down][1]
 
@@ -255,7 +257,20 @@ class MoleMlp(nn.Module, AdaptedLayer):
         self.mole_experts[name] = ExpertStack(self.widths, config, r, device=device, dtype=dtype)
         if config.counts_load:
             self.mole_state[name] = _new_state(config, config.num_experts, device)
-        self._note_adapter(name, config, r, scaling)
+        self.note_adapter(name, config, r, scaling)
+
+    def linear(self, projection: str) -> nn.Module:
+        """The base linear of a projection of `layout`."""
+        return getattr(self.base_layer, projection)
+
+    def linear_path(self, path: str, projection: str) -> str:
+        """The path of that linear in the base model, where `path` is the path of this layer."""
+        return f"{path}.{projection}"
+
+    def note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a module around this FFN: notes the batch size, if the FFN reads flattened tokens."""
+        values = (*args, *kwargs.values())
+        self.batch = next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() == 3), None)
 
     def current_state(self) -> RouterState | None:
         """Counters of the adapter in use, if it keeps any."""
@@ -302,7 +317,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         if config.num_experts > 1:
             raise ValueError(_NO_MERGE)
         for projection in self.layout.projections:
-            linear = getattr(self.base_layer, projection)
+            linear = self.linear(projection)
             a_KRI, b_KRO = experts.pair(projection)
             yield linear, a_KRI[0].detach(), b_KRO[0].detach()
             if config.shared_r:
@@ -318,9 +333,16 @@ class MoleMlp(nn.Module, AdaptedLayer):
         if name is None:
             self.routing.logits = self.routing.index = None
             return self.base_layer(x)
+        y_TD = ffn_with_experts(self.base_layer, self.layout, x.flatten(0, -2), self._mix(x, name))
+        if self.layout.dropout:
+            y_TD = getattr(self.base_layer, self.layout.dropout)(y_TD)
+        return y_TD.view(x.shape[:-1] + y_TD.shape[-1:])
+
+    def _mix(self, x: Tensor, name: str) -> ExpertMix:
+        """The experts of adapter `name` for the FFN's input `x`."""
         config = self.configs[name]
         weights, shared_weight = self._route(x, name, config)
-        mix = ExpertMix(
+        return ExpertMix(
             experts=self.experts(name),
             config=config,
             scaling=self.scaling[name],
@@ -328,14 +350,13 @@ class MoleMlp(nn.Module, AdaptedLayer):
             shared_weight=shared_weight,
             dropout=config.dropout if self.training else 0.0,
         )
-        y_TD = ffn_with_experts(self.base_layer, self.layout, x.flatten(0, -2), mix)
-        if self.layout.dropout:
-            y_TD = getattr(self.base_layer, self.layout.dropout)(y_TD)
-        return y_TD.view(x.shape[:-1] + y_TD.shape[-1:])
 
     def _route(self, x: Tensor, name: str, config: MoleConfig) -> tuple[ExpertWeights | None, Tensor | None]:
         """The experts' weights, and that of the shared expert, `[T, 1]` (None: 1); stores the routing in its slot."""
-        x_BSD = x.reshape(-1, *x.shape[-2:]) if x.dim() > 2 else x.unsqueeze(0)
+        if x.dim() == 2:  # flattened tokens: [T, D]
+            x_BSD = x.view(self.batch, -1, x.shape[1]) if self.batch and x.shape[0] % self.batch == 0 else x[None]
+        else:
+            x_BSD = x.reshape(-1, *x.shape[-2:])
         state = self._state(name)
         bias = None if state is None else state.selection_bias()
         found = route(x_BSD, self.router(name), config, self.inputs, self.routing, bias, self.training)

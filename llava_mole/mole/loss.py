@@ -6,13 +6,15 @@ model and applies its coefficients.
 Shape legend: L layers, B samples, S positions, K experts, k experts a token uses, M token sets.
 """
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llava_mole.mole.access import active_config, collect_routing, shared_inputs
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import MoleMlp
-from llava_mole.mole.model import active_config, collect_routing, find_tuner
 from llava_mole.mole.routing import Routing, choice_counts
 
 
@@ -138,6 +140,10 @@ def mole_auxiliary_loss(
 ) -> Tensor:
     """Balance loss and z-loss of the latest forward pass, times their coefficients: the term to add to the LM loss.
 
+    For training loops of one's own, with `add_balance_loss=False`. Where that is True, the loss of a training pass
+    holds this term already. A call with gradients then takes its place, with a warning: this term has the gradient, and
+    the one that the model's loss shows has none. Under `torch.no_grad()` the call only returns the value.
+
     Args:
         model: the model that ran the forward pass.
         token_mask: bool `[B, S]`, false at padding.
@@ -151,25 +157,55 @@ def mole_auxiliary_loss(
         A scalar; 0 without MoLE, for one expert, and if no router with parameters chooses.
 
     Raises:
-        ValueError: a mask is missing or has the wrong shape, the logits carry no gradient in training (re-entrant
-            gradient checkpointing, which would leave the router untrained), or the layers have no tuner.
+        ValueError: a mask is missing or has the wrong shape, or the logits carry no gradient in training (re-entrant
+            gradient checkpointing, which would leave the router untrained).
     """
-    config = active_config(model)
+    config, inputs = active_config(model), shared_inputs(model)
     routing = collect_routing(model) if routing is None else routing
-    if config is None and routing.logits:
-        raise ValueError(
-            "this model has MoLE layers but not their tuner, so their coefficients are unknown: use get_peft_model "
-            "instead of inject_adapter_in_model, or balance_loss with your own coefficient"
-        )
-    if config is None or not routing.logits or not config.has_router:
+    if config is None or inputs is None or not routing.logits or not config.has_router:
         return torch.zeros((), device=token_mask.device)
+    loss, counts = auxiliary_loss(
+        config,
+        routing,
+        token_mask=token_mask,
+        supervised_mask=supervised_mask,
+        image_mask=image_mask,
+        sample_weights=sample_weights,
+    )
+    progress = inputs.progress
+    if torch.is_grad_enabled() and progress.claim():
+        warnings.warn(
+            "mole_auxiliary_loss was called in a training pass whose loss already holds the balance loss "
+            "(add_balance_loss=True). Its own gradient counts, the automatic one does not, but the model's loss shows "
+            "both. Set add_balance_loss=False in MoleConfig, or use torch.no_grad() to look at the value",
+            stacklevel=2,
+        )
+    if counts is not None:
+        progress.add_counts(counts)
+    return loss
+
+
+def auxiliary_loss(
+    config: MoleConfig,
+    routing: Routing,
+    *,
+    token_mask: Tensor,
+    supervised_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `mole_auxiliary_loss` returns, for a routing with logits of a configuration with a router.
+
+    Also the tokens that each expert got, int64 `[L, M, K]`, in a pass with gradients of a configuration that counts
+    them; else None. Raises what `mole_auxiliary_loss` does.
+    """
     if token_mask.shape != routing.logits[0].shape[:2]:
         raise ValueError(
             f"token_mask has shape {tuple(token_mask.shape)}, but the routed batch is "
             f"{tuple(routing.logits[0].shape[:2])} samples x positions"
         )
     if torch.is_grad_enabled():
-        _check_gradient(model, config, routing)
+        _check_gradient(config, routing)
     masks = token_sets(config.balance_tokens, token_mask.bool(), supervised_mask, image_mask)
     loss = torch.zeros((), device=token_mask.device, dtype=routing.logits[0].dtype)
     if config.balance_coef > 0:
@@ -187,12 +223,12 @@ def mole_auxiliary_loss(
             )
     if config.z_loss_coef > 0:
         loss = loss + config.z_loss_coef * z_loss(routing, token_mask.bool(), sample_weights)
-    if torch.is_grad_enabled() and config.counts_load:
-        _count(model, routing, masks)
-    return loss
+    if not torch.is_grad_enabled() or not config.counts_load:
+        return loss, None
+    return loss, torch.stack([choice_counts(routing, mask).sum(dim=1) for mask in masks], dim=1)
 
 
-def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
+def _check_gradient(config: MoleConfig, routing: Routing) -> None:
     if not config.loss_needs_graph or not routing.layers[0].training:
         return
     routers = [layer.router(layer.current_adapter()) for layer in routing.layers]
@@ -219,28 +255,24 @@ def _set_weights(masks: tuple[Tensor, ...], sample_weights: Tensor | None) -> tu
 def _global_loads(routing: Routing, config: MoleConfig, num_sets: int) -> list[Tensor | None]:
     if config.balance_group != "global_batch":
         return [None] * num_sets
-    loads_LMK = torch.stack([layer.current_state().load for layer in routing.layers])
+    device = routing.logits[0].device
+    loads_LMK = torch.stack([layer.current_state().load.to(device) for layer in routing.layers])
     return list(loads_LMK.unbind(dim=1))
-
-
-def _count(model: nn.Module, routing: Routing, masks: tuple[Tensor, ...]) -> None:
-    tuner = find_tuner(model)
-    assert tuner is not None
-    counts_LMK = torch.stack([choice_counts(routing, mask).sum(dim=1) for mask in masks], dim=1)
-    tuner.pending_counts = counts_LMK if tuner.pending_counts is None else tuner.pending_counts + counts_LMK
 
 
 def mole_after_step(model: nn.Module) -> None:
     """Finish an optimizer step: sum its expert counts over all ranks, store them, and move the loss-free biases.
 
-    Call it on every rank after each optimizer step. `balance_group='global_batch'` and `bias_update_rate` need it;
-    otherwise it does nothing. The `global_batch` loss of a step weighs by the load of the step before. That makes it
-    independent of how samples are spread over ranks and accumulation steps, without a second pass.
+    With `add_balance_loss` it is called by itself when an optimizer that holds the adapter's parameters has stepped; a
+    further call then does nothing. A loop that adds `mole_auxiliary_loss` itself calls it on every rank after each
+    optimizer step. `balance_group='global_batch'` and `bias_update_rate` need it; otherwise it does nothing. The
+    `global_batch` loss of a step weighs by the load of the step before. That makes it independent of how samples are
+    spread over ranks and accumulation steps, without a second pass.
     """
-    tuner = find_tuner(model)
-    if tuner is None or tuner.pending_counts is None:
+    inputs = shared_inputs(model)
+    counts_LMK = None if inputs is None else inputs.progress.take_counts()
+    if counts_LMK is None:
         return
-    counts_LMK, tuner.pending_counts = tuner.pending_counts, None
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts_LMK)
     states = [m.current_state() for m in model.modules() if isinstance(m, MoleMlp)]
@@ -250,6 +282,6 @@ def mole_after_step(model: nn.Module) -> None:
 
 def mole_drop_step(model: nn.Module) -> None:
     """Forget the expert counts of a skipped optimizer step. Call it instead of `mole_after_step`."""
-    tuner = find_tuner(model)
-    if tuner is not None:
-        tuner.pending_counts = None
+    inputs = shared_inputs(model)
+    if inputs is not None:
+        inputs.progress.take_counts()

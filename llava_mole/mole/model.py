@@ -1,9 +1,7 @@
-"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them, and registers the method.
-
-Below it: the functions that find the tuner in a model and pass routing inputs and results in and out.
-"""
+"""The PEFT tuner: places the layers in a Hugging Face causal LM, saves and loads them, and registers the method."""
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +10,20 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from llava_mole.mole import ffn
+from llava_mole.mole import discover, ffn
+from llava_mole.mole.access import shared_inputs
 from llava_mole.mole.config import PEFT_TYPE, MoleConfig
 from llava_mole.mole.fingerprint import base_fingerprint, same_base
 from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
-from llava_mole.mole.routing import Routing, RoutingInputs
+from llava_mole.mole.routing import RoutingInputs
 from llava_mole.mole.snapshot import Snapshot
+from llava_mole.mole.split import MoleSplitMlp
 from llava_mole.mole.targets import Targets, all_linears, find_targets
+from llava_mole.mole.training import watch_training
+
+logger = logging.getLogger(__name__)
 
 
 _CLASSIFYING, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
@@ -43,11 +47,12 @@ class MoleModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if "routing_inputs" not in self.__dict__:
             # Layers that another injection left behind keep their inputs, so new layers share them.
-            self.routing_inputs = next((m.inputs for m in model.modules() if isinstance(m, MoleMlp)), RoutingInputs())
-            self.pending_counts: Tensor | None = None
+            self.routing_inputs = shared_inputs(model) or RoutingInputs()
+            self.batch_hooks: list[RemovableHandle] = []
             self.watches_cache = False
             self.targets: dict[str, Targets] = {}
             self.listed: list[str] | None = None
+            self.injecting = adapter_name
 
     def inject_adapter(
         self,
@@ -61,6 +66,7 @@ class MoleModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, MoleConfig)
         before, marker = Snapshot(model), f".{self.prefix}"
+        self.injecting = adapter_name  # several adapters may share one configuration object
         self.listed = None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
         try:
             _check_base(config, model)
@@ -77,6 +83,7 @@ class MoleModel(BaseTuner):
             raise
         # PEFT may have shortened a long list, which then would no longer agree with the options it came from.
         config.target_modules = self.targets[adapter_name].named
+        watch_training(model)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, MoleConfig)
@@ -104,7 +111,7 @@ class MoleModel(BaseTuner):
             sought.modules_to_save = None  # PEFT would let it win over targets without a word
         targets = find_targets(self.model, sought, self.listed)
         heads = _HEADS if str(getattr(wanted.task_type, "value", wanted.task_type)) in _CLASSIFYING else ()
-        _check_saved([n for n in wanted.modules_to_save or [] if n not in heads], list(targets.sizes), names)
+        _check_saved([n for n in wanted.modules_to_save or [] if n not in heads], targets.adapted, names)
         _check_tokens(wanted, self.model)
         if targets.sizes and not targets.ffns and wanted.ffn_modules is None and wanted.num_experts > 1:
             warnings.warn(
@@ -112,7 +119,7 @@ class MoleModel(BaseTuner):
                 f"{wanted.num_experts} has no effect",
                 stacklevel=2,
             )
-        self.targets[self._name_of(peft_config)] = targets
+        self.targets[self.injecting] = targets
         peft_config.attention_modules, peft_config.ffn_modules = wanted.attention_modules, wanted.ffn_modules
         peft_config.target_modules = wanted.target_modules
         return peft_config
@@ -123,29 +130,23 @@ class MoleModel(BaseTuner):
         if config.target_modules is not None:  # the two options were checked against it: one that is missing is empty
             config.attention_modules, config.ffn_modules = config.attention_modules or [], config.ffn_modules or []
         if config.attention_modules is None:
-            family = ffn.FAMILY_ATTENTION.get(str(model_config.get("model_type")), list(ffn.KNOWN_ATTENTION))
-            config.attention_modules = [name for name in family if _any_matches(names, name)]
+            config.attention_modules = discover.find_attention(self.model)
         if config.ffn_modules is None:
-            config.ffn_modules = found_ffns = _find_ffns(self.model)
+            config.ffn_modules = found_ffns = discover.find_ffns(self.model)
+            _report_routed_experts(self.model, config)
         for key in ("attention_modules", "ffn_modules"):
             for name in getattr(config, key):
                 if not _any_matches(names, name):
                     raise ValueError(
                         f"{key} names {name!r}, but no module of {type(self.model).__name__} has that name"
                     )
-        if found_ffns == []:
-            raise ValueError(
-                f"no FFN of a known structure in {type(self.model).__name__}; name it with ffn_modules and its linears "
-                "with ffn_projections (see docs/mole.md), or set ffn_modules=[] for plain LoRA on the attention alone"
-            )
+        if found_ffns == [] and not discover.routed_experts(self.model):
+            raise ValueError(_no_ffn(self.model))
         config.target_modules = [*config.attention_modules, *config.ffn_modules]
-
-    def _name_of(self, config: PeftConfig) -> str:
-        return next(name for name, own in self.peft_config.items() if own is config)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether the module `key` is adapted; PEFT tells excluded modules from others for its messages."""
-        if key in self.targets[self._name_of(peft_config)].sizes:
+        if key in self.targets[self.injecting].sizes:
             return True
         result = super()._check_target_module_exists(peft_config, key)
         return result if isinstance(result, _ExcludedModule) else False
@@ -177,12 +178,23 @@ class MoleModel(BaseTuner):
         if isinstance(target, MoleMlp | MoleLinear):
             layer = target
         elif current_key in targets.ffns:
-            layer = MoleMlp(target, targets.ffns[current_key], self.routing_inputs)
+            found = targets.ffns[current_key]
+            if found.split:
+                layer = MoleSplitMlp(parent, found.layout, self.routing_inputs)
+            else:
+                layer = MoleMlp(target, found.layout, self.routing_inputs)
+            self._watch_batch(layer, parent, current_key.rpartition(".")[0])
         else:
             layer = MoleLinear(target)
         size = targets.sizes[current_key]
         layer.add_adapter(adapter_name, peft_config, size.r, size.scaling)
-        setattr(parent, target_name, layer)
+        if not isinstance(layer, MoleSplitMlp):  # it has put its parts in place itself
+            setattr(parent, target_name, layer)
+
+    def _watch_batch(self, layer: MoleMlp, parent: nn.Module, path: str) -> None:
+        """Tell an FFN that may read flattened tokens the batch size: inside a sparse block, or a decoder layer."""
+        if ffn.is_whole_layer(layer.layout, parent) or not path.rpartition(".")[-1].isdigit():
+            self.batch_hooks.append(parent.register_forward_pre_hook(layer.note_batch, with_kwargs=True))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `weight` from the wrapped module, which an FFN does not have.
@@ -202,7 +214,10 @@ class MoleModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        base = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for hook in self.batch_hooks:
+            hook.remove()
+        return base
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for layer in self.model.modules():
@@ -302,15 +317,32 @@ def _check_saved(saved: list[str], targets: list[str], keys: list[str]) -> None:
             )
 
 
-def _find_ffns(model: nn.Module) -> list[str]:
-    """Name endings of the modules that have an FFN's structure, without the experts of a sparse base model."""
-    endings: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoleMlp) or (".base_layer" not in name and ffn.find_layout(module) is not None):
-            ending = name.rpartition(".")[-1]
-            if ending and not ending.isdigit():
-                endings[ending] = None
-    return list(endings)
+def _report_routed_experts(model: nn.Module, config: MoleConfig) -> None:
+    """Say once which part of a sparse base model is left alone, and that some models keep nothing for experts."""
+    counts = discover.routed_experts(model)
+    if not counts:
+        return
+    assert config.ffn_modules is not None
+    found = f"The experts of this adapter go to the FFNs outside them: {', '.join(config.ffn_modules)}"
+    none = "There is no FFN outside them, so this adapter is plain LoRA on the attention, without experts and a router"
+    logger.warning(
+        "%s has %d routed experts of its own (%d sparse FFNs), which are not adapted. %s",
+        type(model).__name__, sum(counts), len(counts), found if config.ffn_modules else none,
+    )  # fmt: skip
+
+
+def _no_ffn(model: nn.Module) -> str:
+    """Why `model` has no FFN for experts, and what to do."""
+    name, kind = type(model).__name__, getattr(getattr(model, "config", None), "model_type", None)
+    if not discover.find_attention(model):
+        return (
+            f"{name}{f' ({kind})' if kind else ''} has neither an FFN nor attention of a known structure, as is the "
+            "case for state-space models such as Mamba: experts have no place in it. Use a transformer, or PEFT's LoRA"
+        )
+    return (
+        f"no FFN of a known structure in {name}; name it with ffn_modules and its linears with ffn_projections (see "
+        "docs/mole.md), or set ffn_modules=[] for plain LoRA on the attention alone"
+    )
 
 
 def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -336,74 +368,6 @@ def _check_fits(model: nn.Module, adapter_name: str, state_dict: dict[str, Tenso
 def find_tuner(model: nn.Module) -> MoleModel | None:
     """The MoLE tuner inside `model` (a PeftModel, or anything that contains one), or None."""
     return next((module for module in model.modules() if isinstance(module, MoleModel)), None)
-
-
-def active_config(model: nn.Module) -> MoleConfig | None:
-    """The configuration of the active adapter; None without MoLE."""
-    tuner = find_tuner(model)
-    if tuner is None:
-        return None
-    names = tuner.active_adapters
-    config = tuner.peft_config.get(names[0]) if names else None
-    return config if isinstance(config, MoleConfig) else None
-
-
-def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
-    """Set the facts about a batch that the routers need; `RoutingInputs` lists them.
-
-    Call it before the forward pass. The values hold for later passes too, until the next call. Without MoLE it does
-    nothing.
-
-    Raises:
-        ValueError: unknown name, or an expert, source or task id outside its range.
-    """
-    tuner, config = find_tuner(model), active_config(model)
-    if tuner is None or config is None:
-        return
-    name = config.required_input
-    value = None if name is None else values.get(name)
-    if value is not None and not value.is_floating_point() and value.numel() > 0:
-        limit = config.num_tasks if name == "task" else config.num_experts
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
-    tuner.routing_inputs.update(**values)
-
-
-def missing_input(model: nn.Module) -> str | None:
-    """The routing input (`experts`, `source` or `task`) that the active adapter needs and that is not set, or None."""
-    tuner, config = find_tuner(model), active_config(model)
-    name = None if config is None else config.required_input
-    return name if tuner is not None and name is not None and getattr(tuner.routing_inputs, name) is None else None
-
-
-def disable_finite_check(model: nn.Module) -> None:
-    """Let NaN and infinity in a router's logits reach the loss, as they do on a GPU, instead of raising.
-
-    For training loops that check the loss: an exception in the forward pass of one rank would leave the other ranks
-    waiting for its gradients.
-    """
-    tuner = find_tuner(model)
-    if tuner is not None:
-        tuner.routing_inputs.check_finite = False
-
-
-def collect_routing(model: nn.Module) -> Routing:
-    """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
-
-    Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
-    """
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, MoleMlp) and module.routing.logits is not None
-    ]
-    return Routing(
-        names=tuple(name for name, _ in layers),
-        logits=tuple(module.routing.logits for _, module in layers if module.routing.logits is not None),
-        index=tuple(module.routing.index for _, module in layers if module.routing.index is not None),
-        layers=tuple(module for _, module in layers),
-    )
 
 
 _TABLES = {

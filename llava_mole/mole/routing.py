@@ -3,11 +3,14 @@
 Shape legend: L layers with experts, B samples, S positions, K experts, k experts a token uses.
 """
 
-from dataclasses import dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llava_mole.mole.progress import TrainingProgress
 
 
 class RoutingSlot:
@@ -54,10 +57,12 @@ class RoutingInputs:
     """False at padding, `[B, S]`; set by the model itself."""
     check_finite: bool = True
     """Whether logits that are not finite raise; see `disable_finite_check`."""
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
+    """Not an input: the state of the training, which all layers share."""
 
     def update(self, **values: Tensor | None) -> None:
         """Replace all inputs; those not named become None. Raises ValueError for an unknown name."""
-        names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "check_finite"}
+        names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "check_finite", "progress"}
         for name in values:
             if name not in names:
                 raise ValueError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")
@@ -66,7 +71,7 @@ class RoutingInputs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingInputs":
         # All layers share one object. Those of a copied model must share one too, but not with the original.
-        copy = RoutingInputs()
+        copy = RoutingInputs(progress=deepcopy(self.progress))
         memo[id(self)] = copy
         return copy
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
+from llava_mole.mole.discover import routed_experts
 from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
 from llava_mole.mole.model import MoleModel, find_tuner
 
@@ -88,8 +89,8 @@ def to_lora(
         adapter_name: which adapter.
 
     Raises:
-        ValueError: no such expert or adapter, `usage` is missing or has the wrong shape, or the adapter has
-            `modules_to_save`.
+        ValueError: no such expert or adapter, `usage` is missing or has the wrong shape, the adapter has
+            `modules_to_save`, or PEFT would load the LoRA into other modules (sparse base models).
     """
     tuner, config = _adapter(model, adapter_name)
     if config.modules_to_save:
@@ -105,8 +106,9 @@ def to_lora(
     for (name, ffn), weight_K in zip(ffns, weights_LK.tolist(), strict=True):
         for projection in ffn.layout.projections:
             a_NI, b_NO = _fold(ffn, adapter_name, projection, {k: weight_K[k] for k in kept})
-            _put(tensors, f"{name}.{projection}", a_NI, b_NO)
-            key = f"{name if by_layer else name.rpartition('.')[-1]}.{projection}"
+            path = ffn.linear_path(name, projection)
+            _put(tensors, path, a_NI, b_NO)
+            key = path if by_layer else ".".join(path.split(".")[-2:])
             ranks[key], alphas[key] = a_NI.shape[0], ffn.scaling[adapter_name] * a_NI.shape[0]
     for name, linear in _layers(tuner.model, MoleLinear, adapter_name):
         pair = linear.pair(adapter_name)
@@ -123,13 +125,30 @@ def to_lora(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
-        fan_in_fan_out=any(hasattr(getattr(f.base_layer, f.layout.up), "nf") for _, f in ffns),  # GPT-2's Conv1D
+        fan_in_fan_out=any(hasattr(f.linear(f.layout.up), "nf") for _, f in ffns),  # GPT-2's Conv1D
     )
+    _check_peft_keeps_targets(lora, tuner.model)
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     lora.save_pretrained(str(out))
     return out
+
+
+def _check_peft_keeps_targets(lora: LoraConfig, model: nn.Module) -> None:
+    """Raise ValueError if PEFT, on loading, would apply the LoRA to the routed experts of a sparse base model."""
+    if not routed_experts(model):
+        return
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    read = copy.deepcopy(lora)
+    convert_peft_config_for_transformers(read, model, conversions=None)
+    moved = sorted(set(lora.target_modules or []) - set(read.target_modules or []))
+    if moved:
+        raise ValueError(
+            f"a LoRA on {moved[0]} cannot be loaded by PEFT in {type(model).__name__}: PEFT takes these names for the "
+            "routed experts. Keep the MoLE adapter"
+        )
 
 
 def from_loras(
@@ -168,7 +187,7 @@ def from_loras(
     with torch.no_grad():
         for name, ffn in _layers(tuner.model, MoleMlp, "default"):
             for projection in ffn.layout.projections:
-                path = f"{name}.{projection}"
+                path = ffn.linear_path(name, projection)
                 used.add(path)
                 a_KRI, b_KRO = ffn.experts("default").pair(projection)
                 for k, lora in enumerate(loras):

@@ -14,9 +14,10 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from llava_mole.mole import ffn
+from llava_mole.mole import discover, ffn
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import MoleMlp
+from llava_mole.mole.split import MoleSplitMlp
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,31 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Ffn:
+    """An FFN that gets experts: a module of its own, or linears of `container` that are wrapped one by one."""
+
+    container: str
+    """Path of the module that holds its linears."""
+    layout: ffn.FfnLayout
+    split: bool
+    """Whether its linears are wrapped one by one."""
+
+    @property
+    def projections(self) -> list[str]:
+        """Paths of its linears."""
+        return [f"{self.container}.{name}" for name in self.layout.projections]
+
+    @property
+    def path(self) -> str:
+        """Path of the module that is replaced: the first linear of an FFN in parts."""
+        return self.projections[0] if self.split else self.container
+
+
+@dataclass(frozen=True)
 class Targets:
     """The modules to adapt, by their path in the model."""
 
-    ffns: dict[str, ffn.FfnLayout]
+    ffns: dict[str, Ffn]
     sizes: dict[str, Size]
     """Of every target, FFN or linear."""
     named: list[str] | str | None
@@ -41,6 +63,11 @@ class Targets:
     def linears(self) -> list[str]:
         """Paths of the linears with plain LoRA."""
         return [key for key in self.sizes if key not in self.ffns]
+
+    @property
+    def adapted(self) -> list[str]:
+        """Paths of everything that is adapted, with the further linears of FFNs in parts."""
+        return [*self.sizes, *(path for found in self.ffns.values() if found.split for path in found.projections[1:])]
 
 
 def base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +88,7 @@ def all_linears(config: MoleConfig, model: nn.Module) -> list[str]:
     names = set(asked.target_modules)
     for path, module in model.named_modules():
         if isinstance(module, MoleMlp):
-            names.update(f"{path}.{projection}" for projection in module.layout.projections)
+            names.update(module.linear_path(path, projection) for projection in module.layout.projections)
     return sorted(names)
 
 
@@ -76,7 +103,8 @@ def find_targets(model: nn.Module, config: MoleConfig, paths: Collection[str] | 
 
     Raises:
         ValueError: a target is neither a linear nor an FFN of a known structure, an FFN would get adapters in some of
-            its projections only, or a pattern matches nothing or differs within an FFN.
+            its projections only, does not compute what `ffn_projections` says or carries plain LoRA of another
+            adapter, or a pattern matches nothing or differs within an FFN.
     """
     search = _Search(model, config)
     matched = [
@@ -84,9 +112,10 @@ def find_targets(model: nn.Module, config: MoleConfig, paths: Collection[str] | 
         for path in search.modules
         if path and (check_target_module_exists(config, path) if paths is None else path in paths)
     ]
-    ffns = search.declared(matched) if config.ffn_modules is not None else search.by_structure(matched)
-    ffns = {path: layout for path, layout in ffns.items() if not search.excluded(path, layout)}
-    search.check_composition(ffns)
+    found = search.declared(matched) if config.ffn_modules is not None else search.by_structure(matched)
+    ffns = {each.path: each for each in found if not search.excluded(each)}
+    for each in ffns.values():
+        search.check_free(each)
     linears = [path for path in matched if path not in search.inside]
     return Targets(ffns, _sizes(config, ffns, linears), config.target_modules)
 
@@ -100,71 +129,100 @@ class _Search:
         self.wrapped = {path: module for path, module in model.named_modules() if isinstance(module, MoleMlp)}
         self.inside: set[str] = set()
         """Paths of FFNs and of their projections: they are no targets of plain LoRA."""
+        self._errors: dict[type, str | None] = {}
 
-    def layout(self, path: str) -> ffn.FfnLayout | None:
-        """The layout of the FFN at `path`; None if the module there is none."""
-        if path in self.wrapped:
-            return self.wrapped[path].layout
+    def find(self, path: str) -> Ffn | None:
+        """The FFN that is, or whose linears are in, the module at `path`; None without one."""
+        if path in self.wrapped and not isinstance(self.wrapped[path], MoleSplitMlp):
+            return Ffn(path, self.wrapped[path].layout, split=False)
         module, names = self.modules[path], self.config.ffn_projections
         if names is None:
-            return ffn.find_layout(module)
-        has_parts = all(hasattr(module, name) for name in names.values())
-        return ffn.layout_from_names(names, module, path) if has_parts else None
+            layout = ffn.find_layout(module)
+        else:
+            has_parts = all(hasattr(module, name) for name in names.values())
+            layout = ffn.layout_from_names(names, module, path) if has_parts else None
+        if layout is None:
+            return None
+        if isinstance(self.wrapped.get(f"{path}.{layout.projections[0]}"), MoleSplitMlp):
+            return Ffn(path, layout, split=True)
+        return Ffn(path, layout, split=self._composition_error(path, layout) is not None)
 
-    def declared(self, matched: list[str]) -> dict[str, ffn.FfnLayout]:
-        """The FFNs among the matched modules where `ffn_modules` names them."""
-        found = {}
+    def _composition_error(self, path: str, layout: ffn.FfnLayout) -> str | None:
+        """Why the FFN's forward pass cannot be composed; one of each class is tried."""
+        module = self.modules[path]
+        if type(module) not in self._errors:
+            known = any(
+                type(layer.get_base_layer()) is type(module)
+                for layer in self.wrapped.values()
+                if not isinstance(layer, MoleSplitMlp)
+            )
+            self._errors[type(module)] = None if known else ffn.composition_error(layout, module)
+        error = self._errors[type(module)]
+        if error is not None and self.config.ffn_projections is not None:
+            raise ValueError(
+                f"{path} ({type(module).__name__}) {error}, so experts cannot be placed in it; exclude it with "
+                "exclude_modules"
+            )
+        return error
+
+    def _around(self, path: str) -> Ffn | None:
+        """The FFN of which the linear at `path` is a projection."""
+        parent, _, name = path.rpartition(".")
+        found = self.find(parent) if parent in self.modules else None
+        return found if found is not None and name in found.layout.projections else None
+
+    def declared(self, matched: list[str]) -> list[Ffn]:
+        """The FFNs among the matched modules where `ffn_modules` names them, or their first linears."""
+        found = []
         for path in matched:
-            module = self.modules[path]
             if not any(path == name or path.endswith(f".{name}") for name in self.config.ffn_modules or []):
                 self.check_linear(path, "attention_modules")
                 continue
-            if self.config.ffn_projections is not None and path not in self.wrapped:
-                layout = ffn.layout_from_names(self.config.ffn_projections, module, path)
-            else:
-                known = self.layout(path)
-                if known is None:
-                    raise ValueError(
-                        f"{path} ({type(module).__name__}) is not an FFN of a known structure: name its parts with "
-                        "ffn_projections, or exclude it with exclude_modules"
-                    )
-                layout = known
-            found[path] = layout
-            self.inside.add(path)
+            each = self.find(path)
+            if each is None and (around := self._around(path)) is not None and around.projections[0] == path:
+                # Named by its first linear, it is wrapped linear by linear unless it is wrapped as a whole already.
+                each = around if around.container in self.wrapped else Ffn(around.container, around.layout, split=True)
+            if each is None:
+                if self.config.ffn_projections is not None:
+                    ffn.layout_from_names(self.config.ffn_projections, self.modules[path], path)  # says what is missing
+                raise ValueError(_not_an_ffn(self.modules[path], path))
+            found.append(each)
+            self.inside.update([path, *each.projections])
         for path in matched:
-            around = next((f for f in found if path.startswith(f"{f}.")), None)
-            if around is not None:
-                raise ValueError(
-                    f"attention_modules names {path}, but ffn_modules gives {around} experts in all its projections; "
-                    "name it in one of them only"
-                )
+            for each in found:
+                within = path in each.projections if each.split else path.startswith(f"{each.container}.")
+                if within and path != each.path:
+                    raise ValueError(
+                        f"attention_modules names {path}, but ffn_modules gives {each.path} experts in all its "
+                        "projections; name it in one of them only"
+                    )
         return found
 
-    def by_structure(self, matched: list[str]) -> dict[str, ffn.FfnLayout]:
+    def by_structure(self, matched: list[str]) -> list[Ffn]:
         """The FFNs that are matched, or whose projections all are."""
-        found, parts = {}, dict[str, tuple[ffn.FfnLayout, list[str]]]()
+        found, parts = dict[str, Ffn](), dict[str, tuple[Ffn, list[str]]]()
         for path in matched:
-            layout = self.layout(path)
-            if layout is not None:
-                found[path] = layout
+            is_linear = ffn.linear_widths(self.modules[path]) is not None
+            each = None if is_linear else self.find(path)
+            if each is not None:
+                found[each.container] = each
                 continue
             self.check_linear(path, "target_modules")
-            parent, _, name = path.rpartition(".")
-            around = self.layout(parent) if parent in self.modules else None
-            if around is not None and name in around.projections:
-                parts.setdefault(parent, (around, []))[1].append(name)
-        for path, (layout, names) in parts.items():
-            left = [name for name in layout.projections if name not in names]
-            if left and path not in found:
+            around = self._around(path)
+            if around is not None:
+                parts.setdefault(around.container, (around, []))[1].append(path.rpartition(".")[-1])
+        for container, (each, names) in parts.items():
+            left = [name for name in each.layout.projections if name not in names]
+            if left and container not in found:
                 raise ValueError(
-                    f"target_modules takes {', '.join(names)} of {path}, but not {', '.join(left)}: experts go into "
-                    "all projections of an FFN. Take all of them or none; for plain LoRA on some, name these in "
+                    f"target_modules takes {', '.join(names)} of {container}, but not {', '.join(left)}: experts go "
+                    "into all projections of an FFN. Take all of them or none; for plain LoRA on some, name these in "
                     "attention_modules, with ffn_modules=[]"
                 )
-            found[path] = layout
-        for path, layout in found.items():
-            self.inside.update([path, *(f"{path}.{name}" for name in layout.projections)])
-        return found
+            found[container] = each
+        for each in found.values():
+            self.inside.update([each.container, *each.projections])
+        return list(found.values())
 
     def check_linear(self, path: str, option: str) -> None:
         """Raise ValueError unless the module at `path` is linear-like."""
@@ -173,15 +231,16 @@ class _Search:
             known = "" if option == "attention_modules" else " and no FFN of a known structure"
             raise ValueError(f"{option}: {path} is a {type(module).__name__}, not a linear{known}")
 
-    def excluded(self, path: str, layout: ffn.FfnLayout) -> bool:
+    def excluded(self, each: Ffn) -> bool:
         """Whether `exclude_modules` names the FFN or all its projections. Raises ValueError if it names some."""
-        if self._names(self.config.exclude_modules, path):
+        if self._names(self.config.exclude_modules, each.container):
             return True
-        named = [n for n in layout.projections if self._names(self.config.exclude_modules, f"{path}.{n}")]
-        if named and len(named) < len(layout.projections):
+        named = [path for path in each.projections if self._names(self.config.exclude_modules, path)]
+        if named and len(named) < len(each.projections):
             raise ValueError(
-                f"exclude_modules takes {', '.join(named)} out of {path}, but experts go into all projections of an "
-                f"FFN; exclude the FFN as a whole ({path.rpartition('.')[-1]!r})"
+                f"exclude_modules takes {', '.join(path.rpartition('.')[-1] for path in named)} out of "
+                f"{each.container}, but experts go into all projections of an FFN; exclude the FFN as a whole "
+                f"({each.container.rpartition('.')[-1]!r})"
             )
         return bool(named)
 
@@ -191,23 +250,33 @@ class _Search:
             return re.fullmatch(names, path) is not None
         return any(path == name or path.endswith(f".{name}") for name in names or ())
 
-    def check_composition(self, ffns: dict[str, ffn.FfnLayout]) -> None:
-        """Raise ValueError for an FFN that computes something else than its layout says; one of each class is tried."""
-        known = {type(layer.get_base_layer()) for layer in self.wrapped.values()}
-        for path, layout in ffns.items():
-            module = self.modules[path]
-            foreign = next((n for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)), None)
-            if foreign is not None:
-                raise ValueError(
-                    f"{path}.{foreign} carries plain LoRA of another adapter, so the FFN around it cannot get experts; "
-                    "exclude it with exclude_modules, or load the two adapters into two models"
-                )
-            if type(module) not in known:
-                ffn.check_composition(layout, module, path)
-                known.add(type(module))
+    def check_free(self, each: Ffn) -> None:
+        """Raise ValueError for an FFN whose linears carry plain LoRA of another adapter."""
+        if each.path in self.wrapped:
+            return
+        container = self.modules[each.container]
+        parts = [(name, getattr(container, name)) for name in each.layout.projections]
+        foreign = next((name for name, part in parts if isinstance(part, BaseTunerLayer)), None)
+        if foreign is not None:
+            raise ValueError(
+                f"{each.container}.{foreign} carries plain LoRA of another adapter, so the FFN around it cannot get "
+                "experts; exclude it with exclude_modules, or load the two adapters into two models"
+            )
 
 
-def _sizes(config: MoleConfig, ffns: dict[str, ffn.FfnLayout], linears: list[str]) -> dict[str, Size]:
+def _not_an_ffn(module: nn.Module, path: str) -> str:
+    if any(discover.holds_routed_experts(part) for part in module.modules()):
+        return (
+            f"ffn_modules: {path} ({type(module).__name__}) holds routed experts as stacked parameters, which cannot "
+            "be adapted; leave ffn_modules at None for the FFNs outside them"
+        )
+    return (
+        f"{path} ({type(module).__name__}) is not an FFN of a known structure: name its parts with ffn_projections, "
+        "or exclude it with exclude_modules"
+    )
+
+
+def _sizes(config: MoleConfig, ffns: dict[str, Ffn], linears: list[str]) -> dict[str, Size]:
     """Rank and scaling of every target, from the patterns where they match."""
     patterns: dict[str, Mapping[str, float]] = {
         "rank_pattern": config.rank_pattern,
@@ -230,13 +299,13 @@ def _sizes(config: MoleConfig, ffns: dict[str, ffn.FfnLayout], linears: list[str
         return Size(r, alpha / (r**0.5 if config.use_rslora else r))
 
     sizes = {path: size(path, path, config.attention_r or config.r) for path in linears}
-    for path, layout in ffns.items():
-        each = {name: size(f"{path}.{name}", path, config.r) for name in layout.projections}
+    for path, found in ffns.items():
+        each = {linear.rpartition(".")[-1]: size(linear, found.container, config.r) for linear in found.projections}
         if len(set(each.values())) > 1:
             given = ", ".join(f"{name} r {s.r} and scaling {s.scaling:g}" for name, s in each.items())
             raise ValueError(
-                f"rank_pattern and alpha_pattern give the projections of {path} different values ({given}); name the "
-                f"FFN ({path.rpartition('.')[-1]!r}) in them, or all its projections alike"
+                f"rank_pattern and alpha_pattern give the projections of {found.container} different values ({given}); "
+                f"name the FFN ({found.container.rpartition('.')[-1]!r}) in them, or all its projections alike"
             )
         sizes[path] = next(iter(each.values()))
     if sizes:

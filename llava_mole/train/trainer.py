@@ -29,6 +29,7 @@ from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import (
     collect_routing,
     disable_finite_check,
+    leave_balance_loss_to_caller,
     mole_after_step,
     mole_auxiliary_loss,
     mole_drop_step,
@@ -89,6 +90,7 @@ class Trainer:
             len(self.dataset) - self.total_steps * train.global_batch_size,
         )
         disable_finite_check(self.model.language_model)
+        leave_balance_loss_to_caller(self.model.language_model)
 
     def run(self) -> None:
         """Train from `progress.step` to the last step, saving on the way and at the end.

@@ -1,0 +1,308 @@
+"""Every family of language models that docs/support-matrix.md lists: each cell of its table is one test here."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from llava_mole.mole import (
+    MoleConfig,
+    MoleLinear,
+    MoleMlp,
+    Routing,
+    collect_routing,
+    mole_auxiliary_loss,
+    set_routing_inputs,
+)
+from llava_mole.mole.surgery import to_lora
+
+IDS = torch.arange(1, 17).view(2, 8)
+"""8 is no multiple of K = 3: a perfectly even load would give the router no gradient."""
+MASK = torch.ones(2, 8).bool()
+COMMON = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+GPT = {
+    "vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+DEEPSEEK = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "n_group": 2, "topk_group": 1, "num_key_value_heads": 2,
+}  # fmt: skip
+ENCODER_DECODER = {
+    "vocab_size": 32, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
+    "eos_token_id": 2, "decoder_start_token_id": 0,
+}  # fmt: skip
+BART = {
+    "vocab_size": 32, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2,
+    "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
+}  # fmt: skip
+
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table: where adapters are found, and how a tiny model is made."""
+
+    ffns: list[str]
+    attention: list[str] = field(default_factory=lambda: QKVO)
+    options: dict[str, Any] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=lambda: COMMON)
+    config: str | None = None
+    """The configuration's class, if it is not the name and `Config`."""
+    model: str | None = None
+    """The model's class, if it is not the name and `ForCausalLM`."""
+    layers: int = 2
+    """FFNs with experts in the tiny model."""
+    quantised: bool = True
+    """Whether its linears are torch linears, which bitsandbytes can replace."""
+    exported: bool = True
+    """Whether PEFT can load a LoRA of its FFNs."""
+    dtype: torch.dtype = torch.float64
+    """In which the reference is compared; float32 if the family does not run in float64."""
+
+
+FAMILIES = {
+    **{
+        name: Family(["mlp"])
+        for name in (
+            "Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "StableLm", "Cohere", "Cohere2",
+            "Olmo", "Olmo2", "Olmo3", "SmolLM3", "Granite", "Glm", "Glm4", "Nemotron", "Exaone4", "Helium", "Arcee",
+            "Ernie4_5", "HunYuanDenseV1", "Starcoder2",
+        )
+    },
+    "Gemma3": Family(["mlp"], config="Gemma3TextConfig"),
+    "Phi": Family(["mlp"], ["q_proj", "k_proj", "v_proj", "dense"]),
+    "Phi3": Family(["mlp"], ["o_proj", "qkv_proj"]),
+    "GPTNeoX": Family(["mlp"], ["query_key_value", "dense"]),
+    "Persimmon": Family(["mlp"], ["query_key_value", "dense"]),
+    "Falcon": Family(["mlp"], ["query_key_value", "dense"], common={k: v for k, v in COMMON.items() if k != "head_dim"}),
+    "GPT2": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT, model="GPT2LMHeadModel", quantised=False),
+    "GPTBigCode": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT),
+    "GPTJ": Family(["mlp"], ["k_proj", "v_proj", "q_proj", "out_proj"], {"rotary_dim": 4}, GPT),
+    "CodeGen": Family(["mlp"], ["qkv_proj", "out_proj"], {"rotary_dim": 4, "n_head": 4}, GPT),
+    "GPTNeo": Family(
+        ["mlp"],
+        ["k_proj", "v_proj", "q_proj", "out_proj"],
+        {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
+    ),
+    "SeedOss": Family(["gate_proj"]),
+    "BitNet": Family(["gate_proj"]),
+    "Lfm2": Family(["w1"], ["q_proj", "k_proj", "v_proj", "out_proj"]),
+    "Bloom": Family(["dense_h_to_4h"], ["query_key_value", "dense"], {"n_layer": 2, "n_head": 2}),
+    "Mpt": Family(
+        ["up_proj"], ["Wqkv", "out_proj"], {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64}
+    ),
+    "OPT": Family(["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"], {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "XGLM": Family(
+        ["fc1"],
+        ["k_proj", "v_proj", "q_proj", "out_proj"],
+        {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2},
+        dtype=torch.float32,
+    ),
+    "BioGpt": Family(["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"]),
+    "Qwen2Moe": Family(
+        ["layers.0.mlp", "shared_expert"],
+        options={**SPARSE, "shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
+    ),
+    "Qwen3Moe": Family(["layers.0.mlp"], options={**SPARSE, "mlp_only_layers": [0]}, layers=1, exported=False),
+    "DeepseekV2": Family(
+        ["layers.0.mlp", "shared_experts"],
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        DEEPSEEK,
+        exported=False,
+    ),
+    "DeepseekV3": Family(
+        ["layers.0.mlp", "shared_experts"],
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        DEEPSEEK,
+        exported=False,
+    ),
+    "Glm4Moe": Family(
+        ["layers.0.mlp", "shared_experts"],
+        options={k: v for k, v in DEEPSEEK.items() if "rank" not in k},
+        exported=False,
+    ),
+    "Llama4": Family(
+        ["layers.0.feed_forward", "shared_expert"],
+        config="Llama4TextConfig",
+        options={"num_local_experts": 4, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 2},
+    ),
+    "GraniteMoeShared": Family(
+        ["input_linear"], options={"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 8}
+    ),
+    "Mixtral": Family([], options={"num_local_experts": 4}, layers=0),
+    "Olmoe": Family([], options={"num_experts": 4, "num_experts_per_tok": 2}, layers=0),
+    "GptOss": Family([], options={"num_local_experts": 4}, layers=0),
+    "T5": Family(["wi"], ["q", "k", "v", "o"], {}, ENCODER_DECODER, model="T5ForConditionalGeneration", layers=4),
+    "MT5": Family(["wi_0"], ["q", "k", "v", "o"], {}, ENCODER_DECODER, model="MT5ForConditionalGeneration", layers=4),
+    "Bart": Family(
+        ["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"], {}, BART, model="BartForConditionalGeneration", layers=4
+    ),
+    "MBart": Family(
+        ["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"], {}, BART, model="MBartForConditionalGeneration", layers=4
+    ),
+    "Pegasus": Family(
+        ["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"], {}, BART, model="PegasusForConditionalGeneration", layers=4
+    ),
+}  # fmt: skip
+EVERY = pytest.mark.parametrize("name", FAMILIES)
+
+
+def make(name: str, **options: Any) -> Any:
+    """A random tiny model of the family, the same one each time."""
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, family.config or f"{name}Config")(**{**family.common, **family.options, **options})
+    if family.dtype == torch.float64:  # what the routed experts use by default on a CPU has no float64
+        config._experts_implementation = "eager"
+    return getattr(transformers, family.model or f"{name}ForCausalLM")(config)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return run(model).logits
+
+
+def run(model: Any) -> Any:
+    # `labels` make an encoder-decoder model build its decoder's input.
+    return model(input_ids=IDS, attention_mask=MASK.long(), labels=IDS)
+
+
+def routings(model: Any) -> Iterator[Routing]:
+    """Of a decoder the whole routing; of an encoder-decoder model each stack by itself."""
+    parts = ("encoder", "decoder") if model.config.is_encoder_decoder else (None,)
+    return (collect_routing(model, part) for part in parts)
+
+
+def backward(model: Any) -> None:
+    loss = run(model).loss
+    for routing in routings(model):
+        loss = loss + mole_auxiliary_loss(model, token_mask=MASK, routing=routing)
+    loss.backward()
+
+
+@EVERY
+def test_it_trains_saves_loads_and_generates(
+    name: str, randomized: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    family, base = FAMILIES[name], make(name).eval()
+    expected = logits(base)
+    model: Any = get_peft_model(base, MoleConfig(r=2)).eval()
+    config = model.peft_config["default"]
+    assert (config.ffn_modules, config.attention_modules) == (family.ffns, family.attention)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert [tuple(x.shape) for r in routings(model) for x in r.logits] == [(2, 8, 3)] * family.layers
+
+    randomized(model).train()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert any("mole_router" in key for key in trained) == (family.layers > 0)
+    before = {key: p.detach().clone() for key, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for _ in range(2):
+        backward(model)
+        assert [key for key, p in trained.items() if p.grad is None or not p.grad.any()] == []
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [key for key, p in trained.items() if torch.equal(p, before[key])] == []
+
+    model.eval()
+    adapted = logits(model)
+    assert not torch.allclose(adapted, expected, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(name), tmp_path).eval()
+    assert torch.equal(logits(loaded), adapted)
+    greedy = {"input_ids": IDS, "attention_mask": MASK.long(), "max_new_tokens": 4, "do_sample": False}
+    generated = model.generate(**greedy, pad_token_id=0)
+    assert torch.equal(generated, model.generate(**greedy, pad_token_id=0, use_cache=False))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    plain = model.unload()
+    assert torch.equal(logits(plain), expected)
+    assert not any(m._forward_pre_hooks for m in plain.modules())
+
+
+@EVERY
+def test_it_equals_a_naive_float64_reference(name: str, randomized: Callable[[nn.Module], nn.Module]) -> None:
+    dtype = FAMILIES[name].dtype
+    model: Any = randomized(get_peft_model(make(name).to(dtype), MoleConfig(r=2, shared_r=2))).eval()
+    reference = make(name).to(dtype).eval()
+    for path, layer in model.base_model.model.named_modules():
+        if isinstance(layer, MoleMlp):
+            add_naive_experts(reference, path, layer)
+        elif isinstance(layer, MoleLinear):
+            pair = layer.pair("default")
+            hook = naive_delta(pair.A, pair.B)
+            reference.get_submodule(path).register_forward_hook(lambda m, x, y, hook=hook: y + hook(x[0]))
+    # Many families normalise in float32 whatever the dtype, which rounds what the two add in another order.
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(reference), logits(make(name).to(dtype).eval()), atol=1e-3)
+
+
+def naive_delta(a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: 2 * (x @ a.T) @ b
+
+
+def add_naive_experts(reference: nn.Module, path: str, layer: MoleMlp) -> None:
+    """Add the experts to the FFN's linears, token by token, as Eq. 3-5 say. The first linear's input is routed."""
+    experts, router = layer.experts("default"), layer.router("default")
+    assert router is not None
+    chosen: list[int] = []
+
+    def make_hook(projection: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+            (x,) = args
+            if projection != layer.layout.down:
+                chosen[:] = (x @ router.weight.T).flatten(0, -2).argmax(dim=-1).tolist()
+            (a, b), (shared_a, shared_b) = experts.pair(projection), experts.shared_pair(projection)
+            tokens = zip(x.flatten(0, -2), y.flatten(0, -2), chosen, strict=True)
+            rows = [y_t + naive_delta(a[k], b[k])(x_t) + naive_delta(shared_a, shared_b)(x_t) for x_t, y_t, k in tokens]
+            return torch.stack(rows).view(y.shape)
+
+        return hook
+
+    for projection in layer.layout.projections:
+        linear = reference.get_submodule(layer.linear_path(path, projection))
+        linear.register_forward_hook(make_hook(projection))
+
+
+@EVERY
+def test_gradient_checkpointing_changes_nothing(name: str, randomized: Callable[[nn.Module], nn.Module]) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model: Any = randomized(get_peft_model(make(name), MoleConfig(r=2, expert_scale="straight_through"))).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert model.is_gradient_checkpointing
+        torch.manual_seed(0)
+        backward(model)
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@EVERY
+def test_one_expert_is_exported_and_merged(
+    name: str, randomized: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    model: Any = randomized(get_peft_model(make(name), MoleConfig(r=2, num_experts=1))).eval()
+    if not FAMILIES[name].exported:
+        with pytest.raises(ValueError, match="PEFT takes these names for the routed experts"):
+            to_lora(model, tmp_path, expert=0)
+        return
+    to_lora(model, tmp_path, expert=0)
+    merged: Any = PeftModel.from_pretrained(make(name), tmp_path).eval().merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
