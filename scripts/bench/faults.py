@@ -147,7 +147,7 @@ class Campaign:
                 return
             if codes == [0, 0]:
                 break
-            if any(code not in intended for code in codes):
+            if any(code not in {0, *intended} for code in codes):  # 0: this rank had finished
                 self.lost.append(f"{name}: life {life} ended with {codes}\n{self.tail(name)}")
                 return
             if not calm:
