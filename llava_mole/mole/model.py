@@ -21,7 +21,6 @@ from llava_mole.mole.routing import Routing, RoutingInputs
 from llava_mole.mole.snapshot import Snapshot
 from llava_mole.mole.targets import Targets, all_linears, find_targets
 
-
 _CLASSIFYING, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
 """Tasks for which PEFT adds these names to modules_to_save, whether the model has such modules or not."""
 
