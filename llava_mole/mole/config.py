@@ -233,8 +233,12 @@ class MoleConfig(PeftConfig):
 
     @property
     def loss_needs_graph(self) -> bool:
-        """Whether a loss is computed from the router's logits, which must then carry the graph of the forward pass."""
-        return self.router_trains and (self.balance_coef > 0 or self.z_loss_coef > 0)
+        """Whether a loss of the router's logits trains anything, so that they must carry the forward pass's graph.
+
+        It trains the router or, through its input, the adapters of earlier layers.
+        """
+        reaches = self.has_router and self.router == "learned" and (self.train_router or not self.router_detach_input)
+        return reaches and (self.balance_coef > 0 or self.z_loss_coef > 0)
 
     @property
     def counts_load(self) -> bool:

@@ -118,11 +118,13 @@ def test_a_changed_config_does_not_load(saved: Path, tiny_llama: Make, values: d
         PeftModel.from_pretrained(tiny_llama(), saved)
 
 
-def test_an_adapter_of_another_base_does_not_load(saved: Path, tiny_llama: Make) -> None:
+def test_an_adapter_of_another_base_is_noticed(saved: Path, tiny_llama: Make) -> None:
     other = tiny_llama()
     with torch.no_grad():
         other.model.embed_tokens.weight.add_(1)
     with pytest.raises(ValueError, match="trained on another base model"):
+        PeftModel.from_pretrained(other, saved, strict_base=True)
+    with pytest.warns(UserWarning, match="trained on another base model"):
         PeftModel.from_pretrained(other, saved)
     loaded = PeftModel.from_pretrained(tiny_llama().to(torch.bfloat16), saved)
     assert loaded.peft_config["default"].base_fingerprint is not None

@@ -306,12 +306,6 @@ def test_an_adapter_per_row_is_refused(tiny_llama: Make, call: Callable[[nn.Modu
     assert not torch.isnan(model(IDS).logits).any(), "the model still works"
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], ["mlp"], ["lm_head"]])
-def test_target_modules_are_not_replaced_in_silence(tiny_llama: Make, targets: list[str] | str) -> None:
-    with pytest.raises(ValueError, match="target_modules is .* name linears with attention_modules"):
-        get_peft_model(tiny_llama(), MoleConfig(r=4, target_modules=targets))
-
-
 @pytest.mark.parametrize("saved", [["lm_head"], ["norm"], ["embed_tokens"], ["lm_head", "norm"], ["input_layernorm"]])
 def test_modules_to_save_train_and_come_back(
     saved: list[str], tiny_llama: Make, randomized: Randomize, tmp_path: Path
