@@ -114,6 +114,10 @@ def _pass_loss(module: nn.Module, arguments: dict[str, Any], config: MoleConfig,
             layers=tuple(routing.layers[i] for i in layers),
         )
         masks = _masks(module, arguments, config, shape, device, in_decoder)
+        if (packed := _packed_samples(arguments, shape, device)) is not None:
+            positions_NM, exists_NM = packed
+            part = part.unpack(positions_NM)
+            masks = {name: mask.flatten()[positions_NM] & exists_NM for name, mask in masks.items()}
         loss, count = auxiliary_loss(config, part, **masks)
         total = total + loss * (len(layers) / len(routing.logits))
         counts.append(count)
@@ -121,6 +125,28 @@ def _pass_loss(module: nn.Module, arguments: dict[str, Any], config: MoleConfig,
     if counts[0] is not None:
         progress.add_counts(torch.cat([count for count in counts if count is not None]))
     return total
+
+
+def _packed_samples(arguments: dict[str, Any], shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Where a single row holds several samples: their positions, int64 `[N, M]`, and which of these exist; else None.
+
+    Packing and padding-free collators give no attention mask. They give the samples' ends (`cu_seq_lens_q`, with the
+    length of the longest in `max_length_q`), or positions that start from 0 in each sample.
+    """
+    if shape[0] != 1 or arguments.get("attention_mask") is not None:
+        return None
+    ends, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    if isinstance(ends, Tensor):
+        ends = ends.to(device, torch.int64)
+    elif isinstance(positions, Tensor) and positions.shape == shape:
+        starts = (positions[0] == 0).nonzero().flatten().to(device)
+        ends = torch.cat([starts, torch.tensor([shape[1]], device=device)])
+    else:
+        return None
+    lengths = ends.diff()
+    longest = arguments.get("max_length_q") or (int(lengths.max()) if len(lengths) else 0)
+    offsets = torch.arange(int(longest), device=device)
+    return (ends[:-1, None] + offsets).clamp(max=shape[1] - 1), offsets < lengths[:, None]
 
 
 def _masks(
