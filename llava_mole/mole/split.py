@@ -6,13 +6,12 @@ tensor (BLOOM, MPT), or that compute something between the linears which `FfnLay
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.experts import ExpertMix, linear_with_experts
 from llava_mole.mole.ffn import FfnLayout
 from llava_mole.mole.layer import AdaptedLayer, MoleMlp
-from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.routing import RoutingInputs
 
 
@@ -34,7 +33,11 @@ class MoleSplitMlp(MoleMlp):
             setattr(container, name, layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_input": None, "_current": None}  # tensors of a graph can be neither copied nor pickled
+        return {
+            **self.__dict__,
+            "_input": None,
+            "_current": None,
+        }  # tensors of a graph can be neither copied nor pickled
 
     def add_adapter(self, name: str, config: MoleConfig) -> None:
         """As `MoleMlp.add_adapter`; the other linears learn its name."""
@@ -74,6 +77,7 @@ class MolePart(nn.Module, AdaptedLayer):
     """One of the further linears of an FFN in parts. Its experts belong to the `MoleSplitMlp` on the first linear."""
 
     other_param_names = ("configs",)
+    owner: MoleSplitMlp
 
     def __init__(self, base_layer: nn.Module, projection: str, owner: MoleSplitMlp) -> None:
         super().__init__()

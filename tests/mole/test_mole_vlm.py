@@ -1,4 +1,4 @@
-"""Vision-language models of transformers as base: every cell of their table in docs/support-matrix.md is a test here."""
+"""Vision-language models of transformers as base: each cell of their table in docs/support-matrix.md is a test here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -213,6 +213,30 @@ def test_it_trains_with_its_projector_saves_loads_and_generates(
     assert torch.equal(generated, model.generate(**batch, **greedy))
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), expected)
+
+
+COLUMNS = {
+    "experts in the language model only": test_experts_are_in_the_language_model_only,
+    "image and text tokens told apart": test_image_and_text_tokens_are_told_apart,
+    "trains with its projector, saves, loads, generates": test_it_trains_with_its_projector_saves_loads_and_generates,
+}
+"""The columns of the table, and the test behind each of their cells."""
+
+
+def table() -> str:
+    """The table of docs/support-matrix.md."""
+    lines = [f"| base model | {' | '.join(COLUMNS)} | its projector |", "|---|" + "---|" * len(COLUMNS) + "---|"]
+    lines += [
+        f'| `{name}ForConditionalGeneration` |{" yes |" * len(COLUMNS)} `modules_to_save=["{family.projector}"]` |'
+        for name, family in FAMILIES.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_support_matrix_lists_what_is_tested_here() -> None:
+    matrix = (Path(__file__).parents[2] / "docs" / "support-matrix.md").read_text(encoding="utf-8")
+    assert table() in matrix, f"the table should be:\n{table()}"
+    assert all(test.pytestmark == [EVERY.mark] for test in COLUMNS.values())  # type: ignore[attr-defined]
 
 
 def test_named_modules_reach_the_tower_too() -> None:
