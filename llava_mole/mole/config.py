@@ -110,9 +110,9 @@ class MoleConfig(PeftConfig):
     backend: Literal["auto", "masked", "grouped", "loop"] = "auto"
     """How experts are computed; `auto` follows docs/mole.md."""
     attention_modules: list[str] | None = None
-    """Linears with plain LoRA, by name ending. None: q,k,v,o_proj or the family's."""
+    """Linears with plain LoRA, by name ending. None: those of the attention layers."""
     ffn_modules: list[str] | None = None
-    """FFN modules with experts, by name ending. None: found by their structure."""
+    """FFNs with experts, by the name ending of the module or its first linear. None: found by their structure."""
     ffn_projections: dict[str, str] | None = None
     """Attribute names of an unknown FFN by role: up, down, activation and, if it is gated, gate."""
     exclude_modules: list[str] | str | None = None

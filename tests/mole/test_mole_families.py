@@ -92,7 +92,10 @@ FAMILIES = {
     "GPTNeoX": Family(["mlp"], ["query_key_value", "dense"], wide=WIDE),
     "Persimmon": Family(["mlp"], ["query_key_value", "dense"], wide=WIDE),
     "Falcon": Family(
-        ["mlp"], ["query_key_value", "dense"], common={k: v for k, v in COMMON.items() if k != "head_dim"}
+        ["mlp"],
+        ["query_key_value", "dense"],
+        common={k: v for k, v in COMMON.items() if k != "head_dim"},
+        wide={"hidden_size": 64},
     ),
     "GPT2": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT, model="GPT2LMHeadModel"),
     "GPTBigCode": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT),
@@ -112,8 +115,12 @@ FAMILIES = {
     "Mpt": Family(
         ["up_proj"], ["Wqkv", "out_proj"], {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64}
     ),
-    "OPT": Family(["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"], {"ffn_dim": 24, "word_embed_proj_dim": 16},
-        wide={"hidden_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64}),
+    "OPT": Family(
+        ["fc1"],
+        ["k_proj", "v_proj", "q_proj", "out_proj"],
+        {"ffn_dim": 24, "word_embed_proj_dim": 16},
+        wide={"hidden_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64},
+    ),
     "XGLM": Family(
         ["fc1"],
         ["k_proj", "v_proj", "q_proj", "out_proj"],
