@@ -151,11 +151,14 @@ def mole_auxiliary_loss(
         A scalar; 0 without MoLE, for one expert, and if no router with parameters chooses.
 
     Raises:
-        ValueError: a mask is missing or has the wrong shape, the logits carry no gradient in training (re-entrant
+        ValueError: a mask is missing or has the wrong shape, the model has an encoder and a decoder and `routing` does
+            not say which, the logits carry no gradient in training (re-entrant
             gradient checkpointing, which would leave the router untrained), or the layers have no tuner.
     """
     config = active_config(model)
-    routing = collect_routing(model) if routing is None else routing
+    if routing is None:
+        _check_one_stack(model)
+        routing = collect_routing(model)
     if config is None and routing.logits:
         raise ValueError(
             "this model has MoLE layers but not their tuner, so their coefficients are unknown: use get_peft_model "
@@ -192,6 +195,15 @@ def mole_auxiliary_loss(
     return loss
 
 
+def _check_one_stack(model: nn.Module) -> None:
+    tuner = find_tuner(model)
+    if tuner is not None and getattr(getattr(tuner.model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "an encoder-decoder model routes different tokens in its two stacks: compute this loss for each, with "
+            "routing=collect_routing(model, 'encoder') and the encoder's token_mask, then 'decoder' and the decoder's"
+        )
+
+
 def _check_gradient(model: nn.Module, config: MoleConfig, routing: Routing) -> None:
     if not config.router_trains or not routing.layers[0].training:
         return
@@ -226,6 +238,11 @@ def _global_loads(routing: Routing, config: MoleConfig, num_sets: int) -> list[T
 def _count(model: nn.Module, routing: Routing, masks: tuple[Tensor, ...]) -> None:
     tuner = find_tuner(model)
     assert tuner is not None
+    if len(routing.layers) != sum(isinstance(m, MoleMlp) and m.current_state() is not None for m in model.modules()):
+        raise ValueError(
+            "balance_group 'global_batch' and bias_update_rate count the load of all FFNs in one pass, which the two "
+            "stacks of an encoder-decoder model do not have; use balance_group 'micro_batch' and bias_update_rate 0"
+        )
     counts_LMK = torch.stack([choice_counts(routing, mask).sum(dim=1) for mask in masks], dim=1)
     tuner.pending_counts = counts_LMK if tuner.pending_counts is None else tuner.pending_counts + counts_LMK
 

@@ -375,6 +375,8 @@ def table() -> str:
 def test_the_support_matrix_lists_what_is_tested_here() -> None:
     matrix = (Path(__file__).parents[2] / "docs" / "support-matrix.md").read_text(encoding="utf-8")
     assert table() in matrix, f"the table should be:\n{table()}"
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(FAMILIES)} families of\nlanguage models" in readme
     *every, in_4_bits = (test.pytestmark[-1] for test in COLUMNS.values())  # type: ignore[attr-defined]
     assert every == [EVERY.mark] * 4
     assert list(in_4_bits.args[1]) == [name for name, family in FAMILIES.items() if family.wide]
@@ -421,3 +423,9 @@ def test_the_stacks_of_an_encoder_decoder_model_are_balanced_each_by_itself() ->
     assert mole_auxiliary_loss(model, token_mask=MASK[:, :5], routing=decoder) > 0
     with pytest.raises(ValueError, match="token_mask has shape"):
         mole_auxiliary_loss(model, token_mask=MASK, routing=decoder)
+    with pytest.raises(ValueError, match=r"routing=collect_routing\(model, 'encoder'\)"):
+        mole_auxiliary_loss(model, token_mask=MASK)
+    counting: Any = get_peft_model(make("T5"), MoleConfig.from_preset("coupled", r=2))
+    counting(input_ids=IDS, labels=IDS)
+    with pytest.raises(ValueError, match="use balance_group 'micro_batch'"):
+        mole_auxiliary_loss(counting, token_mask=MASK, routing=collect_routing(counting, "encoder"))

@@ -118,11 +118,11 @@ FAMILIES = {
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 
 
-def make(name: str) -> Any:
-    """A random tiny model of the family, the same one each time."""
+def make(name: str, **text: Any) -> Any:
+    """A random tiny model of the family, the same one each time; `text` are options of its language model."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(text_config=dict(family.text), **family.options)
+    config = getattr(transformers, f"{name}Config")(text_config={**family.text, **text}, **family.options)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
@@ -242,3 +242,22 @@ def test_the_support_matrix_lists_what_is_tested_here() -> None:
 def test_named_modules_reach_the_tower_too() -> None:
     model = get_peft_model(make("Llava"), MoleConfig(r=2, attention_modules=["q_proj"], ffn_modules=["mlp"]))
     assert sum(isinstance(m, MoleMlp) for m in model.base_model.model.model.vision_tower.modules()) == 2
+
+
+def test_a_model_of_many_layers_is_saved_and_loaded(
+    randomized: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    """PEFT shortens long lists of names: those of the language model must not reach the tower, nor get lost."""
+    batch = make_batch("Llava")
+    model = randomized(get_peft_model(make("Llava", num_hidden_layers=6), MoleConfig(r=2))).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("Llava", num_hidden_layers=6), tmp_path).eval()
+    assert sum(isinstance(m, AdaptedLayer) for m in loaded.modules()) == 6 * 5
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_layers_are_chosen_in_the_language_model() -> None:
+    model = get_peft_model(make("Llava"), MoleConfig(r=2, layers_to_transform=[1]))
+    adapted = [path for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+    assert len(adapted) == 5
+    assert all(".language_model.layers.1." in path for path in adapted)
