@@ -22,9 +22,10 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
 
     `get_decoder` and `text_config` are what transformers gives every model with several inputs.
     """
-    if getattr(getattr(model, "config", None), "text_config", None) is None or not hasattr(model, "get_decoder"):
+    get_decoder = getattr(model, "get_decoder", None)
+    if get_decoder is None or getattr(getattr(model, "config", None), "text_config", None) is None:
         return "", model
-    decoder = model.get_decoder()
+    decoder = get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder), decoder
 
 
