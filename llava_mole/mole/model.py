@@ -46,6 +46,7 @@ class MoleModel(BaseTuner):
             self.pending_counts: Tensor | None = None
             self.watches_cache = False
             self.targets: dict[str, Targets] = {}
+            self.injecting = adapter_name
             self.listed: list[str] | None = None
 
     def inject_adapter(
@@ -60,6 +61,7 @@ class MoleModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, MoleConfig)
         before, marker = Snapshot(model), f".{self.prefix}"
+        self.injecting = adapter_name
         self.listed = None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
         try:
             _check_base(config, model)
@@ -111,7 +113,7 @@ class MoleModel(BaseTuner):
                 f"{wanted.num_experts} has no effect",
                 stacklevel=2,
             )
-        self.targets[self._name_of(peft_config)] = targets
+        self.targets[self.injecting] = targets
         peft_config.attention_modules, peft_config.ffn_modules = wanted.attention_modules, wanted.ffn_modules
         peft_config.target_modules = wanted.target_modules
         return peft_config
@@ -139,12 +141,10 @@ class MoleModel(BaseTuner):
             )
         config.target_modules = [*config.attention_modules, *config.ffn_modules]
 
-    def _name_of(self, config: PeftConfig) -> str:
-        return next(name for name, own in self.peft_config.items() if own is config)
-
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether the module `key` is adapted; PEFT tells excluded modules from others for its messages."""
-        if key in self.targets[self._name_of(peft_config)].sizes:
+        names = (self.injecting, *self.targets)  # several adapters may share one configuration
+        if key in next(self.targets[name] for name in names if self.peft_config.get(name) is peft_config).sizes:
             return True
         result = super()._check_target_module_exists(peft_config, key)
         return result if isinstance(result, _ExcludedModule) else False

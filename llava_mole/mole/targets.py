@@ -203,7 +203,11 @@ class _Search:
                     "exclude it with exclude_modules, or load the two adapters into two models"
                 )
             if type(module) not in known:
-                ffn.check_composition(layout, module, path)
+                try:
+                    ffn.check_composition(layout, module, path)
+                except ValueError as error:
+                    option = "" if self.config.ffn_projections is None else "ffn_projections: "
+                    raise ValueError(f"{option}{error}") from None
                 known.add(type(module))
 
 
