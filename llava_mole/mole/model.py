@@ -50,8 +50,8 @@ class MoleModel(BaseTuner):
             self.batch_hooks: list[RemovableHandle] = []
             self.watches_cache = False
             self.targets: dict[str, Targets] = {}
-            self.listed: list[str] | None = None
             self.injecting = adapter_name
+            self.listed: list[str] | None = None
 
     def inject_adapter(
         self,
@@ -65,7 +65,7 @@ class MoleModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, MoleConfig)
         before, marker = Snapshot(model), f".{self.prefix}"
-        self.injecting = adapter_name  # several adapters may share one configuration object
+        self.injecting = adapter_name
         self.listed = None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
         try:
             _check_base(config, model)
@@ -145,7 +145,8 @@ class MoleModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether the module `key` is adapted; PEFT tells excluded modules from others for its messages."""
-        if key in self.targets[self.injecting].sizes:
+        names = (self.injecting, *self.targets)  # several adapters may share one configuration
+        if key in next(self.targets[name] for name in names if self.peft_config.get(name) is peft_config).sizes:
             return True
         result = super()._check_target_module_exists(peft_config, key)
         return result if isinstance(result, _ExcludedModule) else False

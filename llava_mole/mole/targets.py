@@ -149,8 +149,8 @@ class _Search:
         error = self._errors[type(module)]
         if error is not None and self.config.ffn_projections is not None:
             raise ValueError(
-                f"{path} ({type(module).__name__}) {error}, so experts cannot be placed in it; exclude it with "
-                "exclude_modules"
+                f"ffn_projections: {path} ({type(module).__name__}) {error}, so experts cannot be placed in it; exclude "
+                "it with exclude_modules"
             )
         return error
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers import LlamaForCausalLM
 
 from llava_mole.mole import MoleConfig, MoleMlp
+from llava_mole.mole.lora_names import REASONS, SPELLINGS
 
 DOCS = (Path(__file__).parents[2] / "docs" / "mole.md").read_text(encoding="utf-8")
 
@@ -37,7 +38,19 @@ def test_the_example_runs(
 
 def test_the_option_table_names_every_option() -> None:
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}
-    written = {"target_modules", "base_fingerprint"}  # filled in, not chosen
+    written = {"base_fingerprint"}  # filled in, not chosen
     options = {f.name for f in dataclasses.fields(MoleConfig)} - inherited - written
     table = DOCS.split("## Options")[1].split("What gives the router")[0]
     assert options <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_the_table_for_lora_users_says_what_becomes_of_every_option() -> None:
+    table = DOCS.split("## For users of LoRA")[1].split("What changes against LoRA")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    own = {f.name for f in dataclasses.fields(MoleConfig)} | set(SPELLINGS)
+    lora = {f.name for f in dataclasses.fields(LoraConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
+    assert lora & own <= named
+    assert set(REASONS) <= named
+    for key in lora - own:
+        with pytest.raises(ValueError, match=f"{key} is 'x'"):
+            MoleConfig(**{key: "x"})
