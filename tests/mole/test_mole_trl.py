@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -24,6 +26,7 @@ from worlds.mole_training import (
     known_from_the_step_before,
     per_token,
     routers,
+    shares,
     skew,
     token_losses,
     tokenizer,
@@ -34,6 +37,8 @@ from worlds.mole_training import (
 from llava_mole.mole import PRESETS, MoleConfig, mole_after_step, mole_auxiliary_loss
 
 Make = Callable[[], LlamaForCausalLM]
+LOSS_FROM_LOG_PROBABILITIES = Version(trl.__version__) >= Version("1.16")
+"""Whether SFTTrainer computes its loss itself. Up to 1.14 it takes the model's, whose weights are exact."""
 
 
 def completions(number: int) -> Dataset:
@@ -62,9 +67,10 @@ def test_sft_equals_a_loop_by_hand(tiny_llama: Make, tmp_path: Path, options: di
     model, reference = adapted(tiny_llama(), **coupled), adapted(tiny_llama(), add_balance_loss=False, **coupled)
     before = routers(model)
     sft(model, completions(20), tmp_path, gradient_accumulation_steps=steps, **options).train()
-    by_hand(reference, batches(20), steps, per_token, known_from_the_step_before(steps))
+    weights = known_from_the_step_before(steps) if LOSS_FROM_LOG_PROBABILITIES else shares
+    by_hand(reference, batches(20), steps, per_token, weights)
     assert_equal_adapters(model, reference)
-    assert all((value - before[name]).abs().max() > 1e-3 for name, value in routers(model).items())
+    assert all((value - before[name]).abs().max() > 1e-4 for name, value in routers(model).items())
 
 
 def test_packed_samples_are_balanced_one_by_one(tiny_llama: Make, tmp_path: Path) -> None:
@@ -72,7 +78,8 @@ def test_packed_samples_are_balanced_one_by_one(tiny_llama: Make, tmp_path: Path
     trainer = sft(model, completions(20), tmp_path, packing=True, per_device_train_batch_size=1)
     padded = []
     for row in trainer.get_train_dataloader():  # its samples, each in a row of its own
-        spans = list(pairwise(row["cu_seq_lens_q"].tolist()))
+        starts = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
+        spans = list(pairwise([*starts, row["input_ids"].shape[1]]))
         ids = torch.zeros(len(spans), max(end - start for start, end in spans), dtype=torch.int64)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for i, (start, end) in enumerate(spans):
@@ -179,4 +186,4 @@ def test_dpo_equals_a_loop_by_hand(tiny_llama: Make, tmp_path: Path, precompute:
         optimizer.zero_grad()
         mole_after_step(reference)
     assert_equal_adapters(model, reference)
-    assert all((value - before[name]).abs().max() > 1e-3 for name, value in routers(model).items())
+    assert all((value - before[name]).abs().max() > 1e-4 for name, value in routers(model).items())

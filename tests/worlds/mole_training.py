@@ -84,7 +84,7 @@ KNOWN = {
     "disable_tqdm": True,
 }
 """Arguments of a Trainer that trains as `by_hand` does."""
-BALANCING = {"optim": "adamw_torch", "learning_rate": 3e-3, "per_device_train_batch_size": 8, "num_train_epochs": 8}
+BALANCING = {"optim": "adamw_torch", "learning_rate": 3e-3, "per_device_train_batch_size": 8, "num_train_epochs": 10}
 """Arguments of a training that balances `skew`ed routers on 64 `toy_rows`."""
 
 
