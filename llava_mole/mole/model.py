@@ -160,7 +160,8 @@ class MoleModel(BaseTuner):
         if isinstance(first, MoleSplitMlp):  # a further adapter, named by the FFN
             return first
         seen = any(type(m.base_layer) is type(container) for m in self.model.modules() if type(m) is MoleMlp)
-        reason = None if seen or named_by_linear else ffn.composition_error(layout, container)
+        # Adapters of earlier versions name such an FFN by its module even if it has a dropout that is not composed.
+        reason = None if seen or named_by_linear else ffn.composition_error(layout, container, in_training=False)
         if reason is not None and config.ffn_projections is not None:
             raise ValueError(
                 f"{where} ({type(container).__name__}) {reason}, so experts cannot be placed in it; exclude it with "
