@@ -17,16 +17,16 @@ _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 _INSIDE = re.compile(r"(^|\.)(base_layer|original_module|modules_to_save|mole_\w+)(\.|$)")
 
 
-def language_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the language model: the decoder of a model whose config has a `text_config`, else all of it.
+def language_model(model: nn.Module) -> str:
+    """Path of the language model: the decoder of a model whose config has a `text_config`, else "", all of it.
 
     `get_decoder` and `text_config` are what transformers gives every model with several inputs.
     """
     get_decoder = getattr(model, "get_decoder", None)
     if get_decoder is None or getattr(getattr(model, "config", None), "text_config", None) is None:
-        return "", model
+        return ""
     decoder = get_decoder()
-    return next(name for name, module in model.named_modules() if module is decoder), decoder
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def find_ffns(model: nn.Module) -> list[str]:
@@ -63,7 +63,7 @@ def name_endings(paths: list[str], model: nn.Module) -> list[str]:
     """The shortest endings of `paths` that no other module of `model` has, in the order of `paths`."""
     everywhere = Counter(ending for path, _ in _own_modules(model) for ending in _endings(path))
     chosen = Counter(ending for path in paths for ending in _endings(path))
-    return list(dict.fromkeys(next(e for e in _endings(p) if chosen[e] == everywhere[e]) for p in paths))
+    return list(dict.fromkeys(next((e for e in _endings(p) if chosen[e] == everywhere[e]), p) for p in paths))
 
 
 def routed_experts(model: nn.Module) -> list[int]:
@@ -94,7 +94,7 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    root, _ = language_model(model)
+    root = language_model(model)
     return ((p, m) for p, m in _own_modules(model) if not root or p == root or p.startswith(f"{root}."))
 
 
