@@ -8,10 +8,11 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from llava_mole.mole.targets import base_modules
@@ -93,8 +94,18 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
                 continue
             if parameter.is_floating_point() and parameter.element_size() > 1:
                 yield full, parameter.detach(), _EXACT
-            elif type(parameter).__name__ in ("Params4bit", "Int8Params"):
-                yield full, dequantize_module_weight(module).detach(), _COARSE
+            elif type(parameter).__name__ == "Params4bit":
+                yield full, dequantize_bnb_weight(parameter).detach(), _COARSE
+            elif type(parameter).__name__ == "Int8Params":
+                values = _from_int8(parameter, module)
+                if values is not None:
+                    yield full, values, _COARSE
+
+
+def _from_int8(parameter: Any, module: Any) -> Tensor | None:
+    """The values of bitsandbytes' 8-bit weight. PEFT's function for it would change the module's state."""
+    scale = parameter.SCB if parameter.SCB is not None else module.state.SCB
+    return None if scale is None else parameter.data * (scale.to(parameter.device).unsqueeze(-1) / 127)
 
 
 def _sample(weight: Tensor) -> Tensor:
