@@ -230,8 +230,8 @@ def _sizes(config: MoleConfig, ffns: dict[str, ffn.FfnLayout], linears: list[str
             values[option] = pattern[keys[0]]
             if values[option] != pattern[min(keys)]:  # a saved pattern comes back with its keys sorted
                 raise ValueError(
-                    f"{option} names {path} by {keys[0]!r} and, with another value, by {min(keys)!r}; the order of keys "
-                    "is lost on saving, so let one key exclude the other"
+                    f"{option} names {path} by {keys[0]!r} and, with another value, by {min(keys)!r}; the order of "
+                    "keys is lost on saving, so let one key exclude the other"
                 )
         if not values:
             return Size(default_r, config.scaling)
