@@ -282,10 +282,16 @@ def _sizes(config: MoleConfig, ffns: dict[str, Ffn], linears: list[str]) -> dict
         """Of the module at `path`, for which a pattern may also name the module at `within`."""
         values = {}
         for option, pattern in patterns.items():
-            key = _pattern_key(pattern, path) or _pattern_key(pattern, within)
-            if key is not None:
-                values[option] = pattern[key]
-                used[option].add(key)
+            keys = _pattern_keys(pattern, path) or _pattern_keys(pattern, within)
+            used[option].update(keys)
+            if not keys:
+                continue
+            values[option] = pattern[keys[0]]
+            if values[option] != pattern[min(keys)]:  # a saved pattern comes back with its keys sorted
+                raise ValueError(
+                    f"{option} names {path} by {keys[0]!r} and, with another value, by {min(keys)!r}; the order of "
+                    "keys is lost on saving, so let one key exclude the other"
+                )
         if not values:
             return Size(default_r, config.scaling)
         assert config.alpha is not None
@@ -310,6 +316,6 @@ def _sizes(config: MoleConfig, ffns: dict[str, Ffn], linears: list[str]) -> dict
     return sizes
 
 
-def _pattern_key(pattern: Collection[str], path: str) -> str | None:
-    """The first key of a pattern that names the module at `path`, by PEFT's rule."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", path)), None)
+def _pattern_keys(pattern: Collection[str], path: str) -> list[str]:
+    """The keys of a pattern that name the module at `path`, by PEFT's rule. The first one counts."""
+    return [key for key in pattern if re.match(rf"(.*\.)?({key})$", path)]

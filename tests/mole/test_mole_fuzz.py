@@ -171,6 +171,7 @@ def names_of(given_options: dict[str, Any]) -> set[str]:
 @example(given_options={})
 @example(given_options={"num_experts": 257, "backend": "masked", "init_weights": False})
 @example(given_options={"target_modules": "all-linear", "rank_pattern": {"mlp": 2}, "use_rslora": True})
+@example(given_options={"alpha_pattern": {"v_proj": 3.0, r"layers\.1.*": 2.0}, "ffn_modules": []})
 @example(given_options={"attention_modules": [], "modules_to_save": ["norm"], "trainable_token_indices": [1]})
 def test_a_configuration_is_refused_or_works(given_options: dict[str, Any], batch: Batch) -> None:
     base = tiny()
