@@ -69,7 +69,6 @@ EVERYWHERE = {**at(ATTENTION, MoleLinear), **at(["mlp"], MoleMlp)}
         ({"exclude_modules": FFN}, at(ATTENTION, MoleLinear)),
         ({"exclude_modules": r".*layers\.0\..*"}, {**at(ATTENTION, MoleLinear, (1,)), **at(["mlp"], MoleMlp, (1,))}),
     ],
-    ids=str,
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:no FFN is among the target modules")
 def test_targets_are_found_and_come_back(
