@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llava_mole.mole.access import active_config, collect_routing, shared_inputs
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.layer import AdaptedLayer, MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, ExpertLayer
 from llava_mole.mole.loss import auxiliary_loss, mole_after_step
 from llava_mole.mole.progress import TrainingPass, TrainingProgress
 from llava_mole.mole.routing import Routing
@@ -115,9 +115,10 @@ def _pass_loss(module: nn.Module, arguments: dict[str, Any], config: MoleConfig,
         )
         masks = _masks(module, arguments, config, shape, device, in_decoder)
         loss, count = auxiliary_loss(config, part, **masks)
-        total = total + loss * (len(layers) / len(routing.logits))
-        counts.append(count)
-    progress = cast(MoleMlp, routing.layers[0]).inputs.progress
+        summed = config.balance_layers == "blocks" or config.balance_kind == "groups"
+        total = total + loss * (1 if summed else len(layers) / len(routing.logits))
+        counts.append(None if count is None else nn.functional.pad(count, (0, config.num_experts - count.shape[-1])))
+    progress = cast(ExpertLayer, routing.layers[0]).inputs.progress
     if counts[0] is not None:
         progress.add_counts(torch.cat([count for count in counts if count is not None]))
     return total
@@ -314,8 +315,8 @@ def _watch_routers(model: nn.Module, held: set[int], progress: TrainingProgress)
     """Warn once about trainable routers that `BLIND_STEPS` optimizer steps have left without a gradient."""
     waiting = {}
     for name, layer in model.named_modules():
-        current = layer.current_adapter() if isinstance(layer, MoleMlp) else None
-        router = None if current is None else cast(MoleMlp, layer).router(current)
+        current = layer.current_adapter() if isinstance(layer, ExpertLayer) else None
+        router = None if current is None else cast(ExpertLayer, layer).router(current)
         if router is not None and router.weight.requires_grad and id(router.weight) in held:
             waiting[name] = router.weight.grad
     if not waiting:
