@@ -134,6 +134,11 @@ def find_targets(model: nn.Module, config: MoleConfig, paths: Collection[str] | 
     if config.router_scope == "ffn":
         for each in ffns.values():
             search.check_free(each)
+            if each.split and config.mix == "ffn_output":
+                raise ValueError(
+                    f"mix 'ffn_output': {each.container} computes its FFN in a way of its own, which cannot be "
+                    "repeated for each expert; use mix 'projection'"
+                )
         search.check_plain(linears)
         return Targets(
             ffns, {}, _sizes(config, ffns, linears), _counts(config, search.modules, ffns), config.target_modules
