@@ -81,6 +81,8 @@ def _create(path: Path, owner: dict[str, Any]) -> bool:
 
 def _remove(path: Path, holder: dict[str, Any]) -> None:
     """Remove the lock of `holder`. A lock that another process has taken in the meantime comes back."""
+    if _read(path).get("token") != holder.get("token"):
+        return
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         os.rename(path, aside)

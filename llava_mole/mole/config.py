@@ -168,9 +168,10 @@ class MoleConfig(PeftConfig):
     """Modules to adapt, by PEFT's rules: name endings, one regular expression, or `all-linear`. An FFN, or all of its
     projections, gets experts; other linears get plain LoRA. None: filled in from the two options below."""
     attention_modules: list[str] | None = None
-    """Linears with plain LoRA, by name ending. None: q,k,v,o_proj or the family's; []: none."""
+    """Linears with plain LoRA, by name ending. None: those of the attention layers; []: none."""
     ffn_modules: list[str] | None = None
-    """FFN modules with experts, by name ending. None: found by their structure; []: none."""
+    """FFNs with experts, by the name ending of the module or its first linear. None: found by their structure; []:
+    none."""
     ffn_projections: dict[str, str] | None = None
     """Attribute names of an unknown FFN by role: up, down, activation and, if it is gated, gate."""
     exclude_modules: list[str] | str | None = None
@@ -267,8 +268,12 @@ class MoleConfig(PeftConfig):
 
     @property
     def loss_needs_graph(self) -> bool:
-        """Whether a loss is computed from the router's logits, which must then carry the graph of the forward pass."""
-        return self.router_trains and (self.balance_coef > 0 or self.z_loss_coef > 0)
+        """Whether a loss of the router's logits trains anything, so that they must carry the forward pass's graph.
+
+        It trains the router or, through its input, the adapters of earlier layers.
+        """
+        reaches = self.has_router and self.router == "learned" and (self.train_router or not self.router_detach_input)
+        return reaches and (self.balance_coef > 0 or self.z_loss_coef > 0)
 
     @property
     def counts_load(self) -> bool:

@@ -9,13 +9,24 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from llava_mole.mole.ffn import composition_error, find_layout, is_whole_layer, linear_widths
 from llava_mole.mole.layer import ExpertLayer, MoleMlp
 
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
-_INSIDE = re.compile(r"(^|\.)(base_layer|original_module|modules_to_save|mole_\w+)(\.|$)")
+
+
+def base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of everything in a model as it was before PEFT wrapped parts of it."""
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        is_layer = isinstance(module, BaseTunerLayer)
+        module = module.get_base_layer() if is_layer else module.original_module
+    yield path, module
+    for name, child in module.named_children():
+        yield from base_modules(child, f"{path}.{name}" if path else name)
 
 
 def language_model(model: nn.Module) -> tuple[str, nn.Module]:
@@ -23,9 +34,10 @@ def language_model(model: nn.Module) -> tuple[str, nn.Module]:
 
     `get_decoder` and `text_config` are what transformers gives every model with several inputs.
     """
-    if getattr(getattr(model, "config", None), "text_config", None) is None or not hasattr(model, "get_decoder"):
+    get_decoder = getattr(model, "get_decoder", None)
+    if get_decoder is None or getattr(getattr(model, "config", None), "text_config", None) is None:
         return "", model
-    decoder = cast(Any, model).get_decoder()
+    decoder = get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder), decoder
 
 
@@ -39,12 +51,13 @@ def find_ffns(model: nn.Module) -> list[str]:
     """Name endings of the FFNs: of the module, or of its first linear if its forward pass cannot be composed."""
     found: list[str] = []
     composes: dict[type, bool] = {}
+    wrapped = {path for path, module in model.named_modules() if isinstance(module, MoleMlp)}
     for path, module in _language_modules(model):
-        if isinstance(module, MoleMlp):
+        if path in wrapped:
             found.append(path)
             continue
         layout = find_layout(module)
-        if layout is None or isinstance(getattr(module, layout.projections[0]), MoleMlp):
+        if layout is None or f"{path}.{layout.projections[0]}" in wrapped:
             continue
         whole_layer = is_whole_layer(layout, module)
         if _is_listed_in_a_layer(path) and not whole_layer:
@@ -70,7 +83,7 @@ def find_attention(model: nn.Module) -> list[str]:
 
 def name_endings(paths: list[str], model: nn.Module) -> list[str]:
     """The shortest endings of `paths` that no other module of `model` has, in the order of `paths`."""
-    everywhere = Counter(ending for path, _ in _own_modules(model) for ending in _endings(path))
+    everywhere = Counter(ending for path, _ in base_modules(model) for ending in _endings(path))
     chosen = Counter(ending for path in paths for ending in _endings(path))
     return list(dict.fromkeys(next(e for e in _endings(p) if chosen[e] == everywhere[e]) for p in paths))
 
@@ -97,14 +110,9 @@ def _is_listed_in_a_layer(path: str) -> bool:
     return last.isdigit() and any(part.isdigit() for part in before)
 
 
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules of the base model by their own paths: adapted ones as a whole, without the parts of an adapter."""
-    return ((path, module) for path, module in model.named_modules() if path and not _INSIDE.search(path))
-
-
 def _language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     root, _ = language_model(model)
-    return ((p, m) for p, m in _own_modules(model) if not root or p == root or p.startswith(f"{root}."))
+    return ((p, m) for p, m in base_modules(model) if p and (not root or f"{p}.".startswith(f"{root}.")))
 
 
 def _endings(path: str) -> list[str]:

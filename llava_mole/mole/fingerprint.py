@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from llava_mole.mole.targets import base_modules
+from llava_mole.mole.discover import base_modules
 
 _VALUES = 4
 """Values taken of each parameter."""

@@ -26,7 +26,7 @@ from llava_mole.mole.experts import (
 )
 from llava_mole.mole.ffn import FfnLayout, linear_widths
 from llava_mole.mole.router import ExpertWeights, Router, RouterState, route
-from llava_mole.mole.routing import RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
+from llava_mole.mole.routing import CarriedGradient, RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
 
 _NO_MERGE = (
     "a mixture of several experts cannot be merged into the base weights, because each token chooses its expert. "
@@ -36,7 +36,9 @@ _NO_MERGE = (
 
 NO_REENTRANT = (
     "re-entrant gradient checkpointing runs the forward pass without a graph, so the balance loss would give the "
-    "router no gradient; use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+    "router no gradient here: it is only supported where the model adds that loss itself (add_balance_loss=True) and a "
+    "backward pass follows every forward pass. Else use "
+    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 
 
@@ -325,11 +327,11 @@ class ExpertLayer(nn.Module, AdaptedLayer):
     def _state(self, name: str) -> RouterState | None:
         return cast(RouterState, self.mole_state[name]) if name in self.mole_state else None
 
-    def _mix(self, x: Tensor, name: str) -> ExpertMix:
-        """The experts of adapter `name` for the FFN's input `x`."""
+    def _mix(self, x: Tensor, name: str) -> tuple[Tensor, ExpertMix]:
+        """The FFN's input `x`, from which it must be computed, and the experts of adapter `name` for it."""
         config = self.configs[name]
-        weights, shared_weight = self._route(x, name, config)
-        return ExpertMix(
+        x, weights, shared_weight = self._route(x, name, config)
+        return x, ExpertMix(
             experts=self.experts(name),
             config=config,
             scaling=self.scaling[name],
@@ -338,8 +340,11 @@ class ExpertLayer(nn.Module, AdaptedLayer):
             dropout=config.dropout if self.training else 0.0,
         )
 
-    def _route(self, x: Tensor, name: str, config: MoleConfig) -> tuple[ExpertWeights | None, Tensor | None]:
-        """The experts' weights, and that of the shared expert, `[T, 1]` (None: 1); stores the routing in its slot."""
+    def _route(self, x: Tensor, name: str, config: MoleConfig) -> tuple[Tensor, ExpertWeights | None, Tensor | None]:
+        """`x`, the experts' weights, and that of the shared expert, `[T, 1]` (None: 1); stores the routing in its slot.
+
+        In the recomputation of a re-entrant checkpoint `x` carries the gradient of the balance loss to the logits.
+        """
         if x.dim() == 2:  # flattened tokens: [T, D]
             x_BSD = x.view(self.batch, -1, x.shape[1]) if self.batch and x.shape[0] % self.batch == 0 else x[None]
         else:
@@ -350,11 +355,24 @@ class ExpertLayer(nn.Module, AdaptedLayer):
         if torch.compiler.is_compiling() or not in_backward():
             self.routing.logits, self.routing.index = found.logits, found.index
         elif config.loss_needs_graph and in_reentrant_checkpoint():
-            raise ValueError(NO_REENTRANT)
+            x = CarriedGradient.apply(x, found.logits, self._balance_gradient(found.logits))
         if not config.shared_r or config.shared_scale == "one":
-            return found.weights, None
+            return x, found.weights, None
         chosen = found.logits.softmax(dim=-1).gather(-1, found.index)
-        return found.weights, 1 - chosen.flatten(0, 1)
+        return x, found.weights, 1 - chosen.flatten(0, 1)
+
+    def _balance_gradient(self, logits: Tensor) -> Tensor:
+        """The gradient of the balance loss for recomputed `logits`, which is taken out of the slot.
+
+        Raises ValueError if there is none, or if it belongs to the logits of another forward pass.
+        """
+        stand_in, self.routing.stand_in = self.routing.stand_in, None
+        if stand_in is None or stand_in.grad is None or stand_in.shape != logits.shape:
+            raise ValueError(NO_REENTRANT)
+        difference, scale = (logits.detach() - stand_in).abs().max(), stand_in.abs().max()
+        if difference > 1e-2 * scale:  # kernels need not be deterministic, but another batch differs by far more
+            raise ValueError(NO_REENTRANT)
+        return stand_in.grad
 
 
 class MoleMlp(ExpertLayer):
@@ -384,7 +402,7 @@ class MoleMlp(ExpertLayer):
         if name is None:
             self.routing.logits = self.routing.index = None
             return self.base_layer(x)
-        mix = self._mix(x, name)
+        x, mix = self._mix(x, name)
         compute = mixed_ffns if mix.config.mix == "ffn_output" else ffn_with_experts
         y_TD = compute(self.base_layer, self.layout, x.flatten(0, -2), mix)
         if self.layout.dropout:

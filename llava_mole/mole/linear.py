@@ -47,10 +47,11 @@ class MoleExpertLinear(ExpertLayer):
         if name is None:
             self.routing.logits = self.routing.index = None
             return self.base_layer(x)
-        y_TO = adapted_linear(self.base_layer, _LINEAR, x.flatten(0, -2), self._mix(x, name))
+        x, mix = self._mix(x, name)
+        y_TO = adapted_linear(self.base_layer, _LINEAR, x.flatten(0, -2), mix)
         return y_TO.view(x.shape[:-1] + y_TO.shape[-1:])
 
-    def _route(self, x: Tensor, name: str, config: MoleConfig) -> tuple[ExpertWeights | None, Tensor | None]:
+    def _route(self, x: Tensor, name: str, config: MoleConfig) -> tuple[Tensor, ExpertWeights | None, Tensor | None]:
         if config.router_scope != "model" or config.num_experts == 1:
             return super()._route(x, name, config)
         decision = self.inputs.decision
@@ -70,12 +71,12 @@ class MoleExpertLinear(ExpertLayer):
                 f"{x.shape[:-1].numel()}: it is no part of the decoder that embeds them; leave it out with "
                 "exclude_modules"
             )
-        return decision.experts, decision.shared
+        return x, decision.experts, decision.shared
 
     def decide(self, x_BSD: Tensor, name: str) -> None:
         """Let the model's router, which this layer owns, decide for the token embeddings `x_BSD`."""
         decision = self.inputs.decision
-        decision.experts, decision.shared = super()._route(x_BSD, name, self.configs[name])
+        _, decision.experts, decision.shared = super()._route(x_BSD, name, self.configs[name])
 
 
 def route_whole_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

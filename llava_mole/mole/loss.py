@@ -233,11 +233,14 @@ def mole_auxiliary_loss(
         A scalar; 0 without MoLE, for one expert, and if no router with parameters chooses.
 
     Raises:
-        ValueError: a mask is missing or has the wrong shape, or the logits carry no gradient in training (re-entrant
-            gradient checkpointing, which would leave the router untrained).
+        ValueError: a mask is missing or has the wrong shape, the model has an encoder and a decoder and `routing` does
+            not say which, or the logits carry no gradient in training (re-entrant gradient checkpointing, which would
+            leave the router untrained).
     """
     config, inputs = active_config(model), shared_inputs(model)
-    routing = collect_routing(model) if routing is None else routing
+    if routing is None:
+        _check_one_stack(model)
+        routing = collect_routing(model)
     if config is None or inputs is None or not routing.logits or not config.has_router:
         return torch.zeros((), device=token_mask.device)
     loss, counts = auxiliary_loss(
@@ -257,6 +260,7 @@ def mole_auxiliary_loss(
             stacklevel=2,
         )
     if counts is not None:
+        _check_all_counted(model, routing)
         progress.add_counts(counts)
     return loss
 
@@ -305,6 +309,23 @@ def auxiliary_loss(
     if not torch.is_grad_enabled() or not config.counts_load:
         return loss, None
     return loss, torch.stack([choice_counts(routing, mask).sum(dim=1) for mask in masks], dim=1)
+
+
+def _check_one_stack(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "an encoder-decoder model routes different tokens in its two stacks: compute this loss for each, with "
+            "routing=collect_routing(model, 'encoder') and the encoder's token_mask, then 'decoder' and the decoder's"
+        )
+
+
+def _check_all_counted(model: nn.Module, routing: Routing) -> None:
+    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
+    if len(routing.layers) != sum(layer.current_state() is not None for layer in layers):
+        raise ValueError(
+            "balance_group 'global_batch' and bias_update_rate count the load of all FFNs in one pass, which the two "
+            "stacks of an encoder-decoder model do not have; use balance_group 'micro_batch' and bias_update_rate 0"
+        )
 
 
 def _check_gradient(config: MoleConfig, routing: Routing) -> None:

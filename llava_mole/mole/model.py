@@ -26,7 +26,6 @@ from llava_mole.mole.training import watch_training
 
 logger = logging.getLogger(__name__)
 
-
 _CLASSIFYING, _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), ("classifier", "score", "qa_outputs")
 """Tasks for which PEFT adds these names to modules_to_save, whether the model has such modules or not."""
 

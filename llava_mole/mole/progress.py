@@ -1,5 +1,6 @@
 """Where a training stands between two optimizer steps: its passes, their weights, and the experts' pending counts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -8,7 +9,9 @@ from torch import Tensor
 class TrainingPass:
     """One forward pass of a training, until its backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_first_backward: Callable[[], None] | None = None) -> None:
+        self.on_first_backward = on_first_backward
+        """Called once, when the first backward pass takes the gradient."""
         self.claimed = False
         """Whether the caller weighs the auxiliary loss of this pass; the automatic one then gives no gradient."""
         self.taken_by: int | None = None
@@ -18,6 +21,8 @@ class TrainingPass:
         """Whether this output carries the gradient: the first one that backward pass number `backward` reaches."""
         if self.claimed or self.taken_by == backward:
             return False
+        if self.taken_by is None and self.on_first_backward is not None:
+            self.on_first_backward()
         self.taken_by = backward
         return True
 
@@ -72,6 +77,16 @@ class TrainingProgress:
             weight, self.accumulated_weight = 1 - self.accumulated_weight, 1.0
             return weight
         return 1 / (self.passes_of_a_step or 1)
+
+    def pass_in_evaluation(self, counts_LMK: Tensor | None) -> tuple[TrainingPass, float]:
+        """A pass in evaluation mode and its weight. It counts as a training pass once a backward pass follows it."""
+
+        def count() -> None:
+            self.passes += 1
+            if counts_LMK is not None:
+                self.add_counts(counts_LMK)
+
+        return TrainingPass(count), 1 / (self.passes_of_a_step or 1)
 
     def end_step(self) -> None:
         """Note that the optimizer has stepped."""

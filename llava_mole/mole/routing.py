@@ -20,18 +20,22 @@ class RoutingSlot:
     `prompt_logits` `[B, K]` are kept for the decoding steps of granularity `sequence`. Each forward pass replaces the
     values; the recomputation of a checkpointed layer does not. Copies and pickles of a model start with an empty
     slot, because tensors of a graph can be neither copied nor pickled.
+
+    `stand_in` is a leaf with the values of logits that a re-entrant checkpoint has computed without a graph. A loss
+    computed from it leaves its gradient there, and the recomputation of the layer hands that to its own logits.
     """
 
     def __init__(self) -> None:
         self.logits: Tensor | None = None
         self.index: Tensor | None = None
         self.prompt_logits: Tensor | None = None
+        self.stand_in: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingSlot":
         return RoutingSlot()
 
     def __getstate__(self) -> dict[str, None]:
-        return {"logits": None, "index": None, "prompt_logits": None}
+        return {"logits": None, "index": None, "prompt_logits": None, "stand_in": None}
 
 
 class ModelDecision:
@@ -127,8 +131,10 @@ class Routing:
         """The source of the sample at each of these positions in the flattened rows, `[N]`."""
         if self.source is None or not self.logits:
             return None
-        length = self.logits[0].shape[1]
-        return self.source.flatten()[positions_N] if self.source.dim() == 2 else self.source[positions_N // length]
+        rows, length, _ = self.logits[0].shape
+        if self.source.dim() == 2:
+            return self.source.flatten()[positions_N]
+        return self.source[positions_N // length] if len(self.source) == rows else self.source
 
     @property
     def num_experts(self) -> int:
@@ -152,6 +158,19 @@ def in_backward() -> bool:
 def in_reentrant_checkpoint() -> bool:
     """Whether the recomputation belongs to a re-entrant checkpoint, which runs without saved-tensor hooks."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+class CarriedGradient(torch.autograd.Function):
+    """`x` itself, whose backward pass also gives `logits` the gradient `grad`, of their shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, grad: Tensor) -> Tensor:
+        ctx.grad = grad
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_x, ctx.grad, None
 
 
 def choice_counts(routing: Routing, mask: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ class MoleSplitMlp(MoleMlp):
             return self._linears[projection](x)
         is_down = projection == self.layout.down
         if not is_down and self._input is not x:
-            self._input, self._current = x, self._mix(x, name)
+            self._input = x
+            x, self._current = self._mix(x, name)
         assert self._current is not None
         y_TO = linear_with_experts(self._linears[projection], projection, x.flatten(0, -2), self._current)
         if is_down:

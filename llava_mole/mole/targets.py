@@ -5,13 +5,12 @@ Everything that can be wrong about them is found here, before the first module i
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from llava_mole.mole import discover, ffn
@@ -86,16 +85,6 @@ class Targets:
         return [*self.sizes, *(path for found in self.ffns.values() if found.split for path in found.projections[1:])]
 
 
-def base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of everything in a model as it was before PEFT wrapped parts of it."""
-    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        is_layer = isinstance(module, BaseTunerLayer)
-        module = module.get_base_layer() if is_layer else module.original_module
-    yield path, module
-    for name, child in module.named_children():
-        yield from base_modules(child, f"{path}.{name}" if path else name)
-
-
 def all_linears(config: MoleConfig, model: nn.Module) -> list[str]:
     """Paths of the linears that PEFT's `all-linear` means, with those inside wrapped FFNs."""
     asked: Any = copy.copy(config)
@@ -164,7 +153,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, config: MoleConfig) -> None:
         self.config = config
-        self.modules = dict(base_modules(model))
+        self.modules = dict(discover.base_modules(model))
         self.wrapped = {path: module for path, module in model.named_modules() if isinstance(module, MoleMlp)}
         self.layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
         self.inside: set[str] = set()
@@ -337,8 +326,8 @@ def _not_an_ffn(module: nn.Module, path: str) -> str:
             "be adapted; leave ffn_modules at None for the FFNs outside them"
         )
     return (
-        f"{path} ({type(module).__name__}) is not an FFN of a known structure: name its parts with ffn_projections, "
-        "or exclude it with exclude_modules"
+        f"{path} ({type(module).__name__}) is not an FFN of a known structure: name its first linear, name its parts "
+        "with ffn_projections, or exclude it with exclude_modules"
     )
 
 

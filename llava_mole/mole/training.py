@@ -51,14 +51,17 @@ def watch_training(model: nn.Module) -> None:
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a base model. In a training pass it returns the output with the auxiliary loss attached."""
-    if module.training and torch.is_grad_enabled():
-        return _training_pass(module, args, kwargs, output)
+    """Forward hook of a base model. In a pass with gradients it returns the output with the auxiliary loss attached.
+
+    In evaluation mode, in which some training loops leave a model, the loss has a gradient but changes no value.
+    """
+    if torch.is_grad_enabled() and (module.training or not torch.compiler.is_compiling()):
+        return _pass_with_gradients(module, args, kwargs, output)
     return None
 
 
 @torch.compiler.disable
-def _training_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _pass_with_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     inputs, config = shared_inputs(module), active_config(module)
     if inputs is None or config is None or not config.has_router:
         return None
@@ -71,21 +74,51 @@ def _training_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             "torch.nn.DataParallel runs the replicas of a MoLE model in threads that overwrite each other's routing; "
             "start one process per GPU with torchrun or accelerate launch, or show the process one GPU only"
         )
-    routing = collect_routing(module)
+    routing = _with_stand_ins(collect_routing(module), config)
     if not routing.logits:
         return None
     if progress.passes and progress.announced_last and _optimizer_is_hidden():
         _end_step(module, progress)
     arguments = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+    if not module.training:
+        return _evaluation_pass(module, arguments, config, routing, output)
     outside = progress.begin_pass(GradientState().sync_gradients if GradientState._shared_state else None)
-    with torch.autocast(device_type=routing.logits[0].device.type, enabled=False):
-        loss = _pass_loss(module, arguments, config, routing)
+    loss, counts_LMK = _pass_loss(module, arguments, config, routing)
+    if counts_LMK is not None:
+        progress.add_counts(counts_LMK)
     if not loss.requires_grad:
         progress.latest = None  # nothing is added that a caller could add again
     if progress.latest is None:
         return None
     inside = _share_of_step(arguments, _is_encoder_decoder(module))
     return _attach(output, loss, progress.latest, inside, outside, arguments.get("labels") is not None)
+
+
+def _evaluation_pass(
+    module: nn.Module, arguments: dict[str, Any], config: MoleConfig, routing: Routing, output: Any
+) -> Any:
+    try:
+        loss, counts_LMK = _pass_loss(module, arguments, config, routing)
+    except MissingArgument:  # nobody need give masks to a model that may not be trained
+        return None
+    if not loss.requires_grad:
+        return None
+    progress = cast(ExpertLayer, routing.layers[0]).inputs.progress
+    this_pass, outside = progress.pass_in_evaluation(counts_LMK)
+    return _attach(output, loss, this_pass, None, outside, arguments.get("labels") is not None)
+
+
+def _with_stand_ins(routing: Routing, config: MoleConfig) -> Routing:
+    """The same routing, with leaves for logits that a re-entrant checkpoint has computed without a graph."""
+    logits = []
+    for layer, value in zip(routing.layers, routing.logits, strict=True):
+        name = layer.current_adapter()
+        router = None if name is None else layer.router(name)
+        layer.routing.stand_in = None
+        if config.loss_needs_graph and router is not None and router.weight.requires_grad and not value.requires_grad:
+            value = layer.routing.stand_in = value.detach().requires_grad_()
+        logits.append(value)
+    return replace(routing, logits=tuple(logits))
 
 
 def _optimizer_is_hidden() -> bool:
@@ -96,12 +129,19 @@ def _is_encoder_decoder(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
-def _pass_loss(module: nn.Module, arguments: dict[str, Any], config: MoleConfig, routing: Routing) -> Tensor:
-    """The auxiliary loss of a pass; FFNs of an encoder and of a decoder count by their number."""
+def _pass_loss(
+    module: nn.Module, arguments: dict[str, Any], config: MoleConfig, routing: Routing
+) -> tuple[Tensor, Tensor | None]:
+    """The auxiliary loss of a pass, and its expert counts, int64 `[L, M, K]`, if they are needed.
+
+    FFNs of an encoder and of a decoder count by their number.
+    """
     groups: dict[tuple[bool, torch.Size], list[int]] = {}
     for index, (name, logits) in enumerate(zip(routing.names, routing.logits, strict=True)):
         in_decoder = _is_encoder_decoder(module) and "decoder" in name.split(".")
         groups.setdefault((in_decoder, logits.shape[:2]), []).append(index)
+    if config.balance_kind == "groups" and config.balance_coef > 0 and routing.source is None:
+        raise MissingArgument("balance_kind 'groups' needs set_routing_inputs(model, source=...) with 0 or 1 by sample")
     device = routing.logits[0].device
     total = torch.zeros((), device=device)
     counts = []
@@ -114,14 +154,38 @@ def _pass_loss(module: nn.Module, arguments: dict[str, Any], config: MoleConfig,
             layers=tuple(routing.layers[i] for i in layers),
         )
         masks = _masks(module, arguments, config, shape, device, in_decoder)
-        loss, count = auxiliary_loss(config, part, **masks)
+        if (packed := _packed_samples(arguments, shape, device)) is not None:
+            positions_NM, exists_NM = packed
+            part = part.unpack(positions_NM)
+            masks = {name: mask.flatten()[positions_NM] & exists_NM for name, mask in masks.items()}
+        with torch.autocast(device_type=device.type, enabled=False):
+            loss, count = auxiliary_loss(config, part, **masks)
         summed = config.balance_layers == "blocks" or config.balance_kind == "groups"
         total = total + loss * (1 if summed else len(layers) / len(routing.logits))
         counts.append(None if count is None else nn.functional.pad(count, (0, config.num_experts - count.shape[-1])))
-    progress = cast(ExpertLayer, routing.layers[0]).inputs.progress
-    if counts[0] is not None:
-        progress.add_counts(torch.cat([count for count in counts if count is not None]))
-    return total
+    return total, None if counts[0] is None else torch.cat([count for count in counts if count is not None])
+
+
+def _packed_samples(arguments: dict[str, Any], shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Where a single row holds several samples: their positions, int64 `[N, M]`, and which of these exist; else None.
+
+    Packing and padding-free collators give no attention mask. They give the samples' ends (`cu_seq_lens_q`, with the
+    length of the longest in `max_length_q`), or positions that start from 0 in each sample.
+    """
+    if shape[0] != 1 or arguments.get("attention_mask") is not None:
+        return None
+    ends, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    if isinstance(ends, Tensor):
+        ends = ends.to(device, torch.int64)
+    elif isinstance(positions, Tensor) and positions.shape == shape:
+        starts = (positions[0] == 0).nonzero().flatten().to(device)
+        ends = torch.cat([starts, torch.tensor([shape[1]], device=device)])
+    else:
+        return None
+    lengths = ends.diff()
+    longest = arguments.get("max_length_q") or (int(lengths.max()) if len(lengths) else 0)
+    offsets = torch.arange(int(longest), device=device)
+    return (ends[:-1, None] + offsets).clamp(max=shape[1] - 1), offsets < lengths[:, None]
 
 
 def _masks(
@@ -166,8 +230,12 @@ def _masks(
     return masks
 
 
-def _refusal(config: MoleConfig, what: str) -> ValueError:
-    return ValueError(
+class MissingArgument(ValueError):
+    """The forward pass was not given what `balance_tokens` needs."""
+
+
+def _refusal(config: MoleConfig, what: str) -> MissingArgument:
+    return MissingArgument(
         f"balance_tokens {config.balance_tokens!r} needs the model's forward pass to be given {what}; give them, take "
         "another balance_tokens, or set add_balance_loss=False and add mole_auxiliary_loss with masks of your own"
     )
@@ -223,10 +291,13 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def _attach(
-    output: Any, loss: Tensor, this_pass: TrainingPass, inside: Tensor | float, outside: float, has_labels: bool
+    output: Any, loss: Tensor, this_pass: TrainingPass, inside: Tensor | float | None, outside: float, has_labels: bool
 ) -> Any:
-    """The model's output, whose loss contains `inside * loss` and whose other tensors carry `outside * loss`."""
-    own_loss = _own_loss(output, has_labels)
+    """The model's output, whose loss contains `inside * loss` and whose other tensors carry `outside * loss`.
+
+    With `inside` None its loss carries `outside * loss` too.
+    """
+    own_loss = None if inside is None else _own_loss(output, has_labels)
     carriers = [tensor for tensor in _floating(output) if tensor is not own_loss]
     trained = [tensor for tensor in carriers if tensor.requires_grad]
     chosen = {id(tensor) for tensor in trained or carriers[:1]}

@@ -15,6 +15,7 @@ code 1 if a run was lost, resumed wrongly, or touched a foreign file.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -146,7 +147,7 @@ class Campaign:
                 return
             if codes == [0, 0]:
                 break
-            if any(code not in intended for code in codes):
+            if any(code not in {0, *intended} for code in codes):  # 0: this rank had finished
                 self.lost.append(f"{name}: life {life} ended with {codes}\n{self.tail(name)}")
                 return
             if not calm:
@@ -267,13 +268,8 @@ class Campaign:
             if kind == "foreign checkpoint in the way" and in_the_way.exists():
                 continue
             log = Path(f"{self.directory / name}.log.0")
-            first = None
-            if kind == "two runs at once":
-                first = self.start(name)
-                lock = self.directory / name / ".lock"
-                while first.processes[0].is_alive() and not lock.exists():
-                    time.sleep(0.002)
-            elif kind == "edited data":
+            first = self.start_and_wait_for_its_lock(name) if kind == "two runs at once" else None
+            if kind == "edited data":
                 red.write_bytes(original.replace(b"It is red.", b"It is Red."))
             elif kind == "foreign checkpoint in the way":
                 in_the_way.mkdir()
@@ -290,6 +286,16 @@ class Campaign:
             if kind == "foreign checkpoint in the way":
                 in_the_way.rmdir()
             self.counts[f"{kind}, refused"] += 1
+
+    def start_and_wait_for_its_lock(self, name: str) -> Ranks:
+        """Start the run; return once it holds the lock, which a killed process may have left behind, or has ended."""
+        ranks, lock = self.start(name), self.directory / name / ".lock"
+        while ranks.processes[0].is_alive():
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(lock.read_text(encoding="utf-8"))["pid"] == ranks.processes[0].pid:
+                    break
+            time.sleep(0.002)
+        return ranks
 
     def tree(self, name: str) -> dict[str, bytes]:
         """Every file of the run directory except what killed processes left, which each start removes."""

@@ -87,7 +87,7 @@ def test_modules_that_are_not_there_are_named(tiny_llama: Make) -> None:
         get_peft_model(tiny_llama(), MoleConfig(attention_modules=["input_layernorm"]))
 
 
-def test_an_ffn_that_computes_something_else_is_refused(tiny_llama: Make) -> None:
+def test_an_ffn_that_computes_something_else_than_its_named_parts_is_refused(tiny_llama: Make) -> None:
     model = tiny_llama()
     layer = model.model.layers[0].mlp
 
@@ -96,8 +96,9 @@ def test_an_ffn_that_computes_something_else_is_refused(tiny_llama: Make) -> Non
             return super().forward(x).clamp(-1e-4, 1e-4)
 
     layer.__class__ = Clipped
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "activation": "act_fn"}
     with pytest.raises(ValueError, match=r"does not compute down\(act\(gate\(x\)\) \* up\(x\)\)"):
-        get_peft_model(model, MoleConfig(r=4))
+        get_peft_model(model, MoleConfig(r=4, ffn_modules=["mlp"], ffn_projections=names))
 
 
 @pytest.fixture
@@ -118,11 +119,13 @@ def test_a_changed_config_does_not_load(saved: Path, tiny_llama: Make, values: d
         PeftModel.from_pretrained(tiny_llama(), saved)
 
 
-def test_an_adapter_of_another_base_does_not_load(saved: Path, tiny_llama: Make) -> None:
+def test_an_adapter_of_another_base_is_noticed(saved: Path, tiny_llama: Make) -> None:
     other = tiny_llama()
     with torch.no_grad():
         other.model.embed_tokens.weight.add_(1)
     with pytest.raises(ValueError, match="trained on another base model"):
+        PeftModel.from_pretrained(other, saved, strict_base=True)
+    with pytest.warns(UserWarning, match="trained on another base model"):
         PeftModel.from_pretrained(other, saved)
     loaded = PeftModel.from_pretrained(tiny_llama().to(torch.bfloat16), saved)
     assert loaded.peft_config["default"].base_fingerprint is not None

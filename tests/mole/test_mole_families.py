@@ -1,6 +1,6 @@
 """Every family of language models that docs/support-matrix.md lists: each cell of its table is one test here."""
 
-import copy
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from llava_mole.model.quantization import quantize_linears
 from llava_mole.mole import (
     MoleConfig,
     MoleLinear,
@@ -20,7 +21,6 @@ from llava_mole.mole import (
     Routing,
     collect_routing,
     mole_auxiliary_loss,
-    set_routing_inputs,
 )
 from llava_mole.mole.surgery import to_lora
 
@@ -51,6 +51,7 @@ BART = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2,
 }  # fmt: skip
 
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -68,8 +69,8 @@ class Family:
     """The model's class, if it is not the name and `ForCausalLM`."""
     layers: int = 2
     """FFNs with experts in the tiny model."""
-    quantised: bool = True
-    """Whether its linears are torch linears, which bitsandbytes can replace."""
+    wide: dict[str, int] | None = None
+    """Options with which the input widths of all linears are multiples of 64, as 4 bits need them on a CPU."""
     exported: bool = True
     """Whether PEFT can load a LoRA of its FFNs."""
     dtype: torch.dtype = torch.float64
@@ -78,20 +79,25 @@ class Family:
 
 FAMILIES = {
     **{
-        name: Family(["mlp"])
+        name: Family(["mlp"], wide=WIDE)
         for name in (
             "Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "StableLm", "Cohere", "Cohere2",
             "Olmo", "Olmo2", "Olmo3", "SmolLM3", "Granite", "Glm", "Glm4", "Nemotron", "Exaone4", "Helium", "Arcee",
             "Ernie4_5", "HunYuanDenseV1", "Starcoder2",
         )
     },
-    "Gemma3": Family(["mlp"], config="Gemma3TextConfig"),
-    "Phi": Family(["mlp"], ["q_proj", "k_proj", "v_proj", "dense"]),
-    "Phi3": Family(["mlp"], ["o_proj", "qkv_proj"]),
-    "GPTNeoX": Family(["mlp"], ["query_key_value", "dense"]),
-    "Persimmon": Family(["mlp"], ["query_key_value", "dense"]),
-    "Falcon": Family(["mlp"], ["query_key_value", "dense"], common={k: v for k, v in COMMON.items() if k != "head_dim"}),
-    "GPT2": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT, model="GPT2LMHeadModel", quantised=False),
+    "Gemma3": Family(["mlp"], config="Gemma3TextConfig", wide=WIDE),
+    "Phi": Family(["mlp"], ["q_proj", "k_proj", "v_proj", "dense"], wide=WIDE),
+    "Phi3": Family(["mlp"], ["o_proj", "qkv_proj"], wide=WIDE),
+    "GPTNeoX": Family(["mlp"], ["query_key_value", "dense"], wide=WIDE),
+    "Persimmon": Family(["mlp"], ["query_key_value", "dense"], wide=WIDE),
+    "Falcon": Family(
+        ["mlp"],
+        ["query_key_value", "dense"],
+        common={k: v for k, v in COMMON.items() if k != "head_dim"},
+        wide={"hidden_size": 64},
+    ),
+    "GPT2": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT, model="GPT2LMHeadModel"),
     "GPTBigCode": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT),
     "GPTJ": Family(["mlp"], ["k_proj", "v_proj", "q_proj", "out_proj"], {"rotary_dim": 4}, GPT),
     "CodeGen": Family(["mlp"], ["qkv_proj", "out_proj"], {"rotary_dim": 4, "n_head": 4}, GPT),
@@ -100,14 +106,21 @@ FAMILIES = {
         ["k_proj", "v_proj", "q_proj", "out_proj"],
         {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
     ),
-    "SeedOss": Family(["gate_proj"]),
+    "SeedOss": Family(["gate_proj"], wide=WIDE),
     "BitNet": Family(["gate_proj"]),
     "Lfm2": Family(["w1"], ["q_proj", "k_proj", "v_proj", "out_proj"]),
-    "Bloom": Family(["dense_h_to_4h"], ["query_key_value", "dense"], {"n_layer": 2, "n_head": 2}),
+    "Bloom": Family(
+        ["dense_h_to_4h"], ["query_key_value", "dense"], {"n_layer": 2, "n_head": 2}, wide={"hidden_size": 64}
+    ),
     "Mpt": Family(
         ["up_proj"], ["Wqkv", "out_proj"], {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64}
     ),
-    "OPT": Family(["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"], {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "OPT": Family(
+        ["fc1"],
+        ["k_proj", "v_proj", "q_proj", "out_proj"],
+        {"ffn_dim": 24, "word_embed_proj_dim": 16},
+        wide={"hidden_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64},
+    ),
     "XGLM": Family(
         ["fc1"],
         ["k_proj", "v_proj", "q_proj", "out_proj"],
@@ -118,6 +131,7 @@ FAMILIES = {
     "Qwen2Moe": Family(
         ["layers.0.mlp", "shared_expert"],
         options={**SPARSE, "shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
+        wide={**WIDE, "shared_expert_intermediate_size": 64},
     ),
     "Qwen3Moe": Family(["layers.0.mlp"], options={**SPARSE, "mlp_only_layers": [0]}, layers=1, exported=False),
     "DeepseekV2": Family(
@@ -306,3 +320,112 @@ def test_one_expert_is_exported_and_merged(
     to_lora(model, tmp_path, expert=0)
     merged: Any = PeftModel.from_pretrained(make(name), tmp_path).eval().merge_and_unload()
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (extra quant) is missing")
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.wide])
+def test_it_trains_saves_and_loads_in_4_bits(
+    name: str, randomized: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    def quantised() -> Any:
+        base = make(name, **(FAMILIES[name].wide or {})).eval()
+        quantize_linears(base, "4bit", torch.device("cpu"), torch.float32)
+        return base
+
+    base = quantised()
+    expected = logits(base)
+    model: Any = get_peft_model(base, MoleConfig(r=2)).eval()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    backward(randomized(model).train())
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert [key for key, p in trained.items() if p.grad is None or not p.grad.any()] == []
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantised(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+
+
+COLUMNS = {
+    "trains, saves, loads, generates": test_it_trains_saves_loads_and_generates,
+    "equals a float64 reference": test_it_equals_a_naive_float64_reference,
+    "gradient checkpointing": test_gradient_checkpointing_changes_nothing,
+    "K = 1 as plain LoRA, merged": test_one_expert_is_exported_and_merged,
+    "4 bits": test_it_trains_saves_and_loads_in_4_bits,
+}
+"""The columns of the table, and the test behind each of their cells."""
+
+
+def table() -> str:
+    """The table of docs/support-matrix.md. Families with equal cells share a row."""
+    rows: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        ffns, attention = (", ".join(f"`{x}`" for x in names) for names in (family.ffns, family.attention))
+        cells = {
+            **dict.fromkeys(COLUMNS, "yes"),
+            "equals a float64 reference": "yes" if family.dtype == torch.float64 else "in float32",
+            "K = 1 as plain LoRA, merged": "yes" if family.exported else "refused",
+            "4 bits": "yes" if family.wide else "-",
+        }
+        key = f"| {ffns or 'none'} | {attention} | {' | '.join(cells.values())} |"
+        rows.setdefault(key, []).append(name.removesuffix("Text"))
+    lines = [f"| family | FFNs with experts | plain LoRA on | {' | '.join(COLUMNS)} |", "|---|---|---|" + "---|" * 5]
+    return "\n".join([*lines, *(f"| {', '.join(names)} {key}" for key, names in rows.items())]) + "\n"
+
+
+def test_the_support_matrix_lists_what_is_tested_here() -> None:
+    matrix = (Path(__file__).parents[2] / "docs" / "support-matrix.md").read_text(encoding="utf-8")
+    assert table() in matrix, f"the table should be:\n{table()}"
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{len(FAMILIES)} families of\nlanguage models" in readme
+    *every, in_4_bits = (test.pytestmark[-1] for test in COLUMNS.values())  # type: ignore[attr-defined]
+    assert every == [EVERY.mark] * 4
+    assert list(in_4_bits.args[1]) == [name for name, family in FAMILIES.items() if family.wide]
+
+
+def test_routed_experts_are_left_alone_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="llava_mole.mole.model"):
+        model = get_peft_model(make("DeepseekV3", num_hidden_layers=3), MoleConfig(r=2))
+        get_peft_model(make("Mixtral"), MoleConfig(r=2))
+        get_peft_model(make("Llama"), MoleConfig(r=2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "DeepseekV3ForCausalLM has 8 routed experts of its own (2 sparse FFNs), which are not adapted. The experts of "
+        "this adapter go to the FFNs outside them: layers.0.mlp, shared_experts",
+        "MixtralForCausalLM has 8 routed experts of its own (2 sparse FFNs), which are not adapted. There is no FFN "
+        "outside them, so this adapter is plain LoRA on the attention, without experts and a router",
+    ]
+    assert not any("mole_" in name for name, _ in model.named_parameters() if ".mlp.experts." in name)
+
+
+@pytest.mark.parametrize("named", ["experts", "mlp"])
+def test_routed_experts_that_are_named_are_refused(named: str) -> None:
+    with pytest.raises(ValueError, match=r"mlp.* holds routed experts as stacked parameters, which cannot be adapted"):
+        get_peft_model(make("DeepseekV3"), MoleConfig(r=2, ffn_modules=[named]))
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "FalconMamba"])
+def test_state_space_models_are_refused_by_name(name: str) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(
+        ValueError, match=rf"{name}ForCausalLM \({config.model_type}\) has neither an FFN nor attention"
+    ):
+        get_peft_model(model, MoleConfig(r=2))
+    assert [type(module) for module in model.modules()] == modules
+
+
+def test_the_stacks_of_an_encoder_decoder_model_are_balanced_each_by_itself() -> None:
+    model: Any = get_peft_model(make("T5"), MoleConfig(r=2)).eval()
+    model(input_ids=IDS, labels=IDS[:, :5].contiguous())
+    encoder, decoder = routings(model)
+    assert [x.shape for x in (*encoder.logits, *decoder.logits)] == [(2, 8, 3)] * 2 + [(2, 5, 3)] * 2
+    assert mole_auxiliary_loss(model, token_mask=MASK[:, :5], routing=decoder) > 0
+    with pytest.raises(ValueError, match="token_mask has shape"):
+        mole_auxiliary_loss(model, token_mask=MASK, routing=decoder)
+    with pytest.raises(ValueError, match=r"routing=collect_routing\(model, 'encoder'\)"):
+        mole_auxiliary_loss(model, token_mask=MASK)
+    counting: Any = get_peft_model(make("T5"), MoleConfig.from_preset("coupled", r=2))
+    counting(input_ids=IDS, labels=IDS)
+    with pytest.raises(ValueError, match="use balance_group 'micro_batch'"):
+        mole_auxiliary_loss(counting, token_mask=MASK, routing=collect_routing(counting, "encoder"))

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 from worlds.mole_training import (
+    BALANCING,
     adapted,
+    assert_equal_adapters,
     batches,
     by_hand,
     collate,
     equal,
+    is_balanced,
     known_from_the_step_before,
     per_batch,
     per_token,
     routers,
     shares,
+    skew,
     token_losses,
     toy_rows,
     train,
@@ -41,19 +45,9 @@ from llava_mole.mole import (
     mole_after_step,
     mole_auxiliary_loss,
     mole_drop_step,
-    routing_load,
 )
 
 Make = Callable[[], LlamaForCausalLM]
-
-
-def assert_equal_adapters(model: nn.Module, reference: nn.Module) -> None:
-    """Equal to 1e-6 in all trained parameters and counters; and the training moved them further than that."""
-    expected, found = reference.state_dict(), model.state_dict()
-    names = [name for name in expected if "mole_" in name]
-    assert names
-    for name in names:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -120,33 +114,15 @@ def test_a_loss_function_of_the_user(tiny_llama: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_moves_every_router_and_keeps_the_load(tiny_llama: Make, tmp_path: Path, preset: str) -> None:
+def test_every_preset_moves_every_router_and_balances_the_load(tiny_llama: Make, tmp_path: Path, preset: str) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(), MoleConfig.from_preset(preset, r=4, task_type="CAUSAL_LM"))
-    before, rows = routers(model), toy_rows(64)
-    train(
-        model,
-        rows,
-        tmp_path,
-        optim="adamw_torch",
-        learning_rate=3e-3,
-        per_device_train_batch_size=8,
-        num_train_epochs=6,
-    )
+    model = skew(get_peft_model(tiny_llama(), MoleConfig.from_preset(preset, r=4, task_type="CAUSAL_LM")))
+    before = routers(model)
+    assert not is_balanced(model, preset)
+    train(model, toy_rows(64), tmp_path, **BALANCING)
     assert len(before) == (4 if preset == "released" else 2)
     assert all((value - before[name]).norm() > 0.02 for name, value in routers(model).items())
-    load = toy_load(model, rows)
-    assert load.min() >= 0.5 / 3
-    assert load.max() <= 2 / 3
-
-
-def toy_load(model: nn.Module, rows: list[dict[str, Tensor]]) -> Tensor:
-    """The experts' shares of all tokens of `rows`, `[L, K]`."""
-    batch = collate(rows)
-    model.eval()
-    with torch.no_grad():
-        model(**batch)
-    return routing_load(collect_routing(model), batch["attention_mask"].bool())
+    assert is_balanced(model, preset)
 
 
 def test_bfloat16_autocast_keeps_the_balance_loss_in_float32(tiny_llama: Make) -> None:

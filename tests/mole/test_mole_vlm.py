@@ -1,4 +1,4 @@
-"""Vision-language models of transformers as base: every cell of their table in docs/support-matrix.md is a test here."""
+"""Vision-language models of transformers as base: each cell of their table in docs/support-matrix.md is a test here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -118,11 +118,11 @@ FAMILIES = {
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 
 
-def make(name: str) -> Any:
-    """A random tiny model of the family, the same one each time."""
+def make(name: str, **text: Any) -> Any:
+    """A random tiny model of the family, the same one each time; `text` are options of its language model."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(text_config=dict(family.text), **family.options)
+    config = getattr(transformers, f"{name}Config")(text_config={**family.text, **text}, **family.options)
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
@@ -215,6 +215,49 @@ def test_it_trains_with_its_projector_saves_loads_and_generates(
         assert torch.equal(logits(model, batch), expected)
 
 
+COLUMNS = {
+    "experts in the language model only": test_experts_are_in_the_language_model_only,
+    "image and text tokens told apart": test_image_and_text_tokens_are_told_apart,
+    "trains with its projector, saves, loads, generates": test_it_trains_with_its_projector_saves_loads_and_generates,
+}
+"""The columns of the table, and the test behind each of their cells."""
+
+
+def table() -> str:
+    """The table of docs/support-matrix.md."""
+    lines = [f"| base model | {' | '.join(COLUMNS)} | its projector |", "|---|" + "---|" * len(COLUMNS) + "---|"]
+    lines += [
+        f'| `{name}ForConditionalGeneration` |{" yes |" * len(COLUMNS)} `modules_to_save=["{family.projector}"]` |'
+        for name, family in FAMILIES.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_support_matrix_lists_what_is_tested_here() -> None:
+    matrix = (Path(__file__).parents[2] / "docs" / "support-matrix.md").read_text(encoding="utf-8")
+    assert table() in matrix, f"the table should be:\n{table()}"
+    assert all(test.pytestmark == [EVERY.mark] for test in COLUMNS.values())  # type: ignore[attr-defined]
+
+
 def test_named_modules_reach_the_tower_too() -> None:
     model = get_peft_model(make("Llava"), MoleConfig(r=2, attention_modules=["q_proj"], ffn_modules=["mlp"]))
     assert sum(isinstance(m, MoleMlp) for m in model.base_model.model.model.vision_tower.modules()) == 2
+
+
+def test_a_model_of_many_layers_is_saved_and_loaded(
+    randomized: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    """PEFT shortens long lists of names: those of the language model must not reach the tower, nor get lost."""
+    batch = make_batch("Llava")
+    model = randomized(get_peft_model(make("Llava", num_hidden_layers=6), MoleConfig(r=2))).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("Llava", num_hidden_layers=6), tmp_path).eval()
+    assert sum(isinstance(m, AdaptedLayer) for m in loaded.modules()) == 6 * 5
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_layers_are_chosen_in_the_language_model() -> None:
+    model = get_peft_model(make("Llava"), MoleConfig(r=2, layers_to_transform=[1]))
+    adapted = [path for path, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+    assert len(adapted) == 5
+    assert all(".language_model.layers.1." in path for path in adapted)

@@ -506,8 +506,8 @@ def test_an_expert_as_plain_lora(case: str, tiny_llama: Make, randomized: Random
     torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
-def decided_for_2(x: Tensor, name: str, config: MoleConfig) -> tuple[ExpertWeights, Tensor | None]:
-    return ExpertWeights(torch.full((x.shape[:-1].numel(), 1), 2), None), None
+def decided_for_2(x: Tensor, name: str, config: MoleConfig) -> tuple[Tensor, ExpertWeights, Tensor | None]:
+    return x, ExpertWeights(torch.full((x.shape[:-1].numel(), 1), 2), None), None
 
 
 def test_surgery_on_linears_and_its_refusals(tiny_llama: Make, randomized: Randomize, tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from llava_mole.mole import MoleConfig, mole_after_step, mole_auxiliary_loss
+from llava_mole.mole import MoleConfig, collect_routing, mole_after_step, mole_auxiliary_loss, routing_load
 
 Batch = dict[str, Tensor]
 Row = dict[str, Tensor]
@@ -45,6 +48,14 @@ def batches(number: int) -> list[Batch]:
     return [collate(pair) for pair in chunks(toy_rows(number), 2)]
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: `w1` to `w62`, which are the ids 1 to 62."""
+    words = {"<pad>": 0, **{f"w{i}": i for i in range(1, 63)}, "</s>": 63}
+    backend = Tokenizer(WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
 def adapted(base: nn.Module, **options: Any) -> PeftModel:
     torch.manual_seed(1)
     return get_peft_model(base, MoleConfig(**{"r": 4, "balance_coef": 0.5, "task_type": "CAUSAL_LM", **options}))
@@ -73,6 +84,8 @@ KNOWN = {
     "disable_tqdm": True,
 }
 """Arguments of a Trainer that trains as `by_hand` does."""
+BALANCING = {"optim": "adamw_torch", "learning_rate": 3e-3, "per_device_train_batch_size": 8, "num_train_epochs": 10}
+"""Arguments of a training that balances `skew`ed routers on 64 `toy_rows`."""
 
 
 def train(model: nn.Module, rows: list[Row], out: Path, compute_loss_func: Any = None, **options: Any) -> None:
@@ -109,7 +122,7 @@ def by_hand(
     for group in chunks(given, steps):
         counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in group]
         for batch, weight in zip(group, weights_of(counts), strict=True):
-            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+            logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
             auxiliary = mole_auxiliary_loss(
                 model,
                 token_mask=batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool(),
@@ -148,3 +161,41 @@ def known_from_the_step_before(length: int) -> Callable[[list[int]], list[float]
         return [*early, 1 - sum(early)]
 
     return weights
+
+
+def assert_equal_adapters(model: nn.Module, reference: nn.Module) -> None:
+    """Equal to 1e-6 in all trained parameters and counters; and the training moved them further than that."""
+    expected, found = reference.state_dict(), model.state_dict()
+    names = [name for name in expected if "mole_" in name]
+    assert names
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def skew(model: nn.Module) -> nn.Module:
+    """Give all tokens a direction in common that the first expert's row of every router prefers."""
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(5))
+    direction /= direction.norm()
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding += direction * embedding.norm(dim=-1).mean()
+        for name, parameter in model.named_parameters():
+            if "mole_router" in name and name.endswith("weight"):
+                parameter[0] += 0.3 * direction
+    return model
+
+
+def is_balanced(model: nn.Module, preset: str) -> bool:
+    """Whether every expert has 0.5 / K to 2 / K of the tokens of 64 `toy_rows`, in every layer.
+
+    `released` pools the layers in its balance loss, so the bounds hold for all layers together.
+    """
+    batch, training = collate(toy_rows(64)), model.training
+    model.eval()
+    with torch.no_grad():
+        model(**batch)
+    load = routing_load(collect_routing(model), batch["attention_mask"].bool())
+    model.train(training)
+    if preset == "released":
+        load = load.mean(dim=0)
+    return 0.5 / 3 <= load.min().item() and load.max().item() <= 2 / 3
