@@ -1,5 +1,6 @@
 """The presets of the related methods: outputs, gradients and losses of their references, and a life from end to end."""
 
+import ast
 import copy
 import itertools
 import math
@@ -547,3 +548,13 @@ def test_one_expert_merges(name: str, tiny_llama: Make, randomized: Randomize) -
     model = randomized(get_peft_model(tiny_llama(), config_of(name, **one))).eval()
     expected = model(IDS).logits
     torch.testing.assert_close(model.merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_of_the_docs_is_that_of_the_presets() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "related-methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*) \|$", text.split("## Presets")[1].split("Where they differ")[0], re.M)
+    values = {
+        name: {key: ast.literal_eval(value) for key, value in re.findall(r"`(\w+)=(.*?)`", options)}
+        for name, options in rows
+    }
+    assert values == {name: options for name, options in PRESETS.items() if name not in OWN}
