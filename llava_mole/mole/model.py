@@ -367,6 +367,8 @@ def _report_routed_experts(model: nn.Module, config: MoleConfig) -> None:
     assert config.ffn_modules is not None
     found = f"The experts of this adapter go to the FFNs outside them: {', '.join(config.ffn_modules)}"
     none = "There is no FFN outside them, so this adapter is plain LoRA on the attention, without experts and a router"
+    if config.attention_experts:
+        none = "There is no FFN outside them, so the experts of this adapter go to the attention alone"
     logger.warning(
         "%s has %d routed experts of its own (%d sparse FFNs), which are not adapted. %s",
         type(model).__name__, sum(counts), len(counts), found if config.ffn_modules else none,

@@ -117,6 +117,8 @@ def find_targets(model: nn.Module, config: MoleConfig, paths: Collection[str] | 
         for path in search.modules
         if path and (check_target_module_exists(config, path) if paths is None else path in paths)
     ]
+    if paths is not None and config.router_scope != "ffn":
+        matched = list(dict.fromkeys(search.named_as(path) for path in matched))
     found = search.declared(matched) if config.ffn_modules is not None else search.by_structure(matched)
     ffns = {each.path: each for each in found if not search.excluded(each)}
     linears = [path for path in matched if path not in search.inside]
@@ -201,6 +203,14 @@ class _Search:
         parent, _, name = path.rpartition(".")
         found = self.find(parent) if parent in self.modules else None
         return found if found is not None and name in found.layout.projections else None
+
+    def named_as(self, path: str) -> str:
+        """The path by which `ffn_modules` names the FFN around the linear at `path`; `path` itself outside of FFNs."""
+        around, names = self._around(path), self.config.ffn_modules
+        if around is None:
+            return path
+        known = (around.container, around.projections[0])
+        return next((each for each in known if names is None or self._names(names, each)), path)
 
     def declared(self, matched: list[str]) -> list[Ffn]:
         """The FFNs among the matched modules where `ffn_modules` names them, or their first linears."""

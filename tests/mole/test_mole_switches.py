@@ -306,6 +306,15 @@ def test_one_expert_merges(name: str, tiny_llama: Make, randomized: Randomize) -
     torch.testing.assert_close(model.merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["hydralora", "mola", "octavius", "mixlora"])
+def test_transformers_loads_them(case: str, tiny_llama: Make, randomized: Randomize, tmp_path: Path) -> None:
+    model = randomized(get_peft_model(tiny_llama(), config_of(case))).eval()
+    model.save_pretrained(tmp_path)
+    again = tiny_llama().eval()
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 OTHERS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2},
