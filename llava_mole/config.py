@@ -201,6 +201,15 @@ class ModelConfig:
         _check_section(self, "model.")
 
 
+Preset = Literal[
+    "paper", "released", "coupled", "best", "hydralora", "asymlora", "coin-moelora", "moelora-task", "loramoe", "mocle",
+    "octavius", "mixlora", "mola", "molora",
+]  # fmt: skip
+"""Names of `PRESETS` of `llava_mole.mole`, which takes too long to import for a command's options."""
+ROUTED_BY_TASK: tuple[Preset, ...] = ("moelora-task", "mocle")
+"""Presets with granularity `task`: their routers need to know a sample's source."""
+
+
 @dataclass(kw_only=True)
 class AdapterConfig:
     """The adapter of the frozen language model: none, plain LoRA or MoLE."""
@@ -210,13 +219,15 @@ class AdapterConfig:
     rank: int = 32
     """LoRA rank r of every adapter (paper, section 4)."""
     alpha: float | None = None
-    """LoRA alpha; the update is scaled by alpha / rank. None takes 2 * rank, as in LLaVA-1.5 and the released code."""
+    """LoRA alpha; the update is scaled by alpha / rank. None takes 2 * rank, as in LLaVA-1.5 and the released code; for
+    presets of other methods, their alpha / rank."""
     dropout: float | None = None
     """Dropout on the adapters' input. None takes the preset's (0 for `lora` and `paper`)."""
     num_experts: int = 3
-    """K, the experts in each FFN (paper: 3 for three domains, 2 for two)."""
-    preset: Literal["paper", "released", "coupled", "best"] = "paper"
-    """Named set of MoLE options; see docs/mole.md."""
+    """K, the experts of a router (paper: 3 for three domains, 2 for two). Preset `mola` and options with
+    experts_by_layer do not read it."""
+    preset: Preset = "paper"
+    """Named set of MoLE options, see docs/mole.md; from `hydralora` on those of docs/related-methods.md."""
     options: dict[str, Any] = field(default_factory=dict)
     """MoLE options that differ from the preset, e.g. `{expert_scale: straight_through, balance_coef: 0.001}`."""
 
@@ -466,6 +477,8 @@ class RunConfig:
                 "which it takes the first"
             )
         options = self.adapter.options
+        if self.adapter.method == "mole" and self.adapter.preset in ROUTED_BY_TASK:
+            options = {"granularity": "task", **options}
         for key, value in (("router", "oracle"), ("granularity", "task"), ("granularity", "given")):
             if answers and options.get(key) == value:
                 raise ConfigError(

@@ -101,9 +101,10 @@ def write_approximation(own: OwnCheckpoint, expert: int | str, usage_file: Path 
 
 def _counted_usage(model: torch.nn.Module) -> torch.Tensor:
     """Tokens per layer and expert `[L, K]` that the adapter's counters hold."""
-    from llava_mole.mole import MoleMlp
+    from llava_mole.mole import ExpertLayer
 
-    counters: list[Any] = [m.mole_state["default"] for m in model.modules() if isinstance(m, MoleMlp) and m.mole_state]
+    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
+    counters: list[Any] = [layer.mole_state["default"] for layer in layers if layer.mole_state]
     loads = [state.load.sum(dim=0).float() for state in counters]
     if not loads or not all(bool(load.any()) for load in loads):
         raise ConfigError(

@@ -28,9 +28,9 @@ def adapter_config(
     Args:
         method: `none`, `lora` (every linear of the decoder layers) or `mole` (LoRA on attention, experts in the FFN).
         rank: LoRA rank r of every adapter.
-        alpha: LoRA alpha; None takes 2 * rank.
+        alpha: LoRA alpha; None takes 2 * rank, or what the preset says for this rank.
         dropout: on the adapters' input; None takes the preset's, 0 for `lora`.
-        num_experts: K (`mole` only).
+        num_experts: K (`mole` only), unless preset or options have `experts_by_layer`.
         preset: named MoLE options (`mole` only).
         options: MoLE options that differ from the preset.
 
@@ -44,25 +44,24 @@ def adapter_config(
         raise ConfigError(f"adapter.options {sorted(options)} need adapter.method 'mole', got {method!r}")
     if method == "none":
         return None
-    alpha = 2.0 * rank if alpha is None else alpha
     if method == "lora":
         return LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is as good
+            lora_alpha=2.0 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # a float is as good
             lora_dropout=dropout or 0.0,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    from llava_mole.mole import MoleConfig
+    from llava_mole.mole import PRESETS, MoleConfig
 
     reserved = sorted(options.keys() & {"r", "alpha", "lora_alpha", "dropout", "lora_dropout", "num_experts"})
     if reserved:
         raise ConfigError(f"adapter.options {reserved}: set adapter.rank, alpha, dropout and num_experts instead")
-    if dropout is not None:
-        options = {**options, "dropout": dropout}
-    return MoleConfig.from_preset(
-        preset, r=rank, alpha=alpha, num_experts=num_experts, task_type="CAUSAL_LM", **options
-    )
+    given = {"alpha": alpha, "dropout": dropout}
+    options = {**options, **{key: value for key, value in given.items() if value is not None}}
+    if {**PRESETS.get(preset, {}), **options}.get("experts_by_layer") is None:
+        options = {**options, "num_experts": num_experts}
+    return MoleConfig.from_preset(preset, r=rank, task_type="CAUSAL_LM", **options)
 
 
 def add_adapter(language_model: nn.Module, method: str, **fields: Any) -> nn.Module:

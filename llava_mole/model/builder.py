@@ -42,9 +42,12 @@ CONFIG_FILE = "config.yaml"
 SAME_ADAPTER = (
     "r", "lora_alpha", "alpha", "attention_r", "num_experts", "mode", "top_k", "granularity", "router", "router_bias",
     "expert_scale", "temperature", "num_tasks", "shared_r", "shared_scale", "use_rslora", "rank_pattern",
-    "alpha_pattern", "modules_to_save",
+    "alpha_pattern", "modules_to_save", "router_scope", "attention_experts", "shared_a", "mix", "experts_by_layer",
+    "task_dim",
 )  # fmt: skip
 """Fields of an adapter's configuration that determine what its weights mean. The others only affect training."""
+BEFORE_THEY_EXISTED = {"router_scope": "ffn", "mix": "projection"}
+"""Values of such fields for adapters saved by versions that did not have them."""
 TRAINING_OPTIONS = {"language_model": "--model.language_model", "vision_tower": "--model.vision_tower.weights"}
 INFERENCE_OPTIONS = {
     "language_model": "--model-base DIR (in Python and lmms-eval: model_base)",
@@ -200,6 +203,7 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
         )
     there = json.loads((checkpoint / ADAPTER_DIR / "adapter_config.json").read_text(encoding="utf-8"))
     here = model.language_model.peft_config["default"].to_dict()
+    there = {**BEFORE_THEY_EXISTED, **there} if method == "mole" else there
     pairs = [(key, there.get(key) or None, here.get(key) or None) for key in SAME_ADAPTER]
     different = [f"{key} {then!r} there, {now!r} here" for key, then, now in pairs if then != now]
     if different:

@@ -146,8 +146,8 @@ def _adapter_parameters(language_model: nn.Module) -> float:
     total = 0.0
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name or ".mole_" in name:
-            stacked = ".mole_experts." in name and "_shared_" not in name
-            total += parameter.numel() * (used / len(parameter) if stacked else 1.0)
+            stacked = ".mole_experts." in name and parameter.ndim == 3
+            total += parameter.numel() * (min(1.0, used / len(parameter)) if stacked else 1.0)
     return total
 
 

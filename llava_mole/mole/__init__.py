@@ -11,17 +11,21 @@ from llava_mole.mole.access import (
     missing_input,
     set_routing_inputs,
 )
-from llava_mole.mole.config import PRESETS, MoleConfig
-from llava_mole.mole.layer import MoleLinear, MoleMlp
+from llava_mole.mole.config import MoleConfig
+from llava_mole.mole.layer import ExpertLayer, MoleLinear, MoleMlp
+from llava_mole.mole.linear import MoleExpertLinear
 from llava_mole.mole.loss import balance_loss, mole_after_step, mole_auxiliary_loss, mole_drop_step, z_loss
 from llava_mole.mole.model import MoleModel, find_tuner, register_mole
+from llava_mole.mole.presets import PRESETS
 from llava_mole.mole.routing import Routing, RoutingInputs, RoutingMeter, choice_counts, routing_load
 
 register_mole()
 
 __all__ = [
     "PRESETS",
+    "ExpertLayer",
     "MoleConfig",
+    "MoleExpertLinear",
     "MoleLinear",
     "MoleMlp",
     "MoleModel",

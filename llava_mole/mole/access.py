@@ -7,13 +7,13 @@ no tuner in the model.
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.layer import AdaptedLayer, MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, ExpertLayer
 from llava_mole.mole.routing import Routing, RoutingInputs
 
 
 def shared_inputs(model: nn.Module) -> RoutingInputs | None:
-    """The object that all FFNs with experts in `model` share; None without such an FFN."""
-    return next((module.inputs for module in model.modules() if isinstance(module, MoleMlp)), None)
+    """The object that all layers with experts in `model` share; None without such a layer."""
+    return next((module.inputs for module in model.modules() if isinstance(module, ExpertLayer)), None)
 
 
 def active_config(model: nn.Module) -> MoleConfig | None:
@@ -39,9 +39,11 @@ def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
     if inputs is None or config is None:
         return
     name = config.required_input
+    limit = config.num_tasks if name == "task" else config.num_experts
+    if name is None and config.balance_kind == "groups":
+        name, limit = "source", 2
     value = None if name is None else values.get(name)
     if value is not None and not value.is_floating_point() and value.numel() > 0:
-        limit = config.num_tasks if name == "task" else config.num_experts
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= limit:
             raise ValueError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
@@ -78,16 +80,16 @@ def leave_balance_loss_to_caller(model: nn.Module) -> None:
 
 
 def collect_routing(model: nn.Module, part: str | None = None) -> Routing:
-    """The routing of every FFN with experts in the latest forward pass; empty without MoLE or with adapters disabled.
+    """The routing of every router in the latest forward pass; empty without MoLE or with adapters disabled.
 
     Call it once after a forward pass. The logits carry their graph, so a loss computed from them trains the router.
-    `part` names a module, such as `encoder` or `decoder`, and selects the FFNs in it: the two stacks of an
+    `part` names a module, such as `encoder` or `decoder`, and selects the layers in it: the two stacks of an
     encoder-decoder model route different tokens, so each is read and balanced by itself, with its own `token_mask`.
     """
     layers = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, MoleMlp) and module.routing.logits is not None
+        if isinstance(module, ExpertLayer) and module.routing.logits is not None
         if part is None or part in name.split(".")
     ]
     return Routing(
@@ -95,4 +97,5 @@ def collect_routing(model: nn.Module, part: str | None = None) -> Routing:
         logits=tuple(module.routing.logits for _, module in layers if module.routing.logits is not None),
         index=tuple(module.routing.index for _, module in layers if module.routing.index is not None),
         layers=tuple(module for _, module in layers),
+        source=layers[0][1].inputs.source if layers else None,
     )

@@ -107,6 +107,7 @@ def _preset(config: Any, presets: Mapping[str, Mapping[str, Any]]) -> tuple[str,
     }  # fmt: skip
     values = {option.name: getattr(config, option.name) for option in dataclasses.fields(config)}
     changed = {key: v for key, v in values.items() if key not in apart and v != getattr(defaults, key)}
-    fitting = [name for name, changes in presets.items() if changes.items() <= changed.items()]
-    best = max(fitting, key=lambda name: len(presets[name]), default="none")
-    return best, {key: value for key, value in changed.items() if key not in presets.get(best, {})}
+    known = {name: {key: v for key, v in changes.items() if key not in apart} for name, changes in presets.items()}
+    fitting = [name for name, changes in known.items() if all(changed.get(key) == v for key, v in changes.items())]
+    best = max(fitting, key=lambda name: len(known[name]), default="none")
+    return best, {key: value for key, value in changed.items() if key not in known.get(best, {})}

@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from llava_mole.mole.card import write_card
 from llava_mole.mole.lora_names import SPELLINGS, own_names, takes_lora_names
+from llava_mole.mole.presets import PRESETS
 
 
 class MolePeftType(str, enum.Enum):
@@ -22,15 +23,6 @@ class MolePeftType(str, enum.Enum):
 
 
 PEFT_TYPE = MolePeftType.MOLE
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "released": {"router_bias": True, "dropout": 0.05, "balance_layers": "pooled"},
-    "coupled": {"expert_scale": "straight_through", "balance_scale": "switch", "balance_group": "global_batch"},
-    "best": {"shared_r": 8},
-}
-"""What each preset changes in the field defaults, which follow the paper's text. `released`: the authors' code."""
-
 
 _LARGEST = 2**16
 _FROM_0 = (0, _LARGEST, f"a whole number from 0 to {_LARGEST}")
@@ -43,19 +35,24 @@ RANGES: dict[str, tuple[int, int, str] | tuple[float, float, str]] = {
     "alpha": _POSITIVE,
     "attention_r": _FROM_1,
     "dropout": _BELOW_1,
+    "init_std": _POSITIVE,
+    "router_init_std": _POSITIVE,
     "num_experts": _FROM_1,
     "top_k": _FROM_1,
     "temperature": _POSITIVE,
     "jitter": _BELOW_1,
+    "logit_noise": _NOT_NEGATIVE,
     "num_tasks": _FROM_0,
+    "task_dim": _FROM_0,
     "shared_r": _FROM_0,
     "balance_coef": _NOT_NEGATIVE,
+    "group_delta": _BELOW_1,
     "z_loss_coef": _NOT_NEGATIVE,
     "bias_update_rate": _NOT_NEGATIVE,
 }
 """The lowest and highest value of every number, and its rule in a message. A lowest value of type int asks for whole
 numbers."""
-NONE_ALLOWED = ("attention_r",)
+NONE_ALLOWED = ("attention_r", "init_std", "router_init_std")
 """Numbers that may be None; alpha has been filled in."""
 
 
@@ -65,7 +62,8 @@ class MoleConfig(PeftConfig):
     """A sparse mixture of K LoRA experts in every FFN, with plain LoRA on the attention linears.
 
     The field defaults are the preset `paper`. docs/mole.md explains every option and gives its source. All layers of
-    an adapter share this object and it does not change; `surgery` replaces it in all of them. The names `lora_alpha`,
+    an adapter share this object and it does not change (those with a K of their own have a copy); `surgery` replaces it
+    in all of them. The names `lora_alpha`,
     `lora_dropout` and `init_lora_weights` of PEFT's `LoraConfig` are accepted for `alpha`, `dropout` and
     `init_weights`.
 
@@ -87,23 +85,40 @@ class MoleConfig(PeftConfig):
     init_weights: bool | Literal["gaussian"] = True
     """Start of the LoRA pairs, as in PEFT. True: A uniform, B zero; `gaussian`: A normal, B zero; False: both uniform,
     so that a new adapter changes the output (for tests)."""
+    init_std: float | None = None
+    """Start A from a normal distribution with this standard deviation, and B from zero. None: `init_weights`."""
+    router_init_std: float | None = None
+    """Start the routers' weights from a normal distribution with this standard deviation. None: PyTorch's linear."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Module name or regular expression -> its r, as in PEFT. All projections of an FFN have one r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Module name or regular expression -> its alpha, likewise."""
     num_experts: int = 3
     """K, experts in each FFN. 1 is plain LoRA without a router."""
+    experts_by_layer: list[int] | None = None
+    """K by decoder layer, the list stretched evenly over all layers; `num_experts` becomes the largest. None: the
+    same K everywhere."""
     top_k: int = 1
     """Experts a token uses in mode `sparse`."""
     mode: Literal["sparse", "dense"] = "sparse"
     """`sparse`: the top_k experts; `dense`: all, weighted by softmax."""
     granularity: Literal["token", "sequence", "task", "given"] = "token"
     """What is routed; `given`: the caller names the experts."""
+    router_scope: Literal["ffn", "linear", "model"] = "ffn"
+    """Who owns a router: every FFN, every linear with experts, or the model, which then routes its token embeddings or
+    tasks once for all layers."""
+    attention_experts: bool = False
+    """Experts instead of plain LoRA on the attention linears; for `router_scope` `linear` and `model`."""
+    shared_a: bool = False
+    """One A for all experts of a projection; each expert has its own B."""
+    mix: Literal["projection", "ffn_output"] = "projection"
+    """Where the experts of a token are summed: in every projection, or at the output of the FFN, which is then computed
+    once for each of them."""
     router: Literal["learned", "random", "hash", "oracle"] = "learned"
     """`learned`, or a control (`oracle`: the expert is the sample's source)."""
-    expert_scale: Literal["none", "straight_through", "prob", "prob_times_k", "topk_renorm"] = "none"
+    expert_scale: Literal["none", "straight_through", "prob", "prob_squared", "prob_times_k", "topk_renorm"] = "none"
     """Factor on an expert's output: `none` (Eq. 4), `straight_through` (value 1, gradient of p), `prob` (p),
-    `prob_times_k` (K p), `topk_renorm` (p over the sum of the chosen)."""
+    `prob_squared` (p^2), `prob_times_k` (K p), `topk_renorm` (p over the sum of the chosen)."""
     router_bias: bool = False
     """Bias in the router."""
     train_router: bool = True
@@ -114,8 +129,12 @@ class MoleConfig(PeftConfig):
     """Divides the router's logits."""
     jitter: float = 0.0
     """In training the router's input is multiplied by uniform(1 - j, 1 + j)."""
+    logit_noise: float = 0.0
+    """In training, noise of this standard deviation is added to the logits, before the temperature."""
     num_tasks: int = 0
     """Number of task ids, for granularity `task`."""
+    task_dim: int = 0
+    """Width of a learned embedding of every task, from which a linear computes the logits; 0: a table of logits."""
     shared_r: int = 0
     """Rank of an expert that every token uses; 0: none."""
     shared_scale: Literal["one", "complement"] = "one"
@@ -124,8 +143,14 @@ class MoleConfig(PeftConfig):
     """Coefficient of the balance loss (paper: 1e-2)."""
     balance_scale: Literal["mean", "switch", "raw"] = "mean"
     """`mean`: sum f P; `switch`: K sum f P; `raw`: Eq. 7-8 read literally."""
-    balance_layers: Literal["mean_of_layers", "pooled"] = "mean_of_layers"
-    """`mean_of_layers` (paper) or `pooled` (released code)."""
+    balance_kind: Literal["load", "groups"] = "load"
+    """`load`: the losses of the options below; `groups`: LoRAMoE's, in which the first K / 2 experts serve samples of
+    `source` 1 and the others those of `source` 0."""
+    group_delta: float = 0.0
+    """How much more a group serves its own samples, for `groups`."""
+    balance_layers: Literal["mean_of_layers", "pooled", "blocks"] = "mean_of_layers"
+    """`mean_of_layers` (paper), `pooled` (released code), or `blocks`: pooled over the routers of a decoder layer, and
+    summed over the layers."""
     balance_group: Literal["sample", "micro_batch", "global_batch"] = "sample"
     """Tokens balanced together."""
     balance_tokens: Literal["all", "text", "supervised", "stratified"] = "all"
@@ -172,21 +197,30 @@ class MoleConfig(PeftConfig):
         """The fingerprint this configuration was loaded with. Saving sets `base_fingerprint`, not this."""
         if self.alpha is None:
             self.alpha = 2.0 * self.r if _is_number(self.r) else None
+        if self.experts_by_layer is not None:
+            _check_experts_by_layer(self)
+            self.num_experts = max(self.experts_by_layer)
         _check_values(self)
         _check_modules(self)
         _check_choice(self)
+        _check_structure(self)
+        _check_balance(self)
         _check_router_learns(self)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MoleConfig":
-        """The preset `name` (see `PRESETS`), changed by `overrides`.
+        """The preset `name` (see `PRESETS`), changed by `overrides`. Another `r` keeps the preset's alpha / r.
 
         Raises:
             ValueError: unknown preset, unknown option, or a refused combination.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown MoLE preset {name!r}; there are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **own_names(overrides, [option.name for option in dataclasses.fields(cls)])})
+        preset = PRESETS[name]
+        changes = own_names(overrides, [option.name for option in dataclasses.fields(cls)])
+        if changes.get("alpha") is None and "alpha" in preset and _is_number(changes.get("r")):
+            changes["alpha"] = preset["alpha"] / preset["r"] * changes["r"]
+        return cls(**{**preset, **changes})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **options: Any) -> Any:
@@ -359,7 +393,7 @@ def _is_list(value: object, kind: type) -> bool:
 
 def _check_choice(c: MoleConfig) -> None:
     """Raise ValueError if options contradict each other about the experts a token uses or their weights."""
-    if c.mode == "dense" and c.expert_scale in ("straight_through", "topk_renorm"):
+    if c.mode == "dense" and c.expert_scale in ("straight_through", "prob_squared", "topk_renorm"):
         raise ValueError(
             f"expert_scale {c.expert_scale!r} has no meaning in mode 'dense', where the softmax already weighs every "
             "expert; use 'none', 'prob' or 'prob_times_k'"
@@ -388,6 +422,84 @@ def _check_choice(c: MoleConfig) -> None:
         raise ValueError("shared_scale 'complement' is 1 - p of the chosen expert: it needs a sparse top-1 router")
     if c.shared_scale == "complement" and c.shared_r == 0:
         raise ValueError("shared_scale 'complement' needs a shared expert: set shared_r")
+
+
+def _check_experts_by_layer(c: MoleConfig) -> None:
+    """Raise ValueError for an `experts_by_layer` that no model can have."""
+    counts = c.experts_by_layer
+    if not counts or not isinstance(counts, list) or not _is_list(counts, int) or not 2 <= min(counts) <= _LARGEST:
+        raise ValueError(f"experts_by_layer is {counts!r}; it must be a list of whole numbers of at least 2")
+    if c.num_experts not in (type(c).num_experts, max(counts)):
+        raise ValueError(
+            f"num_experts is {c.num_experts!r}, but experts_by_layer {counts} says the number of every layer; give one"
+        )
+    if c.top_k > min(counts):
+        raise ValueError(f"top_k is {c.top_k}, but experts_by_layer has a layer with {min(counts)}; lower top_k")
+    if c.granularity == "given" or c.router == "oracle":
+        option = "granularity 'given'" if c.granularity == "given" else "router 'oracle'"
+        raise ValueError(f"{option} numbers the experts alike in all layers; experts_by_layer must be None")
+
+
+def _check_structure(c: MoleConfig) -> None:
+    """Raise ValueError if options contradict each other about where experts and routers are."""
+    if c.attention_experts and c.router_scope == "ffn":
+        raise ValueError(
+            "attention_experts with router_scope 'ffn': an FFN's router does not see the attention; use router_scope "
+            "'linear' or 'model'"
+        )
+    if c.attention_experts and (c.attention_r is not None or c.attention_modules == []):
+        option = "attention_modules []" if c.attention_r is None else f"attention_r {c.attention_r}"
+        raise ValueError(f"attention_experts with {option}: there is no plain LoRA on attention; leave one of them out")
+    if c.router_scope == "model" and (c.granularity not in ("sequence", "task") or c.router != "learned"):
+        raise ValueError(
+            f"router_scope 'model' with router {c.router!r} and granularity {c.granularity!r}: one decision for all "
+            "layers needs a learned router and granularity 'sequence' or 'task'"
+        )
+    if c.mix == "ffn_output":
+        for option, needed in (("router_scope", "ffn"), ("mode", "sparse"), ("shared_a", False)):
+            if getattr(c, option) != needed:
+                raise ValueError(f"mix 'ffn_output' needs {option} {needed!r}, not {getattr(c, option)!r}")
+        if c.num_experts > 1 and c.expert_scale != "topk_renorm":
+            raise ValueError(
+                f"mix 'ffn_output' with expert_scale {c.expert_scale!r}: the weights multiply the whole FFN, so they "
+                "must add up to 1; use expert_scale 'topk_renorm' and top_k of at least 2"
+            )
+    if c.task_dim > 0 and c.granularity != "task":
+        raise ValueError(
+            f"task_dim is {c.task_dim} with granularity {c.granularity!r}; it belongs to granularity 'task'"
+        )
+    if c.logit_noise > 0 and (c.granularity == "given" or c.router in ("random", "oracle")):
+        raise ValueError(f"logit_noise is {c.logit_noise}, but this configuration has no logits; set it to 0")
+    if c.init_std is not None and c.init_weights is not True:
+        raise ValueError(f"init_std {c.init_std} and init_weights {c.init_weights!r} both say how A starts; give one")
+
+
+def _check_balance(c: MoleConfig) -> None:
+    """Raise ValueError if the options of the balance loss contradict each other."""
+    if c.balance_layers == "pooled" and len(set(c.experts_by_layer or [])) > 1:
+        raise ValueError(
+            "balance_layers 'pooled' adds up the loads of all layers, whose numbers of experts differ by "
+            "experts_by_layer; use 'blocks' or 'mean_of_layers'"
+        )
+    if c.balance_kind == "load":
+        if c.group_delta > 0:
+            raise ValueError(f"group_delta is {c.group_delta} with balance_kind 'load'; it belongs to 'groups'")
+        return
+    needed = {
+        "mode": "dense",
+        "balance_group": "micro_batch",
+        "balance_scale": "mean",
+        "balance_layers": "mean_of_layers",
+    }
+    for option, value in needed.items():
+        if getattr(c, option) != value:
+            raise ValueError(f"balance_kind 'groups' needs {option} {value!r}, not {getattr(c, option)!r}")
+    if not c.has_router or any(count % 2 for count in c.experts_by_layer or [c.num_experts]):
+        raise ValueError(
+            f"balance_kind 'groups' divides the experts of a router into two halves, but num_experts is "
+            f"{c.num_experts} (experts_by_layer {c.experts_by_layer}, router {c.router!r}); use even numbers and a "
+            "learned router"
+        )
 
 
 def _check_router_learns(c: MoleConfig) -> None:

@@ -7,13 +7,14 @@ The routed experts of a sparse base model are left alone.
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from llava_mole.mole.ffn import composition_error, find_layout, is_whole_layer, linear_widths
-from llava_mole.mole.layer import MoleMlp
+from llava_mole.mole.layer import ExpertLayer, MoleMlp
 
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
@@ -40,6 +41,12 @@ def language_model(model: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
+def decoder(model: nn.Module) -> nn.Module:
+    """The module that every forward pass of the language model goes through, with or without its head."""
+    _, language = language_model(model)
+    return cast(Any, language).get_decoder() if hasattr(language, "get_decoder") else language
+
+
 def find_ffns(model: nn.Module) -> list[str]:
     """Name endings of the FFNs: of the module, or of its first linear if its forward pass cannot be composed."""
     found: list[str] = []
@@ -55,6 +62,9 @@ def find_ffns(model: nn.Module) -> list[str]:
         whole_layer = is_whole_layer(layout, module)
         if _is_listed_in_a_layer(path) and not whole_layer:
             continue  # one of the routed experts of a sparse base model
+        if isinstance(getattr(module, layout.projections[0]), ExpertLayer):  # its linears have routers of their own
+            found.append(f"{path}.{layout.projections[0]}" if whole_layer else path)
+            continue
         if type(module) not in composes:
             composes[type(module)] = composition_error(layout, module) is None
         found.append(path if composes[type(module)] else f"{path}.{layout.projections[0]}")

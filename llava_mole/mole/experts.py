@@ -10,7 +10,7 @@ R rank, N = K R, I input size, O output size.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -36,15 +36,26 @@ DENSE = Backend(dense)
 
 
 def _pair(
-    lead: tuple[int, ...], in_width: int, out_width: int, init: bool | str, device: torch.device, dtype: torch.dtype
+    lead: tuple[int, ...],
+    in_width: int,
+    out_width: int,
+    init: bool | str | float,
+    device: torch.device,
+    dtype: torch.dtype,
+    shared_a: bool = False,
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """A `[*lead, I]` and B `[*lead, O]`, started as PEFT's `init_lora_weights` says; `lead` ends with the rank."""
-    a = nn.Parameter(torch.empty(*lead, in_width, device=device, dtype=dtype))
+    """A `[*lead, I]` and B `[*lead, O]`, started as `init` says (see `a_start`); `lead` ends with the rank.
+
+    With `shared_a`, A is `[R, I]`.
+    """
+    a = nn.Parameter(torch.empty(*(lead[-1:] if shared_a else lead), in_width, device=device, dtype=dtype))
     b = nn.Parameter(torch.zeros(*lead, out_width, device=device, dtype=dtype))
     # The bounds are those of kaiming_uniform_(a=sqrt(5)) for a fan-in of `in_width` or the rank. The function itself
     # would take r * in_width as the fan-in of a stacked tensor.
     if init == "gaussian":
         nn.init.normal_(a, std=1 / lead[-1])
+    elif isinstance(init, float):
+        nn.init.normal_(a, std=init)
     else:
         nn.init.uniform_(a, -1 / math.sqrt(in_width), 1 / math.sqrt(in_width))
     if init is False:
@@ -52,11 +63,23 @@ def _pair(
     return a, b
 
 
+def a_start(config: MoleConfig) -> bool | str | float:
+    """How LoRA pairs start: PEFT's `init_lora_weights`, or the standard deviation of a normal A."""
+    return config.init_weights if config.init_std is None else float(config.init_std)
+
+
 class LoraPair(nn.Module):
     """Plain LoRA of one linear: `A` `[R, I]` and `B` `[R, O]` (PEFT's lora_B transposed)."""
 
     def __init__(
-        self, in_width: int, out_width: int, r: int, init: bool | str, *, device: torch.device, dtype: torch.dtype
+        self,
+        in_width: int,
+        out_width: int,
+        r: int,
+        init: bool | str | float,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.A, self.B = _pair((r,), in_width, out_width, init, device, dtype)
@@ -65,8 +88,9 @@ class LoraPair(nn.Module):
 class ExpertStack(nn.Module):
     """K LoRA experts of rank `r` for each projection of one FFN: `<name>_A` `[K, R, I]` and `<name>_B` `[K, R, O]`.
 
-    With `shared_r` each projection has one more pair, which every token uses: `<name>_shared_A` `[shared_r, I]` and
-    `<name>_shared_B` `[shared_r, O]`. `widths` maps projections to their input and output size.
+    With `shared_a` the experts of a projection have one A, `<name>_A` `[R, I]`. With `shared_r` each projection has one
+    more pair, which every token uses: `<name>_shared_A` `[shared_r, I]` and `<name>_shared_B` `[shared_r, O]`. `widths`
+    maps projections to their input and output size.
     """
 
     def __init__(
@@ -79,9 +103,9 @@ class ExpertStack(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        init = config.init_weights
+        init = a_start(config)
         for name, (in_width, out_width) in widths.items():
-            a, b = _pair((config.num_experts, r), in_width, out_width, init, device, dtype)
+            a, b = _pair((config.num_experts, r), in_width, out_width, init, device, dtype, config.shared_a)
             self.register_parameter(f"{name}_A", a)
             self.register_parameter(f"{name}_B", b)
             if config.shared_r:
@@ -90,8 +114,14 @@ class ExpertStack(nn.Module):
                 self.register_parameter(f"{name}_shared_B", b)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """`(A, B)` of projection `name`."""
-        return getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
+        """A `[K, R, I]` (`[1, R, I]` if the experts share it) and B `[K, R, O]` of projection `name`."""
+        a, b = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
+        return (a if a.dim() == 3 else a.unsqueeze(0)), b
+
+    def expert_pair(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
+        """A `[R, I]` and B `[R, O]` of one expert of projection `name`."""
+        a_KRI, b_KRO = self.pair(name)
+        return a_KRI[expert if len(a_KRI) > 1 else 0], b_KRO[expert]
 
     def shared_pair(self, name: str) -> tuple[Tensor, Tensor]:
         """`(A, B)` of the shared expert of projection `name`."""
@@ -188,6 +218,26 @@ def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: Expe
     return y_TD if order is None else permute(y_TD, inverse(order))
 
 
+def mixed_ffns(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
+    """`sum_k w_k FFN_k(x)`, `[T, D]`, where `FFN_k` uses expert k alone in all its projections (MixLoRA).
+
+    Each token is computed once for each of its k experts.
+    """
+    if mix.weights is None:  # one expert
+        return ffn_with_experts(base, layout, x_TD, mix)
+    index_Tk, weight_Tk = mix.weights.index, mix.weights.weight
+    assert index_Tk is not None
+    assert weight_Tk is not None
+    picks, shared = index_Tk.shape[-1], mix.shared_weight
+    one = replace(
+        mix,
+        weights=ExpertWeights(index_Tk.view(-1, 1), None),
+        shared_weight=None if shared is None else shared.repeat_interleave(picks, dim=0),
+    )
+    y_PD = ffn_with_experts(base, layout, x_TD.repeat_interleave(picks, dim=0), one)
+    return (y_PD.unflatten(0, (-1, picks)) * weight_Tk.to(y_PD.dtype).unsqueeze(-1)).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class _Projections:
     """Adds the experts to the outputs of an FFN's projections; tokens and weights in the order of the backend."""
@@ -202,8 +252,8 @@ class _Projections:
         experts, scaling = self.mix.experts, self.mix.scaling
         x = F.dropout(x, self.mix.dropout) if self.mix.dropout else x
         x = x.to(outputs[0].dtype)
-        source = None if source is None else source.to(x.dtype)
-        hs = shrink(self.backend, scaling, x, [experts.pair(name)[0] for name in names], source)
+        source = None if source is None or self.mix.config.shared_a else source.to(x.dtype)
+        hs = shrink(self._reader(), scaling, x, [experts.pair(name)[0] for name in names], source)
         outputs = [
             expand(self.backend, y, self._weigh(h), experts.pair(name)[1])
             for name, y, h in zip(names, outputs, hs, strict=True)
@@ -221,12 +271,22 @@ class _Projections:
     ) -> Tensor:
         """The down projection of `act(first) * up`, plus its experts, without keeping the activation in memory."""
         a_KRI, b_KRO = self.mix.experts.pair(name)
-        hidden, h = activate_and_shrink(self.backend, self.mix.scaling, act, first, up, a_KRI)
+        hidden, h = activate_and_shrink(self._reader(), self.mix.scaling, act, first, up, a_KRI)
         return expand(self.backend, getattr(base, name)(hidden), self._weigh(h), b_KRO)
 
+    def _reader(self) -> Backend:
+        """The backend of the A side: there is nothing to choose if the experts share A."""
+        return DENSE if self.mix.config.shared_a else self.backend
+
     def _weigh(self, h_TJR: Tensor) -> Tensor:
-        """The weights applied in rank space, where they cost R numbers for each token and expert."""
-        return h_TJR if self.weight_TJ is None else h_TJR * self.weight_TJ.to(h_TJR.dtype).unsqueeze(-1)
+        """The weights applied in rank space, where they cost R numbers for each token and expert.
+
+        What a shared A gives, `[T, 1, R]`, becomes one row for each expert of the token.
+        """
+        if self.weight_TJ is not None:
+            return h_TJR * self.weight_TJ.to(h_TJR.dtype).unsqueeze(-1)
+        repeats = self.mix.config.top_k if self.mix.config.shared_a else 1
+        return h_TJR if repeats == 1 else h_TJR.repeat(1, repeats, 1)
 
 
 def _owns_parameters(act: Callable) -> bool:
@@ -246,6 +306,24 @@ def linear_with_experts(base: nn.Module, name: str, x_TI: Tensor, mix: ExpertMix
     return y_TO + (shared_TO if mix.shared_weight is None else shared_TO * mix.shared_weight.to(y_TO.dtype))
 
 
+def adapted_linear(base: nn.Module, name: str, x_TI: Tensor, mix: ExpertMix) -> Tensor:
+    """What `linear_with_experts` computes, by the backend of the configuration and with less memory."""
+    config = mix.config
+    rank = mix.experts.pair(name)[0].shape[1]
+    backend_name = choose_backend(config.backend, mix.weights, config.num_experts, rank, x_TI)
+    if backend_name == "loop" or torch.compiler.is_compiling():
+        return linear_with_experts(base, name, x_TI, mix)
+    backend = build_backend(backend_name, mix.weights, config.num_experts)
+    weight, shared_weight = None if mix.weights is None else mix.weights.weight, mix.shared_weight
+    order = backend.order if x_TI.shape[0] > 1 else None
+    if order is not None:
+        x_TI = permute(x_TI, order)
+        weight = None if weight is None else permute(weight, order)
+        shared_weight = None if shared_weight is None else permute(shared_weight, order)
+    (y_TO,) = _Projections(backend, mix, weight, shared_weight).add_experts([name], [base(x_TI)], x_TI, None)
+    return y_TO if order is None else permute(y_TO, inverse(order))
+
+
 def _composed_ffn(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
     """The same FFN without kernels of its own: what `torch.compile` traces, and the reference `loop`."""
 
@@ -260,19 +338,20 @@ def all_experts_delta(
     x_TI: Tensor, a_KRI: Tensor, b_KRO: Tensor, weights: ExpertWeights | None, scaling: float
 ) -> Tensor:
     """`s B'((A' x) * rep(G, R))`, `[T, O]`, by two products over all experts; plain LoRA without weights (K = 1)."""
-    num_experts, rank, _ = a_KRI.shape
+    num_experts = b_KRO.shape[0]
     a_NI, b_NO = a_KRI.flatten(0, 1).to(x_TI.dtype), b_KRO.flatten(0, 1).to(x_TI.dtype)
     h_TN = x_TI @ a_NI.T * scaling
     if weights is not None:
         weight_TK1 = weight_matrix(weights, num_experts, h_TN).unsqueeze(-1)
-        h_TN = (h_TN.unflatten(-1, (num_experts, rank)) * weight_TK1).flatten(1)
+        h_TN = (h_TN.unflatten(-1, a_KRI.shape[:2]) * weight_TK1).flatten(1)  # a shared A is repeated by the weights
     return h_TN @ b_NO
 
 
 def loop_delta(x_TI: Tensor, a_KRI: Tensor, b_KRO: Tensor, weights: ExpertWeights | None, scaling: float) -> Tensor:
     """The same, `[T, O]`, one expert after the other as in the equations: the reference for the other backends."""
     y_TO = x_TI.new_zeros(x_TI.shape[0], b_KRO.shape[-1])
-    weight_TK = None if weights is None else weight_matrix(weights, a_KRI.shape[0], x_TI)
+    weight_TK = None if weights is None else weight_matrix(weights, b_KRO.shape[0], x_TI)
+    a_KRI = a_KRI.expand(b_KRO.shape[0], -1, -1)
     for k, (a_RI, b_RO) in enumerate(zip(a_KRI.to(x_TI.dtype), b_KRO.to(x_TI.dtype), strict=True)):
         delta_TO = scaling * (x_TI @ a_RI.T) @ b_RO
         y_TO = y_TO + (delta_TO if weight_TK is None else delta_TO * weight_TK[:, k : k + 1])

@@ -1,7 +1,7 @@
-"""The PEFT layers: `MoleMlp` wraps a whole FFN, `MoleLinear` one linear.
+"""The PEFT layers: `MoleMlp` wraps a whole FFN, `MoleLinear` one linear with plain LoRA.
 
 Wrapping the FFN module instead of its linears lets one router serve all its projections. The base linears may be of
-any kind, because they are only called.
+any kind, because they are only called. What holds for everything with experts is in `ExpertLayer`.
 
 Shape legend: B samples, S positions, T = B S tokens, D hidden size, I input size, O output size, K experts.
 """
@@ -15,9 +15,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.experts import ExpertMix, ExpertStack, LoraPair, ffn_with_experts, lora_linear
+from llava_mole.mole.experts import (
+    ExpertMix,
+    ExpertStack,
+    LoraPair,
+    a_start,
+    ffn_with_experts,
+    lora_linear,
+    mixed_ffns,
+)
 from llava_mole.mole.ffn import FfnLayout, linear_widths
-from llava_mole.mole.router import ExpertWeights, Router, RouterState, route, router_dtype
+from llava_mole.mole.router import ExpertWeights, Router, RouterState, route
 from llava_mole.mole.routing import CarriedGradient, RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
 
 _NO_MERGE = (
@@ -26,7 +34,7 @@ _NO_MERGE = (
     "or use unload() for the base model"
 )
 
-_NO_REENTRANT = (
+NO_REENTRANT = (
     "re-entrant gradient checkpointing runs the forward pass without a graph, so the balance loss would give the "
     "router no gradient here: it is only supported where the model adds that loss itself (add_balance_loss=True) and a "
     "backward pass follows every forward pass. Else use "
@@ -41,7 +49,7 @@ class AdaptedLayer(BaseTunerLayer):
     """
 
     configs: dict[str, MoleConfig]
-    """The configuration of each adapter on this layer: the tuner's own object, not a copy."""
+    """The configuration of each adapter on this layer: the tuner's own object, or a copy with this layer's K."""
     r: dict[str, int]
     """Rank of each adapter on this layer."""
     scaling: dict[str, float]
@@ -183,7 +191,7 @@ class MoleLinear(nn.Module, AdaptedLayer):
         device, dtype = base_placement(self.base_layer)
         r = r or config.attention_r or config.r
         widths = self.in_features, self.out_features
-        self.mole_lora[name] = LoraPair(*widths, r, config.init_weights, device=device, dtype=dtype)
+        self.mole_lora[name] = LoraPair(*widths, r, a_start(config), device=device, dtype=dtype)
         self.note_adapter(name, config, r, scaling)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,20 +214,19 @@ class MoleLinear(nn.Module, AdaptedLayer):
         yield self.base_layer, pair.A.detach(), pair.B.detach()
 
 
-class MoleMlp(nn.Module, AdaptedLayer):
-    """An FFN with K LoRA experts in each of its projections and one router for all of them.
+class ExpertLayer(nn.Module, AdaptedLayer):
+    """A base layer whose linears carry K LoRA experts each, and the router that chooses for them.
 
-    After a forward pass `routing` holds the router's float32 logits and the chosen experts; see `RoutingSlot`. The
-    parts of the FFN keep their names: `mlp.up_proj` is the base linear.
+    After a forward pass `routing` holds the router's float32 logits and the chosen experts; see `RoutingSlot`.
     """
 
     adapter_layer_names = ("mole_router", "mole_experts")
     other_param_names = ("mole_state", "configs", "r", "scaling")
 
-    def __init__(self, base_layer: nn.Module, layout: FfnLayout, inputs: RoutingInputs) -> None:
+    def __init__(self, base_layer: nn.Module, projections: tuple[str, ...], inputs: RoutingInputs) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.layout = layout
+        self.projections = projections
         self.inputs = inputs
         self.routing = RoutingSlot()
         self.batch: int | None = None
@@ -227,42 +234,32 @@ class MoleMlp(nn.Module, AdaptedLayer):
         self.mole_experts = nn.ModuleDict()
         self.mole_state = nn.ModuleDict()
         self.start_adapters()
-        self.widths = {name: linear_widths(self.linear(name)) or (0, 0) for name in layout.projections}
-        self.in_features = self.widths[layout.projections[0]][0]
-        self.out_features = self.widths[layout.down][1]
-
-    def __getattr__(self, name: str) -> Any:
-        """Parts of the FFN by their own names, for code that was written for the base model."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            # Private attributes belong to whoever set them: accelerate's hooks must find their own module.
-            if base is None or name.startswith("_") or not hasattr(base, name):
-                raise
-            return getattr(base, name)
+        self.widths = {name: linear_widths(self.linear(name)) or (0, 0) for name in projections}
+        self.in_features = self.widths[projections[0]][0]
+        self.out_features = self.widths[projections[-1]][1]
 
     def add_adapter(self, name: str, config: MoleConfig, r: int | None = None, scaling: float | None = None) -> None:
         """Add router, experts of rank `r` and, if the balancing needs them, counters.
 
         `r` and `scaling` are the configuration's if they are None.
         """
+        self.add_router(name, config, self.in_features)
         device, dtype = base_placement(self.base_layer)
-        r = r or config.r
+        self.mole_experts[name] = ExpertStack(self.widths, config, r or config.r, device=device, dtype=dtype)
+        self.note_adapter(name, config, r or config.r, scaling)
+
+    def add_router(self, name: str, config: MoleConfig, width: int) -> None:
+        """Add the router of adapter `name` for inputs of size `width`, if it has one, and its counters."""
+        device, dtype = base_placement(self.base_layer)
         if config.has_router:
-            by_task = config.granularity == "task"
-            rows, width = (config.num_tasks, config.num_experts) if by_task else (config.num_experts, self.in_features)
-            bias = config.router_bias and not by_task
-            self.mole_router[name] = Router(width, rows, bias=bias, device=device, dtype=router_dtype(dtype))
+            self.mole_router[name] = Router.of(config, width, device, dtype)
             if not config.router_trains:
                 self.frozen_peft_weight_names[name] = ("mole_router",)
-        self.mole_experts[name] = ExpertStack(self.widths, config, r, device=device, dtype=dtype)
         if config.counts_load:
             self.mole_state[name] = _new_state(config, config.num_experts, device)
-        self.note_adapter(name, config, r, scaling)
 
     def linear(self, projection: str) -> nn.Module:
-        """The base linear of a projection of `layout`."""
+        """The base linear of a projection."""
         return getattr(self.base_layer, projection)
 
     def linear_path(self, path: str, projection: str) -> str:
@@ -270,7 +267,7 @@ class MoleMlp(nn.Module, AdaptedLayer):
         return f"{path}.{projection}"
 
     def note_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a module around this FFN: notes the batch size, if the FFN reads flattened tokens."""
+        """Forward pre-hook of a module around this layer: notes the batch size, if it reads flattened tokens."""
         values = (*args, *kwargs.values())
         self.batch = next((v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() == 3), None)
 
@@ -295,7 +292,6 @@ class MoleMlp(nn.Module, AdaptedLayer):
         and router rows. Counters start anew. The caller replaces the configuration afterwards.
         """
         experts, router, state, config = self.experts(name), self.router(name), self._state(name), self.configs[name]
-        assert router is not None
 
         def pick(parameter: nn.Parameter, noisy: bool, dim: int = 0) -> nn.Parameter:
             value = parameter.index_select(dim, index.to(parameter.device))
@@ -305,11 +301,13 @@ class MoleMlp(nn.Module, AdaptedLayer):
             return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
         for key, parameter in list(experts.named_parameters()):
-            if "_shared_" not in key:
+            if "_shared_" not in key and parameter.dim() == 3:  # a shared A belongs to no expert
                 setattr(experts, key, pick(parameter, key.endswith("_B")))
-        router.weight = pick(router.weight, True, dim=1 if config.granularity == "task" else 0)
-        if router.bias is not None:
-            router.bias = pick(router.bias, False)
+        if router is not None:
+            by_task = config.granularity == "task" and router.embedding is None
+            router.weight = pick(router.weight, True, dim=1 if by_task else 0)
+            if router.bias is not None:
+                router.bias = pick(router.bias, False)
         if state is not None:
             self.mole_state[name] = _new_state(config, len(index), state.load.device)
 
@@ -318,28 +316,16 @@ class MoleMlp(nn.Module, AdaptedLayer):
         config, experts = self.configs[name], self.experts(name)
         if config.num_experts > 1:
             raise ValueError(_NO_MERGE)
-        for projection in self.layout.projections:
+        for projection in self.projections:
             linear = self.linear(projection)
-            a_KRI, b_KRO = experts.pair(projection)
-            yield linear, a_KRI[0].detach(), b_KRO[0].detach()
+            a_RI, b_RO = experts.expert_pair(projection, 0)
+            yield linear, a_RI.detach(), b_RO.detach()
             if config.shared_r:
                 a_RI, b_RO = experts.shared_pair(projection)
                 yield linear, a_RI.detach(), b_RO.detach()
 
     def _state(self, name: str) -> RouterState | None:
         return cast(RouterState, self.mole_state[name]) if name in self.mole_state else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., D]` to the FFN's output, in the base's dtype. Raises what `router.route` raises."""
-        name = self.current_adapter()
-        if name is None:
-            self.routing.logits = self.routing.index = None
-            return self.base_layer(x)
-        x, mix = self._mix(x, name)
-        y_TD = ffn_with_experts(self.base_layer, self.layout, x.flatten(0, -2), mix)
-        if self.layout.dropout:
-            y_TD = getattr(self.base_layer, self.layout.dropout)(y_TD)
-        return y_TD.view(x.shape[:-1] + y_TD.shape[-1:])
 
     def _mix(self, x: Tensor, name: str) -> tuple[Tensor, ExpertMix]:
         """The FFN's input `x`, from which it must be computed, and the experts of adapter `name` for it."""
@@ -382,11 +368,46 @@ class MoleMlp(nn.Module, AdaptedLayer):
         """
         stand_in, self.routing.stand_in = self.routing.stand_in, None
         if stand_in is None or stand_in.grad is None or stand_in.shape != logits.shape:
-            raise ValueError(_NO_REENTRANT)
+            raise ValueError(NO_REENTRANT)
         difference, scale = (logits.detach() - stand_in).abs().max(), stand_in.abs().max()
         if difference > 1e-2 * scale:  # kernels need not be deterministic, but another batch differs by far more
-            raise ValueError(_NO_REENTRANT)
+            raise ValueError(NO_REENTRANT)
         return stand_in.grad
+
+
+class MoleMlp(ExpertLayer):
+    """An FFN with K LoRA experts in each of its projections and one router for all of them.
+
+    The parts of the FFN keep their names: `mlp.up_proj` is the base linear.
+    """
+
+    def __init__(self, base_layer: nn.Module, layout: FfnLayout, inputs: RoutingInputs) -> None:
+        super().__init__(base_layer, layout.projections, inputs)
+        self.layout = layout
+
+    def __getattr__(self, name: str) -> Any:
+        """Parts of the FFN by their own names, for code that was written for the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            # Private attributes belong to whoever set them: accelerate's hooks must find their own module.
+            if base is None or name.startswith("_") or not hasattr(base, name):
+                raise
+            return getattr(base, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., D]` to the FFN's output, in the base's dtype. Raises what `router.route` raises."""
+        name = self.current_adapter()
+        if name is None:
+            self.routing.logits = self.routing.index = None
+            return self.base_layer(x)
+        x, mix = self._mix(x, name)
+        compute = mixed_ffns if mix.config.mix == "ffn_output" else ffn_with_experts
+        y_TD = compute(self.base_layer, self.layout, x.flatten(0, -2), mix)
+        if self.layout.dropout:
+            y_TD = getattr(self.base_layer, self.layout.dropout)(y_TD)
+        return y_TD.view(x.shape[:-1] + y_TD.shape[-1:])
 
 
 def _new_state(config: MoleConfig, num_experts: int, device: torch.device) -> RouterState:

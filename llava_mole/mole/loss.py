@@ -1,20 +1,23 @@
 """The balance loss (Eq. 6-8) in all its readings and the z-loss, from logits to the term that a trainer adds.
 
-`balance_loss` and `z_loss` are pure functions of logits, choices and masks; `mole_auxiliary_loss` reads them from a
-model and applies its coefficients.
+`balance_loss`, `group_loss` and `z_loss` are pure functions of logits, choices and masks; `mole_auxiliary_loss` reads
+them from a model and applies its coefficients.
 
-Shape legend: L layers, B samples, S positions, K experts, k experts a token uses, M token sets.
+Shape legend: L routers (layers with one each), B samples, S positions, K experts, k experts a token uses, M token sets.
 """
 
+import re
 import warnings
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from llava_mole.mole.access import active_config, collect_routing, shared_inputs
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.layer import MoleMlp
+from llava_mole.mole.layer import ExpertLayer
 from llava_mole.mole.routing import Routing, choice_counts
 
 
@@ -57,7 +60,8 @@ def balance_loss(
         scale: `mean`: as above. `switch`: times K. `raw`: counts times summed probabilities, Eq. 7-8 read literally,
             which grows with the square of the number of tokens.
         layers: `mean_of_layers`: one product per layer, averaged. `pooled`: f and P over the tokens of all layers
-            together, so that imbalances of different layers can cancel (released code).
+            together, so that imbalances of different layers can cancel (released code). `blocks`: pooled over the
+            routers of a decoder layer, whose number is in their names, and summed over the decoder layers (MoLA).
         group: which tokens share f and P. `sample`: one loss per sample, averaged with `sample_weights`.
             `micro_batch`: all tokens given. `global_batch`: f from `global_load`; P is the mean over samples.
         sample_weights: `[B]`; None means 1 / B each. The result does not depend on how samples are split over
@@ -70,6 +74,22 @@ def balance_loss(
     """
     if not routing.logits:
         return torch.zeros((), device=token_mask.device)
+    parts = _parts(routing, layers)
+    if len(parts) > 1 or layers == "blocks":
+        values = [
+            balance_loss(
+                _select(routing, part),
+                token_mask,
+                scale=scale,
+                layers="pooled" if layers == "blocks" else layers,
+                group=group,
+                sample_weights=sample_weights,
+                global_load=None if global_load is None else global_load[part, : routing.logits[part[0]].shape[-1]],
+            )
+            * (1 if layers == "blocks" else len(part) / len(routing.logits))
+            for part in parts
+        ]
+        return torch.stack(values).sum()
     logits = torch.stack(routing.logits)
     mask = token_mask.to(logits.dtype)
     counts_LBK = choice_counts(routing, token_mask).to(logits.dtype) / routing.index[0].shape[-1]
@@ -92,6 +112,62 @@ def balance_loss(
         counts_LBK, probs_LBK = counts_LBK / tokens_B1, probs_LBK / tokens_B1
     value_B = (counts_LBK * probs_LBK).sum(dim=-1).mean(dim=0)
     return (value_B * weights_B).sum() * (num_experts if scale == "switch" else 1)
+
+
+def _parts(routing: Routing, layers: str) -> list[list[int]]:
+    """The routers whose losses are computed together: of one decoder layer for `blocks`, else with one K."""
+    parts: dict[object, list[int]] = {}
+    for position, (name, logits) in enumerate(zip(routing.names, routing.logits, strict=True)):
+        key: object = decoder_layer(name) if layers == "blocks" else logits.shape[-1]
+        parts.setdefault(key, []).append(position)
+    return list(parts.values())
+
+
+def decoder_layer(name: str) -> str:
+    """The name of the decoder layer that the module `name` is in, up to its number; `name` itself without a number."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return name if found is None else found[0]
+
+
+def _select(routing: Routing, part: list[int]) -> Routing:
+    return replace(
+        routing,
+        names=tuple(routing.names[i] for i in part),
+        logits=tuple(routing.logits[i] for i in part),
+        index=tuple(routing.index[i] for i in part),
+        layers=tuple(routing.layers[i] for i in part) if routing.layers else (),
+    )
+
+
+def group_loss(routing: Routing, token_mask: Tensor, delta: float, sample_weights: Tensor | None = None) -> Tensor:
+    """LoRAMoE's loss of two groups of experts, summed over all routers: `var(Z) / (mean(Z)^2 + 1e-10)` with Z = I Q.
+
+    `I[n, k]` is the sum of p_k over the tokens of sample n, and `Q[n, k]` is 1 + delta if expert k serves samples of
+    that source, else 1 - delta: the first K / 2 experts serve source 1, the others source 0. Variance (unbiased) and
+    mean are over all B K entries. `token_mask` is bool `[B, S]`, false at padding. The sum of `sample_weights`
+    multiplies the loss. A float32 scalar without `balance_coef`. Source: arXiv 2312.09979 and its code.
+
+    Raises:
+        ValueError: the routing has no source, or one of another number of samples.
+    """
+    source, tokens = routing.source, token_mask
+    if len(tokens) == 0:
+        return torch.zeros((), device=tokens.device)
+    if source is None or source.dim() not in (1, 2) or len(source) != len(tokens):
+        given = None if source is None else tuple(source.shape)
+        raise ValueError(
+            f"balance_kind 'groups' needs set_routing_inputs(model, source=...) with 0 or 1 for each of {len(tokens)} "
+            f"samples; it has {given}"
+        )
+    kind_B1 = (source if source.dim() == 1 else source[:, 0]).to(tokens.device).view(-1, 1)
+    total = torch.zeros((), device=tokens.device)
+    for logits in routing.logits:
+        importance_BK = torch.einsum("bsk,bs->bk", logits.softmax(dim=-1), tokens.to(logits.dtype))
+        experts = logits.shape[-1]
+        serves_K = (torch.arange(experts, device=tokens.device) < experts // 2).long()
+        z_BK = importance_BK * (1 + delta * (2 * (kind_B1 == serves_K).to(logits.dtype) - 1))
+        total = total + z_BK.var() / (z_BK.mean().square() + 1e-10)
+    return total if sample_weights is None else total * sample_weights.sum()
 
 
 def _sample_weights(sample_weights: Tensor | None, tokens_B: Tensor) -> Tensor:
@@ -122,7 +198,7 @@ def z_loss(routing: Routing, token_mask: Tensor, sample_weights: Tensor | None =
     """
     if not routing.logits:
         return torch.zeros((), device=token_mask.device)
-    squares_BS = torch.stack(routing.logits).logsumexp(dim=-1).square().mean(dim=0)
+    squares_BS = torch.stack([logits.logsumexp(dim=-1) for logits in routing.logits]).square().mean(dim=0)
     mask = token_mask.to(squares_BS.dtype)
     tokens_B = mask.sum(dim=1)
     value_B = (squares_BS * mask).sum(dim=1) / tokens_B.clamp(min=1)
@@ -216,6 +292,9 @@ def auxiliary_loss(
         loads = _global_loads(routing, config, len(masks))
         weights = _set_weights(masks, sample_weights)
         for mask, load, weight in zip(masks, loads, weights, strict=True):
+            if config.balance_kind == "groups":
+                loss = loss + config.balance_coef * group_loss(routing, mask, config.group_delta, weight)
+                continue
             loss = loss + config.balance_coef * balance_loss(
                 routing,
                 mask,
@@ -241,7 +320,8 @@ def _check_one_stack(model: nn.Module) -> None:
 
 
 def _check_all_counted(model: nn.Module, routing: Routing) -> None:
-    if len(routing.layers) != sum(isinstance(m, MoleMlp) and m.current_state() is not None for m in model.modules()):
+    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
+    if len(routing.layers) != sum(layer.current_state() is not None for layer in layers):
         raise ValueError(
             "balance_group 'global_batch' and bias_update_rate count the load of all FFNs in one pass, which the two "
             "stacks of an encoder-decoder model do not have; use balance_group 'micro_batch' and bias_update_rate 0"
@@ -276,7 +356,8 @@ def _global_loads(routing: Routing, config: MoleConfig, num_sets: int) -> list[T
     if config.balance_group != "global_batch":
         return [None] * num_sets
     device = routing.logits[0].device
-    loads_LMK = torch.stack([layer.current_state().load.to(device) for layer in routing.layers])
+    loads = [layer.current_state().load.to(device) for layer in routing.layers]
+    loads_LMK = torch.stack([pad(load, (0, routing.num_experts - load.shape[-1])) for load in loads])
     return list(loads_LMK.unbind(dim=1))
 
 
@@ -295,9 +376,9 @@ def mole_after_step(model: nn.Module) -> None:
         return
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts_LMK)
-    states = [m.current_state() for m in model.modules() if isinstance(m, MoleMlp)]
+    states = [m.current_state() for m in model.modules() if isinstance(m, ExpertLayer)]
     for state, counts_MK in zip([s for s in states if s is not None], counts_LMK, strict=True):
-        state.step(counts_MK)
+        state.step(counts_MK[:, : state.load.shape[-1]])
 
 
 def mole_drop_step(model: nn.Module) -> None:

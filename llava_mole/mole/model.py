@@ -16,7 +16,8 @@ from llava_mole.mole import discover, ffn
 from llava_mole.mole.access import shared_inputs
 from llava_mole.mole.config import PEFT_TYPE, MoleConfig
 from llava_mole.mole.fingerprint import base_fingerprint, same_base
-from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, ExpertLayer, MoleLinear, MoleMlp
+from llava_mole.mole.linear import MoleExpertLinear, route_whole_model
 from llava_mole.mole.routing import RoutingInputs
 from llava_mole.mole.snapshot import Snapshot
 from llava_mole.mole.split import MoleSplitMlp
@@ -101,6 +102,16 @@ class MoleModel(BaseTuner):
         if peft_config.granularity == "sequence" and not self.watches_cache:
             self.watches_cache = True
             model.register_forward_pre_hook(self._note_decoding, with_kwargs=True)
+        if peft_config.router_scope == "model" and peft_config.has_router:
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                raise ValueError(
+                    f"router_scope 'model': {type(model).__name__} has an encoder and a decoder, which read different "
+                    "tokens; use router_scope 'linear'"
+                )
+            decoder = discover.decoder(model)
+            if route_whole_model not in decoder._forward_pre_hooks.values():
+                hook = decoder.register_forward_pre_hook(route_whole_model, with_kwargs=True)
+                self.batch_hooks.append(hook)
 
     def _note_decoding(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell sequence routers whether this pass continues a cached prompt, and which positions are padding."""
@@ -124,7 +135,7 @@ class MoleModel(BaseTuner):
         heads = _HEADS if str(getattr(wanted.task_type, "value", wanted.task_type)) in _CLASSIFYING else ()
         _check_saved([n for n in wanted.modules_to_save or [] if n not in heads], targets.adapted, names)
         _check_tokens(wanted, self.model)
-        if targets.sizes and not targets.ffns and wanted.ffn_modules is None and wanted.num_experts > 1:
+        if targets.sizes and not targets.counts and wanted.ffn_modules is None and wanted.num_experts > 1:
             warnings.warn(
                 f"no FFN is among the target modules, so this adapter is plain LoRA without experts; num_experts "
                 f"{wanted.num_experts} has no effect",
@@ -186,8 +197,9 @@ class MoleModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, MoleConfig)
         targets = self.targets[adapter_name]
-        layer: MoleMlp | MoleLinear
-        if isinstance(target, MoleMlp | MoleLinear):
+        layer: ExpertLayer | MoleLinear
+        expert = targets.experts.get(current_key)
+        if isinstance(target, ExpertLayer | MoleLinear):
             layer = target
         elif current_key in targets.ffns:
             found = targets.ffns[current_key]
@@ -196,16 +208,47 @@ class MoleModel(BaseTuner):
             else:
                 layer = MoleMlp(target, found.layout, self.routing_inputs)
             self._watch_batch(layer, parent, current_key.rpartition(".")[0])
+        elif expert is not None:
+            layer = MoleExpertLinear(target, self.routing_inputs)
+            if expert.container is not None:  # only an FFN may read flattened tokens
+                outside = expert.container.rpartition(".")[0]
+                self._watch_batch(layer, self.model.get_submodule(outside), outside)
         else:
             layer = MoleLinear(target)
         size = targets.sizes[current_key]
-        layer.add_adapter(adapter_name, peft_config, size.r, size.scaling)
+        config = self._config_of(peft_config, targets.counts.get(current_key))
+        layer.add_adapter(adapter_name, config, size.r, size.scaling)
+        if expert is not None and expert.owns_router:
+            assert isinstance(layer, MoleExpertLinear)
+            layer.add_model_router(adapter_name, config, self._embedding_width())
         if not isinstance(layer, MoleSplitMlp):  # it has put its parts in place itself
             setattr(parent, target_name, layer)
 
-    def _watch_batch(self, layer: MoleMlp, parent: nn.Module, path: str) -> None:
+    @staticmethod
+    def _config_of(config: MoleConfig, num_experts: int | None) -> MoleConfig:
+        """The configuration of a layer with `num_experts`: the adapter's own, or a copy if its K is another one."""
+        if num_experts is None or num_experts == config.num_experts:
+            return config
+        own = copy.copy(config)
+        own.num_experts = num_experts
+        return own
+
+    def _embedding_width(self) -> int:
+        """The width of what a router of the whole model reads."""
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        weight = getattr(embedding, "weight", None)
+        if weight is None:
+            raise ValueError(
+                f"router_scope 'model': {type(self.model).__name__} does not say which module embeds its tokens "
+                "(get_input_embeddings); use router_scope 'linear'"
+            )
+        return weight.shape[-1]
+
+    def _watch_batch(self, layer: ExpertLayer, parent: nn.Module, path: str) -> None:
         """Tell an FFN that may read flattened tokens the batch size: inside a sparse block, or a decoder layer."""
-        if ffn.is_whole_layer(layer.layout, parent) or not path.rpartition(".")[-1].isdigit():
+        layout = getattr(layer, "layout", None)
+        whole = layout is not None and ffn.is_whole_layer(layout, parent)
+        if whole or not path.rpartition(".")[-1].isdigit():
             self.batch_hooks.append(parent.register_forward_pre_hook(layer.note_batch, with_kwargs=True))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -337,6 +380,8 @@ def _report_routed_experts(model: nn.Module, config: MoleConfig) -> None:
     assert config.ffn_modules is not None
     found = f"The experts of this adapter go to the FFNs outside them: {', '.join(config.ffn_modules)}"
     none = "There is no FFN outside them, so this adapter is plain LoRA on the attention, without experts and a router"
+    if config.attention_experts:
+        none = "There is no FFN outside them, so the experts of this adapter go to the attention alone"
     logger.warning(
         "%s has %d routed experts of its own (%d sparse FFNs), which are not adapted. %s",
         type(model).__name__, sum(counts), len(counts), found if config.ffn_modules else none,

@@ -23,16 +23,57 @@ def router_dtype(x_dtype: torch.dtype) -> torch.dtype:
 class Router(nn.Module):
     """`logits = x W^T (+ b)`, Eq. 3. `weight` is `[K, D]`, `bias` `[K]`; one router serves all projections of an FFN.
 
-    For granularity `task`, `weight` is `[num_tasks, K]`: the logits of every task.
+    For granularity `task`, `weight` is `[num_tasks, K]`: the logits of every task. With `task_dim` E, `embedding` is
+    `[num_tasks, E]`, `weight` `[K, E]`, and the logits of a task are those of its embedding. `std` is the standard
+    deviation of the initial weight; None starts it like a linear of PyTorch.
     """
 
-    def __init__(self, width: int, rows: int, *, bias: bool, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        width: int,
+        rows: int,
+        *,
+        bias: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        std: float | None = None,
+        num_tasks: int = 0,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+        self.embedding = nn.Parameter(torch.empty(num_tasks, width, device=device, dtype=dtype)) if num_tasks else None
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(width), 1 / math.sqrt(width))
+        if std is not None:
+            nn.init.normal_(self.weight, std=std)
+        if self.embedding is not None:
+            nn.init.normal_(self.embedding)
+
+    @classmethod
+    def of(cls, config: MoleConfig, width: int, device: torch.device, dtype: torch.dtype) -> "Router":
+        """The router of an adapter for inputs of size `width`, `dtype` being that of the base."""
+        by_task, rows, bias = config.granularity == "task", config.num_experts, config.router_bias
+        if by_task and config.task_dim:
+            width = config.task_dim
+        elif by_task:
+            width, rows, bias = config.num_experts, config.num_tasks, False
+        return cls(
+            width,
+            rows,
+            bias=bias,
+            device=device,
+            dtype=router_dtype(dtype),
+            std=config.router_init_std,
+            num_tasks=config.num_tasks if by_task and config.task_dim else 0,
+        )
+
+    def task_logits(self, dtype: torch.dtype) -> Tensor:
+        """The logits of all tasks, `[num_tasks, K]`, in float32, or float64 if `dtype` is."""
+        if self.embedding is None:
+            return self.weight.to(router_dtype(dtype))
+        return self(self.embedding.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[..., K]` of `x` `[..., D]`, in float32 whatever the dtype of `x`.
@@ -155,8 +196,8 @@ def sparse_weights(logits_TK: Tensor, index_Tk: Tensor, expert_scale: str) -> Ex
     """The weights of the chosen experts, by `expert_scale`, from their probabilities p.
 
     `none`: 1, so no gradient reaches the router (Eq. 4). `straight_through`: the value is exactly 1, the gradient
-    that of p. `prob`: p. `prob_times_k`: K p, whose mean is 1 at initialisation. `topk_renorm`: p divided by the sum
-    over the chosen experts.
+    that of p. `prob`: p. `prob_squared`: p^2. `prob_times_k`: K p, whose mean is 1 at initialisation. `topk_renorm`:
+    p divided by the sum over the chosen experts.
     """
     if expert_scale == "none":
         return ExpertWeights(index_Tk, None)
@@ -165,6 +206,8 @@ def sparse_weights(logits_TK: Tensor, index_Tk: Tensor, expert_scale: str) -> Ex
         return ExpertWeights(index_Tk, 1 + (probs - probs.detach()))
     if expert_scale == "prob":
         return ExpertWeights(index_Tk, probs)
+    if expert_scale == "prob_squared":
+        return ExpertWeights(index_Tk, probs.square())
     if expert_scale == "prob_times_k":
         return ExpertWeights(index_Tk, probs * logits_TK.shape[-1])
     if expert_scale == "topk_renorm":
@@ -183,25 +226,44 @@ def _logits(
 ) -> Tensor:
     """Logits `[B, S, K]` of every granularity that has a router, divided by the temperature."""
     batch, length, _ = x_BSD.shape
+    noise = config.logit_noise if training else 0.0
     if config.granularity == "task":
-        task_BS = _per_position(inputs.task, "task", batch, length)
-        return router.weight.to(router_dtype(x_BSD.dtype))[task_BS] / config.temperature
+        logits_BSK = router.task_logits(x_BSD.dtype)[_per_position(inputs.task, "task", batch, length)]
+        if noise:
+            logits_BSK = logits_BSK + noise * _sample_noise(logits_BSK, inputs)
+        return logits_BSK / config.temperature
     if config.router_detach_input or config.router == "hash":
         x_BSD = x_BSD.detach()
     if training and config.jitter > 0:
         x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - config.jitter, 1 + config.jitter)
     if config.granularity == "sequence":
         if inputs.sample_index is not None and training:
-            return _packed_sequence_logits(x_BSD, router, inputs) / config.temperature
-        logits_BK = _sequence_logits(x_BSD, router, inputs, slot, training)
-        return (logits_BK / config.temperature).unsqueeze(1).expand(-1, length, -1)
+            logits_BSK = _packed_sequence_logits(x_BSD, router, inputs)
+        else:
+            logits_BK = _sequence_logits(x_BSD, router, inputs, slot, training)
+            logits_BSK = logits_BK.unsqueeze(1).expand(-1, length, -1)
+        if noise:
+            logits_BSK = logits_BSK + noise * _sample_noise(logits_BSK, inputs)
+        return logits_BSK / config.temperature
     logits_BSK = router(x_BSD)
+    if noise:
+        logits_BSK = logits_BSK + noise * torch.randn_like(logits_BSK)
     return logits_BSK if config.temperature == 1 else logits_BSK / config.temperature
+
+
+def _sample_noise(logits_BSK: Tensor, inputs: RoutingInputs) -> Tensor:
+    """Normal noise that all positions of a sample share, `[B, S, K]`, for rows of one sample or of several."""
+    batch, length, num_experts = logits_BSK.shape
+    if inputs.sample_index is None:
+        return torch.randn_like(logits_BSK[:, :1]).expand(-1, length, -1)
+    # There are at most as many samples as positions.
+    noise_TK = torch.randn(batch * length, num_experts, dtype=logits_BSK.dtype, device=logits_BSK.device)
+    return noise_TK[_per_position(inputs.sample_index, "sample_index", batch, length)]
 
 
 def _sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs, slot: RoutingSlot, training: bool) -> Tensor:
     """Mean logits over the prompt, `[B, K]`; a decoding step reuses those of its prompt."""
-    if inputs.decoding and slot.prompt_logits is not None:
+    if inputs.decoding and not training and slot.prompt_logits is not None:
         return slot.prompt_logits
     mask_BS = inputs.prompt_mask
     if mask_BS is None and not training:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llava_mole.mole.progress import TrainingProgress
 
@@ -37,6 +38,21 @@ class RoutingSlot:
         return {"logits": None, "index": None, "prompt_logits": None, "stand_in": None}
 
 
+class ModelDecision:
+    """The weights that a router of the whole model has given in the latest forward pass; None without one.
+
+    Layers with experts only read them: `experts`, of any type, for T tokens, and those of the shared expert, `[T, 1]`
+    or None for 1. Copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self.experts: Any = None
+        self.shared: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type["ModelDecision"], tuple[()]]:
+        return ModelDecision, ()
+
+
 @dataclass
 class RoutingInputs:
     """Facts about the batch that some routers need; all optional, all on the model's device.
@@ -48,7 +64,8 @@ class RoutingInputs:
     """For granularity `given`: the expert of each sample or token, int64 `[B]` or `[B, S]`, or the weights of all
     experts, float `[B, K]` or `[B, S, K]`."""
     source: Tensor | None = None
-    """For router `oracle`: the expert of each sample, int64 `[B]`; `[B, S]` where rows hold several samples."""
+    """For router `oracle`: the expert of each sample, int64 `[B]`; `[B, S]` where rows hold several samples. For
+    `balance_kind` `groups`: 1 or 0, the samples that the first or the second half of the experts serves."""
     task: Tensor | None = None
     """For granularity `task`: the task of each sample, int64 `[B]`; `[B, S]` where rows hold several samples."""
     prompt_mask: Tensor | None = None
@@ -63,10 +80,12 @@ class RoutingInputs:
     """Whether logits that are not finite raise; see `disable_finite_check`."""
     progress: TrainingProgress = field(default_factory=TrainingProgress)
     """Not an input: the state of the training, which all layers share."""
+    decision: ModelDecision = field(default_factory=ModelDecision)
+    """Not an input: the decision of a router of the whole model."""
 
     def update(self, **values: Tensor | None) -> None:
         """Replace all inputs; those not named become None. Raises ValueError for an unknown name."""
-        names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "check_finite", "progress"}
+        names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "check_finite", "progress", "decision"}
         for name in values:
             if name not in names:
                 raise ValueError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")
@@ -84,14 +103,16 @@ class RoutingInputs:
 class Routing:
     """The routing of a model's latest forward pass, layer by layer.
 
-    `logits[l]` is float32 `[B, S, K]` with its graph and `index[l]` int64 `[B, S, k]`, for the L layers called
-    `names[l]`. `layers` holds the `MoleMlp` modules themselves.
+    `logits[l]` is float32 `[B, S, K]` with its graph and `index[l]` int64 `[B, S, k]`, for the L routers of the layers
+    called `names[l]`. K may differ by layer. `layers` holds the `ExpertLayer` modules themselves. `source` is that of
+    `RoutingInputs`.
     """
 
     names: tuple[str, ...]
     logits: tuple[Tensor, ...]
     index: tuple[Tensor, ...]
     layers: tuple[Any, ...]
+    source: Tensor | None = None
 
     def unpack(self, positions_NM: Tensor) -> "Routing":
         """The same routing with one row per sample, for rows that hold several samples.
@@ -103,12 +124,30 @@ class Routing:
             self,
             logits=tuple(logits.flatten(0, 1)[positions_NM] for logits in self.logits),
             index=tuple(index.flatten(0, 1)[positions_NM] for index in self.index),
+            source=self._source_at(positions_NM[:, 0]),
         )
+
+    def _source_at(self, positions_N: Tensor) -> Tensor | None:
+        """The source of the sample at each of these positions in the flattened rows, `[N]`."""
+        if self.source is None or not self.logits:
+            return None
+        rows, length, _ = self.logits[0].shape
+        if self.source.dim() == 2:
+            return self.source.flatten()[positions_N]
+        return self.source[positions_N // length] if len(self.source) == rows else self.source
 
     @property
     def num_experts(self) -> int:
-        """K; 0 for a model without experts."""
-        return self.logits[0].shape[-1] if self.logits else 0
+        """K, the largest if it differs by layer; 0 for a model without experts."""
+        return max((logits.shape[-1] for logits in self.logits), default=0)
+
+    def stacked_logits(self) -> Tensor:
+        """All logits, `[L, B, S, K]`; minus infinity for the experts that a layer does not have."""
+        most = self.num_experts
+        ragged = any(logits.shape[-1] < most for logits in self.logits)
+        missing = [most - logits.shape[-1] for logits in self.logits] if ragged else []
+        padded = [pad(x, (0, n), value=-torch.inf) for x, n in zip(self.logits, missing, strict=False)]
+        return torch.stack(padded or self.logits)
 
 
 def in_backward() -> bool:
@@ -149,13 +188,13 @@ def routing_load(routing: Routing, mask: Tensor) -> Tensor:
 
 def routing_entropy(routing: Routing, mask: Tensor) -> Tensor:
     """Mean entropy of the router's probabilities over the tokens of `mask`, in nats, float32 `[L]`."""
-    logs = torch.stack(routing.logits).detach().log_softmax(dim=-1)
-    return _masked_mean(-(logs.exp() * logs).sum(dim=-1), mask)
+    logs = routing.stacked_logits().detach().log_softmax(dim=-1)
+    return _masked_mean(-(logs.exp() * logs.clamp(min=torch.finfo(logs.dtype).min)).sum(dim=-1), mask)
 
 
 def routing_margin(routing: Routing, mask: Tensor) -> Tensor:
     """Mean gap between the two largest probabilities over the tokens of `mask`, float32 `[L]`; 1 for one expert."""
-    probs = torch.stack(routing.logits).detach().softmax(dim=-1)
+    probs = routing.stacked_logits().detach().softmax(dim=-1)
     if probs.shape[-1] == 1:
         return _masked_mean(probs[..., 0], mask)
     best = probs.topk(2, dim=-1).values

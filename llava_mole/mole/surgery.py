@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.discover import routed_experts
-from llava_mole.mole.layer import AdaptedLayer, MoleLinear, MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, ExpertLayer, MoleLinear
 from llava_mole.mole.model import MoleModel, find_tuner
 
 PLAIN = {
@@ -90,12 +90,20 @@ def to_lora(
 
     Raises:
         ValueError: no such expert or adapter, `usage` is missing or has the wrong shape, the adapter has
-            `modules_to_save`, or PEFT would load the LoRA into other modules (sparse base models).
+            `modules_to_save` or (for more than one expert) `experts_by_layer`, or PEFT would load the LoRA into other
+            modules (sparse base models).
     """
     tuner, config = _adapter(model, adapter_name)
+    if config.experts_by_layer is not None and not (isinstance(expert, int) and expert < min(config.experts_by_layer)):
+        raise ValueError(
+            f"expert is {expert!r}, but the layers have {config.experts_by_layer} experts (experts_by_layer); only one "
+            f"of the first {min(config.experts_by_layer)} is in all of them"
+        )
     if config.modules_to_save:
         raise ValueError(f"the adapter also trains modules_to_save {config.modules_to_save}, which a LoRA would lose")
-    ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
+    ffns = list(_layers(tuner.model, ExpertLayer, adapter_name))
+    if usage is not None and config.router_scope == "model" and usage.shape == (1, config.num_experts):
+        usage = usage.expand(len(ffns), -1)  # one router decides for all layers
     weights_LK = _expert_weights(expert, usage, len(ffns), config.num_experts)
     kept = weights_LK.any(dim=0).nonzero().flatten().tolist()  # the same in all layers: PEFT's ranks are by name ending
     tensors: dict[str, Tensor] = {}
@@ -104,7 +112,7 @@ def to_lora(
     attention_r = config.attention_r or config.r
     by_layer = bool(config.rank_pattern or config.alpha_pattern)  # then names by ending are not enough
     for (name, ffn), weight_K in zip(ffns, weights_LK.tolist(), strict=True):
-        for projection in ffn.layout.projections:
+        for projection in ffn.projections:
             a_NI, b_NO = _fold(ffn, adapter_name, projection, {k: weight_K[k] for k in kept})
             path = ffn.linear_path(name, projection)
             _put(tensors, path, a_NI, b_NO)
@@ -125,7 +133,7 @@ def to_lora(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
-        fan_in_fan_out=any(hasattr(f.linear(f.layout.up), "nf") for _, f in ffns),  # GPT-2's Conv1D
+        fan_in_fan_out=any(hasattr(f.linear(f.projections[0]), "nf") for _, f in ffns),  # GPT-2's Conv1D
     )
     _check_peft_keeps_targets(lora, tuner.model)
     out = Path(directory)
@@ -174,19 +182,29 @@ def from_loras(
     """
     if attention not in ("mean", "first", "none"):
         raise ValueError(f"attention is {attention!r}; it must be mean, first or none")
+    for option in ("shared_a", "experts_by_layer"):
+        if options.get(option):
+            raise ValueError(
+                f"{option} is {options[option]!r}: every LoRA becomes an expert with its own A in every layer"
+            )
     loras = [_read_lora(Path(directory)) for directory in directories]
     if not loras:
         raise ValueError("from_loras needs at least one directory")
     r = max(pair[0].shape[0] for lora in loras for pair in lora.values())
     count = len(loras)
     attention_r = r * count if attention == "mean" else r
-    config = MoleConfig(**{"alpha": float(r), **options, "r": r, "attention_r": attention_r, "num_experts": count})
+    own = (
+        {"r": r, "num_experts": count}
+        if options.get("attention_experts")
+        else {"r": r, "num_experts": count, "attention_r": attention_r}
+    )
+    config = MoleConfig(**{"alpha": float(r), **options, **own})
     mole = get_peft_model(model, config)
     tuner, _ = _adapter(mole, "default")
     used: set[str] = set()
     with torch.no_grad():
-        for name, ffn in _layers(tuner.model, MoleMlp, "default"):
-            for projection in ffn.layout.projections:
+        for name, ffn in _layers(tuner.model, ExpertLayer, "default"):
+            for projection in ffn.projections:
                 path = ffn.linear_path(name, projection)
                 used.add(path)
                 a_KRI, b_KRO = ffn.experts("default").pair(projection)
@@ -222,8 +240,9 @@ def grow(model: nn.Module, num_experts: int, *, noise: float = 0.0, adapter_name
         raise ValueError(f"grow to {num_experts} experts: the adapter has {config.num_experts} already; use prune")
     if not config.has_router:
         raise ValueError("grow needs an adapter with a router, hence with at least two experts")
+    _check_one_k(config)
     index = torch.arange(num_experts) % config.num_experts
-    for _, ffn in _layers(tuner.model, MoleMlp, adapter_name):
+    for _, ffn in _layers(tuner.model, ExpertLayer, adapter_name):
         ffn.select_experts(adapter_name, index, first_new=config.num_experts, noise=noise)
     _replace_config(tuner, config, adapter_name, num_experts)
 
@@ -238,7 +257,10 @@ def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: st
         ValueError: an impossible number of experts, or `usage` of the wrong shape.
     """
     tuner, config = _adapter(model, adapter_name)
-    ffns = list(_layers(tuner.model, MoleMlp, adapter_name))
+    _check_one_k(config)
+    ffns = list(_layers(tuner.model, ExpertLayer, adapter_name))
+    if config.router_scope == "model" and usage.shape == (1, config.num_experts):
+        usage = usage.expand(len(ffns), -1)  # one router decides for all layers
     if not 2 <= num_experts < config.num_experts:
         raise ValueError(f"prune to {num_experts} experts: it must be 2 to {config.num_experts - 1}")
     if usage.shape != (len(ffns), config.num_experts):
@@ -257,6 +279,14 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[MoleModel, MoleConfig
     if not isinstance(config, MoleConfig):
         raise ValueError(f"no adapter {adapter_name!r}; there are {', '.join(tuner.peft_config)}")
     return tuner, config
+
+
+def _check_one_k(config: MoleConfig) -> None:
+    if config.experts_by_layer is not None:
+        raise ValueError(
+            f"experts_by_layer is {config.experts_by_layer}: the number of experts cannot be changed where it differs "
+            "by layer; train a new adapter"
+        )
 
 
 def _replace_config(tuner: MoleModel, config: MoleConfig, adapter_name: str, num_experts: int) -> None:
@@ -291,11 +321,11 @@ def _expert_weights(expert: int | str, usage: Tensor | None, layers: int, num_ex
     return torch.nn.functional.one_hot(torch.full((layers,), expert), num_experts).float()
 
 
-def _fold(ffn: MoleMlp, adapter_name: str, projection: str, weights: dict[int, float]) -> tuple[Tensor, Tensor]:
+def _fold(ffn: ExpertLayer, adapter_name: str, projection: str, weights: dict[int, float]) -> tuple[Tensor, Tensor]:
     """The experts in `weights` stacked along the rank, the weight in B: `[N, I]`, `[N, O]`; the shared expert last."""
     experts = ffn.experts(adapter_name)
-    a_KRI, b_KRO = (t.detach() for t in experts.pair(projection))
-    parts = [(a_KRI[k], b_KRO[k] * w) for k, w in weights.items()]
+    pairs = {k: experts.expert_pair(projection, k) for k in weights}
+    parts = [(pairs[k][0].detach(), pairs[k][1].detach() * w) for k, w in weights.items()]
     if ffn.configs[adapter_name].shared_r:
         a, b = experts.shared_pair(projection)
         parts.append((a.detach(), b.detach()))

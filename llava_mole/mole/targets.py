@@ -15,7 +15,8 @@ from torch import nn
 
 from llava_mole.mole import discover, ffn
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.layer import MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, ExpertLayer, MoleLinear, MoleMlp
+from llava_mole.mole.linear import MoleExpertLinear
 from llava_mole.mole.split import MoleSplitMlp
 
 
@@ -25,6 +26,16 @@ class Size:
 
     r: int
     scaling: float
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """A linear that gets experts by itself, for `router_scope` `linear` and `model`."""
+
+    container: str | None
+    """Path of the FFN it belongs to; None for a linear of the attention."""
+    owns_router: bool
+    """Whether it owns the router of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +64,20 @@ class Targets:
     """The modules to adapt, by their path in the model."""
 
     ffns: dict[str, Ffn]
+    """FFNs with experts; empty if linears get them one by one."""
+    experts: dict[str, ExpertLinear]
+    """Linears with experts of their own."""
     sizes: dict[str, Size]
     """Of every target, FFN or linear."""
+    counts: dict[str, int]
+    """K of every FFN or linear with experts."""
     named: list[str] | str | None
     """What `target_modules` says."""
 
     @property
     def linears(self) -> list[str]:
         """Paths of the linears with plain LoRA."""
-        return [key for key in self.sizes if key not in self.ffns]
+        return [key for key in self.sizes if key not in self.ffns and key not in self.experts]
 
     @property
     def adapted(self) -> list[str]:
@@ -76,8 +92,8 @@ def all_linears(config: MoleConfig, model: nn.Module) -> list[str]:
     _maybe_include_all_linear_layers(asked, model)
     names = set(asked.target_modules)
     for path, module in model.named_modules():
-        if isinstance(module, MoleMlp):
-            names.update(module.linear_path(path, projection) for projection in module.layout.projections)
+        if isinstance(module, ExpertLayer):
+            names.update(module.linear_path(path, projection) for projection in module.projections)
     return sorted(names)
 
 
@@ -101,12 +117,37 @@ def find_targets(model: nn.Module, config: MoleConfig, paths: Collection[str] | 
         for path in search.modules
         if path and (check_target_module_exists(config, path) if paths is None else path in paths)
     ]
+    if paths is not None and config.router_scope != "ffn":
+        matched = list(dict.fromkeys(search.named_as(path) for path in matched))
     found = search.declared(matched) if config.ffn_modules is not None else search.by_structure(matched)
     ffns = {each.path: each for each in found if not search.excluded(each)}
-    for each in ffns.values():
-        search.check_free(each)
     linears = [path for path in matched if path not in search.inside]
-    return Targets(ffns, _sizes(config, ffns, linears), config.target_modules)
+    if config.router_scope == "ffn":
+        for each in ffns.values():
+            search.check_free(each)
+            if each.split and config.mix == "ffn_output":
+                raise ValueError(
+                    f"mix 'ffn_output': {each.container} computes its FFN in a way of its own, which cannot be "
+                    "repeated for each expert; use mix 'projection'"
+                )
+        search.check_plain(linears)
+        return Targets(
+            ffns, {}, _sizes(config, ffns, linears), _counts(config, search.modules, ffns), config.target_modules
+        )
+    containers: dict[str, str | None] = {linear: f.container for f in ffns.values() for linear in f.projections}
+    if config.attention_experts:
+        containers.update(dict.fromkeys(linears))
+    search.check_experts(list(containers))
+    search.check_plain([path for path in linears if path not in containers])
+    paths_in_order = [path for path in search.modules if path in containers or path in linears]
+    first = next((path for path in paths_in_order if path in containers), None)
+    experts = {
+        path: ExpertLinear(containers[path], owns_router=config.router_scope == "model" and path == first)
+        for path in paths_in_order
+        if path in containers
+    }
+    sizes = _sizes(config, {}, paths_in_order, experts)
+    return Targets({}, experts, sizes, _counts(config, search.modules, experts), config.target_modules)
 
 
 class _Search:
@@ -116,6 +157,7 @@ class _Search:
         self.config = config
         self.modules = dict(discover.base_modules(model))
         self.wrapped = {path: module for path, module in model.named_modules() if isinstance(module, MoleMlp)}
+        self.layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
         self.inside: set[str] = set()
         """Paths of FFNs and of their projections: they are no targets of plain LoRA."""
         self._errors: dict[tuple[type, bool], str | None] = {}
@@ -136,6 +178,8 @@ class _Search:
             layout = ffn.layout_from_names(names, module, path) if has_parts else None
         if layout is None:
             return None
+        if self.config.router_scope != "ffn":  # its linears are called one by one, whatever happens between them
+            return Ffn(path, layout, split=False)
         if isinstance(self.wrapped.get(f"{path}.{layout.projections[0]}"), MoleSplitMlp):
             return Ffn(path, layout, split=True)
         return Ffn(path, layout, split=self._composition_error(path, layout, in_training) is not None)
@@ -164,6 +208,14 @@ class _Search:
         parent, _, name = path.rpartition(".")
         found = self.find(parent, in_training=True) if parent in self.modules else None
         return found if found is not None and name in found.layout.projections else None
+
+    def named_as(self, path: str) -> str:
+        """The path by which `ffn_modules` names the FFN around the linear at `path`; `path` itself outside of FFNs."""
+        around, names = self._around(path), self.config.ffn_modules
+        if around is None:
+            return path
+        known = (around.container, around.projections[0])
+        return next((each for each in known if names is None or self._names(names, each)), path)
 
     def declared(self, matched: list[str]) -> list[Ffn]:
         """The FFNs among the matched modules where `ffn_modules` names them, or their first linears."""
@@ -250,12 +302,36 @@ class _Search:
             return
         container = self.modules[each.container]
         parts = [(name, getattr(container, name)) for name in each.layout.projections]
-        foreign = next((name for name, part in parts if isinstance(part, BaseTunerLayer)), None)
+        foreign = next(((name, part) for name, part in parts if isinstance(part, BaseTunerLayer)), None)
         if foreign is not None:
+            what = "experts of its own" if isinstance(foreign[1], ExpertLayer) else "plain LoRA"
             raise ValueError(
-                f"{each.container}.{foreign} carries plain LoRA of another adapter, so the FFN around it cannot get "
+                f"{each.container}.{foreign[0]} carries {what} of another adapter, so the FFN around it cannot get "
                 "experts; exclude it with exclude_modules, or load the two adapters into two models"
             )
+
+    def check_plain(self, linears: list[str]) -> None:
+        """Raise ValueError for a linear that should get plain LoRA but has experts in another adapter."""
+        self._check_kind(linears, MoleLinear, "plain LoRA")
+
+    def check_experts(self, linears: list[str]) -> None:
+        """Raise ValueError for a linear that should get experts of its own where another adapter has something else."""
+        self._check_kind(linears, MoleExpertLinear, "experts of its own")
+        for path in linears:
+            around = next((p for p in self.wrapped if path.startswith(f"{p}.")), None)
+            if around is not None:
+                raise ValueError(
+                    f"{around} carries the experts of another adapter with router_scope 'ffn', so {path} cannot get "
+                    f"its own (router_scope {self.config.router_scope!r}); load the two adapters into two models"
+                )
+
+    def _check_kind(self, linears: list[str], kind: type[AdaptedLayer], what: str) -> None:
+        for path in linears:
+            if path in self.layers and not isinstance(self.layers[path], kind):
+                raise ValueError(
+                    f"{path} should get {what}, but another adapter has it adapted in another way (router_scope and "
+                    "attention_experts decide); load the two adapters into two models"
+                )
 
 
 def _not_an_ffn(module: nn.Module, path: str) -> str:
@@ -270,8 +346,10 @@ def _not_an_ffn(module: nn.Module, path: str) -> str:
     )
 
 
-def _sizes(config: MoleConfig, ffns: dict[str, Ffn], linears: list[str]) -> dict[str, Size]:
-    """Rank and scaling of every target, from the patterns where they match."""
+def _sizes(
+    config: MoleConfig, ffns: dict[str, Ffn], linears: list[str], experts: Mapping[str, ExpertLinear] | None = None
+) -> dict[str, Size]:
+    """Rank and scaling of every target, from the patterns where they match; `experts` are among the linears."""
     patterns: dict[str, Mapping[str, float]] = {
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
@@ -298,7 +376,11 @@ def _sizes(config: MoleConfig, ffns: dict[str, Ffn], linears: list[str]) -> dict
         r, alpha = int(values.get("rank_pattern", default_r)), values.get("alpha_pattern", config.alpha)
         return Size(r, alpha / (r**0.5 if config.use_rslora else r))
 
-    sizes = {path: size(path, path, config.attention_r or config.r) for path in linears}
+    experts, plain_r = experts or {}, config.attention_r or config.r
+    sizes = {
+        path: size(path, experts[path].container or path, config.r) if path in experts else size(path, path, plain_r)
+        for path in linears
+    }
     for path, found in ffns.items():
         each = {linear.rpartition(".")[-1]: size(linear, found.container, config.r) for linear in found.projections}
         if len(set(each.values())) > 1:
@@ -319,3 +401,22 @@ def _sizes(config: MoleConfig, ffns: dict[str, Ffn], linears: list[str]) -> dict
 def _pattern_keys(pattern: Collection[str], path: str) -> list[str]:
     """The keys of a pattern that name the module at `path`, by PEFT's rule. The first one counts."""
     return [key for key in pattern if re.match(rf"(.*\.)?({key})$", path)]
+
+
+def _counts(config: MoleConfig, modules: Mapping[str, nn.Module], paths: Collection[str]) -> dict[str, int]:
+    """K of the FFN or linear at each of `paths`, by `experts_by_layer` where it is set."""
+    by_layer = config.experts_by_layer
+    if by_layer is None:
+        return dict.fromkeys(paths, config.num_experts)
+    counts = {}
+    for path in paths:
+        found = re.match(r"(?:(.*?)\.)?(\d+)(?=\.|$)", path)
+        if found is None:
+            raise ValueError(f"experts_by_layer is {by_layer}, but {path} is in no numbered layer; use num_experts")
+        layers = len(list(modules[found[1] or ""].children()))
+        if layers < len(by_layer):
+            raise ValueError(
+                f"experts_by_layer has {len(by_layer)} entries, but {found[1]} has {layers} layers; shorten it"
+            )
+        counts[path] = by_layer[int(found[2]) * len(by_layer) // layers]
+    return counts

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from llava_mole.mole.access import active_config, collect_routing, shared_inputs
 from llava_mole.mole.config import MoleConfig
-from llava_mole.mole.layer import AdaptedLayer, MoleMlp
+from llava_mole.mole.layer import AdaptedLayer, ExpertLayer
 from llava_mole.mole.loss import auxiliary_loss, mole_after_step
 from llava_mole.mole.progress import TrainingPass, TrainingProgress
 from llava_mole.mole.routing import Routing
@@ -103,7 +103,7 @@ def _evaluation_pass(
         return None
     if not loss.requires_grad:
         return None
-    progress = cast(MoleMlp, routing.layers[0]).inputs.progress
+    progress = cast(ExpertLayer, routing.layers[0]).inputs.progress
     this_pass, outside = progress.pass_in_evaluation(counts_LMK)
     return _attach(output, loss, this_pass, None, outside, arguments.get("labels") is not None)
 
@@ -140,6 +140,8 @@ def _pass_loss(
     for index, (name, logits) in enumerate(zip(routing.names, routing.logits, strict=True)):
         in_decoder = _is_encoder_decoder(module) and "decoder" in name.split(".")
         groups.setdefault((in_decoder, logits.shape[:2]), []).append(index)
+    if config.balance_kind == "groups" and config.balance_coef > 0 and routing.source is None:
+        raise MissingArgument("balance_kind 'groups' needs set_routing_inputs(model, source=...) with 0 or 1 by sample")
     device = routing.logits[0].device
     total = torch.zeros((), device=device)
     counts = []
@@ -158,8 +160,9 @@ def _pass_loss(
             masks = {name: mask.flatten()[positions_NM] & exists_NM for name, mask in masks.items()}
         with torch.autocast(device_type=device.type, enabled=False):
             loss, count = auxiliary_loss(config, part, **masks)
-        total = total + loss * (len(layers) / len(routing.logits))
-        counts.append(count)
+        summed = config.balance_layers == "blocks" or config.balance_kind == "groups"
+        total = total + loss * (1 if summed else len(layers) / len(routing.logits))
+        counts.append(None if count is None else nn.functional.pad(count, (0, config.num_experts - count.shape[-1])))
     return total, None if counts[0] is None else torch.cat([count for count in counts if count is not None])
 
 
@@ -383,8 +386,8 @@ def _watch_routers(model: nn.Module, held: set[int], progress: TrainingProgress)
     """Warn once about trainable routers that `BLIND_STEPS` optimizer steps have left without a gradient."""
     waiting = {}
     for name, layer in model.named_modules():
-        current = layer.current_adapter() if isinstance(layer, MoleMlp) else None
-        router = None if current is None else cast(MoleMlp, layer).router(current)
+        current = layer.current_adapter() if isinstance(layer, ExpertLayer) else None
+        router = None if current is None else cast(ExpertLayer, layer).router(current)
         if router is not None and router.weight.requires_grad and id(router.weight) in held:
             waiting[name] = router.weight.grad
     if not waiting:

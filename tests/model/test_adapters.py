@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 from worlds.eval_models import make_checkpoint
 
 from llava_mole.common.errors import ConfigError, WeightsError
+from llava_mole.config import ROUTED_BY_TASK, Preset
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model import builder
-from llava_mole.model.adapters import add_adapter, parameter_part
+from llava_mole.model.adapters import adapter_config, add_adapter, parameter_part
 from llava_mole.model.builder import ADAPTER_DIR
 from llava_mole.model.language_model import load_language_model
-from llava_mole.mole import set_routing_inputs
+from llava_mole.mole import PRESETS, MoleConfig, set_routing_inputs
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 FAMILIES = {
@@ -47,6 +49,20 @@ def test_attention_and_ffn_are_told_apart_in_every_family(family: str, method: s
             parts.setdefault(part, set()).add(name)
     expected = {"experts", "router", "attention LoRA"} if method == "mole" else {"FFN LoRA", "attention LoRA"}
     assert set(parts) == expected
+
+
+def test_every_preset_is_known_to_the_configuration_of_a_run() -> None:
+    assert list(get_args(Preset)) == list(PRESETS)
+    by_task = {name for name, changes in PRESETS.items() if changes.get("granularity") == "task"}
+    assert set(ROUTED_BY_TASK) == by_task
+    for name in PRESETS:
+        options = {"num_tasks": 2} if name == "moelora-task" else {}
+        fields = {"rank": 8, "dropout": None, "num_experts": 6, "preset": name, "options": options}
+        config: Any = adapter_config("mole", alpha=None, **fields)
+        own = MoleConfig.from_preset(name, **options)
+        assert (config.r, config.scaling, config.dropout) == (8, own.scaling, own.dropout)
+        assert config.num_experts == (8 if name == "mola" else 6)
+        assert adapter_config("mole", alpha=4.0, **fields).scaling == 0.5
 
 
 @pytest.mark.parametrize(

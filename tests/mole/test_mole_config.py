@@ -51,7 +51,7 @@ def test_what_cannot_work_is_refused_with_the_reason(options: dict[str, Any], me
 
 
 def test_presets_and_their_names() -> None:
-    assert set(PRESETS) == {"paper", "released", "coupled", "best"}
+    assert list(PRESETS)[:4] == ["paper", "released", "coupled", "best"]
     assert MoleConfig() == MoleConfig.from_preset("paper")
     paper = MoleConfig.from_preset("paper", r=8)
     assert (paper.alpha, paper.scaling, paper.expert_scale, paper.router_bias) == (16, 2, "none", False)
