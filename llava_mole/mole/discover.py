@@ -43,7 +43,7 @@ def language_model(model: nn.Module) -> str:
 
 def decoder(model: nn.Module) -> nn.Module:
     """The module that every forward pass of the language model goes through, with or without its head."""
-    _, language = language_model(model)
+    language = model.get_submodule(language_model(model))
     return cast(Any, language).get_decoder() if hasattr(language, "get_decoder") else language
 
 
