@@ -125,8 +125,8 @@ class _Search:
                 known = self.layout(path)
                 if known is None:
                     raise ValueError(
-                        f"{path} ({type(module).__name__}) is not an FFN of a known structure: name its parts with "
-                        "ffn_projections, or exclude it with exclude_modules"
+                        f"ffn_modules: {path} ({type(module).__name__}) is not an FFN of a known structure: name its "
+                        "parts with ffn_projections, or exclude it with exclude_modules"
                     )
                 layout = known
             found[path] = layout
