@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CardData, ModelCard
 from peft import PeftConfig
 
 _BEGIN, _END = "<!-- MoLE, written on saving: begin -->", "<!-- MoLE: end -->"
@@ -40,7 +40,7 @@ def write_card(
     card.save(file)
 
 
-def _label(data: ModelCardData, base: str | None) -> None:
+def _label(data: CardData, base: str | None) -> None:
     """Tags, base model and licence in the header."""
     tags = {*(data.get("tags") or []), *_TAGS} - {"base_model:adapter:"}
     data["tags"] = sorted(tags)

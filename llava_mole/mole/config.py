@@ -356,6 +356,8 @@ def _check_modules(c: MoleConfig) -> None:
             f"layers_to_transform is {c.layers_to_transform!r}, but target_modules is {c.target_modules!r}: PEFT "
             "applies it to a list of names only; give such a list, or drop layers_to_transform"
         )
+    if c.base_fingerprint is not None and not isinstance(c.base_fingerprint, str):
+        raise ValueError(f"base_fingerprint is {c.base_fingerprint!r}; it must be a text that saving wrote, or None")
     layers = c.layers_to_transform
     if layers is not None and not _is_list([layers] if isinstance(layers, int) else layers, int):
         raise ValueError(f"layers_to_transform is {layers!r}; it must be a whole number or a list of them")

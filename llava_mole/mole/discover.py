@@ -29,21 +29,21 @@ def base_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
         yield from base_modules(child, f"{path}.{name}" if path else name)
 
 
-def language_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the language model: the decoder of a model whose config has a `text_config`, else all of it.
+def language_model(model: nn.Module) -> str:
+    """Path of the language model: the decoder of a model whose config has a `text_config`, else "", all of it.
 
     `get_decoder` and `text_config` are what transformers gives every model with several inputs.
     """
     get_decoder = getattr(model, "get_decoder", None)
     if get_decoder is None or getattr(getattr(model, "config", None), "text_config", None) is None:
-        return "", model
+        return ""
     decoder = get_decoder()
-    return next(name for name, module in model.named_modules() if module is decoder), decoder
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def decoder(model: nn.Module) -> nn.Module:
     """The module that every forward pass of the language model goes through, with or without its head."""
-    _, language = language_model(model)
+    language = model.get_submodule(language_model(model))
     return cast(Any, language).get_decoder() if hasattr(language, "get_decoder") else language
 
 
@@ -85,7 +85,7 @@ def name_endings(paths: list[str], model: nn.Module) -> list[str]:
     """The shortest endings of `paths` that no other module of `model` has, in the order of `paths`."""
     everywhere = Counter(ending for path, _ in base_modules(model) for ending in _endings(path))
     chosen = Counter(ending for path in paths for ending in _endings(path))
-    return list(dict.fromkeys(next(e for e in _endings(p) if chosen[e] == everywhere[e]) for p in paths))
+    return list(dict.fromkeys(next((e for e in _endings(p) if chosen[e] == everywhere[e]), p) for p in paths))
 
 
 def routed_experts(model: nn.Module) -> list[int]:
@@ -111,7 +111,7 @@ def _is_listed_in_a_layer(path: str) -> bool:
 
 
 def _language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    root, _ = language_model(model)
+    root = language_model(model)
     return ((p, m) for p, m in base_modules(model) if p and (not root or f"{p}.".startswith(f"{root}.")))
 
 

@@ -120,11 +120,12 @@ def activate(layout: FfnLayout, ffn: nn.Module, up: Tensor, gate: Tensor | None)
     return act(up) if gate is None else act(gate) * up
 
 
-def composition_error(layout: FfnLayout, ffn: nn.Module) -> str | None:
+def composition_error(layout: FfnLayout, ffn: nn.Module, in_training: bool = True) -> str | None:
     """Why the forward pass of `ffn` cannot be composed from its parts, as the end of a sentence; None if it can.
 
-    The two are compared on random tokens, in evaluation and, with the same random numbers, in training, where dropout
-    would differ. Weights that cannot compute here (meta device, the integers of a quantized linear) are trusted.
+    The two are compared on random tokens, in evaluation and, if `in_training`, also in training with the same random
+    numbers, where a dropout that `FfnLayout` does not describe shows. Weights that cannot compute here (meta device,
+    the integers of a quantized linear) are trusted.
     """
     if layout.activation is None or is_whole_layer(layout, ffn):
         return "is not an FFN of its own with a known activation"
@@ -141,7 +142,7 @@ def composition_error(layout: FfnLayout, ffn: nn.Module) -> str | None:
     x = torch.randn(1, 4, widths[0], generator=generator).to(weight.device, weight.dtype)
     was_training = ffn.training
     try:
-        same = all(_composes(layout, ffn.train(training), x) for training in (False, True))
+        same = all(_composes(layout, ffn.train(training), x) for training in (False, True)[: 1 + in_training])
     except (RuntimeError, TypeError) as error:
         return f"cannot be called with one tensor: {error}"
     finally:

@@ -8,10 +8,11 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from llava_mole.mole.discover import base_modules
@@ -80,7 +81,7 @@ def same_base(recorded: str, model: nn.Module) -> bool:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
-    """Name, values and kind of every base parameter that can be read."""
+    """Name, values and kind of every base parameter that can be read; those of unknown tensor classes cannot."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     seen = {id(p) for layer in layers if layer.merged for p in layer.get_base_layer().parameters()}
     for path, module in base_modules(model):
@@ -91,10 +92,23 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
             full = f"{path}.{name}".replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "").removeprefix(".")
             if parameter.device.type == "meta" or parameter.numel() == 0:
                 continue
-            if parameter.is_floating_point() and parameter.element_size() > 1:
+            kind, is_float = type(parameter), parameter.is_floating_point() and parameter.element_size() > 1
+            if is_float and (kind is nn.Parameter or kind.__name__ in ("Params4bit", "Int8Params")):
                 yield full, parameter.detach(), _EXACT
-            elif type(parameter).__name__ in ("Params4bit", "Int8Params"):
-                yield full, dequantize_module_weight(module).detach(), _COARSE
+            elif kind.__name__ == "Params4bit":
+                yield full, dequantize_bnb_weight(parameter).detach(), _COARSE
+            elif kind.__name__ == "Int8Params":
+                values = _from_int8(parameter, module)
+                if values is not None:
+                    yield full, values, _COARSE
+            elif kind.__module__.startswith("torchao."):
+                yield full, parameter.detach().dequantize(), _COARSE
+
+
+def _from_int8(parameter: Any, module: Any) -> Tensor | None:
+    """The values of bitsandbytes' 8-bit weight. PEFT's function for it would change the module's state."""
+    scale = parameter.SCB if parameter.SCB is not None else module.state.SCB
+    return None if scale is None else parameter.data * (scale.to(parameter.device).unsqueeze(-1) / 127)
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -32,9 +32,10 @@ T = TypeVar("T")
 
 
 class UnknownOption(ValueError, TypeError):
-    """A keyword that no option has.
+    """A keyword that is no option of MoLE.
 
-    It is a TypeError as well, because PEFT takes that for a file of a newer version: it warns and leaves the key out.
+    It is a TypeError as well, as for every other constructor: PEFT tells by it that a method lacks an option, and that
+    a file comes from a newer version, whose unexpected keywords it leaves out with a warning.
     """
 
 
@@ -46,8 +47,9 @@ def own_names(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
         known: the names of MoLE's options.
 
     Raises:
-        UnknownOption: no option has that name; the message names the nearest one.
-        ValueError: an option of LoRA that MoLE does not have, or two spellings with different values.
+        UnknownOption: no option has that name, and the message names the nearest one; or it is an option of LoRA that
+            MoLE does not have.
+        ValueError: two spellings of one option have different values.
     """
     known, defaults = set(known), LoraConfig()
     result = {key: value for key, value in options.items() if key in known}
@@ -65,7 +67,7 @@ def own_names(options: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
             )
         elif value != getattr(defaults, key):
             reason = REASONS.get(key, "this option of LoRA does not exist in MoLE; leave it out")
-            raise ValueError(f"{key} is {value!r}: {reason}")
+            raise UnknownOption(f"{key} is {value!r}: {reason}")
     return result
 
 

@@ -51,8 +51,8 @@ class MoleModel(BaseTuner):
             self.batch_hooks: list[RemovableHandle] = []
             self.watches_cache = False
             self.targets: dict[str, Targets] = {}
-            self.listed: list[str] | None = None
             self.injecting = adapter_name
+            self.listed: list[str] | None = None
 
     def inject_adapter(
         self,
@@ -65,8 +65,9 @@ class MoleModel(BaseTuner):
         """As in PEFT; a refused adapter leaves the model as it was."""
         config = self.peft_config[adapter_name]
         assert isinstance(config, MoleConfig)
+        self._check_new(model, adapter_name)
         before, marker = Snapshot(model), f".{self.prefix}"
-        self.injecting = adapter_name  # several adapters may share one configuration object
+        self.injecting = adapter_name
         self.listed = None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
         try:
             _check_base(config, model)
@@ -84,6 +85,17 @@ class MoleModel(BaseTuner):
         # PEFT may have shortened a long list, which then would no longer agree with the options it came from.
         config.target_modules = self.targets[adapter_name].named
         watch_training(model)
+
+    def _check_new(self, model: nn.Module, adapter_name: str) -> None:
+        """Raise ValueError if the model has an adapter of that name, which would be overwritten in some layers only."""
+        layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
+        present = next((layer.configs[adapter_name] for layer in layers if adapter_name in layer.configs), None)
+        if present is not None:
+            self.peft_config[adapter_name] = present  # PEFT has put the new configuration in its place
+            raise ValueError(
+                f"the model has an adapter {adapter_name!r} already; give the new one another adapter_name, or take "
+                "the old one off with delete_adapter or unload"
+            )
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, MoleConfig)
@@ -156,7 +168,8 @@ class MoleModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Whether the module `key` is adapted; PEFT tells excluded modules from others for its messages."""
-        if key in self.targets[self.injecting].sizes:
+        names = (self.injecting, *self.targets)  # several adapters may share one configuration
+        if key in next(self.targets[name] for name in names if self.peft_config.get(name) is peft_config).sizes:
             return True
         result = super()._check_target_module_exists(peft_config, key)
         return result if isinstance(result, _ExcludedModule) else False

@@ -160,10 +160,14 @@ class _Search:
         self.layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
         self.inside: set[str] = set()
         """Paths of FFNs and of their projections: they are no targets of plain LoRA."""
-        self._errors: dict[type, str | None] = {}
+        self._errors: dict[tuple[type, bool], str | None] = {}
 
-    def find(self, path: str) -> Ffn | None:
-        """The FFN that is, or whose linears are in, the module at `path`; None without one."""
+    def find(self, path: str, in_training: bool = False) -> Ffn | None:
+        """The FFN that is, or whose linears are in, the module at `path`; None without one.
+
+        Adapters of earlier versions name an FFN by its module even if it has a dropout that cannot be composed, so only
+        `in_training` sees to that.
+        """
         if path in self.wrapped and not isinstance(self.wrapped[path], MoleSplitMlp):
             return Ffn(path, self.wrapped[path].layout, split=False)
         module, names = self.modules[path], self.config.ffn_projections
@@ -178,30 +182,31 @@ class _Search:
             return Ffn(path, layout, split=False)
         if isinstance(self.wrapped.get(f"{path}.{layout.projections[0]}"), MoleSplitMlp):
             return Ffn(path, layout, split=True)
-        return Ffn(path, layout, split=self._composition_error(path, layout) is not None)
+        return Ffn(path, layout, split=self._composition_error(path, layout, in_training) is not None)
 
-    def _composition_error(self, path: str, layout: ffn.FfnLayout) -> str | None:
+    def _composition_error(self, path: str, layout: ffn.FfnLayout, in_training: bool) -> str | None:
         """Why the FFN's forward pass cannot be composed; one of each class is tried."""
         module = self.modules[path]
-        if type(module) not in self._errors:
+        key = type(module), in_training
+        if key not in self._errors:
             known = any(
                 type(layer.get_base_layer()) is type(module)
                 for layer in self.wrapped.values()
                 if not isinstance(layer, MoleSplitMlp)
             )
-            self._errors[type(module)] = None if known else ffn.composition_error(layout, module)
-        error = self._errors[type(module)]
+            self._errors[key] = None if known else ffn.composition_error(layout, module, in_training)
+        error = self._errors[key]
         if error is not None and self.config.ffn_projections is not None:
             raise ValueError(
-                f"{path} ({type(module).__name__}) {error}, so experts cannot be placed in it; exclude it with "
-                "exclude_modules"
+                f"ffn_projections: {path} ({type(module).__name__}) {error}, so experts cannot be placed in it; "
+                "exclude it with exclude_modules"
             )
         return error
 
     def _around(self, path: str) -> Ffn | None:
         """The FFN of which the linear at `path` is a projection."""
         parent, _, name = path.rpartition(".")
-        found = self.find(parent) if parent in self.modules else None
+        found = self.find(parent, in_training=True) if parent in self.modules else None
         return found if found is not None and name in found.layout.projections else None
 
     def named_as(self, path: str) -> str:
@@ -355,10 +360,16 @@ def _sizes(
         """Of the module at `path`, for which a pattern may also name the module at `within`."""
         values = {}
         for option, pattern in patterns.items():
-            key = _pattern_key(pattern, path) or _pattern_key(pattern, within)
-            if key is not None:
-                values[option] = pattern[key]
-                used[option].add(key)
+            keys = _pattern_keys(pattern, path) or _pattern_keys(pattern, within)
+            used[option].update(keys)
+            if not keys:
+                continue
+            values[option] = pattern[keys[0]]
+            if values[option] != pattern[min(keys)]:  # a saved pattern comes back with its keys sorted
+                raise ValueError(
+                    f"{option} names {path} by {keys[0]!r} and, with another value, by {min(keys)!r}; the order of "
+                    "keys is lost on saving, so let one key exclude the other"
+                )
         if not values:
             return Size(default_r, config.scaling)
         assert config.alpha is not None
@@ -387,6 +398,11 @@ def _sizes(
     return sizes
 
 
+def _pattern_keys(pattern: Collection[str], path: str) -> list[str]:
+    """The keys of a pattern that name the module at `path`, by PEFT's rule. The first one counts."""
+    return [key for key in pattern if re.match(rf"(.*\.)?({key})$", path)]
+
+
 def _counts(config: MoleConfig, modules: Mapping[str, nn.Module], paths: Collection[str]) -> dict[str, int]:
     """K of the FFN or linear at each of `paths`, by `experts_by_layer` where it is set."""
     by_layer = config.experts_by_layer
@@ -404,8 +420,3 @@ def _counts(config: MoleConfig, modules: Mapping[str, nn.Module], paths: Collect
             )
         counts[path] = by_layer[int(found[2]) * len(by_layer) // layers]
     return counts
-
-
-def _pattern_key(pattern: Collection[str], path: str) -> str | None:
-    """The first key of a pattern that names the module at `path`, by PEFT's rule."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", path)), None)

@@ -72,7 +72,9 @@ def plain_lora(base: nn.Module, r: int, dropout: float = 0.0) -> nn.Module:
 
 def mole(base: nn.Module, **options: Any) -> nn.Module:
     """Our adapter."""
-    return randomize(get_peft_model(share(base), MoleConfig(**options), autocast_adapter_dtype=False))
+    return randomize(
+        get_peft_model(share(base), MoleConfig(add_balance_loss=False, **options), autocast_adapter_dtype=False)
+    )
 
 
 def randomize(model: nn.Module) -> nn.Module:

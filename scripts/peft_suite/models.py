@@ -1,7 +1,8 @@
 """Tiny random models under the names that PEFT's tests look for: `python -m peft_suite.models DIRECTORY`.
 
 PEFT's tests download such models from the Hub and tell families apart by parts of their names. Here they are made from
-configurations, with one seed, so that the suite needs no network. A name is a path relative to DIRECTORY.
+configurations, with one seed, so that the suite needs no network. A name is a path relative to DIRECTORY. None has
+dropout, because some tests compare the gradients of two passes.
 """
 
 import sys
@@ -32,6 +33,9 @@ _GPT = {
     "n_layer": 2,
     "n_head": 4,
     "n_positions": 64,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
     "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -53,7 +57,7 @@ _MLA = {
 }
 
 DECODERS: dict[str, dict[str, Any]] = {
-    "OPT": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
+    "OPT": {**_SIZES, "dropout": 0.0, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
     "GPT2LMHead": _GPT,
     "GPTJ": {**_GPT, "rotary_dim": 4},
     "Llama": _HEADS,
@@ -83,6 +87,7 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
         "d_ff": 48,
         "num_layers": 2,
         "num_heads": 4,
+        "dropout_rate": 0.0,
         "decoder_start_token_id": 0,
     },
     "Bart": {
@@ -95,6 +100,7 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
         "encoder_ffn_dim": 48,
         "decoder_ffn_dim": 48,
         "max_position_embeddings": 64,
+        "dropout": 0.0,
         "init_std": 0.2,
         "pad_token_id": 0,
         "bos_token_id": 1,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import yaml
 from peft_suite import cases, models
@@ -150,8 +151,6 @@ def _prepare(module: types.ModuleType) -> None:
 
 
 def _with_expert_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
     def from_pretrained(model_id: str, dtype: torch.dtype | None = None) -> Any:
         if model_id != "WithFfn":
             return original(model_id, dtype=dtype)
@@ -159,6 +158,11 @@ def _with_expert_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return cases.ExpertModel().to(dtype or torch.float32)
 
     return from_pretrained
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The same random numbers in each run."""
+    torch.manual_seed(0)
 
 
 # --- exceptions and the verdict ---------------------------------------------------------------------------------------

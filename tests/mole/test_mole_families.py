@@ -22,6 +22,7 @@ from llava_mole.mole import (
     collect_routing,
     mole_auxiliary_loss,
 )
+from llava_mole.mole.split import MoleSplitMlp
 from llava_mole.mole.surgery import to_lora
 
 IDS = torch.arange(1, 17).view(2, 8)
@@ -40,6 +41,11 @@ DEEPSEEK = {
     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
     "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
     "v_head_dim": 8, "n_group": 2, "topk_group": 1, "num_key_value_heads": 2,
+}  # fmt: skip
+GEMMA_SHARED = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "global_head_dim": 8,
+    "activation_sparsity_pattern": [0.0] * 4,
 }  # fmt: skip
 ENCODER_DECODER = {
     "vocab_size": 32, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
@@ -95,7 +101,6 @@ FAMILIES = {
         ["mlp"],
         ["query_key_value", "dense"],
         common={k: v for k, v in COMMON.items() if k != "head_dim"},
-        wide={"hidden_size": 64},
     ),
     "GPT2": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT, model="GPT2LMHeadModel"),
     "GPTBigCode": Family(["mlp"], ["c_attn", "attn.c_proj"], common=GPT),
@@ -128,6 +133,14 @@ FAMILIES = {
         dtype=torch.float32,
     ),
     "BioGpt": Family(["fc1"], ["k_proj", "v_proj", "q_proj", "out_proj"]),
+    "DiffLlama": Family(["mlp"], options={"num_key_value_heads": 2}),
+    "ModernBertDecoder": Family(
+        ["Wi"],
+        ["q_proj", "k_proj", "v_proj", "attn.Wo"],
+        {"layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "Gemma3n": Family(["mlp"], options=GEMMA_SHARED, config="Gemma3nTextConfig", layers=4),
+    "Gemma4": Family(["mlp"], options=GEMMA_SHARED, config="Gemma4TextConfig", layers=4),
     "Qwen2Moe": Family(
         ["layers.0.mlp", "shared_expert"],
         options={**SPARSE, "shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
@@ -159,6 +172,31 @@ FAMILIES = {
     "GraniteMoeShared": Family(
         ["input_linear"], options={"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 8}
     ),
+    "Qwen3Next": Family(
+        ["shared_expert"],
+        ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"],
+        {
+            **SPARSE, "shared_expert_intermediate_size": 8, "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        exported=False,
+    ),
+    "Jamba": Family(
+        ["layers.0.feed_forward", "layers.2.feed_forward"],
+        options={
+            "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+            "expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False,
+        },
+    ),
+    "GraniteMoeHybrid": Family(
+        ["input_linear"],
+        options={
+            "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 8, "num_local_experts": 0,
+            "shared_intermediate_size": 8,
+        },
+    ),
+    "Phimoe": Family([], options={"num_local_experts": 4}, layers=0),
     "Mixtral": Family([], options={"num_local_experts": 4}, layers=0),
     "Olmoe": Family([], options={"num_experts": 4, "num_experts_per_tok": 2}, layers=0),
     "GptOss": Family([], options={"num_local_experts": 4}, layers=0),
@@ -377,7 +415,7 @@ def test_the_support_matrix_lists_what_is_tested_here() -> None:
     assert table() in matrix, f"the table should be:\n{table()}"
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"{len(FAMILIES)} families of\nlanguage models" in readme
-    *every, in_4_bits = (test.pytestmark[-1] for test in COLUMNS.values())  # type: ignore[attr-defined]
+    *every, in_4_bits = (test.pytestmark[0] for test in COLUMNS.values())  # type: ignore[attr-defined]
     assert every == [EVERY.mark] * 4
     assert list(in_4_bits.args[1]) == [name for name, family in FAMILIES.items() if family.wide]
 
@@ -400,6 +438,16 @@ def test_routed_experts_are_left_alone_and_the_log_says_so(caplog: pytest.LogCap
 def test_routed_experts_that_are_named_are_refused(named: str) -> None:
     with pytest.raises(ValueError, match=r"mlp.* holds routed experts as stacked parameters, which cannot be adapted"):
         get_peft_model(make("DeepseekV3"), MoleConfig(r=2, ffn_modules=[named]))
+
+
+def test_a_dropout_inside_the_ffn_decides_how_it_is_wrapped() -> None:
+    """SeedOss drops out the FFN's output by a function. Earlier adapters wrap its module, so that name still does."""
+    found = get_peft_model(make("SeedOss"), MoleConfig(r=2))
+    named = get_peft_model(make("SeedOss"), MoleConfig(r=2, ffn_modules=["mlp"]))
+    kinds = [{type(m) for m in model.modules() if isinstance(m, MoleMlp)} for model in (found, named)]
+    assert kinds == [{MoleSplitMlp}, {MoleMlp}]
+    without = get_peft_model(make("SeedOss", residual_dropout=0.0), MoleConfig(r=2))
+    assert without.peft_config["default"].ffn_modules == ["mlp"]
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Mamba2", "FalconMamba"])

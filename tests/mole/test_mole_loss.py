@@ -117,7 +117,9 @@ def test_splitting_a_batch_changes_nothing(group: str) -> None:
 
 @pytest.mark.parametrize("tokens", ["text", "supervised", "stratified"])
 def test_token_sets(tokens: str, tiny_llama: Callable[[], LlamaForCausalLM]) -> None:
-    model = get_peft_model(tiny_llama(), MoleConfig(r=4, balance_tokens=tokens, balance_coef=1.0))
+    model = get_peft_model(
+        tiny_llama(), MoleConfig(add_balance_loss=False, r=4, balance_tokens=tokens, balance_coef=1.0)
+    )
     model(torch.arange(16).view(2, 8))
     routing = collect_routing(model)
     mask = torch.ones(2, 8).bool()
@@ -138,7 +140,7 @@ def test_token_sets(tokens: str, tiny_llama: Callable[[], LlamaForCausalLM]) -> 
 
 
 def test_global_batch_weighs_by_the_load_of_the_step_before(tiny_llama: Callable[[], LlamaForCausalLM]) -> None:
-    config = MoleConfig(r=4, balance_group="global_batch", balance_coef=1.0)
+    config = MoleConfig(add_balance_loss=False, r=4, balance_group="global_batch", balance_coef=1.0)
     model = get_peft_model(tiny_llama(), config)
     mask = torch.ones(2, 8).bool()
     batches = torch.randint(64, (2, 2, 8), generator=torch.Generator().manual_seed(0))
@@ -157,7 +159,9 @@ def test_global_batch_weighs_by_the_load_of_the_step_before(tiny_llama: Callable
 def test_loss_free_bias_moves_to_starved_experts_and_survives_a_cast(
     tiny_llama: Callable[[], LlamaForCausalLM], tmp_path: object
 ) -> None:
-    config = MoleConfig(r=4, expert_scale="straight_through", balance_coef=0, bias_update_rate=0.05)
+    config = MoleConfig(
+        add_balance_loss=False, r=4, expert_scale="straight_through", balance_coef=0, bias_update_rate=0.05
+    )
     model = get_peft_model(tiny_llama(), config)
     ids, mask = torch.arange(32).view(2, 16), torch.ones(2, 16).bool()
     worst = []

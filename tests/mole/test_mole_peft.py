@@ -1,7 +1,6 @@
 """The PEFT life cycle, other model families, gradient checkpointing, compilation."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,8 +92,8 @@ def test_injection_without_a_peft_model(tiny_llama: Make) -> None:
     model = inject_adapter_in_model(MoleConfig(r=4), tiny_llama())
     model(IDS)
     assert len(collect_routing(model).logits) == 2
-    with pytest.raises(ValueError, match="use get_peft_model"):
-        mole_auxiliary_loss(model, token_mask=MASK)
+    with torch.no_grad():
+        assert mole_auxiliary_loss(model, token_mask=MASK) > 0
 
 
 class IntegerLinear(nn.Module):
@@ -122,7 +121,7 @@ def test_quantized_base_linears_are_only_called(tiny_llama: Make, randomized: Ra
 
     expected = quantized()(IDS).logits
     model = randomized(get_peft_model(quantized(), MoleConfig.from_preset("best", r=4)))
-    (model(input_ids=IDS, labels=IDS).loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "mole_" in n)
     with model.disable_adapter():
         assert torch.equal(model(IDS).logits, expected)
@@ -132,7 +131,7 @@ def test_quantized_base_linears_are_only_called(tiny_llama: Make, randomized: Ra
 
 
 def test_padding_changes_nothing(tiny_llama: Make, randomized: Randomize) -> None:
-    model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, balance_coef=1.0)))
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig(add_balance_loss=False, r=4, balance_coef=1.0)))
     alone = [model(row[:length].unsqueeze(0)).logits[0] for row, length in zip(IDS, (5, 9), strict=True)]
     model(IDS[:1, :5])
     first = mole_auxiliary_loss(model, token_mask=MASK[:1, :5])
@@ -152,7 +151,7 @@ def test_a_bfloat16_base_keeps_a_float32_router(tiny_llama: Make, randomized: Ra
     out = model(input_ids=IDS, labels=IDS)
     assert out.logits.dtype == torch.bfloat16
     assert collect_routing(model).logits[0].dtype == torch.float32
-    (out.loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    out.loss.backward()
     assert all(
         p.grad is not None and p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad
     )
@@ -180,7 +179,7 @@ def test_a_model_that_ran_can_be_copied(tiny_llama: Make) -> None:
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     out = model(input_ids=IDS, labels=IDS, use_cache=False)
-    (out.loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    out.loss.backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
@@ -203,19 +202,6 @@ def test_checkpointing_changes_nothing(tiny_llama: Make, randomized: Randomize, 
         torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
     assert all(torch.equal(a, b) for a, b in zip(collect_routing(model).index, index, strict=True))
     assert collect_routing(model).logits[0] is not logits_before
-
-
-def test_reentrant_checkpointing_is_refused(tiny_llama: Make) -> None:
-    model = get_peft_model(tiny_llama(), MoleConfig(r=4)).train()
-    model.enable_input_require_grads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        out = model(input_ids=IDS, labels=IDS, use_cache=False)
-        with pytest.raises(ValueError, match="use_reentrant"):
-            mole_auxiliary_loss(model, token_mask=MASK)
-        with pytest.raises(ValueError, match="use_reentrant"):
-            out.loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -261,7 +247,7 @@ def test_modules_to_save_train_and_come_back(
 ) -> None:
     plain = get_peft_model(tiny_llama(), MoleConfig(r=4))
     model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, modules_to_save=saved))).train()
-    (model(input_ids=IDS, labels=IDS).loss + mole_auxiliary_loss(model, token_mask=MASK)).backward()
+    model(input_ids=IDS, labels=IDS).loss.backward()
     copies = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
     assert copies
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in copies.values())

@@ -67,7 +67,13 @@ def test_precisions_of_one_base_are_the_same_base(there: str, here: str, tmp_pat
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_a_quantised_copy_is_the_same_base(kind: str, tmp_path: Path) -> None:
     get_peft_model(large(), MoleConfig(r=4)).save_pretrained(tmp_path / "plain")
-    get_peft_model(quantised(kind, large()), MoleConfig(r=4)).save_pretrained(tmp_path / "quantised")
+    model = get_peft_model(quantised(kind, large()), MoleConfig(r=4))
+    before = model(IDS).logits
+    recorded = base_fingerprint(model.get_base_model())
+    assert torch.equal(model(IDS).logits, before), "reading the weights changes nothing"
+    model.save_pretrained(tmp_path / "quantised")
+    assert model.peft_config["default"].base_fingerprint == recorded
+    (model(IDS, labels=IDS).loss).backward()
     assert not refuses(tmp_path / "plain", quantised(kind, large()))
     assert not refuses(tmp_path / "quantised", large())
     assert not refuses(tmp_path / "quantised", large().to(torch.float16))

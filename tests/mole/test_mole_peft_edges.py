@@ -105,6 +105,27 @@ def test_adapters_that_transformers_adds_share_their_routing_inputs(base: Path) 
     assert not any(isinstance(m, MoleMlp | MoleLinear) for m in broken.modules())
 
 
+def test_an_adapter_is_not_put_on_twice(tiny_llama: Make) -> None:
+    first = MoleConfig(r=4, init_weights=False)
+    model = get_peft_model(tiny_llama(), first).eval()
+    before, expected = repr(model), model(IDS).logits
+    for again in (model, model.get_base_model()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(ValueError, match="has an adapter 'default' already; give the new one another"):
+                get_peft_model(again, MoleConfig(r=2, attention_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("default", MoleConfig(r=2))
+    assert repr(model) == before
+    assert model.peft_config == {"default": first}
+    assert model.peft_config["default"] is first
+    assert torch.equal(model(IDS).logits, expected)
+    model.delete_adapter("default")
+    model.add_adapter("default", MoleConfig(r=2))
+    model.set_adapter("default")
+    assert model.peft_config["default"].r == 2
+
+
 def test_status_and_type(base: Path, tmp_path: Path) -> None:
     model = get_peft_model(load(base), MoleConfig(r=4))
     assert model.peft_type.value == model.peft_type == "MOLE"

@@ -69,7 +69,6 @@ EVERYWHERE = {**at(ATTENTION, MoleLinear), **at(["mlp"], MoleMlp)}
         ({"exclude_modules": FFN}, at(ATTENTION, MoleLinear)),
         ({"exclude_modules": r".*layers\.0\..*"}, {**at(ATTENTION, MoleLinear, (1,)), **at(["mlp"], MoleMlp, (1,))}),
     ],
-    ids=str,
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:no FFN is among the target modules")
 def test_targets_are_found_and_come_back(
@@ -115,6 +114,7 @@ def test_targets_are_found_and_come_back(
         ({"rank_pattern": {"wq": 2}}, "rank_pattern names 'wq', but no adapted module has that name"),
         ({"rank_pattern": {"up_proj": 2}}, "different values .*up_proj r 2.*name the FFN"),
         ({"alpha_pattern": {"down_proj": 2}}, "different values"),
+        ({"alpha_pattern": {"v_proj": 2, r"layers\.1.*": 3}}, "alpha_pattern names .*v_proj by 'v_proj' and"),
         ({"init_weights": "pissa"}, "init_weights is 'pissa'; it must be True, False or 'gaussian'"),
         ({"init_lora_weights": "eva"}, "init_weights is 'eva'"),
         ({"lora_alpha": 8, "alpha": 4.0}, "lora_alpha is 8 and alpha is 4.0: they are one option"),
@@ -208,7 +208,7 @@ def test_a_long_list_of_names_is_saved_as_it_was_given(tiny_llama: Make, tmp_pat
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_patterns_mean_what_they_mean_to_lora(use_rslora: bool, tiny_llama: Make, tmp_path: Path) -> None:
-    ranks, alphas = {"q_proj": 6, r"layers\.1\..*v_proj": 3, "0.mlp": 5}, {"k_proj": 1.5, "q_proj": 12.0}
+    ranks, alphas = {"q_proj": 6, ".*q_proj": 6, r"layers\.1\..*v_proj": 3, "0.mlp": 5}, {"k_proj": 1.5, "q_proj": 12.0}
     shared: dict[str, Any] = {"lora_alpha": 8, "use_rslora": use_rslora, "alpha_pattern": alphas, "r": 4}
     model = get_peft_model(tiny_llama(), MoleConfig(rank_pattern=ranks, **shared, init_weights=False)).eval()
     lora_ranks = {key: r for key, r in ranks.items() if key != "0.mlp"}

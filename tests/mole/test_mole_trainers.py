@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -45,6 +46,7 @@ from llava_mole.mole import (
     mole_after_step,
     mole_auxiliary_loss,
     mole_drop_step,
+    training,
 )
 
 Make = Callable[[], LlamaForCausalLM]
@@ -386,3 +388,38 @@ def test_a_compiled_model_gets_the_same_gradient(tiny_llama: Make) -> None:
     expected.backward()
     for (name, parameter), other in zip(trainable(model).items(), trainable(reference).values(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+
+
+def test_an_optimizer_on_flattened_copies_is_followed_through_accelerate(
+    tiny_llama: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's and FSDP's optimizers do not show whose parameters they hold; the next pass then ends the step."""
+    monkeypatch.setattr(training, "_optimizer_is_hidden", lambda: True)
+    model = adapted(tiny_llama(), balance_group="global_batch")
+    state, (batch, *_) = GradientState(), batches(2)
+    tokens = int(batch["attention_mask"].sum())
+    announced = [False, True, False, True, True, True]
+    counts = [0, 0, 2 * tokens, 2 * tokens, 2 * tokens, tokens]
+    for last, counted in zip(announced, counts, strict=True):
+        state._set_sync_gradients(last)
+        model(**batch).loss.backward()
+        assert [sum(load) for load in loads_of(model)] == [counted, counted]
+
+
+def test_image_tokens_are_told_by_their_id(tiny_llama: Make) -> None:
+    """As in transformers' vision-language models, whose configuration names the token."""
+    (batch, *_) = batches(2)
+    image = (batch["input_ids"] % 3 == 0) & batch["attention_mask"].bool()
+    batch["input_ids"] = batch["input_ids"].masked_fill(image, 7)
+    batch["input_ids"][(batch["input_ids"] == 7) & ~image] = 8
+    for tokens in ("text", "stratified"):
+        options = {"balance_tokens": tokens, "z_loss_coef": 0.1}
+        model, reference = adapted(tiny_llama(), **options), adapted(tiny_llama(), add_balance_loss=False, **options)
+        model.get_base_model().config.image_token_id = 7
+        mask = batch["attention_mask"].bool()
+        expected = reference(**batch).loss + mole_auxiliary_loss(reference, token_mask=mask, image_mask=image)
+        torch.testing.assert_close(model(**batch).loss, expected)
+        embedded = {key: value for key, value in batch.items() if key != "input_ids"}
+        embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"])
+        with pytest.raises(ValueError, match=rf"balance_tokens '{tokens}' needs .* input_ids"):
+            model(**embedded)

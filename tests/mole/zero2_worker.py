@@ -56,7 +56,7 @@ def build(options: dict[str, Any]) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = get_peft_model(LlamaForCausalLM(config), MoleConfig(r=4, num_experts=3, **options))
+    model = get_peft_model(LlamaForCausalLM(config), MoleConfig(r=4, num_experts=3, add_balance_loss=False, **options))
     for name, parameter in model.named_parameters():
         if "mole_" in name and name.endswith("B"):
             nn.init.normal_(parameter, std=0.3)
