@@ -64,8 +64,8 @@ class MoleExpertLinear(ExpertLayer):
             )
         if config.router_trains and in_backward() and in_reentrant_checkpoint():
             raise ValueError(
-                "router_scope 'model' with re-entrant gradient checkpointing: the recomputed layers give the router of the "
-                "model no gradient; use "
+                "router_scope 'model' with re-entrant gradient checkpointing: the recomputed layers give no gradient "
+                "to the router of the model; use "
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
         tokens = next(value for value in (decision.experts.index, decision.experts.weight) if value is not None)
