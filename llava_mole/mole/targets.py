@@ -341,8 +341,8 @@ def _not_an_ffn(module: nn.Module, path: str) -> str:
             "be adapted; leave ffn_modules at None for the FFNs outside them"
         )
     return (
-        f"ffn_modules: {path} ({type(module).__name__}) is not an FFN of a known structure: name its first linear, name "
-        "its parts with ffn_projections, or exclude it with exclude_modules"
+        f"ffn_modules: {path} ({type(module).__name__}) is not an FFN of a known structure: name its first linear, "
+        "name its parts with ffn_projections, or exclude it with exclude_modules"
     )
 
 
