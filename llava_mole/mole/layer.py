@@ -34,7 +34,7 @@ _NO_MERGE = (
     "or use unload() for the base model"
 )
 
-NO_REENTRANT = (
+_NO_REENTRANT = (
     "re-entrant gradient checkpointing runs the forward pass without a graph, so the balance loss would give the "
     "router no gradient here: it is only supported where the model adds that loss itself (add_balance_loss=True) and a "
     "backward pass follows every forward pass. Else use "
@@ -368,10 +368,10 @@ class ExpertLayer(nn.Module, AdaptedLayer):
         """
         stand_in, self.routing.stand_in = self.routing.stand_in, None
         if stand_in is None or stand_in.grad is None or stand_in.shape != logits.shape:
-            raise ValueError(NO_REENTRANT)
+            raise ValueError(_NO_REENTRANT)
         difference, scale = (logits.detach() - stand_in).abs().max(), stand_in.abs().max()
         if difference > 1e-2 * scale:  # kernels need not be deterministic, but another batch differs by far more
-            raise ValueError(NO_REENTRANT)
+            raise ValueError(_NO_REENTRANT)
         return stand_in.grad
 
 

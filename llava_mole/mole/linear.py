@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.experts import adapted_linear
-from llava_mole.mole.layer import NO_REENTRANT, ExpertLayer
+from llava_mole.mole.layer import ExpertLayer
 from llava_mole.mole.router import ExpertWeights
 from llava_mole.mole.routing import RoutingInputs, in_backward, in_reentrant_checkpoint
 
@@ -63,7 +63,11 @@ class MoleExpertLinear(ExpertLayer):
                 "token embeddings decide for all layers; call the model as a whole"
             )
         if config.router_trains and in_backward() and in_reentrant_checkpoint():
-            raise ValueError(NO_REENTRANT)
+            raise ValueError(
+                "router_scope 'model' with re-entrant gradient checkpointing: the recomputed layers give no gradient "
+                "to the router of the model; use "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
         tokens = next(value for value in (decision.experts.index, decision.experts.weight) if value is not None)
         if len(tokens) != x.shape[:-1].numel():
             raise ValueError(
@@ -71,7 +75,11 @@ class MoleExpertLinear(ExpertLayer):
                 f"{x.shape[:-1].numel()}: it is no part of the decoder that embeds them; leave it out with "
                 "exclude_modules"
             )
-        return x, decision.experts, decision.shared
+        index, weight, shared = (
+            None if value is None else value.to(x.device)  # the layers may be spread over devices
+            for value in (decision.experts.index, decision.experts.weight, decision.shared)
+        )
+        return x, ExpertWeights(index, weight), shared
 
     def decide(self, x_BSD: Tensor, name: str) -> None:
         """Let the model's router, which this layer owns, decide for the token embeddings `x_BSD`."""

@@ -212,8 +212,9 @@ class MoleModel(BaseTuner):
         elif expert is not None:
             layer = MoleExpertLinear(target, self.routing_inputs)
             if expert.container is not None:  # only an FFN may read flattened tokens
-                outside = expert.container.rpartition(".")[0]
-                self._watch_batch(layer, self.model.get_submodule(outside), outside)
+                in_layer = expert.container.rpartition(".")[-1].isdigit()  # OPT: the decoder layer holds the linears
+                around = expert.container if in_layer else expert.container.rpartition(".")[0]
+                self._watch_batch(layer, self.model.get_submodule(around), "" if in_layer else around)
         else:
             layer = MoleLinear(target)
         size = targets.sizes[current_key]

@@ -136,6 +136,11 @@ def test_checkpointing_and_copies_keep_the_decision_of_the_model(tiny_llama: Mak
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=lambda m, name=name: f"{name}: {m}")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="router_scope 'model' with re-entrant gradient checkpointing"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    model.gradient_checkpointing_disable()
     twin = copy.deepcopy(model).eval()
     set_routing_inputs(twin, prompt_mask=PROMPT)
     torch.testing.assert_close(twin(IDS).logits, model.eval()(IDS).logits)

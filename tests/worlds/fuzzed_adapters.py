@@ -39,6 +39,8 @@ def inform(model: nn.Module) -> None:
     if config is not None and config.required_input is not None:
         count = config.num_tasks if config.required_input == "task" else config.num_experts
         needed[config.required_input] = torch.tensor([0, count - 1])
+    if config is not None and config.balance_kind == "groups":
+        needed["source"] = torch.tensor([0, 1])
     set_routing_inputs(model, **needed)
 
 
