@@ -252,7 +252,7 @@ class Verdicts:
 
     def table(self) -> list[str]:
         """Results by block and variant, as lines."""
-        columns = ("passed", "exception", "does not apply", "failed")
+        columns = ("passed", "listed failure", "listed skip", "failed")
         counts: dict[tuple[str, str], Counter[str]] = {}
         for result in self.results:
             counts.setdefault((result["block"], result["variant"]), Counter())[result["verdict"]] += 1
@@ -285,7 +285,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             verdict, report.outcome = "failed", "failed"
         else:
             entry = item.config.stash[_VERDICTS].exceptions[number]
-            verdict = "exception" if entry.outcome == "failed" else "does not apply"
+            verdict = "listed failure" if entry.outcome == "failed" else "listed skip"
             report.outcome, report.wasxfail = "skipped", entry.reason
     result = {"block": block, "variant": variant, "test": test, "verdict": verdict, "exception": number}
     if verdict != "passed":
