@@ -66,7 +66,7 @@ class MoleModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, MoleConfig)
         self._check_new(model, adapter_name)
-        before, marker = Snapshot(model), f".{self.prefix}"
+        before, given, marker = Snapshot(model), vars(config).copy(), f".{self.prefix}"
         self.injecting = adapter_name
         self.listed = None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
         try:
@@ -80,6 +80,7 @@ class MoleModel(BaseTuner):
             for layer in model.modules():
                 if isinstance(layer, AdaptedLayer):
                     layer.forget_adapter(adapter_name)
+            vars(config).update(given)
             self.peft_config.pop(adapter_name, None)
             raise
         # PEFT may have shortened a long list, which then would no longer agree with the options it came from.

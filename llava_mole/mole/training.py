@@ -97,6 +97,10 @@ def _pass_with_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def _evaluation_pass(
     module: nn.Module, arguments: dict[str, Any], config: MoleConfig, routing: Routing, output: Any
 ) -> Any:
+    """The output of a model in evaluation mode with the auxiliary loss attached; None if no router can train."""
+    routers = [layer.router(name) for layer in routing.layers if (name := layer.current_adapter()) is not None]
+    if not any(router is not None and router.weight.requires_grad for router in routers):
+        return None  # somebody wants gradients of the inputs
     try:
         loss, counts_LMK = _pass_loss(module, arguments, config, routing)
     except MissingArgument:  # nobody need give masks to a model that may not be trained

@@ -71,11 +71,31 @@ def test_every_preset_is_known_to_the_configuration_of_a_run() -> None:
         ({"backend": "gather"}, "backend is 'gather'; it must be one of auto, masked, grouped, loop"),
         ({"expert_scale": "topk_renorm"}, "the router's gradient exactly 0"),
         ({"ffn_modules": ["feed"]}, "ffn_modules names 'feed'"),
+        ({"lora_alpha": 4}, r"adapter.options \['lora_alpha'\]: set adapter.rank, alpha, dropout and num_experts"),
+        ({"use_dora": True}, "use_dora is True: MoLE has no weight-decomposed variant"),
+        ({"expertscale": "prob"}, "unknown MoLE option 'expertscale'.*did you mean 'expert_scale'"),
     ],
 )
 def test_a_mistake_in_adapter_options_is_a_config_error(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_checkpoint(tmp_path, options=options)
+
+
+def test_names_of_lora_work_in_adapter_options(tmp_path: Path) -> None:
+    options = {"target_modules": "all-linear", "init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 1}}
+    run = make_checkpoint(tmp_path, options=options)
+    saved = json.loads((run / "checkpoint-1" / ADAPTER_DIR / "adapter_config.json").read_text())
+    assert (saved["init_weights"], saved["rank_pattern"]) == ("gaussian", {"q_proj": 1})
+    assert Predictor.from_pretrained(run, device="cpu").generate([None], ["What?"], max_new_tokens=1)
+
+
+def test_an_adapter_of_another_base_is_refused_by_the_commands(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path) / "checkpoint-1"
+    language_model, _ = load_language_model(str(tmp_path / "language_model"))
+    with torch.no_grad():
+        language_model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(WeightsError, match="trained on another base model"):
+        builder._load_adapter(language_model, checkpoint / ADAPTER_DIR)
 
 
 def test_an_adapter_that_does_not_fit_is_a_weights_error(tmp_path: Path) -> None:

@@ -72,6 +72,19 @@ def test_in_evaluation_mode_the_balance_loss_has_a_gradient_but_no_value(
         torch.testing.assert_close(automatic[name], grad, msg=name)
 
 
+def test_gradients_of_the_inputs_of_a_frozen_adapter_are_those_of_the_loss_alone(tiny_llama: Make) -> None:
+    found = []
+    for add in (True, False):
+        config = MoleConfig(r=4, balance_coef=10.0, add_balance_loss=add, init_weights=False)
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_llama(), config).eval().requires_grad_(False)
+        inputs = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=inputs, labels=IDS).loss.backward()
+        found.append(inputs.grad)
+    assert found[0].abs().max() > 0
+    assert torch.equal(*found)
+
+
 def test_load_is_counted_in_evaluation_mode_when_its_gradient_is_used(tiny_llama: Make) -> None:
     model = get_peft_model(tiny_llama(), MoleConfig.from_preset("coupled", r=4)).eval()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

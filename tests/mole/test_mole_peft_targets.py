@@ -144,8 +144,15 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
 ) -> None:
     base = tiny_llama()
     before = repr(base), [(n, p.requires_grad) for n, p in base.named_parameters()], base.config.to_dict()
+    made: list[MoleConfig] = []
+
+    def build() -> None:
+        made.append(MoleConfig(r=4, **options))
+        get_peft_model(base, made[0])
+
     with pytest.raises(ValueError, match=message):
-        get_peft_model(base, MoleConfig(r=4, **options))
+        build()
+    assert all(vars(config) == vars(MoleConfig(r=4, **options)) for config in made)
     assert before == (repr(base), [(n, p.requires_grad) for n, p in base.named_parameters()], base.config.to_dict())
     assert not hasattr(base, "peft_config")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
