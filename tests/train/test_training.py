@@ -276,7 +276,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     ("override", "message"),
     [
         ("--adapter.options.top_q=1", "top_q"),
-        ("--adapter.options.balance_coef=-1", "balance_coef is -1; it must be a finite number"),
+        ("--adapter.options.balance_coef=-1", "balance_coef is -1; it must be a number that is not negative"),
         ("--adapter.options.temperature=0", "temperature is 0; it must be"),
         ("--adapter.options={r: 4}", "set adapter.rank"),
         ("--adapter={method: lora, options: {top_k: 2}}", "need adapter.method 'mole'"),
