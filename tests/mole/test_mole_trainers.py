@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import GradientState
+from mole.preset_cases import OWN, SMALL, config_of
 from peft import get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -46,6 +47,7 @@ from llava_mole.mole import (
     mole_after_step,
     mole_auxiliary_loss,
     mole_drop_step,
+    set_routing_inputs,
     training,
 )
 
@@ -115,7 +117,7 @@ def test_a_loss_function_of_the_user(tiny_llama: Make, tmp_path: Path) -> None:
     assert_equal_adapters(model, reference)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", OWN)
 def test_every_preset_moves_every_router_and_balances_the_load(tiny_llama: Make, tmp_path: Path, preset: str) -> None:
     torch.manual_seed(0)
     model = skew(get_peft_model(tiny_llama(), MoleConfig.from_preset(preset, r=4, task_type="CAUSAL_LM")))
@@ -125,6 +127,20 @@ def test_every_preset_moves_every_router_and_balances_the_load(tiny_llama: Make,
     assert len(before) == (4 if preset == "released" else 2)
     assert all((value - before[name]).norm() > 0.02 for name, value in routers(model).items())
     assert is_balanced(model, preset)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_every_router_of_related_methods_moves(tiny_llama: Make, tmp_path: Path, case: str) -> None:
+    """Without bounds on the load: most of them use all experts of every token and have no balance loss."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), config_of(case))
+    rows = [{"ids": row["ids"][:6], "prompt": torch.tensor(2)} for row in toy_rows(64)]
+    samples = torch.arange(8)  # of every batch
+    set_routing_inputs(model, task=samples % 3, source=samples % 2, prompt_mask=(torch.arange(6) < 2).expand(8, 6))
+    before = routers(model)
+    train(model, rows, tmp_path, **BALANCING)
+    assert before
+    assert all((value - before[name]).norm() > 0.02 for name, value in routers(model).items())
 
 
 def test_bfloat16_autocast_keeps_the_balance_loss_in_float32(tiny_llama: Make) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from mole.preset_cases import OWN
 from packaging.version import Version
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def test_positions_alone_tell_packed_samples_apart(tiny_llama: Make) -> None:
     torch.testing.assert_close(model(**row, use_cache=False).loss, model(**padded).loss)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", OWN)
 def test_sft_moves_every_router_and_balances_the_load(tiny_llama: Make, tmp_path: Path, preset: str) -> None:
     """The base model and the configuration are handed over, as users of TRL do."""
     trainer = SFTTrainer(
