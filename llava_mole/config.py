@@ -519,6 +519,7 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
     )
     parser.add_argument("--config", action="config", help="YAML file; may come first without the option name")
     parser.add_class_arguments(RunConfig, as_group=False)
+    next(a for a in parser._actions if a.dest == "adapter.preset").metavar = "NAME"  # the help text lists the names
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, yaml.YAMLError) as error:
