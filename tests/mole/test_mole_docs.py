@@ -1,4 +1,4 @@
-"""The examples of docs/mole.md run as printed, and its option table is complete."""
+"""The examples of docs/mole.md and of the README run as printed, and the page's option table is complete."""
 
 import dataclasses
 import re
@@ -16,13 +16,14 @@ from worlds.mole_training import routers, tokenizer
 from llava_mole.mole import MoleConfig, MoleMlp
 from llava_mole.mole.lora_names import REASONS, SPELLINGS
 
-DOCS = (Path(__file__).parents[2] / "docs" / "mole.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+DOCS, README = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/mole.md", "README.md"))
 TEXTS = [" ".join(f"w{(i * j) % 62 + 1}" for j in range(1, 20)) for i in range(1, 17)]
 
 
-def example(marker: str) -> str:
+def example(marker: str, page: str = DOCS) -> str:
     """The Python block of the page that contains `marker`."""
-    (block,) = (found for found in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if marker in found)
+    (block,) = (found for found in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if marker in found)
     return block
 
 
@@ -58,16 +59,20 @@ def test_the_loop_by_hand_runs(tiny_llama: Callable[[], LlamaForCausalLM]) -> No
     assert router.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("marker", ["trainer = Trainer(", "trainer = SFTTrainer("])
+@pytest.mark.parametrize(
+    ("marker", "page"),
+    [("trainer = Trainer(", DOCS), ("trainer = SFTTrainer(", DOCS), ("trainer = Trainer(", README)],
+    ids=["Trainer", "SFTTrainer", "README"],
+)
 def test_the_examples_of_trainers_train_the_router(
-    tiny_llama: Callable[[], LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str
+    tiny_llama: Callable[[], LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str, page: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     torch.manual_seed(0)
     base = tiny_llama()
     names = {"any_hf_causal_lm": base, "tokenizer": tokenizer(), "texts": TEXTS}
-    code = example(marker).replace('SFTConfig("out"', 'SFTConfig("out", use_cpu=True, bf16=False')
+    code = example(marker, page).replace('SFTConfig("out"', 'SFTConfig("out", use_cpu=True, bf16=False')
     code = code.replace("trainer.train()", "before = routers(trainer.model)\ntrainer.train()")
     exec(code, {**names, "routers": routers}, names)
     after = routers(names["trainer"].model)
