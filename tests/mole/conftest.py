@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from worlds.mole_training import tiny_llama
 
 from llava_mole.mole import MoleMlp
 
@@ -15,25 +16,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def tiny_llama() -> Callable[[], LlamaForCausalLM]:
+@pytest.fixture(name="tiny_llama")
+def make_tiny_llama() -> Callable[[], LlamaForCausalLM]:
     """Makes a random two-layer Llama, the same one each time."""
-
-    def make() -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-        )
-        return LlamaForCausalLM(config)
-
-    return make
+    return tiny_llama
 
 
 def randomize(model: nn.Module, scale: float = 0.3) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,6 +24,7 @@ from worlds.mole_training import (
     per_token,
     routers,
     shares,
+    tiny_llama,
     toy_rows,
     train,
 )
@@ -38,20 +38,6 @@ CASES: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing_factor": 0.2},
     "bfloat16": {"bf16": True},
 }
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
 
 
 def smoothed(logits: Tensor, labels: Tensor, targets_of_step: int) -> Tensor:

@@ -10,12 +10,28 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from llava_mole.mole import MoleConfig, collect_routing, mole_after_step, mole_auxiliary_loss, routing_load
 
 Batch = dict[str, Tensor]
 Row = dict[str, Tensor]
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """A random two-layer Llama, the same one each time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
 
 
 def toy_rows(number: int) -> list[Row]:
