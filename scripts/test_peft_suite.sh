@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs PEFT's own tests with MoLE: bash scripts/test_peft_suite.sh PEFT_CHECKOUT [BLOCK...] [options of pytest].
-# PEFT_CHECKOUT is a clone of https://github.com/huggingface/peft, at best at the installed version; it is only read.
+# PEFT_CHECKOUT is a clone of https://github.com/huggingface/peft, ideally at the installed version; it is only read.
 # Blocks: decoder, encoder-decoder, custom (default: all). Options: --variant NAME (may be repeated), --report FILE,
 # --exceptions FILE, -n 2, -k EXPRESSION. The models are made on the spot, so no network is needed. The exit code is not
-# 0 if a test does not pass that scripts/peft_suite/exceptions.yaml does not list, or if an entry there has become
-# needless. Not part of the test suite.
+# 0 if a test that scripts/peft_suite/exceptions.yaml does not list does not pass, or if an entry there is no longer
+# needed. Not part of the test suite.
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=python

@@ -72,7 +72,7 @@ def _section(config: Any, presets: Mapping[str, Mapping[str, Any]], base_class: 
     preset, others = _preset(config, presets)
     rows = {
         "base model": f"`{base}`",
-        "experts per FFN (K)": config.num_experts,
+        "experts (K)": config.num_experts if config.experts_by_layer is None else f"{config.experts_by_layer} by layer",
         "LoRA rank (r)": config.r,
         "alpha": f"{config.alpha:g}",
         "preset": preset,

@@ -63,9 +63,8 @@ class MoleConfig(PeftConfig):
 
     The field defaults are the preset `paper`. docs/mole.md explains every option and gives its source. All layers of
     an adapter share this object and it does not change (those with a K of their own have a copy); `surgery` replaces it
-    in all of them. The names `lora_alpha`,
-    `lora_dropout` and `init_lora_weights` of PEFT's `LoraConfig` are accepted for `alpha`, `dropout` and
-    `init_weights`.
+    in all of them. The names `lora_alpha`, `lora_dropout` and `init_lora_weights` of PEFT's `LoraConfig` are accepted
+    for `alpha`, `dropout` and `init_weights`.
 
     Raises:
         ValueError: an unknown option, a value that is not allowed, or a combination that contradicts itself or cannot
@@ -258,7 +257,7 @@ class MoleConfig(PeftConfig):
 
     @property
     def has_router(self) -> bool:
-        """Whether FFNs own router parameters."""
+        """Whether the adapter has routers with parameters."""
         return self.num_experts > 1 and self.granularity != "given" and self.router in ("learned", "hash")
 
     @property
@@ -357,7 +356,9 @@ def _check_modules(c: MoleConfig) -> None:
             "applies it to a list of names only; give such a list, or drop layers_to_transform"
         )
     if c.base_fingerprint is not None and not isinstance(c.base_fingerprint, str):
-        raise ValueError(f"base_fingerprint is {c.base_fingerprint!r}; it must be a text that saving wrote, or None")
+        raise ValueError(
+            f"base_fingerprint is {c.base_fingerprint!r}; it must be a string written by save_pretrained, or None"
+        )
     layers = c.layers_to_transform
     if layers is not None and not _is_list([layers] if isinstance(layers, int) else layers, int):
         raise ValueError(f"layers_to_transform is {layers!r}; it must be a whole number or a list of them")
@@ -370,7 +371,8 @@ def _check_modules(c: MoleConfig) -> None:
     lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
     if tokens is not None and not all(_is_list(ids, int) and ids and min(ids) >= 0 for ids in lists):
         raise ValueError(
-            f"trainable_token_indices is {tokens!r}; it must be a list of token ids, or map embedding modules to such"
+            f"trainable_token_indices is {tokens!r}; it must be a list of token ids, or a dict from embedding modules "
+            "to such lists"
         )
     if c.attention_modules == [] and c.ffn_modules == []:
         raise ValueError("attention_modules and ffn_modules are both empty: nothing would be adapted")

@@ -120,7 +120,7 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _read(fingerprint: str) -> Records:
-    """The records of a fingerprint. Raises ValueError if it is none."""
+    """The records of a fingerprint. Raises ValueError if it is not a fingerprint."""
     records = {}
     for word in fingerprint.split():
         name, kind, bits = word[:8], word[8:9], word[9:]

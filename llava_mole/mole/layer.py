@@ -1,7 +1,7 @@
 """The PEFT layers: `MoleMlp` wraps a whole FFN, `MoleLinear` one linear with plain LoRA.
 
 Wrapping the FFN module instead of its linears lets one router serve all its projections. The base linears may be of
-any kind, because they are only called. What holds for everything with experts is in `ExpertLayer`.
+any kind, because they are only called. Code common to all layers with experts is in `ExpertLayer`.
 
 Shape legend: B samples, S positions, T = B S tokens, D hidden size, I input size, O output size, K experts.
 """
@@ -300,8 +300,9 @@ class ExpertLayer(nn.Module, AdaptedLayer):
                 new += torch.randn_like(new) * noise * parameter.std()
             return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
-        for key, parameter in list(experts.named_parameters()):
-            if "_shared_" not in key and parameter.dim() == 3:  # a shared A belongs to no expert
+        for key in [f"{projection}_{side}" for projection in self.projections for side in "AB"]:
+            parameter = getattr(experts, key)
+            if parameter.dim() == 3:  # a shared A belongs to no expert
                 setattr(experts, key, pick(parameter, key.endswith("_B")))
         if router is not None:
             by_task = config.granularity == "task" and router.embedding is None

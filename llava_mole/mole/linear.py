@@ -72,7 +72,7 @@ class MoleExpertLinear(ExpertLayer):
         if len(tokens) != x.shape[:-1].numel():
             raise ValueError(
                 f"router_scope 'model' decided for {len(tokens)} tokens, but a linear with experts reads "
-                f"{x.shape[:-1].numel()}: it is no part of the decoder that embeds them; leave it out with "
+                f"{x.shape[:-1].numel()}: it is not part of the decoder that embeds them; leave it out with "
                 "exclude_modules"
             )
         index, weight, shared = (

@@ -22,7 +22,7 @@ from llava_mole.mole.routing import RoutingInputs
 from llava_mole.mole.snapshot import Snapshot
 from llava_mole.mole.split import MoleSplitMlp
 from llava_mole.mole.targets import Targets, all_linears, find_targets
-from llava_mole.mole.training import watch_training
+from llava_mole.mole.training import unwatch_training, watch_training
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class MoleModel(BaseTuner):
     Raises:
         ValueError: no FFN of a known structure was found, a named module cannot be adapted, or an adapter is loaded
             that does not fit the model or, with `strict_base`, was trained on another base. The model is then as it
-            was before.
+            was before, except if the tensors of an adapter do not fit: its layers are then in the model already.
     """
 
     prefix = "mole_"
@@ -49,10 +49,7 @@ class MoleModel(BaseTuner):
             # Layers that another injection left behind keep their inputs, so new layers share them.
             self.routing_inputs = shared_inputs(model) or RoutingInputs()
             self.batch_hooks: list[RemovableHandle] = []
-            self.watches_cache = False
             self.targets: dict[str, Targets] = {}
-            self.injecting = adapter_name
-            self.listed: list[str] | None = None
 
     def inject_adapter(
         self,
@@ -68,7 +65,9 @@ class MoleModel(BaseTuner):
         self._check_new(model, adapter_name)
         before, given, marker = Snapshot(model), vars(config).copy(), f".{self.prefix}"
         self.injecting = adapter_name
-        self.listed = None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
+        self.listed: list[str] | None = (
+            None if state_dict is None else sorted({key.rpartition(marker)[0] for key in state_dict})
+        )
         try:
             _check_base(config, model)
             with warnings.catch_warnings():
@@ -92,7 +91,9 @@ class MoleModel(BaseTuner):
         layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
         present = next((layer.configs[adapter_name] for layer in layers if adapter_name in layer.configs), None)
         if present is not None:
-            self.peft_config[adapter_name] = present  # PEFT has put the new configuration in its place
+            by_layer = present.experts_by_layer  # the layer may hold a copy with its own K
+            # PEFT has put the new configuration in its place.
+            self.peft_config[adapter_name] = self._config_of(present, max(by_layer) if by_layer else None)
             raise ValueError(
                 f"the model has an adapter {adapter_name!r} already; give the new one another adapter_name, or take "
                 "the old one off with delete_adapter or unload"
@@ -100,9 +101,8 @@ class MoleModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(peft_config, MoleConfig)
-        if peft_config.granularity == "sequence" and not self.watches_cache:
-            self.watches_cache = True
-            model.register_forward_pre_hook(self._note_decoding, with_kwargs=True)
+        if peft_config.granularity == "sequence" and self._note_decoding not in model._forward_pre_hooks.values():
+            self.batch_hooks.append(model.register_forward_pre_hook(self._note_decoding, with_kwargs=True))
         if peft_config.router_scope == "model" and peft_config.has_router:
             if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
                 raise ValueError(
@@ -220,7 +220,7 @@ class MoleModel(BaseTuner):
         size = targets.sizes[current_key]
         config = self._config_of(peft_config, targets.counts.get(current_key))
         layer.add_adapter(adapter_name, config, size.r, size.scaling)
-        if expert is not None and expert.owns_router:
+        if expert is not None and expert.owns_router and config.has_router:
             assert isinstance(layer, MoleExpertLinear)
             layer.add_model_router(adapter_name, config, self._embedding_width())
         if not isinstance(layer, MoleSplitMlp):  # it has put its parts in place itself
@@ -247,7 +247,7 @@ class MoleModel(BaseTuner):
         return weight.shape[-1]
 
     def _watch_batch(self, layer: ExpertLayer, parent: nn.Module, path: str) -> None:
-        """Tell an FFN that may read flattened tokens the batch size: inside a sparse block, or a decoder layer."""
+        """Tell an FFN that may read flattened tokens the batch size: inside a sparse block or directly in a layer."""
         layout = getattr(layer, "layout", None)
         whole = layout is not None and ffn.is_whole_layer(layout, parent)
         if whole or not path.rpartition(".")[-1].isdigit():
@@ -271,9 +271,10 @@ class MoleModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_mergeable(adapter_names)
-        base = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        base: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for hook in self.batch_hooks:
             hook.remove()
+        unwatch_training(base)
         return base
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
@@ -343,7 +344,7 @@ def _check_tokens(config: MoleConfig, model: nn.Module) -> None:
         for name, ids in tokens.items():
             modules = [module for key, module in named if key.endswith(name)]  # PEFT's rule
             if not modules:
-                raise ValueError(f"trainable_token_indices names {name!r}, but the name of no module ends so")
+                raise ValueError(f"trainable_token_indices names {name!r}, but no module name ends with it")
             found += [(name, module, ids) for module in modules]
     for name, module, ids in found:
         size = getattr(getattr(module, "weight", None), "shape", [0])[0]
@@ -365,12 +366,12 @@ def _check_saved(saved: list[str], targets: list[str], keys: list[str]) -> None:
     for name in saved:
         found = [key for key in keys if key.endswith(name)]  # PEFT's rule
         if not found:
-            raise ValueError(f"modules_to_save names {name!r}, but the name of no module ends so")
+            raise ValueError(f"modules_to_save names {name!r}, but no module name ends with it")
         clash = [k for k in adapted for f in found if f"{k}.".startswith(f"{f}.") or f"{f}.".startswith(f"{k}.")]
         if clash:
             raise ValueError(
-                f"modules_to_save names {name!r}, but attention_modules and ffn_modules adapt {clash[0]}; name it in "
-                "one of them only"
+                f"modules_to_save names {name!r}, but {clash[0]} gets adapters; take it out of modules_to_save or "
+                "of the modules to adapt"
             )
 
 

@@ -86,7 +86,8 @@ class TrainingProgress:
             if counts_LMK is not None:
                 self.add_counts(counts_LMK)
 
-        return TrainingPass(count), 1 / (self.passes_of_a_step or 1)
+        self.latest = TrainingPass(count)
+        return self.latest, 1 / (self.passes_of_a_step or 1)
 
     def end_step(self) -> None:
         """Note that the optimizer has stepped."""
@@ -100,7 +101,10 @@ class TrainingProgress:
         if this_pass is None or this_pass.claimed or this_pass.taken_by is not None:
             return False
         this_pass.claimed = True
-        self.pending_counts = self.counts_before
+        if this_pass.on_first_backward is None:
+            self.pending_counts = self.counts_before
+        else:  # a pass in evaluation mode, whose counts have not been added yet
+            self.passes += 1
         return True
 
     def add_counts(self, counts_LMK: Tensor) -> None:

@@ -94,7 +94,7 @@ class RoutingInputs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingInputs":
         # All layers share one object. Those of a copied model must share one too, but not with the original.
-        copy = RoutingInputs(progress=deepcopy(self.progress))
+        copy = RoutingInputs(check_finite=self.check_finite, progress=deepcopy(self.progress))
         memo[id(self)] = copy
         return copy
 

@@ -5,6 +5,7 @@ optimizer afterwards.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -77,8 +78,9 @@ def to_lora(
 ) -> Path:
     """Write a plain PEFT LoRA made of the experts of `model` to `directory`.
 
-    The LoRA equals the mixture with every token routed to `expert`, or with these fixed weights. It only approximates
-    a mixture that routes token by token.
+    The LoRA equals the mixture with every token routed to `expert`, or with these fixed weights (for `mix`
+    `ffn_output` with one expert only; the shared expert has weight 1). It only approximates a mixture that routes token
+    by token.
 
     Args:
         model: a model with a MoLE adapter.
@@ -90,8 +92,8 @@ def to_lora(
 
     Raises:
         ValueError: no such expert or adapter, `usage` is missing or has the wrong shape, the adapter has
-            `modules_to_save` or (for more than one expert) `experts_by_layer`, or PEFT would load the LoRA into other
-            modules (sparse base models).
+            `modules_to_save`, `trainable_token_indices` or (for more than one expert) `experts_by_layer`, or PEFT would
+            load the LoRA into other modules (sparse base models).
     """
     tuner, config = _adapter(model, adapter_name)
     if config.experts_by_layer is not None and not (isinstance(expert, int) and expert < min(config.experts_by_layer)):
@@ -99,8 +101,9 @@ def to_lora(
             f"expert is {expert!r}, but the layers have {config.experts_by_layer} experts (experts_by_layer); only one "
             f"of the first {min(config.experts_by_layer)} is in all of them"
         )
-    if config.modules_to_save:
-        raise ValueError(f"the adapter also trains modules_to_save {config.modules_to_save}, which a LoRA would lose")
+    for option in ("modules_to_save", "trainable_token_indices"):
+        if value := getattr(config, option):
+            raise ValueError(f"the adapter also trains {option} {value}, which a LoRA would lose")
     ffns = list(_layers(tuner.model, ExpertLayer, adapter_name))
     if usage is not None and config.router_scope == "model" and usage.shape == (1, config.num_experts):
         usage = usage.expand(len(ffns), -1)  # one router decides for all layers
@@ -221,6 +224,7 @@ def from_loras(
                 _fill(pair.A, pair.B, chosen, share / linear.scaling["default"], name)
     lost = sorted(set().union(*loras) - used)
     if lost:
+        tuner.unload()
         raise ValueError(f"the LoRAs adapt {lost[0]}, which this MoLE does not; name it in attention_modules")
     return mole
 
@@ -241,6 +245,7 @@ def grow(model: nn.Module, num_experts: int, *, noise: float = 0.0, adapter_name
     if not config.has_router:
         raise ValueError("grow needs an adapter with a router, hence with at least two experts")
     _check_one_k(config)
+    dataclasses.replace(config, num_experts=num_experts)  # refuses what contradicts the other options
     index = torch.arange(num_experts) % config.num_experts
     for _, ffn in _layers(tuner.model, ExpertLayer, adapter_name):
         ffn.select_experts(adapter_name, index, first_new=config.num_experts, noise=noise)
@@ -265,6 +270,7 @@ def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: st
         raise ValueError(f"prune to {num_experts} experts: it must be 2 to {config.num_experts - 1}")
     if usage.shape != (len(ffns), config.num_experts):
         raise ValueError(f"usage is {tuple(usage.shape)}; it must be [{len(ffns)}, {config.num_experts}]")
+    dataclasses.replace(config, num_experts=num_experts)  # refuses what contradicts the other options
     for (_, ffn), used_K in zip(ffns, usage, strict=True):
         keep = used_K.argsort(descending=True, stable=True)[:num_experts].sort().values
         ffn.select_experts(adapter_name, keep.cpu(), first_new=num_experts, noise=0.0)

@@ -75,11 +75,6 @@ class Targets:
     """What `target_modules` says."""
 
     @property
-    def linears(self) -> list[str]:
-        """Paths of the linears with plain LoRA."""
-        return [key for key in self.sizes if key not in self.ffns and key not in self.experts]
-
-    @property
     def adapted(self) -> list[str]:
         """Paths of everything that is adapted, with the further linears of FFNs in parts."""
         return [*self.sizes, *(path for found in self.ffns.values() if found.split for path in found.projections[1:])]
@@ -104,7 +99,7 @@ def find_targets(model: nn.Module, config: MoleConfig, paths: Collection[str] | 
         model: the base model; parts of it may carry adapters already.
         config: its `attention_modules` and `ffn_modules` may decide which targets are linears and which FFNs. If they
             are None, the structure of each module decides.
-        paths: the targets, if something else than the configuration names them.
+        paths: the targets, if they do not come from the configuration.
 
     Raises:
         ValueError: a target is neither a linear nor an FFN of a known structure, an FFN would get adapters in some of
@@ -159,7 +154,7 @@ class _Search:
         self.wrapped = {path: module for path, module in model.named_modules() if isinstance(module, MoleMlp)}
         self.layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
         self.inside: set[str] = set()
-        """Paths of FFNs and of their projections: they are no targets of plain LoRA."""
+        """Paths of FFNs and of their projections: they are not targets of plain LoRA."""
         self._errors: dict[tuple[type, bool], str | None] = {}
 
     def find(self, path: str, in_training: bool = False) -> Ffn | None:
@@ -317,16 +312,15 @@ class _Search:
     def check_experts(self, linears: list[str]) -> None:
         """Raise ValueError for a linear that should get experts of its own where another adapter has something else."""
         self._check_kind(linears, MoleExpertLinear, "experts of its own")
+
+    def _check_kind(self, linears: list[str], kind: type[AdaptedLayer], what: str) -> None:
         for path in linears:
             around = next((p for p in self.wrapped if path.startswith(f"{p}.")), None)
             if around is not None:
                 raise ValueError(
                     f"{around} carries the experts of another adapter with router_scope 'ffn', so {path} cannot get "
-                    f"its own (router_scope {self.config.router_scope!r}); load the two adapters into two models"
+                    f"{what}; load the two adapters into two models"
                 )
-
-    def _check_kind(self, linears: list[str], kind: type[AdaptedLayer], what: str) -> None:
-        for path in linears:
             if path in self.layers and not isinstance(self.layers[path], kind):
                 raise ValueError(
                     f"{path} should get {what}, but another adapter has it adapted in another way (router_scope and "

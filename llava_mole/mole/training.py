@@ -27,7 +27,7 @@ from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import AdaptedLayer, ExpertLayer
 from llava_mole.mole.loss import auxiliary_loss, mole_after_step
 from llava_mole.mole.progress import TrainingPass, TrainingProgress
-from llava_mole.mole.routing import Routing
+from llava_mole.mole.routing import Routing, in_backward
 
 IGNORE_INDEX = -100
 """Label of a token without a target in transformers."""
@@ -47,13 +47,32 @@ def watch_training(model: nn.Module) -> None:
     """
     _models.add(model)
     if _after_forward not in model._forward_hooks.values():
+        model.register_forward_pre_hook(_before_forward)
         model.register_forward_hook(_after_forward, with_kwargs=True)
+
+
+def unwatch_training(model: nn.Module) -> None:
+    """Undo `watch_training` for a model without adapters."""
+    _models.discard(model)
+    for key in [key for key, hook in model._forward_hooks.items() if hook is _after_forward]:
+        del model._forward_hooks[key], model._forward_hooks_with_kwargs[key]
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _before_forward]:
+        del model._forward_pre_hooks[key]
+
+
+def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a base model: forgets the routing of layers that a training pass may skip (LayerDrop)."""
+    if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_backward():
+        for layer in module.modules():
+            if isinstance(layer, ExpertLayer):
+                layer.routing.logits = layer.routing.index = None
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a base model. In a pass with gradients it returns the output with the auxiliary loss attached.
 
-    In evaluation mode, in which some training loops leave a model, the loss has a gradient but changes no value.
+    In evaluation mode, in which some training loops leave a model, the loss has a gradient but changes no value; a
+    compiled model gets none there, so that it stays one graph.
     """
     if torch.is_grad_enabled() and (module.training or not torch.compiler.is_compiling()):
         return _pass_with_gradients(module, args, kwargs, output)
@@ -103,7 +122,7 @@ def _evaluation_pass(
         return None  # somebody wants gradients of the inputs
     try:
         loss, counts_LMK = _pass_loss(module, arguments, config, routing)
-    except MissingArgument:  # nobody need give masks to a model that may not be trained
+    except MissingArgument:  # a model that may not be trained needs no masks
         return None
     if not loss.requires_grad:
         return None
@@ -166,7 +185,7 @@ def _pass_loss(
             loss, count = auxiliary_loss(config, part, **masks)
         summed = config.balance_layers == "blocks" or config.balance_kind == "groups"
         total = total + loss * (1 if summed else len(layers) / len(routing.logits))
-        counts.append(None if count is None else nn.functional.pad(count, (0, config.num_experts - count.shape[-1])))
+        counts.append(None if count is None else nn.functional.pad(count, (0, routing.num_experts - count.shape[-1])))
     return total, None if counts[0] is None else torch.cat([count for count in counts if count is not None])
 
 

@@ -22,7 +22,7 @@ from llava_mole import cli
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.data.collator import Example, collate
 from llava_mole.interop.compose.cli import _parser
-from llava_mole.interop.compose.compose import Options, compose, read_loras
+from llava_mole.interop.compose.compose import Options, check_names, compose, read_loras
 from llava_mole.interop.compose.composition import METHODS, Composition
 from llava_mole.interop.compose.examples import Base, open_causal_lm
 from llava_mole.interop.compose.search import search
@@ -333,3 +333,9 @@ def test_commands_and_options_of_the_documentation_exist() -> None:
         _parser().parse_args(shlex.split(command))
     known = _parser().format_help()
     assert not [option for option in re.findall(r"--[a-z][a-z0-9-]*", text) if option not in known]
+
+
+def test_a_lora_named_like_a_row_of_the_result_keeps_a_row_of_its_own(tmp_path: Path) -> None:
+    paths = [tmp_path / "composed", tmp_path / "other", tmp_path / "deep" / "other"]
+    assert check_names(paths) == [str(path) for path in paths]
+    assert check_names([tmp_path / "one", tmp_path / "two"]) == ["one", "two"]

@@ -15,7 +15,7 @@ import yaml
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import check_if_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.integrations.peft import PeftAdapterMixin
 
 from llava_mole.mole import (
@@ -28,6 +28,7 @@ from llava_mole.mole import (
     register_mole,
     set_routing_inputs,
 )
+from llava_mole.mole.surgery import prune, to_lora
 
 Make = Callable[[], LlamaForCausalLM]
 IDS = torch.arange(1, 19).view(2, 9)
@@ -365,3 +366,100 @@ def test_a_fresh_process_without_the_import_ends_with_a_key_error_that_the_card_
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert "KeyError: 'MOLE'" in ended.stderr
     assert "KeyError: 'MOLE'" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_refused_sequence_adapter_leaves_decoding_to_the_next_one(tiny_llama: Make) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=2))
+    sequence = {"r": 2, "granularity": "sequence", "balance_group": "micro_batch"}
+    with pytest.raises(ValueError):
+        model.add_adapter("refused", MoleConfig(**sequence, layers_to_transform=[99]))
+    model.add_adapter("accepted", MoleConfig(**sequence))
+    hooks = model.base_model.model._forward_pre_hooks.values()
+    assert sum(hook == model.base_model._note_decoding for hook in hooks) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"granularity": "sequence", "balance_group": "micro_batch"}, {"num_experts": 1}]
+)
+def test_unloading_removes_every_hook(tiny_llama: Make, options: dict[str, Any]) -> None:
+    base = get_peft_model(tiny_llama(), MoleConfig(r=2, **options)).unload()
+    left = [
+        hook
+        for module in base.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    assert not left
+
+
+def test_plain_lora_inside_a_wrapped_ffn_is_refused(tiny_llama: Make) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=2))
+    with pytest.raises(ValueError, match="mlp carries the experts of another adapter .* cannot get plain LoRA"):
+        model.add_adapter("plain", MoleConfig(r=2, attention_modules=["q_proj", "up_proj"], ffn_modules=[]))
+
+
+def test_trained_token_embeddings_are_not_lost_in_an_export(tiny_llama: Make, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=2, trainable_token_indices=[1, 2]))
+    with pytest.raises(ValueError, match=r"trainable_token_indices \[1, 2\], which a LoRA would lose"):
+        to_lora(model, tmp_path / "lora", expert=0)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "message"),
+    [
+        ({"top_k": 3, "num_experts": 4, "expert_scale": "topk_renorm"}, 2, "top_k is 3 but num_experts is 2"),
+        (
+            {
+                "num_experts": 4,
+                "mode": "dense",
+                "balance_kind": "groups",
+                "group_delta": 0.1,
+                "balance_group": "micro_batch",
+            },
+            3,
+            "groups",
+        ),
+    ],
+)
+def test_surgery_refuses_what_the_other_options_contradict(
+    tiny_llama: Make, options: dict[str, Any], kept: int, message: str
+) -> None:
+    model = get_peft_model(tiny_llama(), MoleConfig(r=2, **options))
+    with pytest.raises(ValueError, match=message):
+        prune(model, kept, torch.rand(2, 4))
+    assert model.peft_config["default"].num_experts == 4
+
+
+def test_layers_that_a_pass_skips_are_no_part_of_its_loss() -> None:
+    """OPT with LayerDrop: the logits of a skipped layer belong to an earlier pass, whose graph is gone."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=24, layerdrop=0.5,
+        word_embed_proj_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    model = get_peft_model(OPTForCausalLM(config), MoleConfig(r=2)).train()
+    ids = torch.arange(1, 9).view(1, 8)
+    seen = set()
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        seen.add(len(collect_routing(model).logits))
+        loss.backward()
+    assert len(seen) > 1, "some passes have skipped a layer"
+
+
+def test_the_balance_loss_counts_once_if_the_caller_adds_it_in_evaluation_mode(tiny_llama: Make) -> None:
+    ids = torch.arange(1, 9).view(1, 8)
+
+    def router_gradient(add: bool) -> torch.Tensor:
+        model = get_peft_model(tiny_llama(), MoleConfig(r=2)).eval()
+        loss = model(input_ids=ids, labels=ids).loss
+        if add:
+            with pytest.warns(UserWarning, match="already holds the balance loss"):
+                loss = loss + mole_auxiliary_loss(model, token_mask=torch.ones_like(ids).bool())
+        loss.backward()
+        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "mole_router" in n])
+
+    torch.manual_seed(0)
+    alone = router_gradient(False)
+    torch.manual_seed(0)
+    torch.testing.assert_close(router_gradient(True), alone)

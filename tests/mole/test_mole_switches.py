@@ -23,6 +23,7 @@ from llava_mole.mole import (
     ExpertLayer,
     MoleConfig,
     MoleExpertLinear,
+    MoleMlp,
     Routing,
     balance_loss,
     collect_routing,
@@ -440,3 +441,15 @@ def test_random_switches_are_refused_by_name_or_train_and_come_back(tiny_llama: 
     assert [pair for pair in refused if not any(name in pair[1] for name in pair[0])] == []
     print(f"{trained} trained and came back, {len(refused)} refused")
     assert min(trained, len(refused)) > 20
+
+
+@pytest.mark.parametrize("options", [{}, {"bias_update_rate": 0.1}])
+def test_load_counters_advance_where_k_differs_by_layer(tiny_llama: Make, options: dict[str, Any]) -> None:
+    own = {"attention_modules": [], "balance_group": "global_batch", "expert_scale": "straight_through"}
+    model = get_peft_model(tiny_llama(), MoleConfig(r=2, experts_by_layer=[2, 4], **own, **options)).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    loads = [layer.current_state().load for layer in model.modules() if isinstance(layer, MoleMlp)]
+    assert [load.shape[-1] for load in loads] == [2, 4]
+    assert all(int(load.sum()) == IDS.numel() for load in loads)

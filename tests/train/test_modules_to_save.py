@@ -51,8 +51,8 @@ def test_a_run_starts_from_another_with_the_same_modules_only(world: Path) -> No
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ("[nowhere]", "modules_to_save names 'nowhere', but the name of no module ends so"),
-        ("[mlp]", "modules_to_save names 'mlp', but attention_modules and ffn_modules adapt .*mlp; name it in one"),
+        ("[nowhere]", "modules_to_save names 'nowhere', but no module name ends with it"),
+        ("[mlp]", "modules_to_save names 'mlp', but .*mlp gets adapters; take it out"),
         ("[up_proj]", "modules_to_save names 'up_proj'"),
         ("[self_attn]", "modules_to_save names 'self_attn'"),
         ("[lm_head, q_proj]", "modules_to_save names 'q_proj'"),

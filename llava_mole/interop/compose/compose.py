@@ -33,6 +33,8 @@ from llava_mole.model.checkpoint import (
 
 logger = get_logger(__name__)
 Batches = Sequence[dict[str, Any]]
+ZERO_SHOT, UNIFORM, COMPOSED = "no LoRA (zero-shot)", "uniform, 1 / N", "composed"
+"""Names of the rows that are not a given LoRA."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,10 @@ def compose(
     """
     injected = composition.inject(base.causal_lm)
     count = composition.count
-    points = {"no LoRA (zero-shot)": [0.0] * count}
+    points = [(ZERO_SHOT, [0.0] * count)]
+    points += [(name, [float(n == m) for m in range(count)]) for n, name in enumerate(names)]
     if count > 1:
-        points |= {name: [float(n == m) for m in range(count)] for n, name in enumerate(names)}
-        points["uniform, 1 / N"] = [1 / count] * count
-    else:
-        points[names[0]] = [1.0]
+        points.append((UNIFORM, [1 / count] * count))
     losses: dict[tuple[float, ...], float] = {}
 
     def objective(coefficients: Sequence[float]) -> float:
@@ -148,15 +148,15 @@ def compose(
 
     found, _ = search(
         objective,
-        list(points.values()),
+        [point for _, point in points],
         evaluations=options.evaluations,
         seed=options.seed,
         on_evaluation=progress,
     )
-    points["composed"] = found
+    points.append((COMPOSED, found))
     return [
         Row(name, list(point), losses[tuple(point)], _loss(injected, base, held_out, point) if held_out else None)
-        for name, point in points.items()
+        for name, point in points
     ]
 
 
@@ -244,9 +244,10 @@ def _write_checkpoint(out: Path, lora: Lora, checkpoint: Path, language_model: P
 
 
 def check_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each LoRA: its folder's, or its path where names repeat. Raises ConfigError for a path given twice."""
+    """A name for each LoRA: its folder's, or its path where that is taken. ConfigError for a path given twice."""
     repeated = next((path for n, path in enumerate(paths) if path.resolve() in [p.resolve() for p in paths[:n]]), None)
     if repeated is not None:
         raise ConfigError(f"{repeated} is given twice; give each LoRA once")
     short = [path.resolve().name for path in paths]
-    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+    taken = [*short, *(2 * [ZERO_SHOT, UNIFORM, COMPOSED])]
+    return [name if taken.count(name) == 1 else str(path.resolve()) for name, path in zip(short, paths, strict=True)]
