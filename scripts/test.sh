@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_setup.sh dev
 echo "== ruff"
-ruff check . && ruff format --check .
+ruff check .
+ruff format --check .
 types=$(mktemp)
 mypy > "$types" 2>&1 &
 checking=$!
