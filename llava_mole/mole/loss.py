@@ -366,9 +366,9 @@ def mole_after_step(model: nn.Module) -> None:
 
     With `add_balance_loss` it is called automatically when an optimizer that holds the adapter's parameters has
     stepped; a further call then does nothing. A loop that adds `mole_auxiliary_loss` itself calls it on every rank
-    after each optimizer step. `balance_group='global_batch'` and `bias_update_rate` need it; otherwise it does nothing. The
-    `global_batch` loss of a step weighs by the load of the step before. That makes it independent of how samples are
-    spread over ranks and accumulation steps, without a second pass.
+    after each optimizer step. `balance_group='global_batch'` and `bias_update_rate` need it; otherwise it does
+    nothing. The `global_batch` loss of a step weighs by the load of the step before. That makes it independent of how
+    samples are spread over ranks and accumulation steps, without a second pass.
     """
     inputs = shared_inputs(model)
     counts_LMK = None if inputs is None else inputs.progress.take_counts()
