@@ -47,7 +47,8 @@ def watch_training(model: nn.Module) -> None:
     """
     _models.add(model)
     if _after_forward not in model._forward_hooks.values():
-        model.register_forward_pre_hook(_before_forward)
+        # Before the hook that routes for the whole model, which a bare decoder has too.
+        model.register_forward_pre_hook(_before_forward, prepend=True)
         model.register_forward_hook(_after_forward, with_kwargs=True)
 
 
