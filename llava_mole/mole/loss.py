@@ -260,8 +260,7 @@ def mole_auxiliary_loss(
             stacklevel=2,
         )
     if counts is not None:
-        _check_all_counted(model, routing)
-        progress.add_counts(counts)
+        progress.add_counts(counts_of_all_layers(model, routing, counts))
     return loss
 
 
@@ -319,13 +318,20 @@ def _check_one_stack(model: nn.Module) -> None:
         )
 
 
-def _check_all_counted(model: nn.Module, routing: Routing) -> None:
-    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
-    if len(routing.layers) != sum(layer.current_state() is not None for layer in layers):
-        raise ValueError(
-            "balance_group 'global_batch' and bias_update_rate count the load of all FFNs in one pass, which the two "
-            "stacks of an encoder-decoder model do not have; use balance_group 'micro_batch' and bias_update_rate 0"
-        )
+def counts_of_all_layers(model: nn.Module, routing: Routing, counts_LMK: Tensor) -> Tensor:
+    """Expert counts of all routers of the model, int64 `[L, M, K]`, from those of the routers in `routing`.
+
+    A pass leaves routers out where it skips layers (LayerDrop), or where the caller reads one stack at a time: their
+    counts are zero. K is that of the router with the most experts.
+    """
+    layers = {}
+    for module in model.modules():
+        if isinstance(module, ExpertLayer) and (state := module.current_state()) is not None:
+            layers[module] = state.load.shape[-1]
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    counts = counts_LMK.new_zeros(len(layers), counts_LMK.shape[1], max(layers.values()))
+    counts[[row_of[layer] for layer in routing.layers], :, : counts_LMK.shape[-1]] = counts_LMK
+    return counts
 
 
 def _check_gradient(config: MoleConfig, routing: Routing) -> None:

@@ -109,8 +109,11 @@ class RouterState(nn.Module):
         return self.bias_steps.to(torch.float32) * self.rate if self.rate > 0 else None
 
     def step(self, counts_MK: Tensor) -> None:
-        """Store the counts of a finished optimizer step and move the bias towards experts below the mean load."""
-        self.load.copy_(counts_MK)
+        """Store the counts of a finished optimizer step and move the bias towards experts below the mean load.
+
+        A router that the step has skipped (LayerDrop) keeps its load.
+        """
+        self.load.copy_(torch.where(counts_MK.any(), counts_MK, self.load))
         if self.rate > 0:
             total_K = counts_MK.sum(dim=0).double()
             self.bias_steps += torch.sign(total_K.mean() - total_K).to(torch.int64)

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from llava_mole.mole.access import active_config, collect_routing, shared_inputs
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import AdaptedLayer, ExpertLayer
-from llava_mole.mole.loss import auxiliary_loss, mole_after_step
+from llava_mole.mole.loss import auxiliary_loss, counts_of_all_layers, mole_after_step
 from llava_mole.mole.progress import TrainingPass, TrainingProgress
 from llava_mole.mole.routing import Routing, in_backward
 
@@ -156,7 +156,7 @@ def _is_encoder_decoder(module: nn.Module) -> bool:
 def _pass_loss(
     module: nn.Module, arguments: dict[str, Any], config: MoleConfig, routing: Routing
 ) -> tuple[Tensor, Tensor | None]:
-    """The auxiliary loss of a pass, and its expert counts, int64 `[L, M, K]`, if they are needed.
+    """The auxiliary loss of a pass, and the expert counts of all L routers, int64 `[L, M, K]`, if they are needed.
 
     FFNs of an encoder and of a decoder count by their number.
     """
@@ -168,7 +168,7 @@ def _pass_loss(
         raise MissingArgument("balance_kind 'groups' needs set_routing_inputs(model, source=...) with 0 or 1 by sample")
     device = routing.logits[0].device
     total = torch.zeros((), device=device)
-    counts = []
+    counts: Tensor | None = None
     for (in_decoder, shape), layers in groups.items():
         part = replace(
             routing,
@@ -186,8 +186,10 @@ def _pass_loss(
             loss, count = auxiliary_loss(config, part, **masks)
         summed = config.balance_layers == "blocks" or config.balance_kind == "groups"
         total = total + loss * (1 if summed else len(layers) / len(routing.logits))
-        counts.append(None if count is None else nn.functional.pad(count, (0, routing.num_experts - count.shape[-1])))
-    return total, None if counts[0] is None else torch.cat([count for count in counts if count is not None])
+        if count is not None:
+            count = counts_of_all_layers(module, part, count)
+            counts = count if counts is None else counts + count
+    return total, counts
 
 
 def _packed_samples(arguments: dict[str, Any], shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -20,6 +20,7 @@ from llava_mole.mole import (
     MoleMlp,
     Routing,
     collect_routing,
+    mole_after_step,
     mole_auxiliary_loss,
 )
 from llava_mole.mole.split import MoleSplitMlp
@@ -473,7 +474,11 @@ def test_the_stacks_of_an_encoder_decoder_model_are_balanced_each_by_itself() ->
         mole_auxiliary_loss(model, token_mask=MASK, routing=decoder)
     with pytest.raises(ValueError, match=r"routing=collect_routing\(model, 'encoder'\)"):
         mole_auxiliary_loss(model, token_mask=MASK)
-    counting: Any = get_peft_model(make("T5"), MoleConfig.from_preset("coupled", r=2))
-    counting(input_ids=IDS, labels=IDS)
-    with pytest.raises(ValueError, match="use balance_group 'micro_batch'"):
-        mole_auxiliary_loss(counting, token_mask=MASK, routing=collect_routing(counting, "encoder"))
+    counting: Any = get_peft_model(make("T5"), MoleConfig.from_preset("coupled", r=2, add_balance_loss=False))
+    counting(input_ids=IDS, labels=IDS[:, :5].contiguous())
+    for stack, routing in zip(("encoder", "decoder"), routings(counting), strict=True):
+        mask = MASK if stack == "encoder" else MASK[:, :5]
+        mole_auxiliary_loss(counting, token_mask=mask, routing=routing)
+    mole_after_step(counting)
+    loads = [layer.current_state().load.sum().item() for stack in routings(counting) for layer in stack.layers]
+    assert loads == [16, 16, 10, 10], "tokens of the encoder's two layers, then of the decoder's"

@@ -28,6 +28,7 @@ from llava_mole.mole import (
     register_mole,
     set_routing_inputs,
 )
+from llava_mole.mole.layer import ExpertLayer
 from llava_mole.mole.surgery import prune, to_lora
 
 Make = Callable[[], LlamaForCausalLM]
@@ -445,6 +446,41 @@ def test_layers_that_a_pass_skips_are_no_part_of_its_loss() -> None:
         seen.add(len(collect_routing(model).logits))
         loss.backward()
     assert len(seen) > 1, "some passes have skipped a layer"
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_load_is_counted_while_passes_skip_layers(automatic: bool) -> None:
+    torch.manual_seed(0)
+    base = OPTConfig(
+        hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=24, layerdrop=0.5,
+        word_embed_proj_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    options = {"balance_group": "global_batch", "expert_scale": "straight_through", "bias_update_rate": 0.1}
+    config = MoleConfig(r=2, experts_by_layer=[2, 3, 4], add_balance_loss=automatic, **options)
+    model = get_peft_model(OPTForCausalLM(base), config).train()
+    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.arange(1, 9).view(1, 8)
+    skipped = 0
+    for _ in range(6):
+        before = [layer.current_state().load.clone() for layer in layers]
+        expected = [torch.zeros_like(load) for load in before]
+        for _ in range(2):  # accumulated passes, which skip different layers
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            ran = collect_routing(model).layers
+            if not automatic:
+                loss = loss + mole_auxiliary_loss(model, token_mask=torch.ones_like(ids).bool())
+            loss.backward()
+            for layer in ran:
+                row = next(row for row, other in enumerate(layers) if other is layer)
+                expected[row] += torch.bincount(layer.routing.index.flatten(), minlength=expected[row].shape[-1])
+        optimizer.step()
+        if not automatic:
+            mole_after_step(model)
+        skipped += sum(not counts.any() for counts in expected)
+        for layer, counts, load in zip(layers, expected, before, strict=True):
+            assert torch.equal(layer.current_state().load, counts if counts.any() else load)
+    assert skipped, "some steps have skipped a layer altogether"
 
 
 def test_the_balance_loss_counts_once_if_the_caller_adds_it_in_evaluation_mode(tiny_llama: Make) -> None:
