@@ -109,7 +109,7 @@ def plan_study(study: Study, out: Path, inputs: Inputs) -> Plan:
     plan = Plan()
     for arm in study.arms:
         base = study.bases[arm]
-        first = _stage_one(base, out, inputs)
+        first = stage_one(base, out, inputs)
         if first is not None:
             plan.add(first)
         config = arm_config(study, arm)
@@ -118,7 +118,7 @@ def plan_study(study: Study, out: Path, inputs: Inputs) -> Plan:
             plan.runs[arm, seed] = run.name
             evaluations = plan.evaluations.setdefault((arm, seed), {})
             for own, benchmark in base.benchmarks[study.split].items():
-                evaluations[own] = plan.add(_evaluation(run, own, benchmark, base, inputs)).name
+                evaluations[own] = plan.add(evaluation_cell(run, own, benchmark, base, inputs)).name
     plan.missing = inputs.missing
     return plan
 
@@ -161,13 +161,13 @@ def arm_config(study: Study, arm: str) -> RunConfig:
         config = _read_config(base.beside(base.stage2), {**base.set, **changes, **settings.set, **study.settings})
         sources = {name: source for name, source in config.data.sources.items() if name in mixture}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources, mixture=mixture))
-        _check_adapter(config)
+        check_adapter(config)
         return config
     except ConfigError as error:
         raise ConfigError(f"{study.path}: arm {arm!r}: {error}") from None
 
 
-def _check_adapter(config: RunConfig) -> None:
+def check_adapter(config: RunConfig) -> None:
     """Raise ConfigError for adapter options that the run would refuse, before any run of the study starts."""
     from llava_mole.model.adapters import adapter_config
 
@@ -185,11 +185,11 @@ def _read_config(file: Path, settings: Mapping[str, object]) -> RunConfig:
     return parse_run_config(arguments)
 
 
-def _stage_one(base: Base, out: Path, inputs: Inputs) -> Cell | None:
+def stage_one(base: Base, out: Path, inputs: Inputs) -> Cell | None:
     if base.stage1 is None:
         return None
     config = _read_config(base.beside(base.stage1), base.set_stage1)
-    return _training("pretrain", f"pretrain-s{config.train.seed}", config, base, None, out, inputs)
+    return training_cell("pretrain", f"pretrain-s{config.train.seed}", config, base, None, out, inputs)
 
 
 def _stage_two(config: RunConfig, seed: int, base: Base, first: Cell | None, out: Path, inputs: Inputs) -> Cell:
@@ -203,10 +203,10 @@ def _stage_two(config: RunConfig, seed: int, base: Base, first: Cell | None, out
     config = dataclasses.replace(
         config, projector_weights=start, train=dataclasses.replace(config.train, seed=seed, resume="auto")
     )
-    return _training("finetune", "-".join(parts), config, base, first, out, inputs)
+    return training_cell("finetune", "-".join(parts), config, base, first, out, inputs)
 
 
-def _training(
+def training_cell(
     kind: Kind, title: str, config: RunConfig, base: Base, first: Cell | None, out: Path, inputs: Inputs
 ) -> Cell:
     """The cell of a training run; `first` is the stage 1 that it starts from."""
@@ -243,7 +243,7 @@ def _training(
     )
 
 
-def _evaluation(run: Cell, own: str, benchmark: str, base: Base, inputs: Inputs) -> Cell:
+def evaluation_cell(run: Cell, own: str, benchmark: str, base: Base, inputs: Inputs) -> Cell:
     """The cell that evaluates a run on a benchmark."""
     config = run.config
     assert config is not None

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llava_mole.study.inputs import Inputs
 
     study = read_study(
-        Path(args.study), base=args.base, seeds=args.seeds, split=args.split, settings=_settings(args.set)
+        Path(args.study), base=args.base, seeds=args.seeds, split=args.split, settings=settings_of(args.set)
     )
     out = Path(args.cells) if args.cells else Path("runs/studies") / study.base.name
     with write_errors(out):
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = status_table(study, plan)
         print(format_table([table.header, *table.rows]))
         print(f"\n{study.title}: {progress(study, plan)}, in {out / 'cells'}")
-        _say_missing(plan.missing)
+        say_missing(plan.missing)
         return 0
     if action == "report":
         from llava_mole.study.report import write_report
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.submit:
         from llava_mole.study.submit import write_jobs
 
-        _refuse_missing(plan.missing)
+        refuse_missing(plan.missing)
         folder = out / "jobs" / study.name
         paths = write_jobs(study, plan, _identifying(args), folder, args.submit, [*chosen, *evaluations])
         print(f"{count_of(len(paths), 'job')} in {folder}; start them with: bash {folder / 'submit.sh'}")
@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.dry_run:
         print("\n".join(commands_of([cell for cell in cells.values() if not is_done(cell)])))
-        _say_missing(plan.missing)
+        say_missing(plan.missing)
         return 0
-    _refuse_missing(plan.missing)
+    refuse_missing(plan.missing)
     return Runner(cells, jobs=args.jobs, wait=not args.no_wait, break_lock=args.break_lock).run()
 
 
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cells", metavar="DIR", help="where cells and reports go (default: runs/studies/BASE)")
     run = parser.add_argument_group("run")
     add = run.add_argument
-    add("--jobs", type=_jobs, default=1, metavar="N", help="commands at a time on this machine (default 1)")
+    add("--jobs", type=positive, default=1, metavar="N", help="commands at a time on this machine (default 1)")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="only arms, ARM/SEED or cells with such names")
     add("--no-wait", action="store_true", help="end instead of waiting for cells that other processes run")
     add("--break-lock", action="store_true", help="take over cells of processes that ended on another machine")
@@ -118,13 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _jobs(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
     return int(text)
 
 
-def _settings(given: Sequence[str]) -> dict[str, object]:
+def settings_of(given: Sequence[str]) -> dict[str, object]:
     """`KEY=VALUE` arguments, the values read as YAML. Raises ConfigError for another form."""
     settings: dict[str, object] = {}
     for argument in given:
@@ -149,12 +149,12 @@ def _identifying(args: argparse.Namespace) -> list[str]:
     return options + (["--set", *args.set] if args.set else [])
 
 
-def _say_missing(missing: Sequence[str]) -> None:
+def say_missing(missing: Sequence[str]) -> None:
     if missing:
         print(f"missing: {shorten(list(missing), 20)}", file=sys.stderr)
 
 
-def _refuse_missing(missing: Sequence[str]) -> None:
+def refuse_missing(missing: Sequence[str]) -> None:
     """Raise DataError if an input does not exist: no run could end, and the cells' digests are not known."""
     if missing:
         listed = "".join(f"\n  {name}" for name in missing[:20])

@@ -237,7 +237,7 @@ def read_study(
             arms[name] = arm
     if not arms:
         raise ConfigError(f"{path}: it has no arm; give `arms` or `grid`")
-    own = read_base(_base_file(path, found.base, base))
+    own = read_base(base_file(path, found.base, base))
     bases = {name: read_base(_beside(path, arm.base)) if arm.base else own for name, arm in arms.items()}
     split = split or found.split
     published = Published()
@@ -265,7 +265,7 @@ def read_study(
     return study
 
 
-def _base_file(study: Path, named: str, given: str | None) -> Path:
+def base_file(study: Path, named: str, given: str | None) -> Path:
     """The file of the base: the one that the study names, or the one given in its place."""
     own = _beside(study, named)
     if given is None or Path(given).is_file():

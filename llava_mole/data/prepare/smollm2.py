@@ -81,8 +81,8 @@ def make_tokenizer(metadata: Mapping[str, Any]) -> Any:
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=merges))
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    backend.decoder = decoders.ByteLevel()
     kinds = zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token, kind in kinds if kind == _CONTROL]
