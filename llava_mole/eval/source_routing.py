@@ -15,8 +15,8 @@ from llava_mole.common.text import shorten
 from llava_mole.config import load_config
 from llava_mole.eval.questions import Question
 from llava_mole.inference.predictor import Predictor
-from llava_mole.mole import missing_input, set_routing_inputs
 from llava_mole.model.builder import CONFIG_FILE
+from llava_mole.mole import missing_input, set_routing_inputs
 
 ROUTED = ("experts", "source", "task")
 """Routing inputs that say what a sample is; all of them are the number of its source, as in training."""

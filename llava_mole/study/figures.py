@@ -53,7 +53,9 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
                     continue
                 entry, x = entries[arm], place + (n - (len(arms) - 1) / 2) * width
                 hatch = "//" if n >= len(COLORS) else None
-                axis.bar(x, entry["mean"], width * 0.9, color=colors[arm], hatch=hatch, edgecolor="white", linewidth=0.4)
+                axis.bar(
+                    x, entry["mean"], width * 0.9, color=colors[arm], hatch=hatch, edgecolor="white", linewidth=0.4
+                )
                 if entry.get("half") is not None:
                     axis.errorbar(x, entry["mean"], entry["half"], color="black", linewidth=0.9, capsize=2)
                 values = list(entry.get("by_seed", {}).values())
@@ -67,7 +69,9 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor=colors[arm], hatch="//" if n >= len(COLORS) else None, edgecolor="white", label=study.label(arm))
+        Patch(
+            facecolor=colors[arm], hatch="//" if n >= len(COLORS) else None, edgecolor="white", label=study.label(arm)
+        )
         for n, arm in enumerate(arms)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(arms)), frameon=False, fontsize=8)
@@ -127,7 +131,17 @@ def write_bars(results: Results, folder: Path) -> list[Path]:
         return []
     write_json(folder / "figure1.json", data)
     lines = [
-        [kind, column, data["domain"].get(column, ""), arm, entry["label"], entry["mean"], entry.get("half"), seed, value]
+        [
+            kind,
+            column,
+            data["domain"].get(column, ""),
+            arm,
+            entry["label"],
+            entry["mean"],
+            entry.get("half"),
+            seed,
+            value,
+        ]
         for kind in ("measured", "paper")
         for column, entries in data[kind].items()
         for arm, entry in entries.items()

@@ -51,7 +51,9 @@ class Inputs:
     def model(self, directory: str) -> str:
         """Every file of a language model's directory."""
         root = Path(directory)
-        return self.files(root, sorted(p for p in root.rglob("*") if p.is_file())) if root.is_dir() else self._lost(root)
+        return (
+            self.files(root, sorted(p for p in root.rglob("*") if p.is_file())) if root.is_dir() else self._lost(root)
+        )
 
     def file(self, path: str) -> str:
         """One file."""
@@ -96,7 +98,11 @@ class Inputs:
             trained = [parse_named_file(argument)[1] for argument in loaded.train_files or []]
             shown = sorted({q.image for q in loaded.questions if q.image is not None}) if images else []
             folder = loaded.image_folder
-            parts = [json.dumps(definition, sort_keys=True), loaded.fingerprint(), *(self.file(str(f)) for f in trained)]
+            parts = [
+                json.dumps(definition, sort_keys=True),
+                loaded.fingerprint(),
+                *(self.file(str(f)) for f in trained),
+            ]
             self._fresh[key] = sha256_of_json([*parts, self.files(folder, [folder / image for image in shown])])
         return self._fresh[key]
 
