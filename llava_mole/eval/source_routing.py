@@ -53,8 +53,8 @@ def sources_of_groups(
         source = given.get(group, given.get(benchmark, group))
         if source not in names:
             raise ConfigError(
-                f"{predictor.loaded.path} routes by source, and group {group!r} of the questions has source {source!r}, "
-                f"which is not one of its own ({shorten(names, 6)}); give --source-of {group}=SOURCE"
+                f"{predictor.loaded.path} routes by source, and group {group!r} of the questions has source "
+                f"{source!r}, which is not one of its own ({shorten(names, 6)}); give --source-of {group}=SOURCE"
             )
         numbers[group] = names.index(source)
     return numbers

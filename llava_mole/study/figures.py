@@ -64,7 +64,7 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
         tidy(axis, f"{title}{note}", y="%")
         axis.set_xticks(range(len(columns)), list(columns))
         axis.set_xlim(-0.5, len(columns) - 0.5)
-        low, high = axis.get_ylim()
+        high = axis.get_ylim()[1]
         axis.set_ylim(0, high * 1.02 if high <= 100 else high)
     from matplotlib.patches import Patch
 
@@ -130,11 +130,12 @@ def write_bars(results: Results, folder: Path) -> list[Path]:
     if not any(data["measured"].values()):
         return []
     write_json(folder / "figure1.json", data)
+    domains = data["domain"] | results.study.published.domains
     lines = [
         [
             kind,
             column,
-            data["domain"].get(column, ""),
+            domains.get(column, ""),
             arm,
             entry["label"],
             entry["mean"],

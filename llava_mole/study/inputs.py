@@ -5,7 +5,6 @@ read once are remembered by names, sizes and times of change, because a model's 
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -99,7 +98,7 @@ class Inputs:
             shown = sorted({q.image for q in loaded.questions if q.image is not None}) if images else []
             folder = loaded.image_folder
             parts = [
-                json.dumps(definition, sort_keys=True),
+                definition,
                 loaded.fingerprint(),
                 *(self.file(str(f)) for f in trained),
             ]

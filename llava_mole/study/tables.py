@@ -81,7 +81,7 @@ def _rank(study: Study, arm: str) -> str:
 def _experts(study: Study, arm: str) -> str:
     settings = study.arms[arm]
     if settings.method != "mole":
-        return "×"
+        return "no"
     count = sum(value > 0 for value in study.lambdas(arm).values())
     given = settings.options.get("experts_by_layer")
     experts = str(given) if given else {"domains": str(max(2, count))}.get(str(settings.experts), str(settings.experts))

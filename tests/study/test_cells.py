@@ -38,23 +38,38 @@ def changed_image(folder: Path, name: str) -> None:
     Image.new("RGB", (16, 16), (1, 2, 3)).save(folder / name)
 
 
+def reword(file: str) -> Callable[[Path], object]:
+    return lambda world: edit(world / file, "What color", "Which color")
+
+
+def copy_again(world: Path) -> None:
+    shutil.copy(world / "red/red.json", world / "x")
+    os.replace(world / "x", world / "red/red.json")
+
+
+WITH_BLUE = {"mix", "mole", "mix/e", "mole/e"}
+EVALUATIONS = {"red/e", "mix/e", "mole/e"}
+STAGE_2 = {"red", "mix", "mole"} | EVALUATIONS
+ALL = {"stage1"} | STAGE_2
 CHANGES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
-    # What is changed -> the arms whose training, and the arms whose evaluation, is new.
-    "nothing, but written again": (lambda w: (shutil.copy(w / "red/red.json", w / "x"), os.replace(w / "x", w / "red/red.json")), set()),
-    "a record of blue": (lambda w: edit(w / "blue/blue.json", "What color", "Which color"), {"mix", "mole", "mix/e", "mole/e"}),
-    "an image of blue": (lambda w: changed_image(w, "blue/images/blue-11.png"), {"mix", "mole", "mix/e", "mole/e"}),
-    "an image that is asked about": (lambda w: changed_image(w, "red/images/red-1.png"), {"red", "mix", "mole", "red/e", "mix/e", "mole/e"}),
-    "a caption of stage 1": (lambda w: edit(w / "captions/captions.json", "It is", "This is"), {"stage1", "red", "mix", "mole", "red/e", "mix/e", "mole/e"}),
-    "a test question": (lambda w: edit(w / "red_test.jsonl", "What color", "Which color"), {"red/e", "mix/e", "mole/e"}),
-    "a gold answer": (lambda w: edit(w / "blue_test.jsonl", "answer 1", "answer 7"), {"red/e", "mix/e", "mole/e"}),
-    "a validation question": (lambda w: edit(w / "red_val.jsonl", "What color", "Which color"), set()),
+    # What is changed -> the cells that are new: of stage 1, and of each arm the run and its evaluation.
+    "nothing, but written again": (copy_again, set()),
+    "a record of blue": (reword("blue/blue.json"), WITH_BLUE),
+    "an image of blue": (lambda w: changed_image(w, "blue/images/blue-11.png"), WITH_BLUE),
+    "an image that is asked about": (lambda w: changed_image(w, "red/images/red-1.png"), STAGE_2),
+    "a caption of stage 1": (reword("captions/captions.json"), ALL),
+    "a test question": (reword("red_test.jsonl"), EVALUATIONS),
+    "a gold answer": (lambda w: edit(w / "blue_test.jsonl", "answer 1", "answer 7"), EVALUATIONS),
+    "a validation question": (reword("red_val.jsonl"), set()),
     "the benchmark's title": (lambda w: edit(w / "colors_test.yaml", "Colours, test", "Colors"), set()),
-    "the benchmark's prompt": (lambda w: edit(w / "colors_test.yaml", "max_new_tokens: 4", "max_new_tokens: 5"), {"red/e", "mix/e", "mole/e"}),
-    "weights of the model": (lambda w: (w / "language_model/note.txt").write_text("new"), {"stage1", "red", "mix", "mole", "red/e", "mix/e", "mole/e"}),
-    "the learning rate": (lambda w: edit(w / "stage2.yaml", "learning_rate: 0.01", "learning_rate: 0.02"), {"red", "mix", "mole", "red/e", "mix/e", "mole/e"}),
-    "how often it saves": (lambda w: edit(w / "stage2.yaml", "num_workers: 0", "num_workers: 1"), set()),
-    "options of one arm": (lambda w: edit(w / "study.yaml", "method: mole", "method: mole\n    preset: coupled"), {"mole", "mole/e"}),
-    "labels and the paper": (lambda w: edit(w / "study.yaml", "label: Mix", "label: Other"), set()),
+    "the benchmark's prompt": (lambda w: edit(w / "colors_test.yaml", "new_tokens: 4", "new_tokens: 5"), EVALUATIONS),
+    "files of the language model": (lambda w: (w / "language_model/note.txt").write_text("new"), ALL),
+    "the learning rate": (lambda w: edit(w / "stage2.yaml", "learning_rate: 0.01", "learning_rate: 0.02"), STAGE_2),
+    "how it loads data": (lambda w: edit(w / "stage2.yaml", "num_workers: 0", "num_workers: 1"), set()),
+    "options of one arm": (
+        lambda w: edit(w / "study.yaml", "method: mole", "method: mole\n    preset: coupled"), {"mole", "mole/e"}
+    ),
+    "labels": (lambda w: edit(w / "study.yaml", "label: Mix", "label: Other"), set()),
 }  # fmt: skip
 
 

@@ -183,12 +183,11 @@ def test_the_table_has_the_papers_rows_beside_ours(reported: Path) -> None:
     text = (reported / "report.md").read_text()
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     header = rows[0]
-    assert header == [
-        "#", "model", "λ red", "λ blue", "rank", "experts", "seeds", "measured (small): red", "blue", "paper: Red", "Blue"
-    ]  # fmt: skip
+    settings = ["λ red", "λ blue", "rank", "experts", "seeds"]
+    assert header == ["#", "model", *settings, "measured (small): red", "blue", "paper: Red", "Blue"]
     assert rows[2] == ["0", "Other", "-", "-", "-", "-", "-", "-", "-", "12.5", "-"]
     hits = [50.0, 400 / 6]
-    assert rows[3][:7] == ["1", "Mix", "1", "1", "1x", "×", "2 of 2"]
+    assert rows[3][:7] == ["1", "Mix", "1", "1", "1x", "no", "2 of 2"]
     assert rows[3][7:] == [f"{sum(hits) / 2:.1f} ± {half(hits)}", f"41.7 ± {half([50.0, 200 / 6])}", "40", "50.25"]
     assert rows[4][:6] == ["2", "MoLE", "1", "1", "1x", "2"]
     assert rows[4][7:] == ["83.3 ± 0.0", f"83.3 ± {half([100.0, 400 / 6])}", "45", "OOM"]
@@ -253,7 +252,7 @@ def test_a_report_of_what_is_there(folder: Path, capsys: pytest.CaptureFixture[s
     path, _ = prepared(folder, {"mix": {0: (3, 3)}})
     assert main(["report", *arguments(path)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"Mix +1 +1 +× +1 of 2 +50.0 +50.0", printed)
+    assert re.search(r"Mix +1 +1 +no +1 of 2 +50.0 +50.0", printed)
     assert re.search(r"MoLE +1 +1 +2 +0 of 2 +- +-", printed)
     assert main(["report", *arguments(path)]) == 0  # replaces its own files
 

@@ -91,7 +91,7 @@ PAPER: dict[str, Any] = {
             "title": "T",
             "rows": {
                 "0": {"model": "Other", "values": {"Red": 12.5}},
-                "1": {"model": "Mix", "mixture": [1, 1], "experts": "×", "values": {"Red": 40.0, "Blue": 50.25}},
+                "1": {"model": "Mix", "mixture": [1, 1], "experts": "no", "values": {"Red": 40.0, "Blue": 50.25}},
                 "2": {"model": "MoLE", "mixture": [1, 1], "experts": "2", "values": {"Red": 45.0, "Blue": "OOM"}},
             },
         }
