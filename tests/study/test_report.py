@@ -209,7 +209,7 @@ def test_data_files_hold_the_same_numbers(reported: Path) -> None:
     assert values["versions"]["llava_mole"]
     cells = values["cells"].values()
     assert all(cell["command"] and len(cell["digest"]) == 64 for cell in cells)
-    assert all(cell["record"]["versions"]["python"] for cell in cells)
+    assert all(cell["versions"]["python"] for cell in cells)
     assert "llava-mole study report" in values["command"]
     with (reported / "figure1.csv").open() as file:
         bars = list(csv.DictReader(file))
