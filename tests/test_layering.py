@@ -33,6 +33,7 @@ OPTIONAL = {
     "open_clip",
     "openpyxl",
     "rapidfuzz",
+    "scipy",
 }
 Graph = Mapping[str, Mapping[str, int]]
 """File -> the files it imports -> the line of the import."""

@@ -58,7 +58,9 @@ def lock_holder(path: Path) -> str | None:
     A process of another machine counts as its holder: whether it still runs cannot be told from here.
     """
     holder = _read(path)
-    return f"{_name(holder)} since {holder.get('since', 'an unknown time')}" if holder and not _is_gone(holder) else None
+    return (
+        f"{_name(holder)} since {holder.get('since', 'an unknown time')}" if holder and not _is_gone(holder) else None
+    )
 
 
 def _acquire(path: Path, owner: dict[str, Any], what: str, break_option: str | None, break_lock: bool) -> None:

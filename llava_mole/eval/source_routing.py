@@ -15,8 +15,8 @@ from llava_mole.common.text import shorten
 from llava_mole.config import load_config
 from llava_mole.eval.questions import Question
 from llava_mole.inference.predictor import Predictor
-from llava_mole.mole import missing_input, set_routing_inputs
 from llava_mole.model.builder import CONFIG_FILE
+from llava_mole.mole import missing_input, set_routing_inputs
 
 ROUTED = ("experts", "source", "task")
 """Routing inputs that say what a sample is; all of them are the number of its source, as in training."""
@@ -53,8 +53,8 @@ def sources_of_groups(
         source = given.get(group, given.get(benchmark, group))
         if source not in names:
             raise ConfigError(
-                f"{predictor.loaded.path} routes by source, and group {group!r} of the questions has source {source!r}, "
-                f"which is not one of its own ({shorten(names, 6)}); give --source-of {group}=SOURCE"
+                f"{predictor.loaded.path} routes by source, and group {group!r} of the questions has source "
+                f"{source!r}, which is not one of its own ({shorten(names, 6)}); give --source-of {group}=SOURCE"
             )
         numbers[group] = names.index(source)
     return numbers

@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [plan.runs[pair] for pair in matching(study, args.only)]
     chosen += [name for name in plan.cells if args.only and name in args.only]
     if not chosen:
-        raise ConfigError(f"--only {' '.join(args.only)}: nothing has such a name; arms are {shorten([*study.arms], 8)}")
-    evaluations = [
-        name for name, cell in plan.cells.items() if cell.kind == "eval" and set(cell.needs) & set(chosen)
-    ]
+        raise ConfigError(
+            f"--only {' '.join(args.only)}: nothing has such a name; arms are {shorten([*study.arms], 8)}"
+        )
+    evaluations = [name for name, cell in plan.cells.items() if cell.kind == "eval" and set(cell.needs) & set(chosen)]
     cells = plan.with_needs([*chosen, *evaluations])
     if args.submit:
         from llava_mole.study.submit import write_jobs

@@ -342,7 +342,9 @@ def expand_grid(entry: Mapping[str, Any], where: str) -> dict[str, Arm]:
         raise ConfigError(f"{where}: no key has a list of values; write it under `arms`")
     if not _are_mappings(exclude) or not _are_mappings(include):
         raise ConfigError(f"{where}: exclude and include are lists of settings, such as [{{rank: 2x}}]")
-    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+    combinations = (
+        [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+    )
     kept = [c for c in combinations if not any(c | single == c | single | part for part in exclude)]
     arms: dict[str, Arm] = {}
     for values in [*kept, *include]:

@@ -53,7 +53,9 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
                     continue
                 entry, x = entries[arm], place + (n - (len(arms) - 1) / 2) * width
                 hatch = "//" if n >= len(COLORS) else None
-                axis.bar(x, entry["mean"], width * 0.9, color=colors[arm], hatch=hatch, edgecolor="white", linewidth=0.4)
+                axis.bar(
+                    x, entry["mean"], width * 0.9, color=colors[arm], hatch=hatch, edgecolor="white", linewidth=0.4
+                )
                 if entry.get("half") is not None:
                     axis.errorbar(x, entry["mean"], entry["half"], color="black", linewidth=0.9, capsize=2)
                 values = list(entry.get("by_seed", {}).values())
@@ -62,12 +64,14 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
         tidy(axis, f"{title}{note}", y="%")
         axis.set_xticks(range(len(columns)), list(columns))
         axis.set_xlim(-0.5, len(columns) - 0.5)
-        low, high = axis.get_ylim()
+        high = axis.get_ylim()[1]
         axis.set_ylim(0, high * 1.02 if high <= 100 else high)
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor=colors[arm], hatch="//" if n >= len(COLORS) else None, edgecolor="white", label=study.label(arm))
+        Patch(
+            facecolor=colors[arm], hatch="//" if n >= len(COLORS) else None, edgecolor="white", label=study.label(arm)
+        )
         for n, arm in enumerate(arms)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(arms)), frameon=False, fontsize=8)
@@ -126,8 +130,19 @@ def write_bars(results: Results, folder: Path) -> list[Path]:
     if not any(data["measured"].values()):
         return []
     write_json(folder / "figure1.json", data)
+    domains = data["domain"] | results.study.published.domains
     lines = [
-        [kind, column, data["domain"].get(column, ""), arm, entry["label"], entry["mean"], entry.get("half"), seed, value]
+        [
+            kind,
+            column,
+            domains.get(column, ""),
+            arm,
+            entry["label"],
+            entry["mean"],
+            entry.get("half"),
+            seed,
+            value,
+        ]
         for kind in ("measured", "paper")
         for column, entries in data[kind].items()
         for arm, entry in entries.items()

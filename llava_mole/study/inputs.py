@@ -5,7 +5,6 @@ read once are remembered by names, sizes and times of change, because a model's 
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +50,9 @@ class Inputs:
     def model(self, directory: str) -> str:
         """Every file of a language model's directory."""
         root = Path(directory)
-        return self.files(root, sorted(p for p in root.rglob("*") if p.is_file())) if root.is_dir() else self._lost(root)
+        return (
+            self.files(root, sorted(p for p in root.rglob("*") if p.is_file())) if root.is_dir() else self._lost(root)
+        )
 
     def file(self, path: str) -> str:
         """One file."""
@@ -96,7 +97,11 @@ class Inputs:
             trained = [parse_named_file(argument)[1] for argument in loaded.train_files or []]
             shown = sorted({q.image for q in loaded.questions if q.image is not None}) if images else []
             folder = loaded.image_folder
-            parts = [json.dumps(definition, sort_keys=True), loaded.fingerprint(), *(self.file(str(f)) for f in trained)]
+            parts = [
+                definition,
+                loaded.fingerprint(),
+                *(self.file(str(f)) for f in trained),
+            ]
             self._fresh[key] = sha256_of_json([*parts, self.files(folder, [folder / image for image in shown])])
         return self._fresh[key]
 

@@ -60,7 +60,7 @@ def html_table(table: Table) -> str:
 
 def _row(cells: Sequence[str], text: Sequence[bool], tag: str) -> str:
     inner = (
-        f'<{tag}{" class=text" if left else ""}>{escape(cell)}</{tag}>' for cell, left in zip(cells, text, strict=True)
+        f"<{tag}{' class=text' if left else ''}>{escape(cell)}</{tag}>" for cell, left in zip(cells, text, strict=True)
     )
     return f"<tr>{''.join(inner)}</tr>"
 

@@ -11,10 +11,11 @@ from llava_mole.common.files import read_json, write_errors, write_json, write_t
 from llava_mole.common.log import get_logger
 from llava_mole.eval.report.formats import Table, table_markdown, table_text
 from llava_mole.eval.scoring.intervals import LEVEL, RESAMPLES, SEED
+from llava_mole.study.cells import Cell
 from llava_mole.study.figures import write_bars, write_shares
 from llava_mole.study.page import html_page
 from llava_mole.study.results import Results, compare_arms, progress
-from llava_mole.study.runner import CELL, DONE, commands_of
+from llava_mole.study.runner import DONE, commands_of
 from llava_mole.study.tables import cell_table, comparison_table, cost_table, main_table
 
 logger = get_logger(__name__)
@@ -152,17 +153,15 @@ def as_values(results: Results, comparisons: Sequence[dict[str, Any]], command: 
         "columns": {name: vars(study.base.columns[name]) for name in results.columns},
         "arms": arms,
         "comparisons": list(comparisons),
-        "cells": {
-            cell.name: {
-                "digest": cell.digest,
-                "command": list(cell.command),
-                "needs": list(cell.needs),
-                "record": read_json(cell.folder / DONE) if (cell.folder / DONE).is_file() else None,
-                "identity": dict(cell.identity) if (cell.folder / CELL).is_file() else None,
-            }
-            for cell in plan.cells.values()
-        },
+        "cells": {cell.name: _cell_values(cell) for cell in plan.cells.values()},
     }
+
+
+def _cell_values(cell: Cell) -> dict[str, Any]:
+    """What identifies a cell and what its record says; the whole identity is in the cell's folder."""
+    record = read_json(cell.folder / DONE) if (cell.folder / DONE).is_file() else {}
+    kept = {key: record[key] for key in ("started", "seconds", "versions") if key in record}
+    return {"digest": cell.digest, "needs": list(cell.needs), "command": list(cell.command), **kept}
 
 
 def _markdown(

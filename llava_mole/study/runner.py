@@ -161,9 +161,7 @@ class Runner:
             try:
                 with write_errors(cell.folder):
                     cell.folder.mkdir(parents=True, exist_ok=True)
-                claim.enter_context(
-                    locked(cell.folder / CLAIM, f"cell {cell.name}", "--break-lock", self.break_lock)
-                )
+                claim.enter_context(locked(cell.folder / CLAIM, f"cell {cell.name}", "--break-lock", self.break_lock))
                 for lock in cell.locks:  # of a command that outlived the process that started it
                     if lock.parent.is_dir():
                         with locked(lock, f"cell {cell.name}", "--break-lock", self.break_lock):

@@ -8,6 +8,7 @@ import numpy as np
 from llava_mole.common.text import format_bytes, format_seconds
 from llava_mole.eval.report.compare import SIGNIFICANT
 from llava_mole.eval.report.formats import NOTHING, Row, Table, format_p
+from llava_mole.study.cells import Plan
 from llava_mole.study.definition import PublishedRow, Study
 from llava_mole.study.results import Results
 from llava_mole.study.runner import state_of
@@ -81,7 +82,7 @@ def _rank(study: Study, arm: str) -> str:
 def _experts(study: Study, arm: str) -> str:
     settings = study.arms[arm]
     if settings.method != "mole":
-        return "×"
+        return "no"
     count = sum(value > 0 for value in study.lambdas(arm).values())
     given = settings.options.get("experts_by_layer")
     experts = str(given) if given else {"domains": str(max(2, count))}.get(str(settings.experts), str(settings.experts))
@@ -121,9 +122,6 @@ def _test(found: Mapping[str, Any]) -> Row:
     return [interval, format_p(found["p_value"]), format_p(adjusted) + (" *" if adjusted < SIGNIFICANT else "")]
 
 
-PARTS = ("experts", "router", "attention LoRA", "FFN LoRA", "projector")
-
-
 def cost_table(results: Results) -> Table:
     """What the arms cost: parameters, steps, samples, tokens, time and memory, as means over seeds."""
     study, rows = results.study, []
@@ -161,13 +159,13 @@ def cost_table(results: Results) -> Table:
     return Table("Cost of a run, mean over seeds", header, rows, remarks=remarks)
 
 
-def status_table(study: Study, results_plan: Any) -> Table:
+def status_table(study: Study, plan: Plan) -> Table:
     """One row for each arm, with the state of the run and evaluations of every seed."""
     rows = []
     for arm in study.arms:
         for seed in study.seeds[arm]:
-            run = results_plan.cells[results_plan.runs[arm, seed]]
-            own = [run, *(results_plan.cells[name] for name in results_plan.evaluations[arm, seed].values())]
+            run = plan.cells[plan.runs[arm, seed]]
+            own = [run, *(plan.cells[name] for name in plan.evaluations[arm, seed].values())]
             states = [state_of(cell) for cell in own]
             detail = next((text for state, text in states if state in ("failed", "running")), "")
             done = sum(state == "done" for state, _ in states[1:])

@@ -217,7 +217,13 @@ def write_summary(
         data: What became of the records, by source.
         trainable: Trainable parameters by part of the model.
     """
-    summary = {**vars(progress), "last_step": entry, "seconds": seconds, "data": data, "trainable_parameters": trainable}
+    summary = {
+        **vars(progress),
+        "last_step": entry,
+        "seconds": seconds,
+        "data": data,
+        "trainable_parameters": trainable,
+    }
     summary["peak_memory_bytes"] = _peak_memory()
     write_json(run_dir / SUMMARY_FILE, finite(summary), indent=1)
 

@@ -3,8 +3,8 @@
     llava-mole report [NAME=]RUN... --out DIR
     llava-mole report --runs stage1=A.score.json lora=B.score.json mole=C.score.json --out DIR
 
-Every run is compared with every other, or with the one that `--reference` names. A run is a score file that `llava-mole eval` or `llava-mole score` wrote, or
-a directory with such files (or with them in its `eval`).
+Every run is compared with every other, or with the one that `--reference` names. A run is a score file that
+`llava-mole eval` or `llava-mole score` wrote, or a directory with such files (or with them in its `eval`).
 """
 
 import argparse

@@ -117,9 +117,7 @@ def build_benchmarks(
     return report
 
 
-def _one(
-    name: str, runs: Runs, published: str, reference: str | None, resamples: int, seed: int
-) -> dict[str, Any]:
+def _one(name: str, runs: Runs, published: str, reference: str | None, resamples: int, seed: int) -> dict[str, Any]:
     scored = {run: benchmarks[name] for run, benchmarks in runs.items() if name in benchmarks}
     first = next(iter(scored.values()))
     benchmark = stored_benchmark(first)

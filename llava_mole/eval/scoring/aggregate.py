@@ -237,7 +237,11 @@ def compare_units(
     involved = [group for group in one if any(not ratio.groups or group in ratio.groups for ratio in ratios)]
     counted = [fields.index(field) for field in denominator(number)] if number.value else []
     # McNemar's test needs answers that are right or wrong: none may leave the denominator in only one of the runs.
-    if not averaged and is_share(number) and all((one[group][:, counted] == two[group][:, counted]).all() for group in involved):
+    if (
+        not averaged
+        and is_share(number)
+        and all((one[group][:, counted] == two[group][:, counted]).all() for group in involved)
+    ):
         index = fields.index(number.value or "")
         change = np.concatenate([two[group][:, index] - one[group][:, index] for group in involved])
         better, worse = int((change > 0).sum()), int((change < 0).sum())
