@@ -104,13 +104,13 @@ def _accuracies(
         own, _, name = number.partition(".")
         files = [run[own] for run in scores]
         benchmark = stored_benchmark(files[0])
-        if name not in benchmark.numbers:
-            raise ConfigError(
-                f"{continual.base.path}: a column has number {number!r}; the benchmark has "
-                f"{', '.join(benchmark.numbers)}"
-            )
         units = [Units.from_dict(file["per_question"], file["score_file"]) for file in files]
-        measured = Measured(units, statistic(name, benchmark.numbers, list(units[0].fields)))
+        numbers = benchmark.expand_numbers(benchmark.groups or list(units[0].rows()))
+        if name not in numbers:
+            raise ConfigError(
+                f"{continual.base.path}: a column has number {number!r}; the benchmark has {', '.join(numbers)}"
+            )
+        measured = Measured(units, statistic(name, numbers, list(units[0].fields)))
         try:
             parts.append(resample(measured, resamples=resamples, seed=seed))
         except ValueError as error:
