@@ -29,6 +29,7 @@ OPTIONAL = {
     "easy_vqa",
     "bitsandbytes",
     "cma",
+    "gguf",
     "gradio",
     "open_clip",
     "openpyxl",
