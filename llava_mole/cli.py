@@ -14,6 +14,8 @@ SUBCOMMANDS = {
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
     "score": ("llava_mole.eval.scoring.cli", "score existing answers by a benchmark's published rules"),
     "report": ("llava_mole.eval.report.cli", "compare scored runs in one table"),
+    "study": ("llava_mole.study.cli", "run a grid of trainings as one experiment, and report it"),
+    "continual": ("llava_mole.study.continual_cli", "learn tasks one after another, and report what is kept"),
     "plan": ("llava_mole.analysis.plan.cli", "estimate memory, FLOPs and hours of a run before it starts"),
     "plot": ("llava_mole.train.plot", "plot a run's metrics"),
     "prepare": ("llava_mole.data.prepare.cli", "convert a published data set, or your own, for training"),

@@ -109,6 +109,17 @@ PATHS = (
     "check.evaluation_images", "projector_weights", "init_from",
 )  # fmt: skip
 """Keys whose value is a path or a list of paths."""
+MAY_CHANGE = (
+    "train.output_dir", "train.resume", "train.accept_changed", "train.break_lock", "train.num_workers",
+    "train.batching", "train.pack_length", "train.micro_batch_size", "train.distributed", "train.deepspeed_config",
+    "train.compile", "train.activation_checkpointing", "train.checkpoint_every_n", "train.save_every",
+    "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
+    "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device", "tracker.*", "check.*",
+    # Paths: their contents are compared. Those that a run starts from are not read again.
+    "model.language_model", "model.vision_tower.weights", "data.sources.*", "projector_weights", "init_from",
+)  # fmt: skip
+"""Configuration keys that a resumed run may change: they affect speed, memory, saving or reporting only, beyond the
+rounding of float arithmetic. Every other key is compared, new ones included."""
 _checks: ContextVar[bool] = ContextVar("checks", default=True)
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})")
 

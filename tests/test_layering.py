@@ -1,4 +1,4 @@
-"""The rule of imports: seven floors, downwards only, no circle of files; optional packages are imported where used."""
+"""The rule of imports: eight floors, downwards only, no circle of files; optional packages are imported where used."""
 
 import ast
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ FLOORS = (
     {"model"},
     {"inference", "interop", "analysis"},
     {"train", "eval", "serve"},
+    {"study"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALONE = {"mole"}
@@ -28,10 +29,12 @@ OPTIONAL = {
     "easy_vqa",
     "bitsandbytes",
     "cma",
+    "gguf",
     "gradio",
     "open_clip",
     "openpyxl",
     "rapidfuzz",
+    "scipy",
 }
 Graph = Mapping[str, Mapping[str, int]]
 """File -> the files it imports -> the line of the import."""

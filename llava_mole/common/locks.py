@@ -24,6 +24,10 @@ from llava_mole.common.log import get_logger
 logger = get_logger(__name__)
 
 
+class LockedError(ConfigError):
+    """Another process holds the lock."""
+
+
 @contextlib.contextmanager
 def locked(path: Path, what: str, break_option: str | None = None, break_lock: bool = False) -> Iterator[None]:
     """Hold the lock file `path` during the block.
@@ -35,8 +39,8 @@ def locked(path: Path, what: str, break_option: str | None = None, break_lock: b
         break_lock: Take a lock over whose owner cannot be checked from here.
 
     Raises:
-        ConfigError: another process holds the lock, or the file cannot be written. The message names the host, the
-            process, its start and what to do.
+        LockedError: another process holds the lock. The message names the host, the process, its start and what to do.
+        ConfigError: the file cannot be written.
     """
     owner = _describe_this_process()
     with write_errors(path):
@@ -48,6 +52,17 @@ def locked(path: Path, what: str, break_option: str | None = None, break_lock: b
             path.unlink(missing_ok=True)
 
 
+def lock_holder(path: Path) -> str | None:
+    """The process that holds the lock `path`, for messages; None if no process is known to hold it.
+
+    A process of another machine counts as its holder: whether it still runs cannot be told from here.
+    """
+    holder = _read(path)
+    return (
+        f"{_name(holder)} since {holder.get('since', 'an unknown time')}" if holder and not _is_gone(holder) else None
+    )
+
+
 def _acquire(path: Path, owner: dict[str, Any], what: str, break_option: str | None, break_lock: bool) -> None:
     while not _create(path, owner):
         holder = _read(path)
@@ -55,7 +70,7 @@ def _acquire(path: Path, owner: dict[str, Any], what: str, break_option: str | N
             continue  # released since
         gone = _is_gone(holder)
         if gone is False or (gone is None and not break_lock):
-            raise ConfigError(_busy(path, holder, what, gone, break_option))
+            raise LockedError(_busy(path, holder, what, gone, break_option))
         logger.warning("%s: taking over the lock of %s, which is gone", what, _name(holder))
         _remove(path, holder)
 

@@ -1,5 +1,6 @@
 """Worker processes that do not outlive this one, and their results in order with bounded memory."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,21 @@ def open_pool(
     """
     context = multiprocessing.get_context(method)
     return ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), initializer, arguments))
+
+
+def end_with_parent() -> Callable[[], None]:
+    """A `preexec_fn` for `subprocess`: the new process gets SIGTERM when this one ends, even if it is killed.
+
+    Linux only (prctl, PR_SET_PDEATHSIG). Call it in the main thread: the signal comes when the creating thread ends.
+    """
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(1, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)
+
+    return prepare
 
 
 def _start_worker(parent: int, initializer: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:

@@ -34,6 +34,7 @@ from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import build_benchmarks
 from llava_mole.eval.report.formats import to_text
 from llava_mole.eval.scoring import score
+from llava_mole.eval.source_routing import parse_sources, sources_of_groups
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor, add_model_arguments, load_predictor
 
@@ -127,7 +128,8 @@ def run_jobs(args: argparse.Namespace) -> None:
 def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     """Return one benchmark's scores, from a finished run or a new one; None if a server scores it."""
     asked = job.loaded.asked(job.variant)
-    run = describe_run(predictor, asked, job.loaded.image_folder, job.decoding)
+    sources = sources_of_groups(predictor, asked, parse_sources(args.source_of), job.loaded.benchmark.name)
+    run = describe_run(predictor, asked, job.loaded.image_folder, job.decoding, sources)
     if not on_main(lambda: _is_answered(job, run, overwrite=args.overwrite)):
         answer_questions(
             predictor,
@@ -141,6 +143,7 @@ def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[s
             break_lock=args.break_lock,
             routing_stats=job.routing if predictor.loaded.adapter == "mole" else None,
             begin=lambda: _begin(job, run),
+            sources=sources,
         )
     return on_main(lambda: _finish(predictor, job, run, args.break_lock))
 
@@ -248,6 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--follow-links", action="store_true", help="let symbolic links lead out of the image folder")
     add("--answers-file", metavar="FILE", help="answers to --questions; scores are written beside it")
     add("--train-file", nargs="+", metavar="[GROUP=]FILE", help="training splits for --questions' majority baseline")
+    add(
+        "--source-of",
+        nargs="+",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="source of a group or benchmark, for models that route by source (default: the group's name)",
+    )
     add_model_arguments(parser)
     parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)

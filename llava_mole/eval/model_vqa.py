@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, check_images, errors_named_after, read_questions, take_chunk, windows
 from llava_mole.eval.ranks import joined_ranks, share_of_rank
 from llava_mole.eval.routing_stats import RoutingStats, collect_routing_stats
+from llava_mole.eval.source_routing import by_source, parse_sources, routed_by, sources_of_groups
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor, add_model_arguments, load_predictor
 from llava_mole.model.checkpoint import MANIFEST
@@ -38,12 +39,18 @@ def model_id(path: Path) -> str:
 
 
 def describe_run(
-    predictor: Predictor, questions: Sequence[Question], image_folder: Path, decoding: Decoding
+    predictor: Predictor,
+    questions: Sequence[Question],
+    image_folder: Path,
+    decoding: Decoding,
+    sources: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return everything the answers depend on, by which a partial file of the same run is recognised."""
     asked = [(question.key, question.text, question.image) for question in questions]
     path = predictor.loaded.path
+    routed = {} if sources is None else {"sources": dict(sources)}
     return {
+        **routed,
         "model": str(path.resolve()),
         "manifest": sha256_of(path / MANIFEST),
         "quantization": predictor.loaded.quantization,
@@ -78,6 +85,7 @@ def answer_questions(
     break_lock: bool = False,
     routing_stats: Path | None = None,
     begin: Callable[[], None] | None = None,
+    sources: Mapping[str, int] | None = None,
 ) -> None:
     """Answer the questions and write `answers_file`; see the module.
 
@@ -85,6 +93,7 @@ def answer_questions(
         follow_links: Whether symbolic links may lead out of `image_folder`.
         routing_stats: File for the share of tokens per expert.
         begin: Called on rank 0 once the answers file is open and no other process writes it.
+        sources: Group -> number of its source, for a model that routes by source (`sources_of_groups`).
 
     Raises:
         ConfigError: an output file exists and `overwrite` is not set, or it cannot be written; `routing_stats` for a
@@ -94,7 +103,7 @@ def answer_questions(
     if routing_stats:
         RoutingStats(predictor)  # refuses a model without experts before the work, not after it
     check_prompts(predictor, questions)
-    run = describe_run(predictor, questions, image_folder, decoding)
+    run = describe_run(predictor, questions, image_folder, decoding, sources)
     name = model_id(predictor.loaded.path)
     title = f"rank 0 of {get_world_size()}" if get_world_size() > 1 else None
     with closing(AnswerFile(answers_file, questions, run, overwrite=overwrite, break_lock=break_lock)) as output:
@@ -105,20 +114,21 @@ def answer_questions(
             on_main(lambda: refuse_existing(routing_stats, overwrite=overwrite))
         mine = share_of_rank(output.pending, get_rank(), get_world_size())
         with tqdm(total=len(mine), desc=title, unit="q", disable=None if is_main_process() else True) as progress:
-            for window, images in windows(mine, image_folder, batch_size, follow_links=follow_links):
-                with errors_named_after(window):
-                    texts = predictor.generate(
-                        images,
-                        [q.text for q in window],
-                        seeds=[_seed(q) for q in window],
-                        batch_size=batch_size,
-                        **dataclasses.asdict(decoding),
-                    )
-                output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
-                progress.update(len(window))
+            for source, part in by_source(mine, sources):
+                for window, images in windows(part, image_folder, batch_size, follow_links=follow_links):
+                    with errors_named_after(window), routed_by(predictor, source):
+                        texts = predictor.generate(
+                            images,
+                            [q.text for q in window],
+                            seeds=[_seed(q) for q in window],
+                            batch_size=batch_size,
+                            **dataclasses.asdict(decoding),
+                        )
+                    output.add([answer_record(q, text, name) for q, text in zip(window, texts, strict=True)])
+                    progress.update(len(window))
         if routing_stats:
             stats = collect_routing_stats(
-                predictor, questions, image_folder, batch_size=batch_size, follow_links=follow_links
+                predictor, questions, image_folder, sources, batch_size=batch_size, follow_links=follow_links
             )
             on_main(lambda: write_json(routing_stats, stats.result(), indent=None))
         output.finish()
@@ -141,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--answers-file", required=True, metavar="FILE", help="answers, written when all are complete")
     add("--num-chunks", type=int, default=1, metavar="N", help="parts to split the questions into")
     add("--chunk-idx", type=int, default=0, metavar="I", help="part to answer, 0 to N-1")
+    add("--source-of", nargs="+", default=[], metavar="GROUP=SOURCE", help="for models that route by source")
     add("--routing-stats", metavar="FILE", help="write the share of tokens per expert as JSON")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
@@ -148,8 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with joined_ranks():
         decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
         questions = on_main(lambda: _read_chunk(args))
+        predictor = load_predictor(args.model_path, args)
         answer_questions(
-            load_predictor(args.model_path, args),
+            predictor,
             questions,
             Path(args.image_folder),
             Path(args.answers_file),
@@ -159,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=args.overwrite,
             break_lock=args.break_lock,
             routing_stats=Path(args.routing_stats) if args.routing_stats else None,
+            sources=sources_of_groups(predictor, questions, parse_sources(args.source_of), ""),
         )
         if is_main_process():
             print(f"{len(questions)} answers in {Path(args.answers_file)}")

@@ -5,7 +5,7 @@ This is the data behind the paper's Figure 3: the share over all tokens, and how
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.eval.questions import Question, errors_named_after, windows
 from llava_mole.eval.ranks import share_of_rank
+from llava_mole.eval.source_routing import by_source, routed_by
 from llava_mole.inference.finite import finite_outputs
 from llava_mole.inference.predictor import Batch, Predictor
 from llava_mole.mole import choice_counts, collect_routing
@@ -109,22 +110,26 @@ def collect_routing_stats(
     predictor: Predictor,
     questions: Sequence[Question],
     image_folder: Path,
+    sources: Mapping[str, int] | None = None,
     *,
     batch_size: int = 16,
     follow_links: bool = False,
 ) -> RoutingStats:
     """Run every question's prompt through the model once, shared over the ranks.
 
+    `sources` is that of `answer_questions`.
+
     Raises as `RoutingStats` and `Predictor.batches` do.
     """
     stats = RoutingStats(predictor)
     mine = share_of_rank(questions, get_rank(), get_world_size())
     with tqdm(total=len(mine), desc="routing", unit="q", disable=None if is_main_process() else True) as progress:
-        for window, images in windows(mine, image_folder, batch_size, follow_links=follow_links):
-            with errors_named_after(window):
-                prompts = [question.text for question in window]
-                for batch in predictor.batches(images, prompts, batch_size=batch_size):
-                    stats.add(batch, [window[member].group for member in batch.members])
-            progress.update(len(window))
+        for source, part in by_source(mine, sources):
+            for window, images in windows(part, image_folder, batch_size, follow_links=follow_links):
+                with errors_named_after(window), routed_by(predictor, source):
+                    prompts = [question.text for question in window]
+                    for batch in predictor.batches(images, prompts, batch_size=batch_size):
+                        stats.add(batch, [window[member].group for member in batch.members])
+                progress.update(len(window))
     stats.merge_ranks()
     return stats

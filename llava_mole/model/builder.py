@@ -5,7 +5,7 @@ This is where a run's configuration ends: what is built here holds plain values.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ SAME_ADAPTER = (
 """Fields of an adapter's configuration that determine what its weights mean. The others only affect training."""
 BEFORE_THEY_EXISTED = {"router_scope": "ffn", "mix": "projection"}
 """Values of such fields for adapters saved by versions that did not have them."""
+GROWN_NOISE = 0.01
+"""Noise on the experts that a run has more than the one it starts from, see `mole.surgery.grow`."""
 TRAINING_OPTIONS = {"language_model": "--model.language_model", "vision_tower": "--model.vision_tower.weights"}
 INFERENCE_OPTIONS = {
     "language_model": "--model-base DIR (in Python and lmms-eval: model_base)",
@@ -180,18 +182,38 @@ def load_adapter_state(model: LlavaMole, checkpoint: Path) -> None:
         raise CheckpointError(f"{path} lacks parameters of this run's adapter: {missing[:3]}")
 
 
-def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fingerprints: dict[str, str]) -> None:
-    """Load a run's adapter and projector into a model with the same adapter, in place.
+def starting_adapter(source: str | Path, config: AdapterConfig) -> AdapterConfig:
+    """The adapter to attach before `start_from`: `config`, with the checkpoint's experts if it has fewer.
 
     Args:
-        model: The model, with its adapter attached.
+        source: As for `start_from`.
+        config: The adapter that the run will have.
+    """
+    checkpoint = resolve_checkpoint(source)
+    if config.method != "mole" or read_manifest(checkpoint)["adapter"] != "mole":
+        return config
+    there = json.loads((checkpoint / ADAPTER_DIR / "adapter_config.json").read_text(encoding="utf-8"))
+    if there.get("experts_by_layer") is not None or there["num_experts"] >= config.num_experts:
+        return config
+    options = {key: value for key, value in config.options.items() if key != "frozen_experts"}
+    return replace(config, num_experts=there["num_experts"], options=options)
+
+
+def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fingerprints: dict[str, str]) -> None:
+    """Load a run's adapter and projector into a model, in place, and add the experts that `config` has more.
+
+    New experts are copies of the old ones, with a little noise so that they separate (`mole.surgery.grow`).
+
+    Args:
+        model: The model, with the adapter of `starting_adapter` attached.
         source: A run directory (its newest valid checkpoint) or a checkpoint of stage `finetune`.
-        config: Configuration of the attached adapter.
+        config: The adapter that the run will have.
         fingerprints: Fingerprints of the model's frozen parts.
 
     Raises:
         CheckpointError: The checkpoint does not verify, has no adapter or a different one, or was trained on
             another base model.
+        ConfigError: The adapter cannot grow.
     """
     checkpoint = resolve_checkpoint(source)
     check_base(checkpoint, fingerprints, TRAINING_OPTIONS)
@@ -210,6 +232,12 @@ def start_from(model: LlavaMole, source: str | Path, config: AdapterConfig, fing
         raise CheckpointError(f"init_from {checkpoint} has another adapter: {'; '.join(different)}")
     load_projector(model.projector, checkpoint / PROJECTOR_FILE)
     load_adapter_state(model, checkpoint)
+    if method == "mole" and here["experts_by_layer"] is None and here["num_experts"] < config.num_experts:
+        from llava_mole.mole.surgery import grow
+
+        frozen = config.options.get("frozen_experts", 0)
+        with value_errors_as(ConfigError):
+            grow(model.language_model, config.num_experts, noise=GROWN_NOISE, frozen=frozen)
 
 
 def check_base(checkpoint: Path, fingerprints: dict[str, str], options: Mapping[str, str]) -> None:

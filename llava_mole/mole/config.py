@@ -43,6 +43,7 @@ RANGES: dict[str, tuple[int, int, str] | tuple[float, float, str]] = {
     "jitter": _BELOW_1,
     "logit_noise": _NOT_NEGATIVE,
     "num_tasks": _FROM_0,
+    "frozen_experts": _FROM_0,
     "task_dim": _FROM_0,
     "shared_r": _FROM_0,
     "balance_coef": _NOT_NEGATIVE,
@@ -97,6 +98,8 @@ class MoleConfig(PeftConfig):
     experts_by_layer: list[int] | None = None
     """K by decoder layer, the list stretched evenly over all layers; `num_experts` becomes the largest. None: the
     same K everywhere."""
+    frozen_experts: int = 0
+    """The first so many experts, and their rows of the router, do not train: those of finished tasks."""
     top_k: int = 1
     """Experts a token uses in mode `sparse`."""
     mode: Literal["sparse", "dense"] = "sparse"
@@ -203,6 +206,8 @@ class MoleConfig(PeftConfig):
         _check_modules(self)
         _check_choice(self)
         _check_structure(self)
+        if self.frozen_experts:
+            _check_frozen(self)
         _check_balance(self)
         _check_router_learns(self)
 
@@ -474,6 +479,22 @@ def _check_structure(c: MoleConfig) -> None:
         raise ValueError(f"logit_noise is {c.logit_noise}, but this configuration has no logits; set it to 0")
     if c.init_std is not None and c.init_weights is not True:
         raise ValueError(f"init_std {c.init_std} and init_weights {c.init_weights!r} both say how A starts; give one")
+
+
+def _check_frozen(c: MoleConfig) -> None:
+    """Raise ValueError if no expert would train, or if frozen experts would change all the same."""
+    fewest = min(c.experts_by_layer or [c.num_experts])
+    if c.frozen_experts >= fewest:
+        raise ValueError(
+            f"frozen_experts is {c.frozen_experts} of {fewest}: no expert would train; freeze fewer, or add experts"
+        )
+    if c.frozen_experts and c.shared_a:
+        raise ValueError(f"frozen_experts {c.frozen_experts} with shared_a: the A that trains is that of all experts")
+    if c.frozen_experts and c.granularity == "task":
+        raise ValueError(
+            f"frozen_experts {c.frozen_experts} with granularity 'task': a router of tasks has no rows of experts; use "
+            "granularity 'token' or 'sequence'"
+        )
 
 
 def _check_balance(c: MoleConfig) -> None:

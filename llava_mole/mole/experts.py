@@ -30,7 +30,7 @@ from llava_mole.mole.kernels import (
     permute,
     shrink,
 )
-from llava_mole.mole.router import ExpertWeights
+from llava_mole.mole.router import ExpertWeights, trained_part
 
 DENSE = Backend(dense)
 
@@ -90,7 +90,7 @@ class ExpertStack(nn.Module):
 
     With `shared_a` the experts of a projection have one A, `<name>_A` `[R, I]`. With `shared_r` each projection has one
     more pair, which every token uses: `<name>_shared_A` `[shared_r, I]` and `<name>_shared_B` `[shared_r, O]`. `widths`
-    maps projections to their input and output size.
+    maps projections to their input and output size. The first `frozen` experts do not train.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class ExpertStack(nn.Module):
     ) -> None:
         super().__init__()
         init = a_start(config)
+        self.frozen = config.frozen_experts
         for name, (in_width, out_width) in widths.items():
             a, b = _pair((config.num_experts, r), in_width, out_width, init, device, dtype, config.shared_a)
             self.register_parameter(f"{name}_A", a)
@@ -115,7 +116,7 @@ class ExpertStack(nn.Module):
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """A `[K, R, I]` (`[1, R, I]` if the experts share it) and B `[K, R, O]` of projection `name`."""
-        a, b = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
+        a, b = (trained_part(getattr(self, f"{name}_{side}"), self.frozen) for side in "AB")
         return (a if a.dim() == 3 else a.unsqueeze(0)), b
 
     def expert_pair(self, name: str, expert: int) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,19 @@ def router_dtype(x_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if x_dtype == torch.float64 else torch.float32
 
 
+def trained_part(parameter: Tensor, frozen: int) -> Tensor:
+    """`parameter`, through whose first `frozen` rows no gradient flows."""
+    if not frozen or not torch.is_grad_enabled():
+        return parameter
+    return torch.cat([parameter[:frozen].detach(), parameter[frozen:]])
+
+
 class Router(nn.Module):
     """`logits = x W^T (+ b)`, Eq. 3. `weight` is `[K, D]`, `bias` `[K]`; one router serves all projections of an FFN.
 
     For granularity `task`, `weight` is `[num_tasks, K]`: the logits of every task. With `task_dim` E, `embedding` is
     `[num_tasks, E]`, `weight` `[K, E]`, and the logits of a task are those of its embedding. `std` is the standard
-    deviation of the initial weight; None starts it like a linear of PyTorch.
+    deviation of the initial weight; None starts it like a linear of PyTorch. The first `frozen` rows do not train.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
         self.embedding = nn.Parameter(torch.empty(num_tasks, width, device=device, dtype=dtype)) if num_tasks else None
+        self.frozen = 0
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(width), 1 / math.sqrt(width))
@@ -59,7 +67,7 @@ class Router(nn.Module):
             width = config.task_dim
         elif by_task:
             width, rows, bias = config.num_experts, config.num_tasks, False
-        return cls(
+        router = cls(
             width,
             rows,
             bias=bias,
@@ -68,6 +76,8 @@ class Router(nn.Module):
             std=config.router_init_std,
             num_tasks=config.num_tasks if by_task and config.task_dim else 0,
         )
+        router.frozen = config.frozen_experts
+        return router
 
     def task_logits(self, dtype: torch.dtype) -> Tensor:
         """The logits of all tasks, `[num_tasks, K]`, in float32, or float64 if `dtype` is."""
@@ -83,8 +93,8 @@ class Router(nn.Module):
         """
         dtype = router_dtype(x.dtype)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+            bias = None if self.bias is None else trained_part(self.bias, self.frozen).to(dtype)
+            return F.linear(x.to(dtype), trained_part(self.weight, self.frozen).to(dtype), bias)
 
 
 class RouterState(nn.Module):

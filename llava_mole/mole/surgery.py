@@ -229,34 +229,46 @@ def from_loras(
     return mole
 
 
-def grow(model: nn.Module, num_experts: int, *, noise: float = 0.0, adapter_name: str = "default") -> None:
+def grow(
+    model: nn.Module, num_experts: int, *, noise: float = 0.0, frozen: int | None = None, adapter_name: str = "default"
+) -> None:
     """Add experts up to `num_experts`, as copies of the present ones in turn.
 
     `noise` is the standard deviation, relative to each tensor's own, of the noise added to the copies' B and router
     rows. Without noise the output does not change for sparse top-1 routing with weights that do not depend on K: the
-    first expert wins a tie, so a copy stays unused until noise or training separates the two.
+    first expert wins a tie, so a copy stays unused until noise or training separates the two. An adapter of one expert
+    gets a new router; its output does not change either, because the copies are equal.
+
+    `frozen` experts, the first ones, do not train afterwards (`MoleConfig.frozen_experts`); None leaves that as it is.
 
     Raises:
-        ValueError: not more experts than now, or no router to grow.
+        ValueError: not more experts than now, the options contradict the number, or nothing would choose among them.
     """
     tuner, config = _adapter(model, adapter_name)
     if num_experts <= config.num_experts:
         raise ValueError(f"grow to {num_experts} experts: the adapter has {config.num_experts} already; use prune")
-    if not config.has_router:
-        raise ValueError("grow needs an adapter with a router, hence with at least two experts")
     _check_one_k(config)
-    dataclasses.replace(config, num_experts=num_experts)  # refuses what contradicts the other options
+    frozen = config.frozen_experts if frozen is None else frozen
+    grown = dataclasses.replace(config, num_experts=num_experts, frozen_experts=frozen)  # refuses contradictions
+    if not grown.has_router or (config.num_experts == 1 and config.router_scope == "model"):
+        raise ValueError(
+            f"grow needs an adapter with a router, or one expert whose FFN can get one; this adapter has router "
+            f"{config.router!r}, granularity {config.granularity!r} and router_scope {config.router_scope!r}"
+        )
     index = torch.arange(num_experts) % config.num_experts
     for _, ffn in _layers(tuner.model, ExpertLayer, adapter_name):
         ffn.select_experts(adapter_name, index, first_new=config.num_experts, noise=noise)
-    _replace_config(tuner, config, adapter_name, num_experts)
+        if config.num_experts == 1:
+            ffn.add_router(adapter_name, grown, ffn.in_features)
+    _replace_config(tuner, config, adapter_name, num_experts, frozen)
 
 
 def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: str = "default") -> None:
     """Keep the `num_experts` most used experts of each layer; `usage` is `[L, K]`, as `routing_load` returns it.
 
     The output does not change for tokens whose expert stays (sparse top 1 with a constant weight); the other tokens
-    go to the best remaining expert. `num_experts` must be at least 2, because one expert has no router.
+    go to the best remaining expert. `num_experts` must be at least 2, because one expert has no router. All of them
+    train afterwards.
 
     Raises:
         ValueError: an impossible number of experts, or `usage` of the wrong shape.
@@ -270,7 +282,7 @@ def prune(model: nn.Module, num_experts: int, usage: Tensor, *, adapter_name: st
         raise ValueError(f"prune to {num_experts} experts: it must be 2 to {config.num_experts - 1}")
     if usage.shape != (len(ffns), config.num_experts):
         raise ValueError(f"usage is {tuple(usage.shape)}; it must be [{len(ffns)}, {config.num_experts}]")
-    dataclasses.replace(config, num_experts=num_experts)  # refuses what contradicts the other options
+    dataclasses.replace(config, num_experts=num_experts, frozen_experts=0)  # refuses what contradicts other options
     for (_, ffn), used_K in zip(ffns, usage, strict=True):
         keep = used_K.argsort(descending=True, stable=True)[:num_experts].sort().values
         ffn.select_experts(adapter_name, keep.cpu(), first_new=num_experts, noise=0.0)
@@ -295,13 +307,17 @@ def _check_one_k(config: MoleConfig) -> None:
         )
 
 
-def _replace_config(tuner: MoleModel, config: MoleConfig, adapter_name: str, num_experts: int) -> None:
-    """Give the tuner and its layers a copy of `config` with `num_experts`."""
+def _replace_config(tuner: MoleModel, config: MoleConfig, adapter_name: str, num_experts: int, frozen: int = 0) -> None:
+    """Give the tuner and its layers a copy of `config` with `num_experts`, the first `frozen` of which do not train."""
     changed = copy.copy(config)
-    changed.num_experts = num_experts
+    changed.num_experts, changed.frozen_experts = num_experts, frozen
     tuner.peft_config[adapter_name] = changed
     for _, layer in _layers(tuner.model, AdaptedLayer, adapter_name):
         layer.configs[adapter_name] = changed
+        if isinstance(layer, ExpertLayer):
+            for part in (layer.experts(adapter_name), layer.router(adapter_name)):
+                if part is not None:
+                    part.frozen = frozen
 
 
 def _layers(model: nn.Module, kind: type[AdaptedLayer], adapter_name: str) -> Iterator[tuple[str, Any]]:

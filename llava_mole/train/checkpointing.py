@@ -1,6 +1,7 @@
 """What a run writes to its directory: checkpoints, environment, summary (docs/architecture.md, Checkpoint)."""
 
 import platform
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -201,7 +202,12 @@ def read_optimizer_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def write_summary(
-    run_dir: Path, progress: Progress, entry: dict[str, Any] | None, seconds: float, data: dict[str, dict[str, int]]
+    run_dir: Path,
+    progress: Progress,
+    entry: dict[str, Any] | None,
+    seconds: float,
+    data: dict[str, dict[str, int]],
+    trainable: dict[str, int],
 ) -> None:
     """Mark the run as finished.
 
@@ -209,9 +215,23 @@ def write_summary(
         entry: The last metrics; None if this process did no step.
         seconds: Duration of this process's part of the run.
         data: What became of the records, by source.
+        trainable: Trainable parameters by part of the model.
     """
-    summary = {**vars(progress), "last_step": entry, "seconds": seconds, "data": data}
+    summary = {
+        **vars(progress),
+        "last_step": entry,
+        "seconds": seconds,
+        "data": data,
+        "trainable_parameters": trainable,
+    }
+    summary["peak_memory_bytes"] = _peak_memory()
     write_json(run_dir / SUMMARY_FILE, finite(summary), indent=1)
+
+
+def _peak_memory() -> dict[str, int]:
+    """Peak of this process so far, in bytes: `host` (resident), and `gpu` (allocated by PyTorch) where there is one."""
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+    return peak | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
 def write_environment(run_dir: Path, world_size: int, device: str, engine: str) -> None:

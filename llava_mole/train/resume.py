@@ -23,7 +23,7 @@ from llava_mole.common.files import read_json, write_errors
 from llava_mole.common.locks import locked
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
-from llava_mole.config import TrainConfig, config_to_dict, load_config
+from llava_mole.config import MAY_CHANGE, TrainConfig, config_to_dict, load_config
 from llava_mole.conversation import Template
 from llava_mole.model.builder import CONFIG_FILE
 from llava_mole.model.checkpoint import (
@@ -39,17 +39,6 @@ from llava_mole.train.metrics import METRICS_FILE, read_metrics
 
 logger = get_logger(__name__)
 
-MAY_CHANGE = (
-    "train.output_dir", "train.resume", "train.accept_changed", "train.break_lock", "train.num_workers",
-    "train.batching", "train.pack_length", "train.micro_batch_size", "train.distributed", "train.deepspeed_config",
-    "train.compile", "train.activation_checkpointing", "train.checkpoint_every_n", "train.save_every",
-    "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
-    "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device", "tracker.*", "check.*",
-    # Paths: their contents are compared. Those that a run starts from are not read again.
-    "model.language_model", "model.vision_tower.weights", "data.sources.*", "projector_weights", "init_from",
-)  # fmt: skip
-"""Configuration keys that a resumed run may change: they affect speed, memory, saving or reporting only, beyond the
-rounding of float arithmetic. Every other key is compared, new ones included."""
 MIN_FREE_BYTES = 16 << 20
 """A run is not started with less free disk space: it could not even write its configuration and metrics."""
 LOCK_FILE = ".lock"

@@ -27,6 +27,7 @@ from llava_mole.model.builder import (
     load_adapter_state,
     load_projector,
     start_from,
+    starting_adapter,
 )
 from llava_mole.model.language_model import compile_layers, set_recompute
 from llava_mole.model.llava_arch import LlavaMole
@@ -165,7 +166,8 @@ def make_trainable(
     if config.train.batching == "packed":
         enable_packing(model.causal_lm)
     quantize_linears(model.causal_lm, config.model.quantization, device, frozen_dtype(config.train.precision))
-    attach_adapter(model, config.adapter)
+    start = config.init_from
+    attach_adapter(model, config.adapter if start is None else starting_adapter(start, config.adapter))
     if config.init_from is not None:
         start_from(model, config.init_from, config.adapter, fingerprints)
     if checkpoint is not None:

@@ -24,6 +24,7 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.data.batching import BatchPlan, StepSampler
 from llava_mole.data.collator import collate, collate_packed
 from llava_mole.data.dataset import SupervisedDataset
+from llava_mole.model.adapters import parameter_report
 from llava_mole.model.flops import model_shape
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import (
@@ -137,7 +138,8 @@ class Trainer:
                 table = summary_table(self.name, entries, self.progress.consumed_by_source)
                 print("\n" + table, file=sys.stderr, flush=True)
             seconds = time.perf_counter() - run_started
-            write_summary(self.writer.run_dir, self.progress, entry, seconds, self.dataset.report)
+            trainable = {part: count for part, count, _ in parameter_report(self.model) if count}
+            write_summary(self.writer.run_dir, self.progress, entry, seconds, self.dataset.report, trainable)
 
     def save(self, final: bool) -> None:
         """Write a checkpoint; a collective. A failure is logged, and raised for the last one."""

@@ -152,6 +152,83 @@ def test_growing_without_noise_changes_nothing(
         grow(model, 2)
 
 
+@pytest.mark.parametrize("preset", ["paper", "coupled", "best"])
+def test_one_expert_grows_into_a_mixture(tiny_llama: Make, randomized: Randomize, tmp_path: Path, preset: str) -> None:
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig.from_preset(preset, r=4, num_experts=1))).eval()
+    expected = model(IDS).logits
+    grow(model, 2, frozen=1)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert model.peft_config["default"].frozen_experts == 1
+    loads = routing_load(collect_routing(model), MASK)
+    assert loads.shape == (2, 2)
+    assert (loads > 0).all(), "a new router sends some tokens to either"
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("backend", ["masked", "grouped", "loop"])
+@pytest.mark.parametrize("options", [{}, {"router_scope": "linear"}, {"router_bias": True, "shared_r": 2}])
+def test_frozen_experts_stay_to_the_bit_and_the_others_train_as_ever(
+    tiny_llama: Make, randomized: Randomize, backend: str, options: dict[str, Any]
+) -> None:
+    """The gradients of what trains are those of a model without frozen experts; the others' are zero."""
+    models = []
+    for frozen in (0, 2):
+        torch.manual_seed(5)
+        config = MoleConfig.from_preset("coupled", r=4, backend=backend, frozen_experts=frozen, **options)
+        models.append(randomized(get_peft_model(tiny_llama(), config)))
+        models[-1](IDS, labels=IDS).loss.backward()
+    free, frozen_model = (dict(model.named_parameters()) for model in models)
+    rows = 0
+    for name, parameter in frozen_model.items():
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad is not None, name
+        of_experts = ("mole_router" in name or "mole_experts" in name) and "shared" not in name
+        kept = 2 if of_experts else 0
+        rows += kept
+        assert not parameter.grad[:kept].any(), name
+        torch.testing.assert_close(parameter.grad[kept:], free[name].grad[kept:], msg=name)
+    assert rows
+    before = {name: value.detach().clone() for name, value in frozen_model.items()}
+    optimizer = torch.optim.AdamW([p for p in models[1].parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        models[1](IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    changed = [name for name, value in frozen_model.items() if not torch.equal(value, before[name])]
+    assert any("mole_experts" in name for name in changed)
+    for name in changed:
+        if ("mole_router" in name or "mole_experts" in name) and "shared" not in name:
+            assert torch.equal(frozen_model[name][:2], before[name][:2]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frozen_experts": 3}, "frozen_experts is 3 of 3: no expert would train"),
+        ({"frozen_experts": 1, "shared_a": True}, "with shared_a: the A that trains is that of all experts"),
+        (
+            {"frozen_experts": 1, "granularity": "task", "num_tasks": 2, "balance_group": "micro_batch"},
+            "with granularity 'task'",
+        ),
+        ({"frozen_experts": -1}, "frozen_experts"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoleConfig(r=4, **options)
+
+
+def test_what_cannot_grow_is_refused(tiny_llama: Make) -> None:
+    for options in ({"router": "random"}, {"granularity": "given"}):
+        with pytest.raises(ValueError, match="grow needs an adapter with a router"):
+            grow(get_peft_model(tiny_llama(), MoleConfig(r=4, **options)), 4)
+    with pytest.raises(ValueError, match="frozen_experts is 4 of 4"):
+        grow(get_peft_model(tiny_llama(), MoleConfig(r=4)), 4, frozen=4)
+
+
 def test_pruning_is_exact_for_tokens_whose_expert_stays(tiny_llama: Make, randomized: Randomize) -> None:
     model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, num_experts=4))).eval()
     layer = next(m for m in model.modules() if isinstance(m, MoleMlp))

@@ -306,7 +306,7 @@ def test_init_from_takes_weights_but_neither_optimizer_nor_progress(world: Path,
 
 INIT_MISTAKES = {
     "rank": (["--adapter.rank", "4"], "has another adapter: r 2 there, 4 here"),
-    "experts": (["--adapter.num_experts", "3"], "num_experts 2 there, 3 here"),
+    "experts": (["--adapter.num_experts", "1"], "num_experts 2 there, 1 here"),
     "scale": (["--adapter.options.expert_scale", "prob"], "expert_scale 'straight_through' there, 'prob' here"),
     "method": (["--adapter", "{method: lora, rank: 2}"], "has adapter.method 'mole', this run has 'lora'"),
     "projector": (["--projector_weights", "x"], "init_from brings its own projector"),

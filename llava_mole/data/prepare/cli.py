@@ -1,7 +1,8 @@
-"""`llava-mole prepare SOURCE`: convert a data set to a form that training opens at once."""
+"""`llava-mole prepare SOURCE`: convert a data set to a form that training opens at once; or write a small model."""
 
 import argparse
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ from llava_mole.data.prepare.files import unpack_archives
 from llava_mole.data.prepare.samples import Source, SourceOptions
 from llava_mole.data.prepare.sources import MODULES, get_module, get_source
 
+MODELS = {"smollm2": "llava_mole.data.prepare.smollm2"}
+"""Model -> module with `main(argv)` and `SUMMARY`."""
+
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0
     name, rest = arguments[0], arguments[1:]
-    module = get_module(name)
+    module = importlib.import_module(MODELS[name]) if name in MODELS else get_module(name)
     if hasattr(module, "main"):
         return int(module.main(rest) or 0)
     with one_line("`prepare` must be able to read --raw and to write --out and beside it"):
@@ -51,6 +55,8 @@ def help_text() -> str:
     for name in MODULES:
         module = get_module(name)
         lines.append(f"  {name:<20} {module.SUMMARY if hasattr(module, 'main') else get_source(name).summary}")
+    lines += ["", "models, from an installed package to --out:"]
+    lines += [f"  {name:<20} {importlib.import_module(module).SUMMARY}" for name, module in MODELS.items()]
     return "\n".join([*lines, "", "`llava-mole prepare SOURCE --help` lists a source's options and known defects."])
 
 

@@ -3,8 +3,8 @@
     llava-mole report [NAME=]RUN... --out DIR
     llava-mole report --runs stage1=A.score.json lora=B.score.json mole=C.score.json --out DIR
 
-The other runs are compared with the first. A run is a score file that `llava-mole eval` or `llava-mole score` wrote, or
-a directory with such files (or with them in its `eval`).
+Every run is compared with every other, or with the one that `--reference` names. A run is a score file that
+`llava-mole eval` or `llava-mole score` wrote, or a directory with such files (or with them in its `eval`).
 """
 
 import argparse
@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison and write it to a directory."""
     parser = argparse.ArgumentParser(prog="llava-mole report", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("run", nargs="*", metavar="[NAME=]RUN", help="scored runs, the reference first")
+    add("run", nargs="*", metavar="[NAME=]RUN", help="scored runs")
     add("--runs", nargs="+", default=[], metavar="NAME=PATH", help="more runs, each with a name")
+    add("--reference", metavar="NAME", help="compare with this run only (default: every run with every other)")
     add("--out", metavar="DIR", help="where report.{txt,md,tex,json} and benchmarks.png go")
     add("--published", choices=["main", "all", "none"], default="main", help="published rows to show (default: main)")
     add("--overwrite", action="store_true", help="replace an existing report")
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out:
         _check_out(out, overwrite=args.overwrite)
     runs = read_runs(args.runs, args.run)
-    benchmarks = build_benchmarks(runs, published=args.published)
+    benchmarks = build_benchmarks(runs, published=args.published, reference=args.reference)
     add_groups(benchmarks, runs)
     print(to_text(benchmarks))
     if out:

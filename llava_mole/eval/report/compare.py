@@ -1,5 +1,6 @@
-"""Compares runs on benchmarks: the numbers beside published rows, and paired tests against the first run."""
+"""Compares runs on benchmarks: the numbers beside published rows, and paired tests between the runs."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,36 +89,42 @@ def stored_benchmark(scores: Mapping[str, Any]) -> Benchmark:
 
 
 def build_benchmarks(
-    runs: Runs, *, published: str = "main", resamples: int = RESAMPLES, seed: int = SEED
+    runs: Runs, *, published: str = "main", reference: str | None = None, resamples: int = RESAMPLES, seed: int = SEED
 ) -> dict[str, Any]:
     """Build the report's content on each benchmark, as plain values.
 
     Args:
         published: Which published rows: `main`, `all` or `none`.
+        reference: The run that the others are compared with. None compares every run with every earlier one.
 
     Returns:
         Benchmark -> {`title`, `primary`, `columns`, `compared` (the columns that were published), `summed` (those that
         are sums), `runs`: name -> {`numbers`, `prompt`, `total`, `empty_answers`, `model_path`, `answers`,
         `score_file` and so on}, `published`: rows, `comparisons`: rows, whose `p_value_holm` is over all tests of the
         report, `warnings`, `notes`}.
+
+    Raises:
+        ConfigError: there is no run `reference`.
     """
+    if reference is not None and reference not in runs:
+        raise ConfigError(f"--reference {reference!r}: no such run; there are {', '.join(runs)}")
     found = {name: stored_benchmark(scores) for run in runs.values() for name, scores in run.items()}
     names = sorted(found, key=lambda name: (found[name].position, name))
-    report = {name: _one(name, runs, published, resamples, seed) for name in names}
+    report = {name: _one(name, runs, published, reference, resamples, seed) for name in names}
     comparisons = [row for entry in report.values() for row in entry["comparisons"]]
     for row, adjusted in zip(comparisons, holm_adjusted([row["p_value"] for row in comparisons]), strict=True):
         row["p_value_holm"] = adjusted
     return report
 
 
-def _one(name: str, runs: Runs, published: str, resamples: int, seed: int) -> dict[str, Any]:
+def _one(name: str, runs: Runs, published: str, reference: str | None, resamples: int, seed: int) -> dict[str, Any]:
     scored = {run: benchmarks[name] for run, benchmarks in runs.items() if name in benchmarks}
     first = next(iter(scored.values()))
     benchmark = stored_benchmark(first)
     columns = benchmark.columns or [benchmark.primary or next(iter(first["numbers"]))]
     keys = ["prompt", "total", "complete", "empty_answers", "dropped", "question_set"]
     keys += ["model_path", "answers", "routing", "score_file"]
-    comparisons, warnings = _compare(benchmark, scored, columns, resamples, seed)
+    comparisons, warnings = _compare(benchmark, scored, columns, reference, resamples, seed)
     known = {column for row in benchmark.published for column in row.values}
     rows = [row for row in benchmark.published if published == "all" or (published == "main" and row.main)]
     return {
@@ -139,41 +146,54 @@ def _one(name: str, runs: Runs, published: str, resamples: int, seed: int) -> di
 
 
 def _compare(
-    benchmark: Benchmark, scored: Mapping[str, Mapping[str, Any]], columns: list[str], resamples: int, seed: int
+    benchmark: Benchmark,
+    scored: Mapping[str, Mapping[str, Any]],
+    columns: list[str],
+    reference: str | None,
+    resamples: int,
+    seed: int,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compare every later run with the first. Returns the comparisons, and warnings about what limits them."""
-    reference, *others = scored
-    base = scored[reference]
-    units = Units.from_dict(base["per_question"], base["score_file"])
+    """Compare the runs in pairs. Returns the comparisons, and warnings about what limits them."""
     comparisons: list[dict[str, Any]] = []
     warnings = [
         f"{run}: {scores['total']} questions, the complete set has {benchmark.data.count}"
         for run, scores in scored.items()
         if benchmark.data.count not in (None, scores["total"])
     ]
-    for other in others:
-        scores = scored[other]
-        if scores["question_set"] != base["question_set"]:
-            warnings.append(
-                f"{reference} and {other} were scored on different question sets ({base['total']} and "
-                f"{scores['total']} questions): not compared"
-            )
+    units = {run: Units.from_dict(scores["per_question"], scores["score_file"]) for run, scores in scored.items()}
+    for one, other in _pairs(list(scored), reference):
+        base, scores = scored[one], scored[other]
+        problem, fatal = _mismatch(one, base, other, scores)
+        warnings += [problem] if problem else []
+        if fatal:
             continue
-        different = [key for key in ("metrics", "numbers") if scores["definition"][key] != base["definition"][key]]
-        if different:
-            warnings.append(
-                f"{reference} and {other} were scored by different {' and '.join(different)}: not compared; score again"
-            )
-            continue
-        if scores["prompt"] != base["prompt"]:
-            warnings.append(
-                f"{reference} was asked with prompt {base['prompt']['variant']}, {other} with "
-                f"{scores['prompt']['variant']}: the comparison is of model and prompt together"
-            )
-        second = Units.from_dict(scores["per_question"], scores["score_file"])
         for column in columns:
             if base["numbers"][column]["value"] is None or scores["numbers"][column]["value"] is None:
                 continue
-            result = compare_units(benchmark, column, units, second, resamples=resamples, seed=seed)
-            comparisons.append({"first": reference, "second": other, **result})
+            result = compare_units(benchmark, column, units[one], units[other], resamples=resamples, seed=seed)
+            comparisons.append({"first": one, "second": other, **result})
     return comparisons, warnings
+
+
+def _pairs(names: Sequence[str], reference: str | None) -> list[tuple[str, str]]:
+    """The pairs (first, second) to compare: all, the later run second, or those with the reference first."""
+    if reference is None:
+        return list(itertools.combinations(names, 2))
+    return [(reference, name) for name in names if name != reference] if reference in names else []
+
+
+def _mismatch(one: str, base: Mapping[str, Any], other: str, scores: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """What limits a comparison of two runs, if anything, and whether it forbids it."""
+    if scores["question_set"] != base["question_set"]:
+        counts = f"{base['total']} and {scores['total']} questions"
+        return f"{one} and {other} were scored on different question sets ({counts}): not compared", True
+    different = [key for key in ("metrics", "numbers") if scores["definition"][key] != base["definition"][key]]
+    if different:
+        what = " and ".join(different)
+        return f"{one} and {other} were scored by different {what}: not compared; score again", True
+    if scores["prompt"] != base["prompt"]:
+        return (
+            f"{one} was asked with prompt {base['prompt']['variant']}, {other} with {scores['prompt']['variant']}: "
+            "the comparison is of model and prompt together"
+        ), False
+    return None, False

@@ -176,14 +176,17 @@ def tables(benchmarks: Mapping[str, Any]) -> list[Table]:
     return result
 
 
+def table_text(table: Table) -> str:
+    """Format one table for a terminal."""
+    lines = format_table([_one_header(table), *table.rows]).split("\n")
+    if 0 < table.rule < len(table.rows):
+        lines.insert(2 + table.rule, lines[1])
+    return "\n".join([table.caption, *lines, *table.remarks])
+
+
 def to_text(benchmarks: Mapping[str, Any]) -> str:
     """Format the report for a terminal, with an example of each group and the files at the end."""
-    parts = []
-    for table in tables(benchmarks):
-        lines = format_table([_one_header(table), *table.rows]).split("\n")
-        if 0 < table.rule < len(table.rows):
-            lines.insert(2 + table.rule, lines[1])
-        parts.append("\n".join([table.caption, *lines, *table.remarks]))
+    parts = [table_text(table) for table in tables(benchmarks)]
     for entry in [entry for entry in benchmarks.values() if "groups" in entry]:
         if entry["examples"]:
             parts.append(_examples(list(entry["runs"])[-1], entry["examples"]))
@@ -213,17 +216,19 @@ def _one_header(table: Table) -> Row:
     return header
 
 
+def table_markdown(table: Table) -> str:
+    """Format one table as GitHub's Markdown."""
+    header = _one_header(table)
+    lines = [f"**{_markdown(table.caption)}**", "", _markdown_row(header), "|" + "---|" * len(header)]
+    lines += [_markdown_row(row) for row in table.rows]
+    if table.remarks:
+        lines += ["", *(f"* {_markdown(remark)}" for remark in table.remarks)]
+    return "\n".join(lines)
+
+
 def to_markdown(benchmarks: Mapping[str, Any]) -> str:
     """Format the tables as GitHub's Markdown."""
-    parts = []
-    for table in tables(benchmarks):
-        header = _one_header(table)
-        lines = [f"**{_markdown(table.caption)}**", "", _markdown_row(header), "|" + "---|" * len(header)]
-        lines += [_markdown_row(row) for row in table.rows]
-        if table.remarks:
-            lines += ["", *(f"* {_markdown(remark)}" for remark in table.remarks)]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(map(table_markdown, tables(benchmarks))) + "\n"
 
 
 def _markdown(text: str) -> str:

@@ -92,6 +92,35 @@ def build_units(
     return Units(tuple(members), groups, {name: np.array(values) for name, values in columns.items()})
 
 
+def mean_units(runs: Sequence[Units]) -> Units:
+    """Return the mean of every field over several runs, by question.
+
+    Raises:
+        DataError: the runs answered different questions, or were scored by different metrics.
+    """
+    first = runs[0]
+    totals = {field: np.zeros(len(first.ids)) for field in first.fields}
+    for units in runs:
+        aligned = _align(first, units)
+        for field, values in aligned.fields.items():
+            totals[field] += values
+    return Units(first.ids, first.groups, {field: values / len(runs) for field, values in totals.items()})
+
+
+def _align(first: Units, second: Units) -> Units:
+    """Return `second` with its units in the order of `first`. Raises DataError if they are not the same."""
+    order = {unit: n for n, unit in enumerate(second.ids)}
+    if dict(zip(first.ids, first.groups, strict=True)) != dict(zip(second.ids, second.groups, strict=True)):
+        only = len(set(first.ids) ^ set(second.ids))
+        raise DataError(
+            f"{count_of(only, 'question')} found in only one of the runs; score both runs on the same questions"
+        )
+    if set(first.fields) != set(second.fields):
+        raise DataError("the scores per question of the two runs have different fields; score both again")
+    positions = np.array([order[unit] for unit in first.ids])
+    return Units(first.ids, first.groups, {field: second.fields[field][positions] for field in first.fields})
+
+
 def statistic(name: str, numbers: Mapping[str, Number], fields: Sequence[str]) -> Statistic:
     """Return the number `name`, in percent, as a function of the groups' sums; NaN if its denominator is 0."""
     number = numbers[name]
@@ -175,9 +204,19 @@ def _finite(value: float) -> float | None:
 
 
 def compare_units(
-    benchmark: Benchmark, name: str, first: Units, second: Units, *, resamples: int = RESAMPLES, seed: int = SEED
+    benchmark: Benchmark,
+    name: str,
+    first: Units,
+    second: Units,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    averaged: bool = False,
 ) -> dict[str, Any]:
     """Compare a number between two runs, paired by question.
+
+    Args:
+        averaged: The fields are means over several runs (`mean_units`), for which McNemar's test has no meaning.
 
     Returns:
         `difference` (second - first, percentage points) with its interval `low`..`high`, `test` (`mcnemar` or
@@ -187,17 +226,7 @@ def compare_units(
     Raises:
         DataError: the runs answered different questions.
     """
-    order = {unit: n for n, unit in enumerate(second.ids)}
-    if dict(zip(first.ids, first.groups, strict=True)) != dict(zip(second.ids, second.groups, strict=True)):
-        only = len(set(first.ids) ^ set(second.ids))
-        raise DataError(
-            f"{count_of(only, 'question')} found in only one of the runs; score both runs on the same questions"
-        )
-    if set(first.fields) != set(second.fields):
-        raise DataError("the scores per question of the two runs have different fields; score both again")
-    positions = np.array([order[unit] for unit in first.ids])
-    fields = list(first.fields)
-    aligned = Units(first.ids, first.groups, {field: second.fields[field][positions] for field in fields})
+    aligned, fields = _align(first, second), list(first.fields)
     one, two = first.rows(), aligned.rows()
     numbers = benchmark.expand_numbers(benchmark.groups or list(one))
     number, function = numbers[name], statistic(name, numbers, fields)
@@ -208,7 +237,11 @@ def compare_units(
     involved = [group for group in one if any(not ratio.groups or group in ratio.groups for ratio in ratios)]
     counted = [fields.index(field) for field in denominator(number)] if number.value else []
     # McNemar's test needs answers that are right or wrong: none may leave the denominator in only one of the runs.
-    if is_share(number) and all((one[group][:, counted] == two[group][:, counted]).all() for group in involved):
+    if (
+        not averaged
+        and is_share(number)
+        and all((one[group][:, counted] == two[group][:, counted]).all() for group in involved)
+    ):
         index = fields.index(number.value or "")
         change = np.concatenate([two[group][:, index] - one[group][:, index] for group in involved])
         better, worse = int((change > 0).sum()), int((change < 0).sum())

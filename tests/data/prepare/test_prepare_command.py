@@ -13,7 +13,7 @@ from worlds import published_sets, raw_sets
 
 from llava_mole.cli import main
 from llava_mole.data.prepare import image_pool
-from llava_mole.data.prepare.cli import help_text
+from llava_mole.data.prepare.cli import MODELS, help_text
 from llava_mole.data.prepare.defects import KINDS, Defects
 from llava_mole.data.prepare.report import published_counts
 from llava_mole.data.prepare.sources import MODULES, get_source
@@ -24,12 +24,12 @@ CONVERTED = [name for name in MODULES if name != "tiny"]
 
 def test_the_page_lists_every_source_and_fits_a_screen() -> None:
     text = help_text()
-    for name in MODULES:
+    for name in (*MODULES, *MODELS):
         assert f"\n  {name} " in text
     assert len(text.splitlines()) <= 40
 
 
-@pytest.mark.parametrize("arguments", [[], *([name, "--help"] for name in MODULES)])
+@pytest.mark.parametrize("arguments", [[], *([name, "--help"] for name in (*MODULES, *MODELS))])
 def test_no_page_is_wider_than_100_columns(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

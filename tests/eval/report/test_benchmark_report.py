@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_mole import cli
+from llava_mole.common.errors import ConfigError
 from llava_mole.eval.benchmarks.benchmark import load_questions
 from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.report.compare import build_benchmarks, read_runs
@@ -317,3 +318,13 @@ def test_null_definition_is_named(runs: Path, capsys: pytest.CaptureFixture[str]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"definition": None}))
     assert cli.main(["report", str(runs / "mix"), str(runs / "mole")]) == 2
     assert "chartqa.score.json: its definition is damaged" in capsys.readouterr().err
+
+
+def test_every_pair_is_compared_or_those_with_one_reference(runs: Path) -> None:
+    third = write_run(runs, "third", 12)
+    pairs = [(c["first"], c["second"]) for c in build(runs / "mix", runs / "mole", third)["pathvqa"]["comparisons"]]
+    assert sorted(set(pairs)) == [("mix", "mole"), ("mix", "third"), ("mole", "third")]
+    report = build(runs / "mix", runs / "mole", third, reference="mole")["pathvqa"]
+    assert {(c["first"], c["second"]) for c in report["comparisons"]} == {("mole", "mix"), ("mole", "third")}
+    with pytest.raises(ConfigError, match="--reference 'none': no such run; there are mix, mole"):
+        build(runs / "mix", runs / "mole", reference="none")
