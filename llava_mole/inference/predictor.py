@@ -63,7 +63,7 @@ class Predictor:
         self.loaded = loaded
         self.template = resolve_template(template or loaded.template, loaded.tokenizer)
         configured = loaded.model.causal_lm.generation_config.eos_token_id
-        self._eos_ids = end_ids(loaded.tokenizer, configured, self.template.stop)
+        self.eos_ids = end_ids(loaded.tokenizer, configured, self.template.stop)
 
     @classmethod
     def from_pretrained(
@@ -131,7 +131,7 @@ class Predictor:
                 the model computes NaN or infinity for it.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
-        answer = self._answer_decoder(stop)
+        answer = self.answer_decoder(stop)
         images, prompts = as_lists(images, prompts)
         seeds = _draw_seeds(decoding, len(prompts)) if seeds is None else as_seeds(seeds, len(prompts))
         answers = [""] * len(prompts)
@@ -157,7 +157,7 @@ class Predictor:
         Arguments and errors are those of `generate`; wrong arguments raise at the call.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p)
-        answer = self._answer_decoder(stop)
+        answer = self.answer_decoder(stop)
         (batch,) = self.batches([image], [prompt], batch_size=1)
         return self._pieces(batch, decoding, answer)
 
@@ -226,8 +226,9 @@ class Predictor:
         """Input embeddings [B, L, D] of a batch."""
         return self.loaded.model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features)
 
-    def _answer_decoder(self, stop: str | Sequence[str] | None) -> AnswerDecoder:
-        return AnswerDecoder(self.loaded.tokenizer, self._eos_ids, [self.template.stop, *as_stops(stop)])
+    def answer_decoder(self, stop: str | Sequence[str] | None) -> AnswerDecoder:
+        """What turns generated ids into an answer that ends at the template's end marker or one of the stop texts."""
+        return AnswerDecoder(self.loaded.tokenizer, self.eos_ids, [self.template.stop, *as_stops(stop)])
 
     def _decode(
         self,
@@ -250,7 +251,7 @@ class Predictor:
                 inputs_embeds=self.embed(batch),
                 attention_mask=batch.attention_mask,
                 generation_config=decoding.generation_config(
-                    eos_ids=self._eos_ids, pad_id=self.loaded.tokenizer.pad_token_id
+                    eos_ids=self.eos_ids, pad_id=self.loaded.tokenizer.pad_token_id
                 ),
                 logits_processor=[check, *decoding.processors(seeds)],
                 stopping_criteria=[criterion],
