@@ -8,6 +8,7 @@ Shapes: R rows, H key-value heads, C columns of a buffer, W columns in use, D he
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ class _RowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
+    def states(self) -> tuple[Tensor, Tensor]:
+        """The buffers of keys and values."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def resize(self, like: tuple[Tensor, Tensor], rows: int, columns: int, start: int) -> None:
         """Move the window to column `start` of zeroed buffers with `rows` and `columns`."""
         w = self._window
@@ -49,8 +56,7 @@ class _RowLayer(CacheLayerMixin):
 
     def clear(self, rows: slice, columns: slice) -> None:
         """Set padding to zero. What another row has left there could be NaN, which a mask does not hide."""
-        for buffer in (self.keys, self.values):
-            assert buffer is not None
+        for buffer in self.states():
             buffer[rows, :, columns] = 0
 
     def put(self, row: int, keys: Tensor, values: Tensor) -> None:
@@ -58,26 +64,24 @@ class _RowLayer(CacheLayerMixin):
         w = self._window
         first = w.end - keys.shape[1]
         self.clear(slice(row, row + 1), slice(w.start, first))
-        for buffer, value in ((self.keys, keys), (self.values, values)):
-            assert buffer is not None
+        for buffer, value in zip(self.states(), (keys, values), strict=True):
             buffer[row, :, first : w.end] = value
 
     def move(self, row: int, to: int) -> None:
         """Copy row `row` over row `to`."""
         w = self._window
-        for buffer in (self.keys, self.values):
-            assert buffer is not None
+        for buffer in self.states():
             buffer[to, :, w.start : w.end] = buffer[row, :, w.start : w.end]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write the new states `[R, H, q, D]` behind the window. It grows only by `RowCache.advance`."""
-        w = self._window
-        assert self.keys is not None
-        assert self.values is not None
+        w, (keys, values) = self._window, self.states()
         end = w.end + key_states.shape[2]
-        self.keys[: w.rows, :, w.end : end] = key_states
-        self.values[: w.rows, :, w.end : end] = value_states
-        return self.keys[: w.rows, :, w.start : end], self.values[: w.rows, :, w.start : end]
+        keys[: w.rows, :, w.end : end] = key_states
+        values[: w.rows, :, w.end : end] = value_states
+        return keys[: w.rows, :, w.start : end], values[: w.rows, :, w.start : end]
 
     def get_seq_length(self) -> int:
         return self._window.end - self._window.start
@@ -96,7 +100,8 @@ class RowCache(Cache):
     """
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        self._own: list[_RowLayer] = []
+        super().__init__(layers=self._own)  # type: ignore[arg-type]
         self._window = _Window()
         self.lengths: list[int] = []
         """Tokens of each row that are in the cache."""
@@ -109,7 +114,7 @@ class RowCache(Cache):
     @property
     def nbytes(self) -> int:
         """Size of all buffers."""
-        return sum(each.nbytes for layer in self.layers for each in (layer.keys, layer.values) if each is not None)
+        return sum(each.nbytes for layer in self._own for each in layer.states())
 
     def add(self, prefilled: DynamicCache, lengths: Sequence[int]) -> None:
         """Append the n rows of a prefilled cache, which are padded on the left; `lengths` are their tokens.
@@ -119,12 +124,13 @@ class RowCache(Cache):
         """
         check_cache(prefilled)
         w, count = self._window, len(lengths)
-        if not self.layers:
-            self.layers = [_RowLayer(w) for _ in prefilled.layers]
-        states = [(layer.keys, layer.values) for layer in prefilled.layers]
+        if not self._own:
+            self._own.extend(_RowLayer(w) for _ in prefilled.layers)
+        layers: list[Any] = prefilled.layers
+        states = [(layer.keys, layer.values) for layer in layers]
         self._reserve(states, len(self.lengths) + count, max(lengths))
         shown, w.start = w.start, w.end - max([*self.lengths, *lengths])
-        for layer, (keys, values) in zip(self.layers, states, strict=True):
+        for layer, (keys, values) in zip(self._own, states, strict=True):
             layer.clear(slice(0, w.rows), slice(w.start, max(shown, w.start)))
             for n, length in enumerate(lengths):
                 layer.put(w.rows + n, keys[n, :, -length:], values[n, :, -length:])
@@ -141,7 +147,7 @@ class RowCache(Cache):
         """Remove a row. The last row takes its place."""
         w, last = self._window, len(self.lengths) - 1
         if row != last:
-            for layer in self.layers:
+            for layer in self._own:
                 layer.move(last, row)
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
@@ -151,9 +157,10 @@ class RowCache(Cache):
     def row(self, row: int) -> DynamicCache:
         """A copy of one row without padding, for a pass of its own."""
         w, found = self._window, DynamicCache()
-        for n, layer in enumerate(self.layers):
+        for n, layer in enumerate(self._own):
             span = slice(w.end - self.lengths[row], w.end)
-            found.update(layer.keys[row : row + 1, :, span].clone(), layer.values[row : row + 1, :, span].clone(), n)
+            keys, values = layer.states()
+            found.update(keys[row : row + 1, :, span].clone(), values[row : row + 1, :, span].clone(), n)
         return found
 
     def mask(self, device: torch.device) -> Tensor | None:
@@ -166,7 +173,7 @@ class RowCache(Cache):
     def _reserve(self, like: Sequence[tuple[Tensor, Tensor]], rows: int, width: int) -> None:
         """Make room for `rows` of `width` columns and one more column behind them, moving the window if needed."""
         w = self._window
-        keys = self.layers[0].keys if self.layers else None
+        keys = self._own[0].keys if self._own else None
         held_rows, held_columns = (0, 0) if keys is None else (keys.shape[0], keys.shape[2])
         if not w.rows and keys is not None and width < held_columns:
             w.start = w.end = width  # an empty cache begins anew
@@ -176,8 +183,8 @@ class RowCache(Cache):
         columns = max(held_columns, -(-(needed + 1 + _STEP) // _STEP) * _STEP)
         wanted = held_rows if rows <= held_rows else max(rows, min(2 * held_rows, rows + 8))
         start = needed - self.width
-        for n, layer in enumerate(self.layers):
-            layer.resize(like[n] if like else (layer.keys, layer.values), wanted, columns, start)
+        for n, layer in enumerate(self._own):
+            layer.resize(like[n] if like else layer.states(), wanted, columns, start)
         w.start, w.end = start, needed
 
 

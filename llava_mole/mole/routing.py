@@ -87,7 +87,8 @@ class RoutingInputs:
 
     def update(self, **values: Tensor | None) -> None:
         """Replace all inputs; those not named become None. Raises ValueError for an unknown name."""
-        names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "forced", "check_finite", "progress", "decision"}
+        kept = {"decoding", "attention_mask", "forced", "check_finite", "progress", "decision"}
+        names = {f.name for f in fields(self)} - kept
         for name in values:
             if name not in names:
                 raise ValueError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")
