@@ -83,7 +83,7 @@ class Predictor:
         """
         if not isinstance(model_path, (str, os.PathLike)):
             raise ConfigError(f"model_path is {model_path!r}; give the path of a run or checkpoint")
-        _check_placement(device, dtype, quantization)
+        check_placement(device, dtype, quantization)
         if template is not None:
             check_template_name(template)
         loaded = load_pretrained_model(
@@ -226,9 +226,13 @@ class Predictor:
         """Input embeddings [B, L, D] of a batch."""
         return self.loaded.model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features)
 
-    def answer_decoder(self, stop: str | Sequence[str] | None) -> AnswerDecoder:
-        """What turns generated ids into an answer that ends at the template's end marker or one of the stop texts."""
-        return AnswerDecoder(self.loaded.tokenizer, self.eos_ids, [self.template.stop, *as_stops(stop)])
+    def answer_decoder(self, stop: str | Sequence[str] | None, *, with_template: bool = True) -> AnswerDecoder:
+        """What turns generated ids into an answer that ends at one of the stop texts.
+
+        With `with_template` the template's end marker is one of them.
+        """
+        own = [self.template.stop] if with_template else []
+        return AnswerDecoder(self.loaded.tokenizer, self.eos_ids, [*own, *as_stops(stop)])
 
     def _decode(
         self,
@@ -313,7 +317,7 @@ def _draw_seeds(decoding: Decoding, count: int) -> list[int]:
     return torch.randint(2**62, (count,)).tolist() if decoding.samples else [0] * count
 
 
-def _check_placement(device: Any, dtype: Any, quantization: Any) -> None:
+def check_placement(device: Any, dtype: Any, quantization: Any) -> None:
     """Raise ConfigError for a device, dtype or quantisation that does not exist, or is not there."""
     for name, value, allowed in (
         ("dtype", dtype, DTYPES),
