@@ -61,8 +61,8 @@ def _home_as_tilde() -> str:
 class Chat:
     """Carries out lines: questions and commands.
 
-    With `patient`, for a chat that a person types, mistakes are reported and Ctrl-C stops an answer only. Otherwise both
-    are raised.
+    With `patient`, for a chat that a person types, mistakes are reported and Ctrl-C stops an answer only. Otherwise
+    both are raised.
     """
 
     def __init__(self, session: Session, *, patient: bool) -> None:

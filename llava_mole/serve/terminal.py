@@ -2,11 +2,13 @@
 
 import contextlib
 import glob
+import importlib
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_mole.common.figures import COLORS
 from llava_mole.common.text import count_of
@@ -35,10 +37,10 @@ class Lines:
     @contextlib.contextmanager
     def editing(self) -> Iterator[None]:
         """Keep history and complete words inside the block, if lines are typed and this Python has readline."""
-        readline = None
+        readline: Any = None
         if self.typed and sys.stdin is sys.__stdin__:
             with contextlib.suppress(ImportError):
-                import readline
+                readline = importlib.import_module("readline")
         if readline is None:
             yield
             return
@@ -76,7 +78,7 @@ class Lines:
             clean, bad = _BAD_BYTES.subn("", line)
             if not bad:
                 return line
-            print(f"note: {count_of(bad, 'byte')} that are no text in UTF-8 were ignored", file=sys.stderr)
+            print(f"note: ignored {count_of(bad, 'byte')} of a line that is no text in UTF-8", file=sys.stderr)
             if clean.strip():
                 return clean
 

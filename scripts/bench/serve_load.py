@@ -12,6 +12,8 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
+import http.client
 import io
 import json
 import os
@@ -21,6 +23,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -109,13 +112,13 @@ async def measure(url: str, requests: Sequence[Request], clients: int, count: in
     left = iter(range(count))
     found = Measured(0.0, 0)
 
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as asking:
 
         async def client() -> None:
             for n in left:
                 path, body = requests[n % len(requests)]
                 begun = time.perf_counter()
-                answer = await http.post(path, json=body)
+                answer = await asking.post(path, json=body)
                 answer.raise_for_status()
                 found.latencies.append(time.perf_counter() - begun)
                 found.tokens += answer.json()["usage"]["completion_tokens"]
@@ -159,6 +162,7 @@ def load_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 HOSTILE = ("oversize", "broken image", "wrong JSON", "unknown model", "wrong value", "huge image", "not JSON at all")
 
 
+@functools.cache
 def hostile(kind: str, body_bytes: int) -> tuple[bytes, int]:
     """A body that must be refused, and with which status."""
     message: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": "What?"}]}
@@ -204,8 +208,8 @@ async def stress(
     found, rng = Stress(), random.Random(seed)
     requests = [*workload("chat", "model", 12), *workload("text", "model", 24)]
     limits = httpx.Limits(max_connections=clients + 1)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, headers=headers) as http:
-        known = [await ask(http, path, body) for path, body in requests]
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, headers=headers) as asking:
+        known = [await ask(asking, path, body) for path, body in requests]
         left, done = iter(range(count)), 0
         bar = tqdm(total=count, unit="request", disable=None)
 
@@ -219,7 +223,7 @@ async def stress(
                     content, status = hostile(kind, body_bytes)
                     header = {"Content-Type": "application/json"}
                     try:
-                        answer = await http.post("/v1/chat/completions", content=content, headers=header)
+                        answer = await asking.post("/v1/chat/completions", content=content, headers=header)
                         error = answer.json()["error"]
                         if answer.status_code != status or not error["message"]:
                             found.wrong.append(f"{kind}: status {answer.status_code}: {answer.text[:200]}")
@@ -229,11 +233,13 @@ async def stress(
                 elif lot < 0.35:
                     long = {**body, "max_tokens": 200, "stream": rng.random() < 0.5}
                     with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                        await asyncio.wait_for(consume(http, path, long), rng.random() * 0.5)
+                        await asyncio.wait_for(consume(asking, path, long), rng.random() * 0.5)
                     found.outcomes["cancelled"] += 1
                 else:
                     streamed = lot > 0.7
-                    text = await (consume(http, path, {**body, "stream": True}) if streamed else ask(http, path, body))
+                    text = await (
+                        consume(asking, path, {**body, "stream": True}) if streamed else ask(asking, path, body)
+                    )
                     if text != known[n]:
                         found.wrong.append(f"{body.get('prompt', 'chat')}: {text!r} instead of {known[n]!r}")
                     found.outcomes["streamed" if streamed else "whole"] += 1
@@ -242,46 +248,55 @@ async def stress(
                 if done % 50 == 0:
                     found.memory.append((done, resident(pid)))
 
-        async def watch() -> None:
-            while True:
-                begun = time.perf_counter()
-                (await http.get("/health")).raise_for_status()
-                found.health.append(time.perf_counter() - begun)
-                await asyncio.sleep(0.05)
-
-        watching = asyncio.create_task(watch())
+        stop = threading.Event()
+        # In a thread, because the clients of the event loop would delay it.
+        watching = threading.Thread(target=watch_health, args=(url, found.health, stop))
+        for kind in HOSTILE:
+            hostile(kind, body_bytes)
+        watching.start()
         begun = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
         found.seconds = time.perf_counter() - begun
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+        stop.set()
+        watching.join()
         bar.close()
         for _ in range(100):
-            state = (await http.get("/health")).json()
+            state = (await asking.get("/health")).json()
             if not state["running"] + state["waiting"]:
                 break
             await asyncio.sleep(0.1)
         else:
             found.wrong.append(f"places were not freed: {state}")
         for n, (path, body) in enumerate(requests):
-            if await ask(http, path, body) != known[n]:
+            if await ask(asking, path, body) != known[n]:
                 found.wrong.append(f"after the stress, request {n} is answered differently")
     return found
 
 
-async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> str:
+def watch_health(url: str, seconds: list[float], stop: threading.Event) -> None:
+    """Add the latencies of `/health`, asked twenty times a second, until `stop` is set."""
+    host = url.removeprefix("http://")
+    while not stop.wait(0.05):
+        begun = time.perf_counter()
+        connection = http.client.HTTPConnection(host, timeout=60)
+        connection.request("GET", "/health")
+        ok = connection.getresponse().status == 200
+        connection.close()
+        seconds.append(time.perf_counter() - begun if ok else float("inf"))
+
+
+async def ask(asking: httpx.AsyncClient, path: str, body: dict[str, Any]) -> str:
     """The text of a whole answer."""
-    answer = await http.post(path, json=body)
+    answer = await asking.post(path, json=body)
     answer.raise_for_status()
     choice = answer.json()["choices"][0]
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
-async def consume(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> str:
+async def consume(asking: httpx.AsyncClient, path: str, body: dict[str, Any]) -> str:
     """The joined text of a stream, or of a whole answer."""
     text = ""
-    async with http.stream("POST", path, json=body) as answer:
+    async with asking.stream("POST", path, json=body) as answer:
         answer.raise_for_status()
         if not body.get("stream"):
             await answer.aread()
