@@ -11,6 +11,7 @@ from llava_mole.common.log import quieten_libraries
 SUBCOMMANDS = {
     "train": ("llava_mole.train.cli", "train one stage: CONFIG.yaml [--key value ...]"),
     "chat": ("llava_mole.serve.cli", "chat with a model about an image"),
+    "serve": ("llava_mole.serve.api.cli", "serve models to OpenAI clients, many requests at once"),
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
     "score": ("llava_mole.eval.scoring.cli", "score existing answers by a benchmark's published rules"),
     "report": ("llava_mole.eval.report.cli", "compare scored runs in one table"),

@@ -9,7 +9,7 @@ A template for another family of language models is one more entry in `TEMPLATES
 import functools
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llava_mole.common.errors import ConfigError, DataError
@@ -83,6 +83,11 @@ class Template:
     """Whether white space around every text is removed, as the published template does."""
     caption: bool = False
     """Whether the training text is only the image marker and the answer, without the question (LLaVA's `plain`)."""
+    # Not in the repr, whose digest identifies the template that a run was trained with.
+    system_frame: tuple[str, str] | None = field(default=None, repr=False)
+    """What stands before and after a system text; None if the template has no place for one."""
+    system_in_question: bool = field(default=False, repr=False)
+    """Whether the system text is a part of `first_text_prefix`, and not of `system`."""
 
     @property
     def stop(self) -> str:
@@ -116,6 +121,24 @@ class GuardedTemplate(Template):
         return found.sub(lambda token: f"{token.group()[0]} {token.group()[1:]}", text)
 
 
+def with_system(template: Template, text: str) -> Template:
+    """The template with another system text; an empty one leaves it out.
+
+    Raises:
+        ConfigError: the template has no place for a system text.
+        DataError: the text has a control token, and they are refused.
+    """
+    if template.system_frame is None:
+        raise ConfigError(
+            f"template {template.name!r} has no place for a system text; put it into the first question instead"
+        )
+    text = template.admit(text) if isinstance(template, GuardedTemplate) else text
+    block = text.join(template.system_frame) if text else ""
+    if template.system_in_question:
+        return replace(template, first_text_prefix=block)
+    return replace(template, system=block)
+
+
 VICUNA_SYSTEM = (
     "A chat between a curious {user} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {user}'s questions."
@@ -134,6 +157,7 @@ def _vicuna(name: str, user: str) -> Template:
     return Template(
         name=name,
         system=VICUNA_SYSTEM.format(user=user) + " ",
+        system_frame=("", " "),
         user_start="USER: ",
         user_end=" ",
         user_empty="USER:",
@@ -148,6 +172,7 @@ def _chatml(name: str, system: str) -> Template:
     return Template(
         name=name,
         system=f"<|im_start|>system\n{system}<|im_end|>",
+        system_frame=("<|im_start|>system\n", "<|im_end|>"),
         user_start="<|im_start|>user\n",
         user_end="<|im_end|>",
         user_empty="<|im_start|>user\n",
@@ -156,16 +181,20 @@ def _chatml(name: str, system: str) -> Template:
     )
 
 
-def _messages(name: str, start: str, end: str, assistant: str, *, system: str = "", strip: bool = False) -> Template:
+def _messages(
+    name: str, start: str, end: str, assistant: str, *, system: str = "", strip: bool = False, has_system: bool = True
+) -> Template:
     """Messages that each begin with `start`, which contains `{role}`, and end with `end`.
 
-    Line breaks at the end of `end` separate the messages; they are not part of an answer.
+    Line breaks at the end of `end` separate the messages; they are not part of an answer. `has_system` says whether the
+    family knows messages of the role `system`.
     """
     marker, gap = end.rstrip("\n"), end[len(end.rstrip("\n")) :]
     user = start.format(role="user")
     return Template(
         name=name,
         system=start.format(role="system") + system + end if system else "",
+        system_frame=(start.format(role="system"), end) if has_system else None,
         between_rounds=gap,
         user_start=user,
         user_end=end,
@@ -176,7 +205,15 @@ def _messages(name: str, start: str, end: str, assistant: str, *, system: str = 
     )
 
 
-def _instruct(name: str, *, before: str, after: str, answer_end: str, between_rounds: str = "") -> Template:
+def _instruct(
+    name: str,
+    *,
+    before: str,
+    after: str,
+    answer_end: str,
+    between_rounds: str = "",
+    system: tuple[str, str] | None = None,
+) -> Template:
     """`[INST]` of Llama-2 and Mistral. The variants differ in white space, and therefore in tokens."""
     return Template(
         name=name,
@@ -186,9 +223,12 @@ def _instruct(name: str, *, before: str, after: str, answer_end: str, between_ro
         user_empty=before + after,
         answer_start=" ",
         answer_end=answer_end,
+        system_frame=system,
+        system_in_question=True,
     )
 
 
+_LLAMA_2_FRAME = ("<<SYS>>\n", "\n<</SYS>>\n\n")
 _VICUNA_V1 = _vicuna("vicuna_v1", "user")
 
 TEMPLATES: dict[str, Template] = {
@@ -198,7 +238,9 @@ TEMPLATES: dict[str, Template] = {
     "llava_v1": _vicuna("llava_v1", "human"),
     "llava_llama_2": Template(
         name="llava_llama_2",
-        first_text_prefix=f"<<SYS>>\n{LLAVA_LLAMA_2_SYSTEM}\n<</SYS>>\n\n",
+        first_text_prefix=LLAVA_LLAMA_2_SYSTEM.join(_LLAMA_2_FRAME),
+        system_frame=_LLAMA_2_FRAME,
+        system_in_question=True,
         between_rounds="<s>",
         user_start="[INST] ",
         user_end=" [/INST]",
@@ -210,7 +252,9 @@ TEMPLATES: dict[str, Template] = {
     "mistral_instruct": _instruct("mistral_instruct", before="[INST] ", after=" [/INST]", answer_end=" </s>"),
     "mistral_v1": _instruct("mistral_v1", before=" [INST] ", after=" [/INST]", answer_end="</s>"),
     "mistral_v3": _instruct("mistral_v3", before="[INST] ", after="[/INST]", answer_end="</s>"),
-    "llama_2": _instruct("llama_2", before="[INST] ", after=" [/INST]", answer_end=" </s>", between_rounds="<s>"),
+    "llama_2": _instruct(
+        "llama_2", before="[INST] ", after=" [/INST]", answer_end=" </s>", between_rounds="<s>", system=_LLAMA_2_FRAME
+    ),
     "llama_3": _messages(
         "llama_3", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "assistant", strip=True
     ),
@@ -218,7 +262,7 @@ TEMPLATES: dict[str, Template] = {
     "qwen": _messages(
         "qwen", "<|im_start|>{role}\n", "<|im_end|>\n", "assistant", system="You are a helpful assistant."
     ),
-    "gemma": _messages("gemma", "<start_of_turn>{role}\n", "<end_of_turn>\n", "model", strip=True),
+    "gemma": _messages("gemma", "<start_of_turn>{role}\n", "<end_of_turn>\n", "model", strip=True, has_system=False),
 }
 """Templates by name; `v1` is an alias of `vicuna_v1`. Names and texts up to `mistral_instruct` are those of LLaVA."""
 

@@ -5,11 +5,13 @@ import pytest
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.conversation import (
     TEMPLATES,
+    GuardedTemplate,
     Turn,
     drop_leading_answer,
     get_template,
     place_image_first,
     render,
+    with_system,
 )
 
 USER = Turn("user", "Hi")
@@ -143,3 +145,35 @@ def test_leading_answer_is_dropped() -> None:
 def test_impossible_conversation_is_refused(name: str, turns: list[Turn], generate: bool, message: str) -> None:
     with pytest.raises(DataError, match=message):
         render(get_template(name), turns, add_generation_prompt=generate)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if get_template(name).system_frame])
+def test_a_system_text_replaces_the_templates_own(name: str) -> None:
+    template = get_template(name)
+    own = render(template, [USER, ASSISTANT]).text
+    before, after = template.system_frame or ("", "")
+    assert not (template.system or template.first_text_prefix) or before in own
+    changed = render(with_system(template, "Be kind."), [USER, ASSISTANT, USER], add_generation_prompt=True).text
+    assert changed.count("Be kind.") == 1
+    bare = render(with_system(template, ""), [USER, ASSISTANT, USER], add_generation_prompt=True).text
+    assert changed.replace(f"{before}Be kind.{after}", "") == bare
+    if template.system or template.first_text_prefix:
+        words = (template.system or template.first_text_prefix).removeprefix(before).removesuffix(after)
+        assert with_system(template, words) == template
+    assert with_system(template, "Be kind.").stop == template.stop
+
+
+def test_templates_without_a_place_refuse_a_system_text() -> None:
+    for name in ("gemma", "plain", "mistral_v3"):
+        with pytest.raises(ConfigError, match=f"template '{name}' has no place for a system text"):
+            with_system(get_template(name), "Be kind.")
+
+
+def test_control_tokens_in_a_system_text_are_escaped() -> None:
+    guarded = GuardedTemplate(**vars(get_template("qwen")), controls=("<|im_end|>",))
+    assert "<|im_start|>system\nBe < |im_end|> kind.<|im_end|>\n" in with_system(guarded, "Be <|im_end|> kind.").system
+
+
+def test_the_digest_of_a_template_does_not_depend_on_its_frame() -> None:
+    assert "frame" not in repr(get_template("vicuna_v1"))
+    assert "in_question" not in repr(get_template("llama_2"))

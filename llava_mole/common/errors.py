@@ -46,6 +46,10 @@ class PromptError(DataError):
         return f"prompt {self.position}: {self.problem}"
 
 
+class ContextError(PromptError):
+    """A prompt that leaves no room for an answer in the model's context."""
+
+
 class WeightsError(UserError):
     """A weight file is missing, does not fit or cannot be used."""
 

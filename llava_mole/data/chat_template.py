@@ -86,7 +86,7 @@ def read_chat_template(hf_tokenizer: Any) -> Template:
     if (wanted := published(blanks, False)) != _whole(template, blanks, wanted):
         template = replace(template, strip=True)
     _check(template, published, blanks)
-    return template
+    return _with_system_frame(template, published)
 
 
 def _renderer(hf_tokenizer: Any) -> Render:
@@ -145,6 +145,27 @@ def _take_apart(published: Render, special_tokens: set[str]) -> Template:
         answer_start=to_answer[len(prompt) :],
         answer_end=answer_end,
     )
+
+
+def _with_system_frame(template: Template, published: Render) -> Template:
+    """The template with the place of a system text, if the chat template has one that fixed strings describe."""
+    said, asked = _MARKS[:2]
+    system: Any = "system"
+    try:
+        text = published([Turn(system, said), Turn("user", asked)], True)
+    except ConfigError:  # it knows no system messages
+        return template
+    before, found, rest = text.partition(said)
+    tail = asked + template.user_end + template.answer_marker
+    if not found or not rest.endswith(tail):
+        return template
+    after = rest.removesuffix(tail)
+    if after.endswith(template.user_start):
+        return replace(template, system_frame=(before, after[: len(after) - len(template.user_start)]))
+    if before.startswith(template.user_start):
+        frame = (before.removeprefix(template.user_start), after)
+        return replace(template, system_frame=frame, system_in_question=True)
+    return template
 
 
 def _split_end(rest: str, special_tokens: set[str]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llava_mole.common.errors import ConfigError, DataError, PromptError
+from llava_mole.common.errors import ConfigError, ContextError, DataError, PromptError
 from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
@@ -94,9 +94,9 @@ def check_shown(template: Template, shown: int, given: int, position: int) -> No
 
 
 def check_room(loaded: LoadedModel, tokens: int, position: int) -> None:
-    """Raise PromptError if `tokens` fill the model's context."""
+    """Raise ContextError if `tokens` fill the model's context."""
     if tokens >= loaded.context_length:
-        raise PromptError(
+        raise ContextError(
             position,
             f"{tokens} tokens with its image leave no room for an answer in the model's context of "
             f"{loaded.context_length}; shorten it",

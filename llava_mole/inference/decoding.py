@@ -82,13 +82,18 @@ class Decoding:
 
     def processors(self, seeds: Sequence[int]) -> "LogitsProcessorList":
         """The logits processors that sample a batch, one seed per row; none for greedy decoding or beam search."""
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+        from transformers import LogitsProcessorList
 
         if not self.samples or self.num_beams > 1:
             return LogitsProcessorList()
+        return LogitsProcessorList([*self.warpers(), RowSampler(seeds)])
+
+    def warpers(self) -> list[Any]:
+        """The logits processors after which the softmax of the scores is what is sampled from."""
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
         nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p is not None else []
-        warpers = [TemperatureLogitsWarper(self.temperature), TopKLogitsWarper(TOP_K), *nucleus]
-        return LogitsProcessorList([*warpers, RowSampler(seeds)])
+        return [TemperatureLogitsWarper(self.temperature), TopKLogitsWarper(TOP_K), *nucleus]
 
 
 def check_count(name: str, value: Any) -> None:
@@ -182,10 +187,17 @@ class RowSampler:
         """Scores [rows, V] with all but the drawn token at minus infinity."""
         import torch
 
-        upto_BV = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-        drawn_B = upto_BV.new_tensor([generator.random() for generator in self._generators]) * upto_BV[:, -1]
-        token_B1 = torch.searchsorted(upto_BV, drawn_B.unsqueeze(-1), right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -math.inf).scatter(1, token_B1, 0.0)
+        return torch.full_like(scores, -math.inf).scatter(1, draw_tokens(scores, self._generators).unsqueeze(-1), 0.0)
+
+
+def draw_tokens(scores_RV: "torch.Tensor", generators: Sequence[random.Random]) -> "torch.Tensor":
+    """A token of each row, int64 [R], from the softmax of its scores and its own generator."""
+    import torch
+
+    upto_RV = scores_RV.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    drawn_R = upto_RV.new_tensor([generator.random() for generator in generators]) * upto_RV[:, -1]
+    found_R1 = torch.searchsorted(upto_RV, drawn_R.unsqueeze(-1), right=True)
+    return found_R1.squeeze(-1).clamp(max=scores_RV.shape[-1] - 1)
 
 
 class RowStop:

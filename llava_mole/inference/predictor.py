@@ -63,7 +63,7 @@ class Predictor:
         self.loaded = loaded
         self.template = resolve_template(template or loaded.template, loaded.tokenizer)
         configured = loaded.model.causal_lm.generation_config.eos_token_id
-        self._eos_ids = end_ids(loaded.tokenizer, configured, self.template.stop)
+        self.eos_ids = end_ids(loaded.tokenizer, configured, self.template.stop)
 
     @classmethod
     def from_pretrained(
@@ -83,7 +83,7 @@ class Predictor:
         """
         if not isinstance(model_path, (str, os.PathLike)):
             raise ConfigError(f"model_path is {model_path!r}; give the path of a run or checkpoint")
-        _check_placement(device, dtype, quantization)
+        check_placement(device, dtype, quantization)
         if template is not None:
             check_template_name(template)
         loaded = load_pretrained_model(
@@ -131,7 +131,7 @@ class Predictor:
                 the model computes NaN or infinity for it.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
-        answer = self._answer_decoder(stop)
+        answer = self.answer_decoder(stop)
         images, prompts = as_lists(images, prompts)
         seeds = _draw_seeds(decoding, len(prompts)) if seeds is None else as_seeds(seeds, len(prompts))
         answers = [""] * len(prompts)
@@ -157,7 +157,7 @@ class Predictor:
         Arguments and errors are those of `generate`; wrong arguments raise at the call.
         """
         decoding = Decoding(max_new_tokens, temperature, top_p)
-        answer = self._answer_decoder(stop)
+        answer = self.answer_decoder(stop)
         (batch,) = self.batches([image], [prompt], batch_size=1)
         return self._pieces(batch, decoding, answer)
 
@@ -226,8 +226,13 @@ class Predictor:
         """Input embeddings [B, L, D] of a batch."""
         return self.loaded.model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features)
 
-    def _answer_decoder(self, stop: str | Sequence[str] | None) -> AnswerDecoder:
-        return AnswerDecoder(self.loaded.tokenizer, self._eos_ids, [self.template.stop, *as_stops(stop)])
+    def answer_decoder(self, stop: str | Sequence[str] | None, *, with_template: bool = True) -> AnswerDecoder:
+        """What turns generated ids into an answer that ends at one of the stop texts.
+
+        With `with_template` the template's end marker is one of them.
+        """
+        own = [self.template.stop] if with_template else []
+        return AnswerDecoder(self.loaded.tokenizer, self.eos_ids, [*own, *as_stops(stop)])
 
     def _decode(
         self,
@@ -250,7 +255,7 @@ class Predictor:
                 inputs_embeds=self.embed(batch),
                 attention_mask=batch.attention_mask,
                 generation_config=decoding.generation_config(
-                    eos_ids=self._eos_ids, pad_id=self.loaded.tokenizer.pad_token_id
+                    eos_ids=self.eos_ids, pad_id=self.loaded.tokenizer.pad_token_id
                 ),
                 logits_processor=[check, *decoding.processors(seeds)],
                 stopping_criteria=[criterion],
@@ -312,7 +317,7 @@ def _draw_seeds(decoding: Decoding, count: int) -> list[int]:
     return torch.randint(2**62, (count,)).tolist() if decoding.samples else [0] * count
 
 
-def _check_placement(device: Any, dtype: Any, quantization: Any) -> None:
+def check_placement(device: Any, dtype: Any, quantization: Any) -> None:
     """Raise ConfigError for a device, dtype or quantisation that does not exist, or is not there."""
     for name, value, allowed in (
         ("dtype", dtype, DTYPES),

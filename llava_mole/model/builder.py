@@ -3,8 +3,9 @@
 This is where a run's configuration ends: what is built here holds plain values.
 """
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llava_mole.model.language_model import (
 )
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import (
+    VisionTower,
     build_vision_tower,
     find_open_clip_config,
     find_open_clip_weights,
@@ -110,14 +112,20 @@ def build_parts(config: ModelConfig, tokenizer_dir: Path | None = None) -> tuple
         config.vision_tower.select_layer,
     )
     language_model, lm_fingerprint = load_language_model(config.language_model, config.attn_implementation)
+    model, tokenizer = _assemble(config, tower, language_model, tokenizer_dir)
+    return model, tokenizer, {"language_model": lm_fingerprint, "vision_tower": tower.weights_fingerprint}
+
+
+def _assemble(
+    config: ModelConfig, tower: VisionTower, language_model: nn.Module, tokenizer_dir: Path | None
+) -> tuple[LlavaMole, Any]:
+    """The model of these parts with a new projector, and its tokenizer."""
     where = str(tokenizer_dir or config.language_model)
     tokenizer = load_tokenizer(where)
     check_vocabulary(language_model, tokenizer, where)
-    projector = build_projector(
-        config.projector, tower.hidden_size, language_model.config.get_text_config().hidden_size
-    )
-    fingerprints = {"language_model": lm_fingerprint, "vision_tower": tower.weights_fingerprint}
-    return LlavaMole(tower, projector, language_model), tokenizer, fingerprints
+    text_config: Any = language_model.config
+    projector = build_projector(config.projector, tower.hidden_size, text_config.get_text_config().hidden_size)
+    return LlavaMole(tower, projector, language_model), tokenizer
 
 
 def attach_adapter(model: LlavaMole, config: AdapterConfig) -> None:
@@ -279,34 +287,88 @@ def load_pretrained_model(
         ConfigError: bitsandbytes is needed and not installed.
         WeightsError: A part of the base model is missing.
     """
-    path = resolve_checkpoint(model_path)
-    manifest = read_manifest(path)
-    config = load_config(path / CONFIG_FILE)
-    locate_parts(config.model, manifest, path, model_base, vision_tower)
-    if quantization is not None and quantization != config.model.quantization:
-        logger.info("language model: quantisation %s; it was %s in training", quantization, config.model.quantization)
-        config.model.quantization = quantization
+    return load_pretrained_models(
+        [model_path],
+        model_base=model_base,
+        vision_tower=vision_tower,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+    )[0]
+
+
+def load_pretrained_models(
+    model_paths: Sequence[str | Path],
+    *,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    quantization: Quantization | None = None,
+) -> list[LoadedModel]:
+    """Load several checkpoints, each as `load_pretrained_model` does; arguments and errors are its.
+
+    Those that were trained on the same language model and vision tower, by their fingerprints, and have the same
+    quantisation share the weights of these parts in memory. Only adapters and projectors are their own. A checkpoint
+    with another base is loaded beside them, which is logged.
+    """
+    bases: dict[str, tuple[VisionTower, nn.Module]] = {}
     where, float_type = select_device(device), getattr(torch, dtype)
-    # Not the base directory's tokenizer: that one, or its chat template, may have changed since training.
-    model, hf_tokenizer, fingerprints = build_parts(config.model, path / TOKENIZER_DIR)
-    check_base(path, fingerprints, INFERENCE_OPTIONS)
-    quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
-    load_projector(model.projector, path / PROJECTOR_FILE)
-    if (path / ADAPTER_DIR).is_dir():
-        model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR)
-    model.requires_grad_(False)
-    model.to(where, float_type).eval()
-    return LoadedModel(
-        model=model,
-        # A prompt is never refused: the model has not seen control tokens in texts, and must not see them now.
-        tokenizer=HFTextTokenizer(hf_tokenizer, "keep" if config.data.special_tokens == "keep" else "escape"),
-        image_processor=build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
-        template=manifest["template"],
-        context_length=context_length(model, config.data.max_length),
-        path=path,
-        quantization=config.model.quantization,
-        adapter=config.adapter.method,
-    )
+    found = []
+    for model_path in model_paths:
+        path = resolve_checkpoint(model_path)
+        manifest = read_manifest(path)
+        config = load_config(path / CONFIG_FILE)
+        locate_parts(config.model, manifest, path, model_base, vision_tower)
+        if quantization is not None and quantization != config.model.quantization:
+            logger.info(
+                "language model: quantisation %s; it was %s in training", quantization, config.model.quantization
+            )
+            config.model.quantization = quantization
+        key = _base_key(config.model, manifest["fingerprints"])
+        # Not the base directory's tokenizer: that one, or its chat template, may have changed since training.
+        if key in bases:
+            tower, language_model = bases[key]
+            model, hf_tokenizer = _assemble(config.model, tower, _share(language_model), path / TOKENIZER_DIR)
+        else:
+            if bases:
+                logger.info("%s has another base model than the runs before it; it is loaded separately", path)
+            model, hf_tokenizer, fingerprints = build_parts(config.model, path / TOKENIZER_DIR)
+            check_base(path, fingerprints, INFERENCE_OPTIONS)
+            quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
+            if len(model_paths) > 1:
+                bases[key] = model.vision_tower, _share(model.language_model)
+        load_projector(model.projector, path / PROJECTOR_FILE)
+        if (path / ADAPTER_DIR).is_dir():
+            model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR)
+        model.requires_grad_(False)
+        model.to(where, float_type).eval()
+        found.append(
+            LoadedModel(
+                model=model,
+                # A prompt is never refused: the model has not seen control tokens in texts, and must not see them now.
+                tokenizer=HFTextTokenizer(hf_tokenizer, "keep" if config.data.special_tokens == "keep" else "escape"),
+                image_processor=build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
+                template=manifest["template"],
+                context_length=context_length(model, config.data.max_length),
+                path=path,
+                quantization=config.model.quantization,
+                adapter=config.adapter.method,
+            )
+        )
+    return found
+
+
+def _base_key(config: ModelConfig, fingerprints: Mapping[str, str]) -> str:
+    """What two checkpoints must have in common to share their frozen parts."""
+    tower = config.vision_tower
+    settings = [config.quantization, config.attn_implementation, tower.activation, tower.select_layer]
+    return json.dumps([sorted(fingerprints.items()), settings])
+
+
+def _share(module: nn.Module) -> nn.Module:
+    """A copy of a module tree around the same parameters and buffers: an adapter added to it changes only the copy."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]})
 
 
 def context_length(model: LlavaMole, default: int) -> int:

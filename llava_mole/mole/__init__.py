@@ -7,8 +7,11 @@ from llava_mole.mole.access import (
     active_config,
     collect_routing,
     disable_finite_check,
+    force_expert,
     leave_balance_loss_to_caller,
     missing_input,
+    prompt_decisions,
+    set_prompt_decisions,
     set_routing_inputs,
 )
 from llava_mole.mole.config import MoleConfig
@@ -38,13 +41,16 @@ __all__ = [
     "collect_routing",
     "disable_finite_check",
     "find_tuner",
+    "force_expert",
     "leave_balance_loss_to_caller",
     "missing_input",
     "mole_after_step",
     "mole_auxiliary_loss",
     "mole_drop_step",
+    "prompt_decisions",
     "register_mole",
     "routing_load",
+    "set_prompt_decisions",
     "set_routing_inputs",
     "z_loss",
 ]

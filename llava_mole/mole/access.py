@@ -4,6 +4,9 @@ Everything is found through the layers. `inject_adapter_in_model` of PEFT and `m
 no tuner in the model.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
@@ -99,3 +102,47 @@ def collect_routing(model: nn.Module, part: str | None = None) -> Routing:
         layers=tuple(module for _, module in layers),
         source=layers[0][1].inputs.source if layers else None,
     )
+
+
+@contextmanager
+def force_expert(model: nn.Module, expert: int | None) -> Iterator[None]:
+    """Let every token use expert `expert` (from 0) with weight 1 inside the block; None changes nothing.
+
+    That is the LoRA that `surgery.to_lora(model, directory, expert=expert)` exports. Router logits are computed and
+    collected as usual; the collected choice is `expert`. Without MoLE only None is allowed.
+
+    Raises:
+        ValueError: the active adapter does not have this expert in every layer.
+    """
+    if expert is None:
+        yield
+        return
+    inputs, config = shared_inputs(model), active_config(model)
+    count = 0 if inputs is None or config is None else min(config.experts_by_layer or [config.num_experts])
+    if inputs is None or not 0 <= expert < count:
+        held = f"the adapter has the experts 0 to {count - 1} in every layer" if count else "the model has no experts"
+        raise ValueError(f"expert {expert} cannot be forced: {held}")
+    before, inputs.forced = inputs.forced, expert
+    try:
+        yield
+    finally:
+        inputs.forced = before
+
+
+def prompt_decisions(model: nn.Module) -> list[Tensor]:
+    """For granularity `sequence`: what each router has decided for the prompts of the latest pass, logits `[B, K]`.
+
+    Empty for the other granularities, whose tokens are routed one by one.
+    """
+    slots = [module.routing for module in model.modules() if isinstance(module, ExpertLayer)]
+    return [slot.prompt_logits for slot in slots if slot.prompt_logits is not None]
+
+
+def set_prompt_decisions(model: nn.Module, logits: Sequence[Tensor]) -> None:
+    """Give the routers the decisions that the next decoding step uses, in the order of `prompt_decisions`.
+
+    For batches whose rows change between the steps of decoding.
+    """
+    slots = [module.routing for module in model.modules() if isinstance(module, ExpertLayer)]
+    for slot, value in zip([s for s in slots if s.prompt_logits is not None], logits, strict=True):
+        slot.prompt_logits = value

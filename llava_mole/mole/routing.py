@@ -76,6 +76,8 @@ class RoutingInputs:
     """Whether the pass continues a cached prompt; set by the model itself."""
     attention_mask: Tensor | None = None
     """False at padding, `[B, S]`; set by the model itself."""
+    forced: int | None = None
+    """The expert that every token uses with weight 1, whatever the router says; see `access.force_expert`."""
     check_finite: bool = True
     """Whether logits that are not finite raise; see `disable_finite_check`."""
     progress: TrainingProgress = field(default_factory=TrainingProgress)
@@ -85,7 +87,8 @@ class RoutingInputs:
 
     def update(self, **values: Tensor | None) -> None:
         """Replace all inputs; those not named become None. Raises ValueError for an unknown name."""
-        names = {f.name for f in fields(self)} - {"decoding", "attention_mask", "check_finite", "progress", "decision"}
+        kept = {"decoding", "attention_mask", "forced", "check_finite", "progress", "decision"}
+        names = {f.name for f in fields(self)} - kept
         for name in values:
             if name not in names:
                 raise ValueError(f"unknown routing input {name!r}; there are {', '.join(sorted(names))}")

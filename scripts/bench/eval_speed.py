@@ -62,7 +62,7 @@ def build(name: str, device: str) -> Predictor:
         adapter="mole",
     )
     predictor = Predictor(loaded)
-    predictor._eos_ids = ()  # answers of one length, whatever the random weights say
+    predictor.eos_ids = ()  # answers of one length, whatever the random weights say
     return predictor
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.constants import IGNORE_INDEX
-from llava_mole.conversation import Turn, get_template, render
+from llava_mole.conversation import Turn, get_template, render, with_system
 from llava_mole.data.chat_template import read_chat_template, resolve_template
 from llava_mole.data.tokenization import HFTextTokenizer, encode
 
@@ -138,6 +138,36 @@ def test_system_text_inside_the_first_question() -> None:
     text = render(own, ROUNDS).text
     assert text.startswith("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWhat is  this? [/INST] A chart.")
     assert text.count("Be kind.") == 1
+
+
+LLAMA_2_GIVEN_SYSTEM = (
+    "{% set held = namespace(text='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set held.text = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}{% elif m['role'] == 'user' %}"
+    "{{ bos_token }}[INST] {{ held.text + m['content'] }} [/INST]{% set held.text = '' %}"
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("qwen", QWEN), ("llama_3", LLAMA_3), ("llama_2", LLAMA_2_GIVEN_SYSTEM)]
+)
+@pytest.mark.parametrize("own", [True, False], ids=["tokenizer", "registered"])
+def test_a_system_text_stands_where_the_published_template_has_it(name: str, published: str, own: bool) -> None:
+    hf = tokenizer_with(published, SPECIAL.get(name, []), adds_bos=True)
+    template = read_chat_template(hf) if own else get_template(name)
+    messages = [{"role": turn.role, "content": turn.text} for turn in ROUNDS[:3]]
+    wanted = hf.apply_chat_template(
+        [{"role": "system", "content": "Be kind."}, *messages], tokenize=False, add_generation_prompt=True
+    )
+    text = render(with_system(template, "Be kind."), ROUNDS[:3], add_generation_prompt=True).text
+    assert text == wanted.removeprefix(hf.bos_token)
+
+
+def test_a_chat_template_may_have_no_place_for_a_system_text() -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + GEMMA
+    own = read_chat_template(tokenizer_with(refusing, SPECIAL["gemma"]))
+    with pytest.raises(ConfigError, match="template 'tokenizer' has no place for a system text"):
+        with_system(own, "Be kind.")
 
 
 def test_markers_made_of_ordinary_text() -> None:

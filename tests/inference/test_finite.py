@@ -123,7 +123,7 @@ def test_a_fault_of_one_image_is_that_of_its_prompt(fresh: Predictor, monkeypatc
 
 def test_a_fault_that_begins_with_a_generated_token(fresh: Predictor) -> None:
     (batch,) = fresh.batches([RED], ["What color is this?"], batch_size=1)
-    (ids,) = fresh._decode(batch, Decoding(max_new_tokens=12), fresh._answer_decoder(None), [0])
+    (ids,) = fresh._decode(batch, Decoding(max_new_tokens=12), fresh.answer_decoder(None), [0])
     token = next(token for token in ids if token not in batch.input_ids)
     with torch.no_grad():
         fresh.loaded.model.causal_lm.get_input_embeddings().weight[token] = NAN

@@ -66,12 +66,16 @@ def test_piped_lines_end_at_an_empty_one(
     assert printed == transcript(questions, expected_answers(chat_run, photo, questions))
 
 
-def test_piped_bytes_that_are_no_text(
+def test_piped_bytes_that_are_no_text_are_reported_and_ignored(
     chat_run, photo, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
-    assert main(["--model-path", str(chat_run), "--image-file", photo, *GREEDY]) == 2
-    assert "error: the input is not text in utf-8" in capsys.readouterr().err
+    content = io.BytesIO(b"What color\xe9 is this?\n\xff\nIs it blue?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content, encoding="utf-8"))
+    assert main(["--model-path", str(chat_run), "--image-file", photo, *GREEDY]) == 0
+    captured = capsys.readouterr()
+    questions = ["What color is this?", "Is it blue?"]
+    assert captured.out.partition("\n")[2] == transcript(questions, expected_answers(chat_run, photo, questions))
+    assert captured.err.count("note: ignored 1 byte of a line that is no text in UTF-8") == 2
 
 
 @pytest.mark.parametrize(("text", "interrupt"), [("Is it?\n", False), ("Is it?\n\n", False), ("Is it?\n", True)])
