@@ -61,7 +61,7 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
         for axis, names in zip(axes, parts, strict=True):
             _draw_group(axis, {name: columns[name] for name in names}, styles, cut=names is sums)
         note = "mean over seeds, 95% interval; dots: seeds" if title == "measured" else "one run each"
-        axes[0].set_title(f"{title} ({note})", loc="left", fontsize=11, fontweight="bold")
+        axes[-1].set_title(f"{title} ({note})", loc="left", fontsize=11, fontweight="bold")
         axes[0].set_ylabel("%")
     from matplotlib.patches import Patch
 

@@ -4,6 +4,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
+import shlex
+import shutil
 import signal
 import time
 from collections import Counter
@@ -294,3 +297,28 @@ def test_missing_inputs_are_refused_before_anything_runs(
     assert not count(journal, "start")
     with contextlib.suppress(FileNotFoundError):
         assert not list((folder / "out" / "cells").iterdir())
+
+
+def test_the_commands_of_the_page_run(folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block of docs/studies.md, on a small study in place of the shipped one."""
+    text = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(.*?)```", text, re.S)
+    assert block
+    studies = folder / "configs" / "studies"
+    (studies / "bases").mkdir(parents=True)
+    base = (folder / "base.yaml").read_text()
+    for name in ("stage1", "stage2", "colors_test", "colors_val"):
+        shutil.copy(folder / f"{name}.yaml", studies / "bases")
+    for name in ("tiny", "7b"):
+        (studies / "bases" / f"{name}.yaml").write_text(base.replace("name: small", f"name: {name}"))
+    write_study(studies, "table2", base="bases/tiny.yaml", arms={"mix-111": {}, "mole-111": {"method": "mole"}})
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("llava_mole.study.results.collect", lambda study, plan: None)  # the stand-ins score nothing
+    monkeypatch.setattr("llava_mole.study.report.write_report", lambda results, out, command: (command, []))
+    commands = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    assert len(commands) >= 6
+    for words in commands:
+        assert words[:2] == ["llava-mole", "study"]
+        assert main(words[2:]) == 0
+    assert set(count(journal, "end").values()) == {1}
+    assert (folder / "runs/studies/7b/jobs/table2/submit.sh").is_file()
