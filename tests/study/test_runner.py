@@ -277,6 +277,28 @@ def test_a_job_runs_its_cells(folder: Path, journal: Path) -> None:
     assert (jobs / "submit.sh").read_text().count("bash /") == 0  # nothing is left
 
 
+def test_every_job_has_its_own_gpus(folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four GPUs, two for each command: two run at a time, and neither sees the other's."""
+    write_study(folder)
+    base = (folder / "base.yaml").read_text()
+    (folder / "base.yaml").write_text(base + "gpus: 2\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7,8")
+    monkeypatch.setenv("STEP_S", "0.05")
+    assert main([*cells(folder), "--jobs", "3"]) == 0
+    used = [line[2] for line in events(journal) if line[1] == "gpus"]
+    assert set(used) == {"5,6", "7,8"}
+    running: set[str] = set()
+    names = {line[0]: line[2] for line in events(journal) if line[1] == "gpus"}
+    for line in events(journal):
+        if line[0] in names and line[1] == "gpus":
+            assert names[line[0]] not in running
+            running.add(names[line[0]])
+        elif line[0] in names and line[1] == "end":
+            running.remove(names[line[0]])
+    (folder / "base.yaml").write_text(base + "gpus: 5\n")
+    assert main([*cells(folder), "--only", "mix", "--cells", str(folder / "again")]) == 2
+
+
 def test_dry_run_prints_the_commands(folder: Path, journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(folder, seeds=[0])
     assert main([*cells(folder), "--dry-run"]) == 0
