@@ -113,8 +113,8 @@ class Runner:
         needed = max((cell.gpus or 0 for cell in self.cells.values()), default=0)
         if self._has_gpus and needed > len(self._gpus):
             raise ConfigError(
-                f"the base's commands need {count_of(needed, 'GPU')}, and there {'is' if len(self._gpus) == 1 else 'are'} "
-                f"{len(self._gpus)} here; lower `gpus` and change `launch` of the base"
+                f"the base's commands need {count_of(needed, 'GPU')}, and {count_of(len(self._gpus), 'GPU')} can be "
+                "seen here; lower `gpus` and change `launch` of the base"
             )
 
     def run(self) -> int:
