@@ -325,14 +325,14 @@ def _tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that its numbers depend on, Python, and the machine."""
+    """Versions of this package, of Python, and of what its numbers depend on."""
     found = {"llava_mole": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "absent"
-    return found | {"machine": platform.node(), "platform": platform.platform()}
+    return found | {"platform": platform.platform()}
 
 
 def visible_gpus() -> list[str]:
