@@ -49,6 +49,7 @@ class Cell:
     benchmark: str = ""
     """Name of the benchmark it evaluates."""
     threads: int | None = None
+    gpus: int | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -240,6 +241,7 @@ def training_cell(
         command=(*_launch(base), "llava_mole.train.train", str(folder / CONFIG)),
         config=dataclasses.replace(config, train=train),
         threads=base.threads,
+        gpus=base.gpus,
     )
 
 
@@ -273,6 +275,7 @@ def evaluation_cell(run: Cell, own: str, benchmark: str, base: Base, inputs: Inp
         command=tuple(command),
         benchmark=get_benchmark(benchmark).name,
         threads=base.threads,
+        gpus=base.gpus,
     )
 
 

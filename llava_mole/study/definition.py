@@ -69,6 +69,8 @@ class Base:
     """Group or benchmark -> source, for arms that route by source (`llava-mole eval --source-of`)."""
     launch: list[str] = field(default_factory=lambda: ["python", "-m"])
     """What starts a module of the package, e.g. `[torchrun, --standalone, --nproc_per_node, "8", -m]`."""
+    gpus: int | None = None
+    """GPUs of a command. With `--jobs`, each gets its own (CUDA_VISIBLE_DEVICES); None: all see the same."""
     threads: int | None = None
     """Threads of a process (OMP_NUM_THREADS). Sums depend on it in the last digits."""
     image_digests: bool = True
@@ -300,8 +302,9 @@ def read_base(path: Path) -> Base:
         fail("give either stage1, a run configuration, or projector, a trained one")
     if base.rank < 1 or not base.seeds or not base.domains or not base.columns or not base.launch:
         fail("rank must be at least 1, and domains, columns, seeds and launch must not be empty")
-    if base.threads is not None and base.threads < 1:
-        fail(f"threads is {base.threads}; it must be at least 1")
+    for key in ("threads", "gpus"):
+        if (value := getattr(base, key)) is not None and value < 1:
+            fail(f"{key} is {value}; it must be at least 1")
     for split in base.benchmarks:
         if split not in SPLITS:
             fail(f"benchmarks.{split}: no such split; there are {', '.join(SPLITS)}")

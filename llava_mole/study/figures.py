@@ -38,44 +38,60 @@ def bars_data(results: Results) -> dict[str, Any]:
 
 
 def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
-    """Draw the measured numbers with intervals and one dot for each seed, and the paper's numbers under them."""
-    panels = [("measured", data["measured"])] + ([("paper", data["paper"])] if data["paper"] else [])
+    """Draw the measured numbers with intervals and one dot for each seed, and the paper's numbers under them.
+
+    Sums of percentages, which are above 100, have an axis of their own that starts near the values.
+    """
+    rows = [("measured", data["measured"])] + ([("paper", data["paper"])] if data["paper"] else [])
     arms = list(study.figure1)
-    most = max(len(columns) for _, columns in panels)
-    figure = new_figure(max(7.0, min(22.0, 0.9 + most * (0.35 + 0.17 * len(arms)))), 3.1 * len(panels) + 0.5)
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    colors = {arm: COLORS[n % len(COLORS)] for n, arm in enumerate(arms)}
-    for axis, (title, columns) in zip(axes, panels, strict=True):
-        width = 0.82 / len(arms)
-        for place, entries in enumerate(columns.values()):
-            for n, arm in enumerate(arms):
-                if arm not in entries:
-                    continue
-                entry, x = entries[arm], place + (n - (len(arms) - 1) / 2) * width
-                hatch = "//" if n >= len(COLORS) else None
-                axis.bar(
-                    x, entry["mean"], width * 0.9, color=colors[arm], hatch=hatch, edgecolor="white", linewidth=0.4
-                )
-                if entry.get("half") is not None:
-                    axis.errorbar(x, entry["mean"], entry["half"], color="black", linewidth=0.9, capsize=2)
-                values = list(entry.get("by_seed", {}).values())
-                axis.plot([x] * len(values), values, ".", color="black", markersize=2.5, alpha=0.6)
-        note = " (mean over seeds, 95% interval; dots: seeds)" if title == "measured" else " (one run each)"
-        tidy(axis, f"{title}{note}", y="%")
-        axis.set_xticks(range(len(columns)), list(columns))
-        axis.set_xlim(-0.5, len(columns) - 0.5)
-        high = axis.get_ylim()[1]
-        axis.set_ylim(0, high * 1.02 if high <= 100 else high)
+    most = max(len(columns) for _, columns in rows)
+    figure = new_figure(max(7.0, min(22.0, 0.9 + most * (0.35 + 0.17 * len(arms)))), 3.1 * len(rows) + 0.5)
+    grid = figure.add_gridspec(len(rows), 1)
+    styles = {arm: {"facecolor": COLORS[n % len(COLORS)], "edgecolor": "white"} for n, arm in enumerate(arms)}
+    for arm in arms[len(COLORS) :]:
+        styles[arm]["hatch"] = "//"
+    for place, (title, columns) in enumerate(rows):
+        sums = [name for name, entries in columns.items() if any(e["mean"] > 100 for e in entries.values())]
+        parts = [part for part in (sums, [name for name in columns if name not in sums]) if part]
+        axes = (
+            grid[place]
+            .subgridspec(1, len(parts), width_ratios=[len(part) + 0.4 for part in parts])
+            .subplots(squeeze=False)[0]
+        )
+        for axis, names in zip(axes, parts, strict=True):
+            _draw_group(axis, {name: columns[name] for name in names}, styles, cut=names is sums)
+        note = "mean over seeds, 95% interval; dots: seeds" if title == "measured" else "one run each"
+        axes[-1].set_title(f"{title} ({note})", loc="left", fontsize=11, fontweight="bold")
+        axes[0].set_ylabel("%")
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(
-            facecolor=colors[arm], hatch="//" if n >= len(COLORS) else None, edgecolor="white", label=study.label(arm)
-        )
-        for n, arm in enumerate(arms)
-    ]
+    handles = [Patch(label=study.label(arm), **style) for arm, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(arms)), frameon=False, fontsize=8)
     save_figure(figure, path)
+
+
+def _draw_group(axis: Any, columns: Mapping[str, Any], styles: Mapping[str, Any], *, cut: bool) -> None:
+    """Draw some columns on one axis, which starts near the values if it is `cut`, and else ends at 100 at most."""
+    width, seen = 0.82 / len(styles), []
+    for place, entries in enumerate(columns.values()):
+        for n, (arm, style) in enumerate(styles.items()):
+            if arm not in entries:
+                continue
+            entry, x = entries[arm], place + (n - (len(styles) - 1) / 2) * width
+            axis.bar(x, entry["mean"], width * 0.9, linewidth=0.4, **style)
+            if entry.get("half") is not None:
+                axis.errorbar(x, entry["mean"], entry["half"], color="black", linewidth=0.9, capsize=2)
+            values = list(entry.get("by_seed", {}).values())
+            axis.plot([x] * len(values), values, ".", color="black", markersize=2.5, alpha=0.6)
+            seen += [entry["mean"], *values]
+    tidy(axis, "", x="axis cut" if cut else "")
+    axis.set_xticks(range(len(columns)), list(columns))
+    axis.set_xlim(-0.5, len(columns) - 0.5)
+    if cut:
+        margin = max(5.0, max(seen) - min(seen))
+        axis.set_ylim(max(0.0, min(seen) - margin), max(seen) + 0.3 * margin)
+    elif seen:
+        axis.set_ylim(0, min(axis.get_ylim()[1], 103.0))  # an interval of few seeds can end beyond 100%
 
 
 def shares_data(results: Results) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class _Running:
     claim: contextlib.ExitStack
     started: float
     wall: str
+    gpus: list[str]
 
 
 @dataclass
@@ -107,6 +108,14 @@ class Runner:
         self._busy: dict[str, str] = {}  # cells that other processes run, as the last look found them
         self._told: set[str] = set()
         self._signals = 0
+        self._gpus = visible_gpus() if any(cell.gpus for cell in self.cells.values()) else []
+        self._has_gpus = bool(self._gpus)
+        needed = max((cell.gpus or 0 for cell in self.cells.values()), default=0)
+        if self._has_gpus and needed > len(self._gpus):
+            raise ConfigError(
+                f"the base's commands need {count_of(needed, 'GPU')}, and {count_of(len(self._gpus), 'GPU')} can be "
+                "seen here; lower `gpus` and change `launch` of the base"
+            )
 
     def run(self) -> int:
         """Run everything. Returns 0, `EXIT_STOPPED` after a signal, or 1 if a cell failed."""
@@ -157,6 +166,8 @@ class Runner:
         """Start one cell that nobody else has claimed. Returns whether one was started or found to be finished."""
         self._busy = {}
         for cell in self._open_cells():
+            if self._has_gpus and (cell.gpus or 0) > len(self._gpus):
+                continue  # until a running command gives some back
             claim = contextlib.ExitStack()
             try:
                 with write_errors(cell.folder):
@@ -197,6 +208,9 @@ class Runner:
         environment = dict(os.environ)
         if cell.threads is not None:
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(cell.threads))
+        gpus = [self._gpus.pop(0) for _ in range(cell.gpus or 0)] if self._has_gpus else []
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with write_errors(cell.folder / LOG):
             log = (cell.folder / LOG).open("ab")
         try:
@@ -215,12 +229,13 @@ class Runner:
                 f"{cell.command[0]} cannot be started: {error.strerror}; check `launch` of the base"
             ) from None
         logger.info("%s: started", cell.name)
-        return _Running(cell, process, log, claim, time.monotonic(), time.strftime("%Y-%m-%d %H:%M:%S"))
+        return _Running(cell, process, log, claim, time.monotonic(), time.strftime("%Y-%m-%d %H:%M:%S"), gpus)
 
     def _collect(self) -> None:
         """Record the commands that have ended."""
         for running in [r for r in self._running if r.process.poll() is not None]:
             self._running.remove(running)
+            self._gpus = sorted([*self._gpus, *running.gpus])
             running.log.close()
             try:
                 self._record_end(running)
@@ -310,14 +325,24 @@ def _tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that its numbers depend on, Python, and the machine."""
+    """Versions of this package, of Python, and of what its numbers depend on."""
     found = {"llava_mole": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "absent"
-    return found | {"machine": platform.node(), "platform": platform.platform()}
+    return found | {"platform": platform.platform()}
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that commands may use: those of CUDA_VISIBLE_DEVICES, or all of the machine."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    import torch
+
+    return [str(n) for n in range(torch.cuda.device_count())]
 
 
 def commands_of(cells: Sequence[Cell]) -> list[str]:

@@ -57,7 +57,7 @@ def write_jobs(
     jobs: list[tuple[Path, str | None]] = []
     wanted = plan.with_needs(only)
     for cell in wanted.values():
-        if cell.kind == "eval" or _finished(plan, cell.name, wanted.keys()):
+        if cell.kind == "eval" or _finished(plan, cell.name):
             continue
         base = next((study.bases[arm] for (arm, _), name in plan.runs.items() if name == cell.name), study.base)
         path = folder / f"{cell.name}.{'sbatch' if scheduler == 'slurm' else 'sh'}"
@@ -76,8 +76,8 @@ def write_jobs(
     return [path for path, _ in jobs]
 
 
-def _finished(plan: Plan, name: str, wanted: Sequence[str] | set[str]) -> bool:
-    """Whether a run and its wanted evaluations are finished."""
+def _finished(plan: Plan, name: str) -> bool:
+    """Whether a run and its evaluations are finished."""
     own = [cell for cell in plan.cells.values() if cell.name == name or (cell.kind == "eval" and name in cell.needs)]
     return all(is_done(cell) for cell in own)
 

@@ -4,6 +4,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
+import shlex
+import shutil
 import signal
 import time
 from collections import Counter
@@ -17,7 +20,7 @@ from worlds.study_world import write_study
 from llava_mole.study.cli import main
 
 FORK = multiprocessing.get_context("fork")
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 NUM_CELLS = 1 + 6 + 6
 """Stage 1, three arms with two seeds, an evaluation each."""
 
@@ -142,15 +145,15 @@ def claim(folder: Path, kind: str, **owner: object) -> Path:
 
 
 def test_a_cell_of_another_machine_is_left_to_it(
-    folder: Path, journal: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    folder: Path, journal: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_study(folder)
     path = claim(folder, "finetune-lora-r2-1-0")
-    with caplog.at_level("INFO", "llava_mole"):
-        assert main([*cells(folder), "--no-wait", "--jobs", "2"]) == 0
+    assert main([*cells(folder), "--no-wait", "--jobs", "2"]) == 0
+    said = capsys.readouterr().err
     assert path.parent.name not in count(journal, "start")
     assert len(count(journal, "end")) == NUM_CELLS - 2  # without its evaluation
-    assert "is in use by process 1 on elsewhere since now" in caplog.text
+    assert "is in use by process 1 on elsewhere since now" in said
     assert main(["status", *cells(folder)]) == 0
     assert "process 1 on elsewhere" in capsys.readouterr().out
     assert main([*cells(folder), "--break-lock"]) == 0
@@ -196,17 +199,16 @@ def test_a_signal_lets_commands_save(folder: Path, journal: Path, monkeypatch: p
 
 
 def test_a_failed_cell_is_named_and_the_rest_goes_on(
-    folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_study(folder)
     monkeypatch.setenv("FAIL", "mole-paper-r2-k2-1-1-s0")
-    with caplog.at_level("INFO", "llava_mole"):
-        assert main([*cells(folder), "--jobs", "2"]) == 1
+    assert main([*cells(folder), "--jobs", "2"]) == 1
+    said = capsys.readouterr().err
     assert len(count(journal, "end")) == NUM_CELLS - 2
-    assert "exit code 3" in caplog.text
-    assert "ends with\n went wrong" in caplog.text
-    assert "1 cell failed, and 1 cell cannot run without them; the same command tries them again" in caplog.text
+    assert "failed: exit code 3" in said
+    assert "ends with\n went wrong" in said
+    assert "1 cell failed, and 1 cell cannot run without them; the same command tries them again" in said
     assert main(["status", *cells(folder)]) == 0
     assert "exit code 3, see " in capsys.readouterr().out
     monkeypatch.delenv("FAIL")
@@ -274,6 +276,28 @@ def test_a_job_runs_its_cells(folder: Path, journal: Path) -> None:
     assert (jobs / "submit.sh").read_text().count("bash /") == 0  # nothing is left
 
 
+def test_every_job_has_its_own_gpus(folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four GPUs, two for each command: two run at a time, and neither sees the other's."""
+    write_study(folder)
+    base = (folder / "base.yaml").read_text()
+    (folder / "base.yaml").write_text(base + "gpus: 2\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7,8")
+    monkeypatch.setenv("STEP_S", "0.05")
+    assert main([*cells(folder), "--jobs", "3"]) == 0
+    used = [line[2] for line in events(journal) if line[1] == "gpus"]
+    assert set(used) == {"5,6", "7,8"}
+    running: set[str] = set()
+    names = {line[0]: line[2] for line in events(journal) if line[1] == "gpus"}
+    for line in events(journal):
+        if line[0] in names and line[1] == "gpus":
+            assert names[line[0]] not in running
+            running.add(names[line[0]])
+        elif line[0] in names and line[1] == "end":
+            running.remove(names[line[0]])
+    (folder / "base.yaml").write_text(base + "gpus: 5\n")
+    assert main([*cells(folder), "--only", "mix", "--cells", str(folder / "again")]) == 2
+
+
 def test_dry_run_prints_the_commands(folder: Path, journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(folder, seeds=[0])
     assert main([*cells(folder), "--dry-run"]) == 0
@@ -294,3 +318,28 @@ def test_missing_inputs_are_refused_before_anything_runs(
     assert not count(journal, "start")
     with contextlib.suppress(FileNotFoundError):
         assert not list((folder / "out" / "cells").iterdir())
+
+
+def test_the_commands_of_the_page_run(folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block of docs/studies.md, on a small study in place of the shipped one."""
+    text = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(.*?)```", text, re.S)
+    assert block
+    studies = folder / "configs" / "studies"
+    (studies / "bases").mkdir(parents=True)
+    base = (folder / "base.yaml").read_text()
+    for name in ("stage1", "stage2", "colors_test", "colors_val"):
+        shutil.copy(folder / f"{name}.yaml", studies / "bases")
+    for name in ("tiny", "7b"):
+        (studies / "bases" / f"{name}.yaml").write_text(base.replace("name: small", f"name: {name}"))
+    write_study(studies, "table2", base="bases/tiny.yaml", arms={"mix-111": {}, "mole-111": {"method": "mole"}})
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("llava_mole.study.results.collect", lambda study, plan: None)  # the stand-ins score nothing
+    monkeypatch.setattr("llava_mole.study.report.write_report", lambda results, out, command: (command, []))
+    commands = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    assert len(commands) >= 6
+    for words in commands:
+        assert words[:2] == ["llava-mole", "study"]
+        assert main(words[2:]) == 0
+    assert set(count(journal, "end").values()) == {1}
+    assert (folder / "runs/studies/7b/jobs/table2/submit.sh").is_file()

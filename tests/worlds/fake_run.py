@@ -30,6 +30,8 @@ def train(config: Path) -> None:
     run.mkdir(exist_ok=True)
     done = int((run / "step").read_text()) if (run / "step").is_file() else 0
     note(config.parent.name, f"start {done}")
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        note(config.parent.name, f"gpus {os.environ['CUDA_VISIBLE_DEVICES']}")
     for step in range(done, STEPS):
         time.sleep(STEP_S)
         (run / "step").write_text(str(step + 1))
