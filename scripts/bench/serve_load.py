@@ -41,10 +41,10 @@ QUESTIONS = ["What color is this?", "Describe the image.", "Is it blue?", "How m
 Request = tuple[str, dict[str, Any]]
 
 
-def data_url(color: tuple[int, int, int], size: int = 64) -> str:
+def data_url(color: Any, size: int = 64, mode: str = "RGB") -> str:
     """A plain image as an address."""
     buffer = io.BytesIO()
-    Image.new("RGB", (size, size), color).save(buffer, "PNG")
+    Image.new(mode, (size, size), color).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -176,7 +176,7 @@ def hostile(kind: str, body_bytes: int) -> tuple[bytes, int]:
         return json.dumps({**message, "model": "other"}).encode(), 404
     if kind == "wrong value":
         return json.dumps({**message, "temperature": "hot"}).encode(), 400
-    url = "data:image/png;base64,aGVsbG8=" if kind == "broken image" else data_url((1, 2, 3), 8000)
+    url = "data:image/png;base64,aGVsbG8=" if kind == "broken image" else data_url(0, 8000, "1")
     message["messages"][0]["content"] = [{"type": "image_url", "image_url": {"url": url}}]
     return json.dumps(message).encode(), 400
 
@@ -202,11 +202,15 @@ async def stress(
     body_bytes: int,
     *,
     seed: int = 0,
+    every: int = 1,
     headers: dict[str, str] | None = None,
 ) -> Stress:
-    """`count` requests from `clients` clients, a part of them hostile or cancelled; see the module's text."""
+    """`count` requests from `clients` clients, a part of them hostile or cancelled; see the module's text.
+
+    `every` takes each such request of the workloads only.
+    """
     found, rng = Stress(), random.Random(seed)
-    requests = [*workload("chat", "model", 12), *workload("text", "model", 24)]
+    requests = [*workload("chat", "model", 12), *workload("text", "model", 24)][::every]
     limits = httpx.Limits(max_connections=clients + 1)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, headers=headers) as asking:
         known = [await ask(asking, path, body) for path, body in requests]

@@ -165,13 +165,13 @@ def test_a_full_context_drops_the_oldest_rounds(model: Predictor, photo: str) ->
     assert [each.question for each in session.rounds] == asked[dropped:]
     assert [each.images for each in session.rounds] == [[photo]] + [[]] * (14 - dropped - 1)
     with pytest.raises(ContextError, match="leave no room"):
-        session.make_room(question * 10)
+        session.make_room(question * 40)
     assert len(session.rounds) == 14 - dropped
 
 
 def test_the_drop_is_announced(talk) -> None:
     question = "one two three four five six seven eight nine ten " * 6
-    printed = talk(*[question] * 6)[1]
+    printed = talk(*[question] * 12)[1]
     assert "(the context is full: the oldest 1 question" in printed
 
 
