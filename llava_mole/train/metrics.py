@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from llava_mole.common.distributed import all_reduce_sum
-from llava_mole.common.files import atomic_path, write_errors
+from llava_mole.common.files import atomic_path, finite, write_errors
 from llava_mole.common.log import get_logger
 from llava_mole.config import TrackerConfig
 from llava_mole.mole import Routing, RoutingMeter
@@ -252,15 +252,6 @@ def over_layers(entry: dict[str, Any]) -> dict[str, list[float]]:
 
 def _with_nan(value: dict[str, Any]) -> dict[str, Any]:
     return {key: math.nan if item is None else item for key, item in value.items()}
-
-
-def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON cannot represent (NaN and infinity)."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
