@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "score": ("llava_mole.eval.scoring.cli", "score existing answers by a benchmark's published rules"),
     "report": ("llava_mole.eval.report.cli", "compare scored runs in one table"),
     "plan": ("llava_mole.analysis.plan.cli", "estimate memory, FLOPs and hours of a run before it starts"),
+    "conflict": ("llava_mole.analysis.conflict.cli", "measure whether the sources of a mixture pull weights apart"),
     "plot": ("llava_mole.train.plot", "plot a run's metrics"),
     "prepare": ("llava_mole.data.prepare.cli", "convert a published data set, or your own, for training"),
     "check-data": ("llava_mole.analysis.check.cli", "check every record and image of a run before it starts"),

@@ -558,15 +558,17 @@ def _mapping_in(file: Path) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def load_config(path: str | os.PathLike[str]) -> RunConfig:
-    """Read the configuration that a run has saved.
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), prog: str = "llava-mole train"
+) -> RunConfig:
+    """Read the configuration that a run has saved, with `--key.sub value` overrides.
 
     Numbers and paths were checked when it started and are taken as they are: an earlier version allowed more, and what
-    it trained must still load.
+    it trained must still load. With overrides all are checked.
     """
-    reset = _checks.set(False)
+    reset = _checks.set(bool(overrides))
     try:
-        return parse_run_config(["--config", str(path)])
+        return parse_run_config(["--config", str(path), *overrides])
     finally:
         _checks.reset(reset)
 

@@ -1,7 +1,7 @@
 """The samples that a meter looks at: the same number of each source, as rows of a forward pass."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -72,6 +72,7 @@ class Probe:
     batch_size: int
     rows: Rows
     held_out: bool
+    _kept: dict[tuple[int, int], list[Row]] = field(default_factory=dict, repr=False)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -84,14 +85,16 @@ class Probe:
         return first_positions(self.dataset, self.batches * self.batch_size)
 
     def batch(self, number: int, source: int) -> list[Row]:
-        """The rows of batch `number` of source number `source`.
+        """The rows of batch `number` of source number `source`, which are kept in memory.
 
         Raises:
             ConfigError: the source has too few samples.
             DataError: an image cannot be read, nor those of the records after it.
         """
-        chosen = self.positions[source][number * self.batch_size : (number + 1) * self.batch_size]
-        return self.rows([self.dataset[position] for position in chosen])
+        if (number, source) not in self._kept:
+            chosen = self.positions[source][number * self.batch_size : (number + 1) * self.batch_size]
+            self._kept[number, source] = self.rows([self.dataset[position] for position in chosen])
+        return self._kept[number, source]
 
 
 def first_positions(dataset: SupervisedDataset, count: int) -> list[list[int]]:
@@ -147,7 +150,7 @@ def send(model: LlavaMole, row: Row) -> Row:
 
 
 Advance = Callable[[int], object]
-"""Called with the number of forward passes done since the last call."""
+"""Called with the number of batches done since the last call."""
 
 
 def no_progress(_: int) -> None:

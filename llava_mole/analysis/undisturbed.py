@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from llava_mole.model.language_model import decoder_layers
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole.access import kept_routing
 
@@ -31,9 +32,8 @@ def undisturbed(model: LlavaMole, seed: int = 0) -> Iterator[None]:
     ):
         torch.manual_seed(seed)
         model.eval()
-        for module, trains in modes:
-            if trains and getattr(module, "gradient_checkpointing", False):
-                module.training = True
+        for layer in decoder_layers(model.causal_lm):
+            layer.training = getattr(layer, "gradient_checkpointing", False)
         try:
             yield
         finally:

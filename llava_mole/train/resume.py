@@ -27,6 +27,7 @@ from llava_mole.config import TrainConfig, config_to_dict, load_config
 from llava_mole.conversation import Template
 from llava_mole.model.builder import CONFIG_FILE
 from llava_mole.model.checkpoint import (
+    STATE_FILE,
     clean_leftovers,
     is_owned,
     list_checkpoints,
@@ -34,7 +35,7 @@ from llava_mole.model.checkpoint import (
     read_manifest,
     resolve_checkpoint,
 )
-from llava_mole.train.checkpointing import ENVIRONMENT_FILE, STATE_FILE, SUMMARY_FILE, Progress
+from llava_mole.train.checkpointing import ENVIRONMENT_FILE, SUMMARY_FILE, Progress
 from llava_mole.train.metrics import METRICS_FILE, read_metrics
 
 logger = get_logger(__name__)

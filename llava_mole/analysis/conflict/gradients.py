@@ -44,16 +44,22 @@ def units_of(parameters: Mapping[str, torch.Tensor]) -> list[Unit]:
     """The units of named parameters, in their order. Stacked experts, `[K, r, width]`, are K units."""
     units = []
     for name, parameter in parameters.items():
-        part, found = parameter_part(name), _LAYER.match(name)
+        part = parameter_part(name)
         side = _SIDE.search(name)
         if side and part in ("experts", "attention LoRA", "FFN LoRA"):
             shared = "shared expert" if "_shared_" in name else part.removesuffix(" LoRA")
             part = f"{shared} {'A' if 'A' in side[0] else 'B'}"
-        layer = None if found is None else int(found[1])
+        layer = layer_of(name)
         stacked = part in ("experts A", "experts B") and parameter.dim() == 3
         experts: Sequence[int | None] = range(parameter.shape[0]) if stacked else [None]
         units += [Unit(name, part, layer, expert) for expert in experts]
     return units
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the decoder layer that a parameter or module of a `LlavaMole` is in; None outside of them."""
+    found = _LAYER.match(f"{name}.")
+    return None if found is None else int(found[1])
 
 
 def slices(gradients: Mapping[str, torch.Tensor], units: Sequence[Unit]) -> Iterator[torch.Tensor]:
@@ -63,6 +69,15 @@ def slices(gradients: Mapping[str, torch.Tensor], units: Sequence[Unit]) -> Iter
         yield (gradient if unit.expert is None else gradient[unit.expert]).reshape(-1)
 
 
+def row_losses(model: LlavaMole, rows: Sequence[Row], reduction: Reduction) -> Iterator[torch.Tensor]:
+    """The share of every row in the language-model loss of a training step that consists of these rows."""
+    samples = sum(len(row["ids"]) for row in rows)
+    tokens = float(sum(int(next_token_targets(row["labels"])[0].sum()) for row in rows))
+    for row in rows:
+        sums_N, counts_N, _ = forward_losses(model, send(model, row))
+        yield weigh(sums_N, counts_N, reduction, samples, tokens)
+
+
 def source_gradient(
     model: LlavaMole,
     rows: Sequence[Row],
@@ -70,22 +85,16 @@ def source_gradient(
     reduction: Reduction,
     advance: Advance = no_progress,
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """The gradient of the language-model loss of some rows, and that loss.
-
-    The loss is that of a training step which consists of these rows. `.grad` stays as it is.
+    """The gradient of the loss of some rows, and that loss. `.grad` stays as it is.
 
     Returns:
         Parameter name -> gradient in float32, or float64 for such a parameter; zeros where the loss does not depend on
         it.
     """
-    samples = sum(len(row["ids"]) for row in rows)
-    tokens = float(sum(int(next_token_targets(row["labels"])[0].sum()) for row in rows))
     names, values = list(parameters), list(parameters.values())
     total: dict[str, torch.Tensor] = {}
     loss_sum = 0.0
-    for row in rows:
-        sums, counts, _ = forward_losses(model, send(model, row))
-        loss = weigh(sums, counts, reduction, samples, tokens)
+    for loss in row_losses(model, rows, reduction):
         found = torch.autograd.grad(loss, values, allow_unused=True)
         loss_sum += float(loss.detach())
         for name, value, gradient in zip(names, values, found, strict=True):
@@ -93,7 +102,7 @@ def source_gradient(
                 gradient = torch.zeros_like(value)
             gradient = gradient if gradient.dtype == torch.float64 else gradient.float()
             total[name] = total[name].add_(gradient) if name in total else gradient
-        advance(1)
+    advance(1)
     return total, loss_sum
 
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llava_mole.analysis.conflict.gradients import Reduction, source_gradient
+from llava_mole.analysis.conflict.gradients import Reduction, row_losses, source_gradient
 from llava_mole.analysis.conflict.statistics import half_width, mean_of
-from llava_mole.analysis.probe import Advance, Row, no_progress, send
-from llava_mole.model.batch_loss import forward_losses, next_token_targets, weigh
+from llava_mole.analysis.probe import Advance, Row, no_progress
 from llava_mole.model.llava_arch import LlavaMole
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -25,7 +24,7 @@ class StepRule:
 
     With second moments v of the run, bias-corrected, the step is `-rate g / (sqrt(v) + 1e-8)`: what g adds to the
     parameters over time, once the momentum has passed it on (`sum_t (1 - b1) b1^t = 1`). Without them it is the first
-    step of a fresh AdamW, `-rate g / (|g| + 1e-8)`. As in training, g is clipped by its norm before.
+    step of a fresh AdamW, `-rate g / (|g| + 1e-8)`, which is larger. As in training, g is clipped by its norm before.
     """
 
     rates: Mapping[str, float]
@@ -65,13 +64,8 @@ def stepped(parameters: Mapping[str, torch.nn.Parameter], updates: Mapping[str, 
 @torch.no_grad()
 def loss_of(model: LlavaMole, rows: Sequence[Row], reduction: Reduction, advance: Advance = no_progress) -> float:
     """The language-model loss of a training step that consists of these rows."""
-    samples = sum(len(row["ids"]) for row in rows)
-    tokens = float(sum(int(next_token_targets(row["labels"])[0].sum()) for row in rows))
-    total = 0.0
-    for row in rows:
-        sums, counts, _ = forward_losses(model, send(model, row))
-        total += float(weigh(sums.double(), counts.double(), reduction, samples, tokens))
-        advance(1)
+    total = sum(float(loss) for loss in row_losses(model, rows, reduction))
+    advance(1)
     return total
 
 
@@ -80,7 +74,7 @@ class Interference:
     """What a step changes."""
 
     change: torch.Tensor
-    """float64 `[S, S]`: mean over batches of the change of source j's loss after a step on source i; above 0 is harm."""
+    """float64 `[S, S]`: the change of source j's loss after a step on source i, mean over batches; above 0 is harm."""
     interval: torch.Tensor
     """`[S, S]`: half its 95% interval over batches."""
     before: torch.Tensor

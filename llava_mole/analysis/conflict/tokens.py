@@ -1,16 +1,16 @@
 """Conflict between tokens inside an expert.
 
-For a token with input x, chosen by an expert with the pair A `[r, I]`, B `[r, O]`, scaling s and expert weight w, the
-output of the projection is `y = W x + s w (x A^T) B`. With dy the gradient of the loss with respect to y, the token's own
-gradient of B is the outer product `g = s w (x A^T) (outer) dy`, `[r, O]`. It is never built: its product with any matrix
-M is `s w (x A^T) M dy`, and its norm is `s w |x A^T| |dy|`. The sum of g over tokens is the gradient of B.
+A token with input x uses an expert with the pair A `[r, I]`, B `[r, O]`, scaling s and expert weight w. The output of
+the projection is `y = W x + s w (x A^T) B`. With dy the gradient of the loss with respect to y, the token's gradient of
+B is the outer product of `s w x A^T` and dy, `[r, O]`. It is never built: its inner product with a matrix M is
+`s w (x A^T) M dy`, and its norm is `s w |x A^T| |dy|`. The sum over the tokens is the gradient of B.
 
 Hooks on the base linears note x A^T and dy, so one backward pass gives all tokens of all experts.
 
 Shape legend: T tokens, S sources, K experts, R rank, O output size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_mole.analysis.conflict.gradients import _LAYER, Reduction, source_gradient
+from llava_mole.analysis.conflict.gradients import Reduction, layer_of, row_losses
 from llava_mole.analysis.conflict.statistics import half_width, mean_of
 from llava_mole.analysis.probe import Advance, Row, no_progress
 from llava_mole.model.adapters import parameter_part
@@ -57,8 +57,7 @@ def find_sites(model: LlavaMole) -> list[Site]:
     sites: list[Site] = []
     owner: str | None = None
     for name, module in model.named_modules():
-        found = _LAYER.match(f"{name}.")
-        layer = None if found is None else int(found[1])
+        layer = layer_of(name)
         if isinstance(module, ExpertLayer):
             adapter = module.current_adapter()
             if adapter is None or module.configs[adapter].mix == "ffn_output":
@@ -94,12 +93,14 @@ def find_sites(model: LlavaMole) -> list[Site]:
 
 
 @contextmanager
-def watched(model: LlavaMole, sites: Sequence[Site]) -> Iterator[None]:
-    """Let the sites note every pass with gradients inside the block.
+def watched(model: LlavaMole, sites: Sequence[Site]) -> Iterator[list[torch.Tensor]]:
+    """Let the sites note every pass with gradients inside the block. Yields the passes' input embeddings.
 
-    The tokens of sorted backends come in another order at every layer, so the experts are computed unsorted.
+    A backward pass to these embeddings reaches every site, whatever trains. Backends that sort the tokens by expert are
+    replaced, so that all layers have them in one order.
     """
     language_model: nn.Module = model.language_model
+    embedded: list[torch.Tensor] = []
     prefix = "language_model."
     decided: dict[str, torch.Tensor] = {}
     names = {site.router.removeprefix(prefix) for site in sites if site.router is not None}
@@ -127,9 +128,11 @@ def watched(model: LlavaMole, sites: Sequence[Site]) -> Iterator[None]:
         return after_forward
 
     def with_gradient(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        embedded = kwargs["inputs_embeds"]
-        if torch.is_grad_enabled() and embedded.is_leaf and not embedded.requires_grad:
-            embedded.requires_grad_()  # the base linears of the first layer have an output gradient then
+        inputs_BLD = kwargs["inputs_embeds"]
+        if torch.is_grad_enabled():
+            if not inputs_BLD.requires_grad:
+                inputs_BLD.requires_grad_()
+            embedded.append(inputs_BLD)
 
     with ExitStack() as stack:
         stack.enter_context(overridden(language_model, {name: note(name) for name in names}))
@@ -142,7 +145,7 @@ def watched(model: LlavaMole, sites: Sequence[Site]) -> Iterator[None]:
             stack.callback(site.linear.register_forward_hook(hook(site)).remove)
         decoder = model.causal_lm.get_decoder()
         stack.callback(decoder.register_forward_pre_hook(with_gradient, with_kwargs=True).remove)
-        yield
+        yield embedded
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,6 @@ def measure_tokens(
     batch: Callable[[int, int], Sequence[Row]],
     sources: Sequence[str],
     batches: int,
-    parameters: Mapping[str, torch.nn.Parameter],
     reduction: Reduction,
     advance: Advance = no_progress,
 ) -> list[list[TokenConflict]]:
@@ -224,10 +226,12 @@ def measure_tokens(
         if not sites:
             return []
         tokens: list[list[int]] = []
-        with watched(model, sites):
+        with watched(model, sites) as embedded:
             for source in range(len(sources)):
                 rows = batch(number, source)
-                source_gradient(model, rows, parameters, reduction, advance)
+                for loss in row_losses(model, rows, reduction):
+                    torch.autograd.grad(loss, embedded.pop())
+                advance(1)
                 tokens.append([row["input_ids"].numel() for row in rows])
         results.append(token_conflicts(sites, tokens))
     return results
