@@ -91,6 +91,7 @@ RANGES: dict[str, Range] = {
     "train.keep_checkpoints": _FROM_1,
     "train.validate_every": _FROM_0,
     "train.validation_answers": _FROM_0,
+    "train.conflict_every": _FROM_0,
     "train.max_bad_steps": _FROM_1,
     "train.check_ranks_every": _FROM_0,
     "check.max_bad_records": _SHARE,
@@ -372,6 +373,9 @@ class TrainConfig:
     validation_answers: int = 0
     """Held-out samples of each source that every validation also answers greedily and compares with the reference
     (`validation_exact`, `validation_f1`)."""
+    conflict_every: int = 0
+    """Optimizer steps between measurements of the conflict between sources, written to `conflict.jsonl`
+    (docs/meters.md); the last step always has one. Each costs about a step for every source. 0 turns it off."""
     resume: str | None = None
     """`auto`: the newest valid checkpoint of output_dir, if any; or the directory of a checkpoint."""
     accept_changed: list[str] = field(default_factory=list)
@@ -465,6 +469,12 @@ class RunConfig:
             raise ConfigError(
                 f"train.pack_length {self.train.pack_length} is below data.max_length {self.data.max_length}: the "
                 "longest samples would not fit into a row"
+            )
+        active = [name for name in self.data.sources if self.data.mixture.get(name, 1.0) > 0]
+        if self.train.conflict_every and len(active) < 2:
+            raise ConfigError(
+                f"train.conflict_every is {self.train.conflict_every}, and the mixture has one source ({active[0]}): "
+                "there is nothing to compare; set it to 0"
             )
         self._check_validation()
 

@@ -36,7 +36,7 @@ from llava_mole.model.checkpoint import (
     resolve_checkpoint,
 )
 from llava_mole.train.checkpointing import ENVIRONMENT_FILE, SUMMARY_FILE, Progress
-from llava_mole.train.metrics import METRICS_FILE, read_metrics
+from llava_mole.train.metrics import CONFLICT_FILE, METRICS_FILE, read_metrics
 
 logger = get_logger(__name__)
 
@@ -45,7 +45,7 @@ MAY_CHANGE = (
     "train.batching", "train.pack_length", "train.micro_batch_size", "train.distributed", "train.deepspeed_config",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every_n", "train.save_every",
     "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
-    "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device", "tracker.*", "check.*",
+    "train.conflict_every", "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device", "tracker.*", "check.*",
     # Paths: their contents are compared. Those that a run starts from are not read again.
     "model.language_model", "model.vision_tower.weights", "data.sources.*", "projector_weights", "init_from",
 )  # fmt: skip
@@ -203,7 +203,7 @@ def _given(resume: str, run_dir: Path, existing: Sequence[Path]) -> Path:
 
 def _check_foreign_files(run_dir: Path) -> None:
     """Raise ConfigError if a file that a run writes exists and no run has been here."""
-    names = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
+    names = (CONFIG_FILE, METRICS_FILE, CONFLICT_FILE, SUMMARY_FILE)
     found = [name for name in names if os.path.lexists(run_dir / name)]
     if found and not (run_dir / ENVIRONMENT_FILE).is_file():
         raise ConfigError(
@@ -215,7 +215,9 @@ def _check_foreign_files(run_dir: Path) -> None:
 
 def _remove_torn_files(run_dir: Path) -> None:
     """Remove what a process that was killed while it wrote one of a run's own files left under a temporary name."""
-    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ():
+    for name in (
+        (CONFIG_FILE, METRICS_FILE, CONFLICT_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ()
+    ):
         for path in run_dir.glob(f".tmp-{name}-*"):
             if path.is_file() and not path.is_symlink() and path.name.rpartition("-")[2].isdecimal():
                 path.unlink()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llava_mole.analysis.probe import Rows
 from llava_mole.common.distributed import all_gather_objects, is_main_process, on_main
 from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
@@ -29,6 +30,7 @@ from llava_mole.train.checkpointing import (
     read_progress,
     write_environment,
 )
+from llava_mole.train.conflict import ConflictRecord, training_probe
 from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
 from llava_mole.train.metrics import Tracker
 from llava_mole.train.monitor import Monitor
@@ -104,6 +106,7 @@ def train(config: RunConfig) -> Path:
                 monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
                 guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
                 progress=progress,
+                conflict=build_conflict_record(config, strategy, model, dataset, tokenizer, progress.step, steps),
             ).run()
     return run_dir
 
@@ -210,6 +213,38 @@ def build_monitor(
         log_every=config.tracker.log_every,
         validate_every=config.train.validate_every,
         total_steps=steps,
+    )
+
+
+def build_conflict_record(
+    config: RunConfig,
+    strategy: Strategy,
+    model: LlavaMole,
+    dataset: SupervisedDataset,
+    tokenizer: HFTextTokenizer,
+    first_step: int,
+    steps: int,
+) -> ConflictRecord | None:
+    """The conflict meter along training, if the run has one."""
+    train = config.train
+    if not train.conflict_every:
+        return None
+    rows = Rows.of(
+        model,
+        packed=train.batching == "packed",
+        capacity=train.pack_length or config.data.max_length,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return ConflictRecord(
+        model,
+        strategy.parameters,
+        training_probe(dataset, train.global_batch_size, rows),
+        train.loss_reduction,
+        every=train.conflict_every,
+        total_steps=steps,
+        run_dir=Path(train.output_dir),
+        first_step=first_step,
+        enabled=is_main_process(),
     )
 
 

@@ -44,6 +44,7 @@ from llava_mole.mole import (
     set_routing_inputs,
 )
 from llava_mole.train.checkpointing import CheckpointWriter, Progress, save_together, write_summary
+from llava_mole.train.conflict import ConflictRecord
 from llava_mole.train.display import ProgressDisplay, summary_table
 from llava_mole.train.faults import StepGuard, StopRequested, check_ranks_agree, ignore_stop_signals
 from llava_mole.train.metrics import METRICS_FILE, StepStats, Tracker, read_metrics
@@ -76,6 +77,8 @@ class Trainer:
     monitor: Monitor
     guard: StepGuard
     progress: Progress
+    conflict: ConflictRecord | None = None
+    """The conflict meter along training; None without it."""
 
     def __post_init__(self) -> None:
         train, world_size = self.train, self.strategy.world_size
@@ -124,6 +127,8 @@ class Trainer:
                 entry = self.monitor.extend(entry, micro_batches) | self.guard.entry()
                 self.tracker.log(entry)
                 display.show(entry)
+            if self.conflict is not None and self.conflict.due(step + 1):
+                self.conflict.measure(step + 1)
             display.advance()
             self.guard.end_step()
             final = step + 1 == self.total_steps
@@ -134,10 +139,10 @@ class Trainer:
                 self.save(final)
             if self.guard.stop_requested and not final:
                 display.close()
-                self.tracker.close()
+                self._close_logs()
                 raise StopRequested(f"asked to stop; stopped after step {step + 1} of {self.total_steps}")
         display.close()
-        self.tracker.close()
+        self._close_logs()
         if main:
             entries = read_metrics(self.writer.run_dir / METRICS_FILE)
             if entries:
@@ -150,7 +155,14 @@ class Trainer:
         """Write a checkpoint; a collective. A failure is logged, and raised for the last one."""
         state = self.strategy.gather_state()
         self.tracker.sync()
+        if self.conflict is not None:
+            self.conflict.sync()
         save_together(self.writer, self.model, state, self.progress, self.train.keep_checkpoints, final)
+
+    def _close_logs(self) -> None:
+        self.tracker.close()
+        if self.conflict is not None:
+            self.conflict.close()
 
     def _step(self, step: int, micro_batches: list[dict]) -> StepStats:
         """Forward and backward over one step's micro-batches, then the optimizer's update."""

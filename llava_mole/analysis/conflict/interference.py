@@ -20,11 +20,11 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class StepRule:
-    """One step of AdamW without decay, for the gradient g of one source.
+    """What the gradient g of one source adds to an optimizer step: `-rate (1 - b1) g / (sqrt(v) + 1e-8)`.
 
-    With second moments v of the run, bias-corrected, the step is `-rate g / (sqrt(v) + 1e-8)`: what g adds to the
-    parameters over time, once the momentum has passed it on (`sum_t (1 - b1) b1^t = 1`). Without them it is the first
-    step of a fresh AdamW, `-rate g / (|g| + 1e-8)`, which is larger. As in training, g is clipped by its norm before.
+    That is AdamW's step with g minus its step without, past the first few steps and without decay: g enters the first
+    moment with the weight 1 - b1 = 0.1. v are the run's second moments, bias-corrected. Without them v is g squared, as
+    in the first step of a fresh AdamW. As in training, g is clipped by its norm before.
     """
 
     rates: Mapping[str, float]
@@ -32,7 +32,7 @@ class StepRule:
     max_grad_norm: float
     """0 turns clipping off."""
     moments: Mapping[str, torch.Tensor] | None = None
-    """Parameter name -> v, bias-corrected; None without a run's optimizer state."""
+    """Parameter name -> v; None without a run's optimizer state."""
 
     def updates(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Parameter name -> what is added to it."""
@@ -42,7 +42,7 @@ class StepRule:
         for name, gradient in gradients.items():
             clipped = gradient * scale
             root = clipped.abs() if self.moments is None else self.moments[name].to(gradient).sqrt()
-            result[name] = clipped / (root + EPSILON) * -self.rates[name]
+            result[name] = clipped / (root + EPSILON) * (-self.rates[name] * (1 - BETAS[0]))
         return result
 
 

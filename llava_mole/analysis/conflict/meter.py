@@ -59,7 +59,7 @@ def measure_conflict(
                 "change": found.change.tolist(),
                 "interval": found.interval.tolist(),
                 "before": found.before.tolist(),
-                "step": "fresh AdamW" if rule.moments is None else "AdamW with the run's second moments",
+                "step": "AdamW without state" if rule.moments is None else "AdamW with the run's second moments",
                 "rates": sorted(set(rule.rates.values())),
             }
             seconds["interference"] = time.perf_counter() - started

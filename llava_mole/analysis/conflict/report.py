@@ -72,14 +72,14 @@ def _matrix(
 def _parts(result: Result) -> str:
     sources = result["sources"]
     pairs = pairs_of(sources)
-    head = ["part", *(f"{sources[i]}, {sources[j]}" for i, j in pairs), "conflicts", "norms by source"]
+    head = ["part", *(f"{sources[i]}, {sources[j]}" for i, j in pairs), "conflicts", "clear", "norms by source"]
     rows = [head]
     for part, own in {**result["parts"], "all": result["all"]}.items():
         cosines = [number(own["cosine"][i][j], own["interval"][i][j], 2) for i, j in pairs]
         norms = " ".join(f"{norm:.2g}" for norm in own["norm"])
-        rows.append([part, *cosines, share(own), norms])
-    return "by part: cosine of each pair, share of conflicting pairs, norms\n" + format_table(
-        rows, right=range(1, len(pairs) + 2)
+        rows.append([part, *cosines, share(own), clear_share(own), norms])
+    return "by part: cosine of each pair, share of pairs below 0 (clear: with their interval), norms\n" + format_table(
+        rows, right=range(1, len(pairs) + 3)
     )
 
 
@@ -88,13 +88,18 @@ def share(own: Result) -> str:
     return "-" if math.isnan(own["conflict_share"]) else f"{own['conflict_share']:.0%} of {own['compared_pairs']:,}"
 
 
+def clear_share(own: Result) -> str:
+    """The share of clear conflicts as text."""
+    return f"{own['clear_conflicts'] / own['judged_pairs']:.0%}" if own["judged_pairs"] else "-"
+
+
 def _layers(result: Result) -> str:
     sources = result["sources"]
     pairs = pairs_of(sources)
-    rows = [["layer", *(f"{sources[i]}, {sources[j]}" for i, j in pairs), "conflicts"]]
+    rows = [["layer", *(f"{sources[i]}, {sources[j]}" for i, j in pairs), "conflicts", "clear"]]
     for layer, own in result["layers"].items():
         cosines = [number(own["cosine"][i][j], own["interval"][i][j], 2) for i, j in pairs]
-        rows.append([layer, *cosines, share(own)])
+        rows.append([layer, *cosines, share(own), clear_share(own)])
     return "by layer\n" + format_table(rows, right=range(1, len(rows[0])))
 
 

@@ -89,6 +89,10 @@ class Conflicts:
     conflicting: int
     compared: int
     """Pairs in which both gradients are not zero."""
+    clear: int
+    """Of a unit and a pair of sources: how many have a mean cosine over batches whose 95% interval lies below 0."""
+    judged: int
+    """Units and pairs that have such an interval; chance alone makes 2.5% of them clear."""
 
     @property
     def share(self) -> float:
@@ -100,11 +104,13 @@ def conflicts(batch: Tensor) -> Conflicts:
     """Count the conflicts in inner products `[U, N, S, S]`."""
     pairs = list(itertools.combinations(range(batch.shape[-1]), 2))
     if not pairs or not len(batch):
-        return Conflicts(0, 0)
+        return Conflicts(0, 0, 0, 0)
     first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
     found = cosines(batch)[..., first, second]
     known = found.isfinite()
-    return Conflicts(int((found[known] < 0).sum()), int(known.sum()))
+    highest = mean_of(found.movedim(1, 0)) + half_width(found.movedim(1, 0))
+    clear, judged = int((highest < 0).sum()), int(highest.isfinite().sum())
+    return Conflicts(int((found[known] < 0).sum()), int(known.sum()), clear, judged)
 
 
 def summary(grams: Grams, units: Sequence[int] | None = None) -> dict[str, Any]:
@@ -121,6 +127,8 @@ def summary(grams: Grams, units: Sequence[int] | None = None) -> dict[str, Any]:
         "conflicting_pairs": counted.conflicting,
         "compared_pairs": counted.compared,
         "conflict_share": counted.share,
+        "clear_conflicts": counted.clear,
+        "judged_pairs": counted.judged,
         "units": len(chosen),
     }
 

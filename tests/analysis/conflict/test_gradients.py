@@ -136,7 +136,10 @@ def test_conflicts_are_counted_by_unit_batch_and_pair() -> None:
     products = torch.tensor([[[[1.0, -0.1], [-0.1, 1.0]], [[1.0, 0.2], [0.2, 1.0]]]], dtype=torch.float64)
     counted = conflicts(products)
     assert (counted.conflicting, counted.compared, counted.share) == (1, 2, 0.5)
+    assert (counted.clear, counted.judged) == (0, 1)
     assert math.isnan(conflicts(products[:0]).share)
+    opposed = conflicts(torch.tensor([[1, -0.5], [-0.5, 1]]).double().expand(1, 3, 2, 2))
+    assert (opposed.clear, opposed.judged) == (1, 1)
     assert cosines(products)[0, 0, 0, 1] == pytest.approx(-0.1)
 
 
