@@ -90,7 +90,10 @@ def bars(
     axes.set_xticks(range(len(groups)), groups, fontsize=9, rotation=20 if len(groups) > 4 else 0)
     tidy(axes, title, "", y)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(
+            frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14 if len(groups) <= 4 else -0.2),
+            ncols=min(3, len(series)),
+        )  # fmt: skip
 
 
 def _image(axes: Any, array: Any, limits: tuple[float, float], colors: str) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import finite, write_json
 from llava_mole.common.log import setup_logging
-from llava_mole.model.checkpoint import MANIFEST
 
 DATA_FILE = "conflict.json"
 FORMAT = "llava_mole.conflict/1"
@@ -30,8 +29,6 @@ def _parser() -> argparse.ArgumentParser:
         "model is measured before its first step; several are drawn beside each other")  # fmt: skip
     add("--batches", type=int, default=BATCHES, metavar="N", help="batches of each source (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="samples of a batch (default %(default)s)")
-    add("--samples", choices=("auto", "held-out", "training"), default="auto", help="which samples (default auto: "
-        "held out where data.validation_samples has some)")  # fmt: skip
     add("--rate-factor", type=float, default=1.0, metavar="X", help="factor on the run's peak learning rates for the "
         "interference matrix (default 1)")  # fmt: skip
     add("--no-interference", action="store_true", help="leave the interference matrix out")
@@ -53,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--rate-factor is {arguments.rate_factor}; it must be a finite number above 0")
     setup_logging()
     from llava_mole.analysis.conflict.report import comparison, draw, table
+    from llava_mole.analysis.opening import default_out
     from llava_mole.common.figures import new_figure
 
     new_figure(1, 1)  # says before the work that matplotlib is missing
@@ -76,25 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def default_out(path: Path, name: str) -> Path:
-    """Where results about `path` go: into its run directory, or below the working directory for a configuration."""
-    if path.is_file():
-        return Path(name)
-    if (path / MANIFEST).is_file():  # nothing is written into a checkpoint
-        return path.parent / f"{name}-{path.name.removeprefix('checkpoint-')}"
-    return path / name
-
-
 def _measure(path: Path, overrides: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     from llava_mole.analysis.conflict.interference import StepRule
     from llava_mole.analysis.conflict.meter import measure_conflict, passes_of
-    from llava_mole.analysis.opening import open_subject
+    from llava_mole.analysis.opening import ORIGINS, open_subject
 
     subject = open_subject(path, overrides, arguments)
-    held_out = {"auto": None, "held-out": True, "training": False}[arguments.samples]
-    probe = subject.probe(arguments.batches, arguments.batch_size, held_out)
+    probe = subject.probe(arguments.batches, arguments.batch_size, ORIGINS[arguments.origin])
     rule = None
     if not arguments.no_interference:
         rates = {name: rate * arguments.rate_factor for name, rate in subject.rates().items()}

@@ -138,7 +138,9 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
 
 def _draw_cosines(results: Sequence[Result]) -> Any:
     sources, count = results[0]["sources"], len(results)
-    pairs, parts = pairs_of(sources), parts_in(results)
+    pairs = pairs_of(sources)
+    parts = [p for p in parts_in(results) if any(r["parts"][p]["compared_pairs"] for r in results if p in r["parts"])]
+    most = min(1.0, max(0.2, widest([result["all"]["cosine"] for result in results])))
     figure = new_figure(max(8.0, 4.6 * count + 0.6), 8.2)
     grid = figure.add_gridspec(2, count)
     image = None
@@ -146,7 +148,7 @@ def _draw_cosines(results: Sequence[Result]) -> Any:
     for axes, result in zip(panels, results, strict=True):
         whole = result["all"]
         image = matrix_panel(
-            axes, whole["cosine"], sources, sources, title=result["name"], limits=(-1, 1),
+            axes, whole["cosine"], sources, sources, title=result["name"], limits=(-most, most),
             intervals=whole["interval"],
         )  # fmt: skip
     figure.colorbar(image, ax=panels, label="cosine of gradients (diagonal: two batches)")
@@ -172,7 +174,7 @@ def _draw_layers(results: Sequence[Result]) -> Any:
     images: list[Any] = [None, None]
     for column, result in enumerate(results):
         cells = {(own["layer"], own["part"]): own for own in result["layers_and_parts"]}
-        kinds = ("mean cosine of pairs", (-1, 1), "RdBu"), ("share of conflicting pairs", (0, 1), "viridis")
+        kinds = ("mean cosine of pairs", (-1, 1), "RdBu"), ("share of conflicting pairs", (0, 1), "RdBu_r")
         for row, (title, limits, colors) in enumerate(kinds):
             shown = [part for part in parts if any((layer, part) in cells for layer in layers)]
             values = [
