@@ -22,7 +22,7 @@ from llava_mole.model.builder import (
     load_pretrained_model,
     select_device,
 )
-from llava_mole.model.checkpoint import MANIFEST, OPTIMIZER_FILE, STATE_FILE, resolve_checkpoint
+from llava_mole.model.checkpoint import OPTIMIZER_FILE, STATE_FILE, resolve_checkpoint
 from llava_mole.model.language_model import set_recompute
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.packed_attention import enable_packing
@@ -90,30 +90,6 @@ class Subject:
         stored = load_file(self.checkpoint / OPTIMIZER_FILE)
         device = self.model.device
         return {name: stored[f"exp_avg_sq/{name}"].to(device) / correction for name in self.parameters}
-
-
-ORIGINS = {"auto": None, "held-out": True, "training": False}
-"""Values of `--from` and what they mean to `samples_of`."""
-
-
-def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which samples are measured, and those that `open_subject` takes."""
-    add = parser.add_argument
-    add("--from", dest="origin", choices=ORIGINS, default="auto", help="which samples (default auto: held out if the "
-        "run's data.validation_samples has some, else from the training set)")  # fmt: skip
-    add("--model-base", metavar="DIR", help="language model, if it has moved since training")
-    add("--vision-tower", metavar="DIR", help="open_clip vision tower, if it has moved since training")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default auto: the GPU if there is one")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the frozen weights (default float32)")
-
-
-def default_out(path: Path, name: str) -> Path:
-    """Where results about `path` go: into its run directory, or below the working directory for a configuration."""
-    if path.is_file():
-        return Path(name)
-    if (path / MANIFEST).is_file():  # nothing is written into a checkpoint
-        return path.parent / f"{name}-{path.name.removeprefix('checkpoint-')}"
-    return path / name
 
 
 def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespace) -> Subject:

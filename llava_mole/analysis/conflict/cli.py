@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_mole.analysis.arguments import ORIGINS, add_subject_arguments, default_out
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import finite, write_json
 from llava_mole.common.log import setup_logging
@@ -15,8 +16,6 @@ BATCHES, BATCH_SIZE = 8, 16
 
 
 def _parser() -> argparse.ArgumentParser:
-    from llava_mole.analysis.opening import add_subject_arguments
-
     parser = argparse.ArgumentParser(
         prog="llava-mole conflict",
         allow_abbrev=False,
@@ -50,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--rate-factor is {arguments.rate_factor}; it must be a finite number above 0")
     setup_logging()
     from llava_mole.analysis.conflict.report import comparison, draw, table
-    from llava_mole.analysis.opening import default_out
     from llava_mole.common.figures import new_figure
 
     new_figure(1, 1)  # says before the work that matplotlib is missing
@@ -79,7 +77,7 @@ def _measure(path: Path, overrides: Sequence[str], arguments: argparse.Namespace
 
     from llava_mole.analysis.conflict.interference import StepRule
     from llava_mole.analysis.conflict.meter import measure_conflict, passes_of
-    from llava_mole.analysis.opening import ORIGINS, open_subject
+    from llava_mole.analysis.opening import open_subject
 
     subject = open_subject(path, overrides, arguments)
     probe = subject.probe(arguments.batches, arguments.batch_size, ORIGINS[arguments.origin])

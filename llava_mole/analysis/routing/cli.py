@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_mole.analysis.arguments import ORIGINS, add_subject_arguments, default_out
 from llava_mole.common.errors import CheckpointError, ConfigError, command
 from llava_mole.common.files import finite, write_json
 from llava_mole.common.log import get_logger, setup_logging
@@ -21,8 +22,6 @@ SAMPLES, PERMUTATIONS = 64, 200
 
 
 def _parser() -> argparse.ArgumentParser:
-    from llava_mole.analysis.opening import add_subject_arguments
-
     parser = argparse.ArgumentParser(
         prog="llava-mole routing",
         allow_abbrev=False,
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.run.is_file():
         raise ConfigError(f"{arguments.run} is a file; give a run or checkpoint, whose routers have been trained")
     setup_logging()
-    from llava_mole.analysis.opening import default_out, open_subject
+    from llava_mole.analysis.opening import open_subject
     from llava_mole.analysis.routing.report import draw, table
     from llava_mole.common.figures import new_figure
 
@@ -73,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from llava_mole.analysis.opening import ORIGINS
     from llava_mole.analysis.routing.drift import describe_drift, weights_of
     from llava_mole.analysis.routing.interventions import count_scores, routers
     from llava_mole.analysis.routing.meter import measure_interventions, measure_routing
