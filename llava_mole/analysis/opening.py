@@ -51,6 +51,8 @@ class Subject:
     dataset: SupervisedDataset
     """The training set, with held-out samples if the run has some."""
     config: RunConfig
+    given_data: bool
+    """Whether the data are others than the run's own."""
 
     @property
     def parameters(self) -> Mapping[str, torch.nn.Parameter]:
@@ -71,6 +73,10 @@ class Subject:
         )
         dataset, unseen = samples_of(self.dataset, held_out)
         return Probe(dataset, batches, batch_size, rows, unseen)
+
+    def origin(self, probe: Probe) -> str:
+        """Where the samples of `probe` come from, for tables."""
+        return "data given" if self.given_data else "held out" if probe.held_out else "training set"
 
     def rates(self) -> dict[str, float]:
         """Parameter name -> the run's peak learning rate."""
@@ -108,6 +114,11 @@ def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespa
         return _start_of_run(path, overrides, options)
     checkpoint = resolve_checkpoint(path)
     for key in re.findall(r"^--([\w.]+)", "\n".join(overrides), flags=re.MULTILINE):
+        if key == "data.validation_samples":
+            raise ConfigError(
+                "--data.validation_samples cannot be changed for a run: what it did not hold out it has trained on. "
+                "Name other data with --data.sources.NAME.annotations FILE"
+            )
         if key.partition(".")[0] not in CHANGEABLE:
             raise ConfigError(
                 f"--{key} cannot change a model that is trained; {' and '.join(CHANGEABLE)} can be changed for a "
@@ -126,7 +137,8 @@ def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespa
         enable_packing(loaded.model.causal_lm)
     step = int(checkpoint.name.removeprefix("checkpoint-")) if re.fullmatch(r"checkpoint-\d+", checkpoint.name) else 0
     name = checkpoint.parent.resolve().name if path != checkpoint else "/".join(checkpoint.resolve().parts[-2:])
-    return _subject(name, checkpoint, checkpoint, step, loaded.model, loaded.tokenizer, config)
+    given = any(text.startswith("--data") for text in overrides)
+    return _subject(name, checkpoint, checkpoint, step, loaded.model, loaded.tokenizer, config, given)
 
 
 def _start_of_run(path: Path, overrides: Sequence[str], options: argparse.Namespace) -> Subject:
@@ -150,7 +162,7 @@ def _start_of_run(path: Path, overrides: Sequence[str], options: argparse.Namesp
     )
     model.to(device)
     tokenizer = HFTextTokenizer(hf_tokenizer, config.data.special_tokens)
-    return _subject(path.stem, path, None, 0, model, tokenizer, config)
+    return _subject(path.stem, path, None, 0, model, tokenizer, config, False)
 
 
 def _subject(
@@ -161,6 +173,7 @@ def _subject(
     model: LlavaMole,
     tokenizer: HFTextTokenizer,
     config: RunConfig,
+    given_data: bool,
 ) -> Subject:
     model.eval()
     set_recompute(model.causal_lm, config.train.activation_checkpointing, config.train.checkpoint_every_n)
@@ -175,4 +188,4 @@ def _subject(
         epochs=1,
         batching="packed",
     )
-    return Subject(name, path, checkpoint, step, model, dataset, config)
+    return Subject(name, path, checkpoint, step, model, dataset, config, given_data)

@@ -104,6 +104,7 @@ def test_conflicts_along_training_are_drawn(runs: Path, tmp_path: Path) -> None:
         (["conflict", "{runs}/mole", "--batches", "99"], "has 12 samples to measure on, and 1,584 of each"),
         (["conflict", "{runs}/mole", "--from", "held-out"], "no samples are held out of this run"),
         (["conflict", "{runs}/mole", "--adapter.rank", "4"], "--adapter.rank cannot change a model that is trained"),
+        (["conflict", "{runs}/mole", "--data.validation_samples", "2"], "what it did not hold out it has trained on"),
         (["conflict", "{runs}/mole", "--rate-factor", "0"], "--rate-factor is 0.0"),
         (["conflict", "{runs}/none"], "does not exist; give a run directory"),
         (["conflict", "{runs}/mole", "--data.sources.blue.annotations", "nothing.json"], "nothing.json"),

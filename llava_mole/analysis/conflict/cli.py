@@ -104,5 +104,6 @@ def _measure(path: Path, overrides: Sequence[str], arguments: argparse.Namespace
         "adapter": adapter.method,
         "preset": adapter.preset if adapter.method == "mole" else None,
         "rank": adapter.rank,
+        "samples_from": subject.origin(probe),
         **result,
     }

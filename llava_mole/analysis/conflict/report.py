@@ -29,8 +29,8 @@ def table(result: Result) -> str:
     """Everything about one run."""
     sources, whole = result["sources"], result["all"]
     header = (
-        f"{result['name']} ({result['path']}): {result['batches']} x {result['batch_size']} samples of each source, "
-        f"{'held out' if result['held_out'] else 'from the training set'}"
+        f"{result['name']} ({result['path']}): {result['batches']} x {result['batch_size']} samples of each source "
+        f"({result['samples_from']})"
     )
     blocks = [
         header,
@@ -38,8 +38,9 @@ def table(result: Result) -> str:
         + _matrix(sources, whole["cosine"], whole["interval"]),
         "cosine without noise (- where noise hides the gradient)\n" + _matrix(sources, whole["noise_free"]),
         _parts(result),
-        _layers(result),
     ]
+    if result["layers"]:
+        blocks.append(_layers(result))
     if "interference" in result:
         found = result["interference"]
         blocks.append(
@@ -128,7 +129,8 @@ def parts_in(results: Sequence[Result]) -> list[str]:
 def draw(results: Sequence[Result], out: Path) -> list[Path]:
     """Draw the figures, the runs beside each other. Returns the files."""
     files = [save_figure(_draw_cosines(results), out / "cosines.png")]
-    files.append(save_figure(_draw_layers(results), out / "layers.png"))
+    if any(result["layers"] for result in results):
+        files.append(save_figure(_draw_layers(results), out / "layers.png"))
     if any("interference" in result for result in results):
         files.append(save_figure(_draw_interference(results), out / "interference.png"))
     if any(result.get("tokens") for result in results):

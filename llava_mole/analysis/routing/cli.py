@@ -110,7 +110,7 @@ def _measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any
             result["seconds"]["interventions"] = time.perf_counter() - started
     about = {"name": subject.name, "path": str(subject.path), "step": subject.step}
     return {**about, "preset": subject.config.adapter.preset, "samples": arguments.samples,
-            "held_out": probe.held_out, **result}  # fmt: skip
+            "samples_from": subject.origin(probe), **result}  # fmt: skip
 
 
 def _others(subject: "Subject", given: Sequence[Path] | None) -> Iterator[Path]:

@@ -24,10 +24,9 @@ def layer_names(result: Result) -> list[str]:
 def table(result: Result) -> str:
     """All numbers as text."""
     names, whole = layer_names(result), result["routing"]
-    seen = "held out" if result["held_out"] else "from the training set"
     blocks = [
-        f"{result['name']} ({result['path']}): {result['samples']} samples of each source, {seen}, "
-        f"{whole['tokens']:,} tokens",
+        f"{result['name']} ({result['path']}): {result['samples']} samples of each source "
+        f"({result['samples_from']}), {whole['tokens']:,} tokens",
         "load of the experts, entropy (nats) and margin of the router\n" + _loads(result, names),
         "mutual information of expert and ...: estimate as a share of the class's entropy (p)\n"
         + _information(result, names),
