@@ -100,6 +100,24 @@ def test_it_resumes_and_may_be_changed(world: Path) -> None:
     assert_same(cut, whole)
 
 
+def test_a_measurement_costs_a_step_for_every_source(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source has as many samples as a step (4), each with one forward and one backward pass."""
+    from llava_mole.analysis.conflict import gradients
+
+    passed: list[str] = []
+    forward = gradients.forward_losses
+
+    def counting(model: torch.nn.Module, batch: dict) -> tuple:
+        passed.extend(batch["sources"])
+        return forward(model, batch)
+
+    monkeypatch.setattr(gradients, "forward_losses", counting)
+    run(world, "counted", "--train.conflict_every", "4")
+    assert sorted(passed) == ["blue"] * 4 + ["red"] * 4
+    run(world, "off")
+    assert len(passed) == 8
+
+
 def test_held_out_samples_are_used_where_there_are_some(world: Path) -> None:
     held = ["--data.validation_samples", "3", "--train.validate_every", "2", "--train.conflict_every", "2"]
     entry = read_metrics(run(world, "held", *held) / "conflict.jsonl")[0]
