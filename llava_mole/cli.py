@@ -18,6 +18,11 @@ SUBCOMMANDS = {
     "study": ("llava_mole.study.cli", "run a grid of trainings as one experiment, and report it"),
     "continual": ("llava_mole.study.continual_cli", "learn tasks one after another, and report what is kept"),
     "plan": ("llava_mole.analysis.plan.cli", "estimate memory, FLOPs and hours of a run before it starts"),
+    "conflict": ("llava_mole.analysis.conflict.cli", "measure whether the sources of a mixture pull weights apart"),
+    "routing": (
+        "llava_mole.analysis.routing.cli",
+        "measure the routers of a mixture of experts, and what they are worth",
+    ),
     "plot": ("llava_mole.train.plot", "plot a run's metrics"),
     "prepare": ("llava_mole.data.prepare.cli", "convert a published data set, or your own, for training"),
     "check-data": ("llava_mole.analysis.check.cli", "check every record and image of a run before it starts"),

@@ -91,6 +91,7 @@ RANGES: dict[str, Range] = {
     "train.keep_checkpoints": _FROM_1,
     "train.validate_every": _FROM_0,
     "train.validation_answers": _FROM_0,
+    "train.conflict_every": _FROM_0,
     "train.max_bad_steps": _FROM_1,
     "train.check_ranks_every": _FROM_0,
     "check.max_bad_records": _SHARE,
@@ -114,7 +115,8 @@ MAY_CHANGE = (
     "train.batching", "train.pack_length", "train.micro_batch_size", "train.distributed", "train.deepspeed_config",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every_n", "train.save_every",
     "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
-    "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device", "tracker.*", "check.*",
+    "train.conflict_every", "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device",
+    "tracker.*", "check.*",
     # Paths: their contents are compared. Those that a run starts from are not read again.
     "model.language_model", "model.vision_tower.weights", "data.sources.*", "projector_weights", "init_from",
 )  # fmt: skip
@@ -383,6 +385,9 @@ class TrainConfig:
     validation_answers: int = 0
     """Held-out samples of each source that every validation also answers greedily and compares with the reference
     (`validation_exact`, `validation_f1`)."""
+    conflict_every: int = 0
+    """Optimizer steps between measurements of the conflict between sources, written to `conflict.jsonl`
+    (docs/meters.md); the last step always has one. Each costs about a step for every source. 0 turns it off."""
     resume: str | None = None
     """`auto`: the newest valid checkpoint of output_dir, if any; or the directory of a checkpoint."""
     accept_changed: list[str] = field(default_factory=list)
@@ -477,6 +482,12 @@ class RunConfig:
                 f"train.pack_length {self.train.pack_length} is below data.max_length {self.data.max_length}: the "
                 "longest samples would not fit into a row"
             )
+        active = [name for name in self.data.sources if self.data.mixture.get(name, 1.0) > 0]
+        if self.train.conflict_every and len(active) < 2:
+            raise ConfigError(
+                f"train.conflict_every is {self.train.conflict_every}, and the mixture has one source ({active[0]}): "
+                "there is nothing to compare; set it to 0"
+            )
         self._check_validation()
 
     def _check_validation(self) -> None:
@@ -569,15 +580,17 @@ def _mapping_in(file: Path) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def load_config(path: str | os.PathLike[str]) -> RunConfig:
-    """Read the configuration that a run has saved.
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), prog: str = "llava-mole train"
+) -> RunConfig:
+    """Read the configuration that a run has saved, with `--key.sub value` overrides.
 
     Numbers and paths were checked when it started and are taken as they are: an earlier version allowed more, and what
-    it trained must still load.
+    it trained must still load. With overrides all are checked.
     """
-    reset = _checks.set(False)
+    reset = _checks.set(bool(overrides))
     try:
-        return parse_run_config(["--config", str(path)])
+        return parse_run_config(["--config", str(path), *overrides])
     finally:
         _checks.reset(reset)
 

@@ -18,7 +18,7 @@ from llava_mole.common.log import get_logger
 from llava_mole.config import AdapterConfig, AspectRatio, ImageModes, ModelConfig, Quantization, load_config
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
-from llava_mole.model.adapters import add_adapter
+from llava_mole.model.adapters import add_adapter, trainable_parameters
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
 from llava_mole.model.language_model import (
     check_language_model_dir,
@@ -270,8 +270,9 @@ def load_pretrained_model(
     device: str = "auto",
     dtype: str = "float32",
     quantization: Quantization | None = None,
+    trainable: bool = False,
 ) -> LoadedModel:
-    """Load a checkpoint for inference.
+    """Load a checkpoint for inference, or to measure gradients.
 
     Args:
         model_path: A `checkpoint-<step>` directory, or a run directory (its newest valid checkpoint).
@@ -281,6 +282,7 @@ def load_pretrained_model(
         dtype: `float32` or `bfloat16`.
         quantization: Quantisation of the language model. None keeps that of training, which the adapter has learned
             to compensate.
+        trainable: Let train what trained in the run, in float32 whatever `dtype` is.
 
     Raises:
         CheckpointError: The directory does not verify, or the base model is not the one it was trained on.
@@ -294,6 +296,7 @@ def load_pretrained_model(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        trainable=trainable,
     )[0]
 
 
@@ -305,6 +308,7 @@ def load_pretrained_models(
     device: str = "auto",
     dtype: str = "float32",
     quantization: Quantization | None = None,
+    trainable: bool = False,
 ) -> list[LoadedModel]:
     """Load several checkpoints, each as `load_pretrained_model` does; arguments and errors are its.
 
@@ -339,10 +343,13 @@ def load_pretrained_models(
             if len(model_paths) > 1:
                 bases[key] = model.vision_tower, _share(model.language_model)
         load_projector(model.projector, path / PROJECTOR_FILE)
-        if (path / ADAPTER_DIR).is_dir():
-            model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR)
         model.requires_grad_(False)
+        model.projector.requires_grad_(trainable and config.train_projector)
+        if (path / ADAPTER_DIR).is_dir():
+            model.language_model = _load_adapter(model.language_model, path / ADAPTER_DIR, trainable)
         model.to(where, float_type).eval()
+        for parameter in trainable_parameters(model).values():
+            parameter.data = parameter.data.float()
         found.append(
             LoadedModel(
                 model=model,
@@ -438,10 +445,15 @@ def _find_tower(path: Path) -> tuple[Path, Path | None]:
     return find_open_clip_weights(path), config
 
 
-def _load_adapter(language_model: nn.Module, directory: Path) -> nn.Module:
+def _load_adapter(language_model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
     from peft import PeftModel
 
     import llava_mole.mole  # noqa: F401  registers the MOLE adapter type with PEFT
 
     with value_errors_as(WeightsError):
-        return PeftModel.from_pretrained(language_model, str(directory), strict_base=True)  # MoLE's; LoRA ignores it
+        return PeftModel.from_pretrained(
+            language_model,
+            str(directory),
+            is_trainable=trainable,
+            strict_base=True,  # MoLE's; LoRA ignores it
+        )

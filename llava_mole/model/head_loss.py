@@ -28,7 +28,9 @@ def head_losses(
     vocabulary: int,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of every position, float32 [n]; differentiable with respect to `hidden_nD` and a trained head.
+    """Cross-entropy of every position, [n]; differentiable with respect to `hidden_nD` and a trained head.
+
+    In float32, or float64 for a float64 model.
 
     Args:
         head: from hidden states [m, D] to logits [m, V]. Parameters that train must be those of a module.
@@ -52,7 +54,8 @@ def _chunk_losses(
     targets_m: torch.Tensor,
     softcap: float | None,
 ) -> torch.Tensor:
-    logits_mV = head(hidden_mD).float()
+    logits_mV = head(hidden_mD)
+    logits_mV = logits_mV if logits_mV.dtype == torch.float64 else logits_mV.float()
     if softcap is not None:
         logits_mV = softcap * torch.tanh(logits_mV / softcap)
     return cross_entropy(logits_mV, targets_m, reduction="none")

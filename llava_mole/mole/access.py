@@ -1,16 +1,22 @@
 """From a model to its MoLE layers: routing inputs in, routing results and the active configuration out.
 
+`kept_routing` and `apply_to_experts` serve measurements: the first puts everything back, the second changes which
+experts act.
+
 Everything is found through the layers. `inject_adapter_in_model` of PEFT and `model.add_adapter` of transformers leave
 no tuner in the model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.layer import AdaptedLayer, ExpertLayer
+from llava_mole.mole.router import ExpertWeights, Route
 from llava_mole.mole.routing import Routing, RoutingInputs
 
 
@@ -146,3 +152,93 @@ def set_prompt_decisions(model: nn.Module, logits: Sequence[Tensor]) -> None:
     slots = [module.routing for module in model.modules() if isinstance(module, ExpertLayer)]
     for slot, value in zip([s for s in slots if s.prompt_logits is not None], logits, strict=True):
         slot.prompt_logits = value
+
+
+@contextmanager
+def kept_routing(model: nn.Module) -> Iterator[None]:
+    """Put back the routing inputs and what every router has left, so that passes in the block leave no trace.
+
+    Counters for the balance loss are not touched: a pass that must not count runs without gradients, or after
+    `leave_balance_loss_to_caller`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
+    slots = [dict(vars(layer.routing)) for layer in layers]
+    inputs = shared_inputs(model)
+    before = None if inputs is None else dict(vars(inputs))
+    decided = None if inputs is None else dict(vars(inputs.decision))
+    try:
+        yield
+    finally:
+        for layer, slot in zip(layers, slots, strict=True):
+            vars(layer.routing).update(slot)
+        if inputs is not None and before is not None and decided is not None:
+            vars(inputs).update(before)
+            vars(inputs.decision).update(decided)
+
+
+@contextmanager
+def overridden(model: nn.Module, functions: Mapping[str, Callable[[Route], Route]]) -> Iterator[None]:
+    """Let a function of each layer named in `functions` replace the layer's decisions inside the block.
+
+    Raises:
+        ValueError: `model` has no layer with a router of its own under a name.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, ExpertLayer)}
+    unknown = [name for name in functions if name not in layers]
+    if unknown:
+        raise ValueError(f"no layer with experts is called {unknown[0]!r}; there are {', '.join(layers) or 'none'}")
+    before = {name: layers[name].routing.override for name in functions}
+    try:
+        for name, function in functions.items():
+            layers[name].routing.override = function
+        yield
+    finally:
+        for name, earlier in before.items():
+            layers[name].routing.override = earlier
+
+
+def all_weights(route: Route) -> Tensor:
+    """The weight that every token gives to each of the K experts, `[T, K]`, in the dtype of the logits.
+
+    With expert weights None (one expert) it is 1.
+    """
+    logits_TK = route.logits.flatten(0, 1)
+    if route.weights is None:
+        return torch.ones_like(logits_TK)
+    index, weight = route.weights.index, route.weights.weight
+    if index is None:
+        assert weight is not None
+        return weight.to(logits_TK.dtype)
+    chosen = torch.ones_like(index, dtype=logits_TK.dtype) if weight is None else weight.to(logits_TK.dtype)
+    return torch.zeros_like(logits_TK).scatter_add(-1, index, chosen)
+
+
+@contextmanager
+def apply_to_experts(model: nn.Module, matrices: Mapping[str, Tensor]) -> Iterator[None]:
+    """Carry out `W P` instead of the experts' weights `W` inside the block.
+
+    `W` is `[T, K]`, the weights of all experts (0 for those that a token does not use), and `P` `[K, K]` is the matrix
+    of a layer: row j says where the weight of expert j goes. Ones in column k force expert k, a permutation exchanges
+    experts, a row of zeros switches one off. Every token is computed for all experts, so any P will do.
+
+    Args:
+        model: The model.
+        matrices: P of each layer, by the names of `collect_routing`.
+
+    Raises:
+        ValueError: a name is unknown, or the FFN is computed once for each expert (`mix` `ffn_output`), which needs a
+            choice.
+    """
+    config = active_config(model)
+    if config is not None and config.mix == "ffn_output":
+        raise ValueError("the experts' weights cannot be replaced with mix 'ffn_output', which computes chosen FFNs")
+
+    def carried_out(p_KK: Tensor) -> Callable[[Route], Route]:
+        def change(route: Route) -> Route:
+            w_TK = all_weights(route)
+            return replace(route, weights=ExpertWeights(None, w_TK @ p_KK.to(w_TK)))
+
+        return change
+
+    with overridden(model, {name: carried_out(p_KK) for name, p_KK in matrices.items()}):
+        yield

@@ -357,6 +357,8 @@ class ExpertLayer(nn.Module, AdaptedLayer):
             self.routing.logits, self.routing.index = found.logits, found.index
         elif config.loss_needs_graph and in_reentrant_checkpoint():
             x = CarriedGradient.apply(x, found.logits, self._balance_gradient(found.logits))
+        if self.routing.override is not None:
+            found = self.routing.override(found)
         if not config.shared_r or config.shared_scale == "one" or self.inputs.forced is not None:
             return x, found.weights, None
         chosen = found.logits.softmax(dim=-1).gather(-1, found.index)

@@ -3,6 +3,7 @@
 Shape legend: L layers with experts, B samples, S positions, K experts, k experts a token uses.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -23,6 +24,9 @@ class RoutingSlot:
 
     `stand_in` is a leaf with the values of logits that a re-entrant checkpoint has computed without a graph. A loss
     computed from it leaves its gradient there, and the recomputation of the layer hands that to its own logits.
+
+    `override` takes the layer's decision (a `router.Route`) and returns the one that is carried out: for experiments
+    such as `access.apply_to_experts`, and for looking on. The logits and the index of the slot stay the router's own.
     """
 
     def __init__(self) -> None:
@@ -30,12 +34,13 @@ class RoutingSlot:
         self.index: Tensor | None = None
         self.prompt_logits: Tensor | None = None
         self.stand_in: Tensor | None = None
+        self.override: Callable[[Any], Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutingSlot":
         return RoutingSlot()
 
     def __getstate__(self) -> dict[str, None]:
-        return {"logits": None, "index": None, "prompt_logits": None, "stand_in": None}
+        return {"logits": None, "index": None, "prompt_logits": None, "stand_in": None, "override": None}
 
 
 class ModelDecision:

@@ -8,12 +8,12 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from llava_mole.common.distributed import all_reduce_sum
-from llava_mole.common.files import atomic_path, write_errors
+from llava_mole.common.files import atomic_path, finite, write_errors
 from llava_mole.common.log import get_logger
 from llava_mole.config import TrackerConfig
 from llava_mole.mole import Routing, RoutingMeter
@@ -22,6 +22,8 @@ from llava_mole.mole.routing import routing_entropy, routing_margin
 logger = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+CONFLICT_FILE = "conflict.jsonl"
+"""What `train.conflict_every` records."""
 _TOTALS = ("loss", "balance", "supervised_tokens", "tokens", "samples")
 
 
@@ -137,45 +139,78 @@ def _shares(counts: torch.Tensor) -> list[float]:
     return (counts.double() / counts.sum().clamp(min=1)).tolist()
 
 
+class StepLog:
+    """A file with one JSON line a step, which a run continues after a restart.
+
+    Args:
+        path: The file.
+        first_step: Step (from 0) at which the run starts. Entries of later steps, written by a run after its last
+            checkpoint, are dropped, and no step is in the file twice.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        self._failed = False
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= first_step] if first_step else []
+        # Written atomically, to keep the run's history if the process is killed here.
+        with write_errors(path), atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(finite(entry)) + "\n" for entry in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Add the entry of a step."""
+        try:
+            self._file.write(json.dumps(finite(entry)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def sync(self) -> None:
+        """Flush the entries to the disk, as every checkpoint needs."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self.sync()
+        self._file.close()
+
+    def _give_up(self, error: OSError) -> None:
+        """Report once that entries are lost, as on a full disk; training continues."""
+        if not self._failed:
+            name = self._path.name
+            logger.error("%s cannot be written (%s); training continues, these entries are lost", name, error)
+        self._failed = True
+
+
 class Tracker:
     """Writes one entry a step. A tracker service that fails is reported once and not used again.
 
     Args:
-        first_step: Step (from 0) at which the run starts. Entries of later steps, written by a run after its last
-            checkpoint, are dropped, and no step is in the file twice.
+        first_step: See `StepLog`, whose errors are raised.
         run: The complete configuration as plain values, for the tracker service.
         enabled: False on ranks other than 0, which write nothing.
-
-    Raises:
-        ConfigError: the metrics file cannot be written.
     """
 
     def __init__(
         self, config: TrackerConfig, run_dir: Path, first_step: int, *, run: dict[str, Any], enabled: bool
     ) -> None:
         self._wandb: Any = None
-        self._file: IO[str] | None = None
-        self._failed = False
-        if not enabled:
-            return
-        path = run_dir / METRICS_FILE
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= first_step] if first_step else []
-        # Written atomically, to keep the run's history if the process is killed here.
-        with write_errors(path), atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(finite(entry)) + "\n" for entry in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        if config.wandb_project:
+        self._log = StepLog(run_dir / METRICS_FILE, first_step) if enabled else None
+        if enabled and config.wandb_project:
             self._start_wandb(config, run_dir, run)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Record one step; `entry["step"]` is the number of optimizer steps done (1 after the first)."""
-        if self._file is None:
+        if self._log is None:
             return
-        try:
-            self._file.write(json.dumps(finite(entry)) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self._give_up(error)
+        self._log.write(entry)
         if self._wandb is not None:
             try:
                 import wandb
@@ -188,29 +223,18 @@ class Tracker:
 
     def sync(self) -> None:
         """Flush the entries to the disk, as every checkpoint needs."""
-        if self._file is not None:
-            try:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                self._give_up(error)
+        if self._log is not None:
+            self._log.sync()
 
     def close(self) -> None:
         """Flush and close the file, and end the run of the tracker service."""
-        self.sync()
-        if self._file is not None:
-            self._file.close()
+        if self._log is not None:
+            self._log.close()
         if self._wandb is not None:
             try:
                 self._wandb.finish()
             except Exception as error:  # as above
                 logger.warning("wandb did not finish cleanly: %s", error)
-
-    def _give_up(self, error: OSError) -> None:
-        """Report once that entries are lost, as on a full disk; training continues."""
-        if not self._failed:
-            logger.error("%s cannot be written (%s); training continues, these entries are lost", METRICS_FILE, error)
-        self._failed = True
 
     def _start_wandb(self, config: TrackerConfig, run_dir: Path, run: dict[str, Any]) -> None:
         try:
@@ -252,15 +276,6 @@ def over_layers(entry: dict[str, Any]) -> dict[str, list[float]]:
 
 def _with_nan(value: dict[str, Any]) -> dict[str, Any]:
     return {key: math.nan if item is None else item for key, item in value.items()}
-
-
-def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON cannot represent (NaN and infinity)."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flatten(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:

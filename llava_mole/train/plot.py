@@ -1,6 +1,7 @@
 """Plots of a run: losses, learning rate and gradients, throughput, expert load."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
-from llava_mole.train.metrics import METRICS_FILE, read_metrics
+from llava_mole.train.metrics import CONFLICT_FILE, METRICS_FILE, read_metrics
 
 Entries = Sequence[dict[str, Any]]
 Values = npt.NDArray[np.float64]
@@ -82,6 +83,9 @@ def draw_run(run: Path, out: Path) -> list[Path]:
     }  # fmt: skip
     if any(entry.get("expert_load_by_layer") for entry in entries):
         plots["expert_load"] = _expert_load
+    conflict = read_metrics(run / CONFLICT_FILE)
+    if conflict:
+        plots["conflict"] = lambda _: _conflict(conflict)
     return [save_figure(draw(entries), out / f"{name}.png") for name, draw in plots.items()]
 
 
@@ -178,6 +182,36 @@ def _expert_load(entries: Entries) -> Any:
         axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=panels, label="share of the layer's tokens")
     return figure
+
+
+def _conflict(entries: Entries) -> Any:
+    """Cosine of every pair of sources with its interval, and share of conflicting pairs by part, over time."""
+    figure = new_figure(12, 4.4)
+    cosines, shares = figure.subplots(1, 2)
+    sources = entries[-1]["sources"]
+    for number, (i, j) in enumerate(itertools.combinations(range(len(sources)), 2)):
+        color, label = COLORS[number % len(COLORS)], f"{sources[i]}, {sources[j]}"
+        steps, values = series(entries, lambda e, i=i, j=j: e["all"]["cosine"][i][j])  # type: ignore[misc]
+        _, half = series(entries, lambda e, i=i, j=j: _half_interval(e, i, j))  # type: ignore[misc]
+        cosines.plot(steps, values, "o-", color=color, markersize=4, label=label)
+        if len(half) == len(values):
+            cosines.fill_between(steps, values - half, values + half, color=color, alpha=0.15, linewidth=0)
+    cosines.axhline(0, color="#333333", linewidth=0.8)
+    tidy(cosines, "Cosine of gradients, all parts", "optimizer step")
+    for number, part in enumerate(names_in(entries, "parts")):
+        steps, values = series(entries, lambda e, p=part: 100 * e["parts"][p]["conflict_share"])  # type: ignore[misc]
+        if len(steps):
+            shares.plot(steps, values, "o-", color=COLORS[number % len(COLORS)], markersize=4, label=part)
+    shares.axhline(50, color="#333333", linewidth=0.8)
+    tidy(shares, "Pairs with a cosine below 0 (unrelated gradients: half)", "optimizer step", "percent")
+    for axes in (cosines, shares):
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _half_interval(entry: dict[str, Any], i: int, j: int) -> float | None:
+    value = entry["all"]["interval"][i][j]
+    return None if value is None else float(value)
 
 
 def _draw_load_by_source(axes: Any, entries: Entries) -> None:

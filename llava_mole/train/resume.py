@@ -27,6 +27,7 @@ from llava_mole.config import MAY_CHANGE, TrainConfig, config_to_dict, load_conf
 from llava_mole.conversation import Template
 from llava_mole.model.builder import CONFIG_FILE
 from llava_mole.model.checkpoint import (
+    STATE_FILE,
     clean_leftovers,
     is_owned,
     list_checkpoints,
@@ -34,8 +35,8 @@ from llava_mole.model.checkpoint import (
     read_manifest,
     resolve_checkpoint,
 )
-from llava_mole.train.checkpointing import ENVIRONMENT_FILE, STATE_FILE, SUMMARY_FILE, Progress
-from llava_mole.train.metrics import METRICS_FILE, read_metrics
+from llava_mole.train.checkpointing import ENVIRONMENT_FILE, SUMMARY_FILE, Progress
+from llava_mole.train.metrics import CONFLICT_FILE, METRICS_FILE, read_metrics
 
 logger = get_logger(__name__)
 
@@ -191,7 +192,7 @@ def _given(resume: str, run_dir: Path, existing: Sequence[Path]) -> Path:
 
 def _check_foreign_files(run_dir: Path) -> None:
     """Raise ConfigError if a file that a run writes exists and no run has been here."""
-    names = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
+    names = (CONFIG_FILE, METRICS_FILE, CONFLICT_FILE, SUMMARY_FILE)
     found = [name for name in names if os.path.lexists(run_dir / name)]
     if found and not (run_dir / ENVIRONMENT_FILE).is_file():
         raise ConfigError(
@@ -203,7 +204,9 @@ def _check_foreign_files(run_dir: Path) -> None:
 
 def _remove_torn_files(run_dir: Path) -> None:
     """Remove what a process that was killed while it wrote one of a run's own files left under a temporary name."""
-    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ():
+    for name in (
+        (CONFIG_FILE, METRICS_FILE, CONFLICT_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ()
+    ):
         for path in run_dir.glob(f".tmp-{name}-*"):
             if path.is_file() and not path.is_symlink() and path.name.rpartition("-")[2].isdecimal():
                 path.unlink()

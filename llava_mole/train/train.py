@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llava_mole.analysis.probe import Rows
 from llava_mole.common.distributed import all_gather_objects, is_main_process, on_main
 from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
@@ -18,21 +19,10 @@ from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.adapters import parameter_report, trainable_parameters
-from llava_mole.model.builder import (
-    LoadedModel,
-    attach_adapter,
-    build_image_processor,
-    build_parts,
-    context_length,
-    load_adapter_state,
-    load_projector,
-    start_from,
-    starting_adapter,
-)
+from llava_mole.model.builder import LoadedModel, build_image_processor, build_parts, context_length
 from llava_mole.model.language_model import compile_layers, set_recompute
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.model.packed_attention import enable_packing
-from llava_mole.model.quantization import quantize_linears
+from llava_mole.model.trainable import let_train
 from llava_mole.train.checkpointing import (
     CheckpointWriter,
     Progress,
@@ -40,6 +30,7 @@ from llava_mole.train.checkpointing import (
     read_progress,
     write_environment,
 )
+from llava_mole.train.conflict import ConflictRecord, training_probe
 from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
 from llava_mole.train.metrics import Tracker
 from llava_mole.train.monitor import Monitor
@@ -115,6 +106,7 @@ def train(config: RunConfig) -> Path:
                 monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
                 guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
                 progress=progress,
+                conflict=build_conflict_record(config, strategy, model, dataset, tokenizer, progress.step, steps),
             ).run()
     return run_dir
 
@@ -160,20 +152,20 @@ def load_data(config: RunConfig, model: LlavaMole, tokenizer: HFTextTokenizer, r
 def make_trainable(
     config: RunConfig, model: LlavaMole, device: torch.device, fingerprints: dict[str, str], checkpoint: Path | None
 ) -> None:
-    """Quantise the model, add its adapter, load the weights the run starts from and freeze the rest, in place."""
-    if config.projector_weights is not None:
-        load_projector(model.projector, config.projector_weights)
-    if config.train.batching == "packed":
-        enable_packing(model.causal_lm)
-    quantize_linears(model.causal_lm, config.model.quantization, device, frozen_dtype(config.train.precision))
-    start = config.init_from
-    attach_adapter(model, config.adapter if start is None else starting_adapter(start, config.adapter))
-    if config.init_from is not None:
-        start_from(model, config.init_from, config.adapter, fingerprints)
-    if checkpoint is not None:
-        load_adapter_state(model, checkpoint)
-    model.projector.requires_grad_(config.train_projector)
-    cast_for_training(model, config.train.precision)
+    """Let the model train as configured, from `checkpoint` if there is one, in place."""
+    let_train(
+        model,
+        config.adapter,
+        device,
+        fingerprints,
+        quantization=config.model.quantization,
+        precision=config.train.precision,
+        packed=config.train.batching == "packed",
+        train_projector=config.train_projector,
+        projector_weights=config.projector_weights,
+        init_from=config.init_from,
+        checkpoint=checkpoint,
+    )
     set_recompute(model.causal_lm, config.train.activation_checkpointing, config.train.checkpoint_every_n)
     if config.train.compile:
         compile_layers(model.causal_lm)
@@ -224,19 +216,36 @@ def build_monitor(
     )
 
 
-def frozen_dtype(precision: str) -> torch.dtype:
-    """Dtype of frozen weights, and the compute dtype of quantised ones, under `train.precision`."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
-
-
-def cast_for_training(model: torch.nn.Module, precision: str) -> None:
-    """Cast frozen weights to the compute dtype and trainable ones to float32, in place.
-
-    DeepSpeed keeps float32 masters of its own. Quantised weights are integers and stay as they are.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype(precision))
+def build_conflict_record(
+    config: RunConfig,
+    strategy: Strategy,
+    model: LlavaMole,
+    dataset: SupervisedDataset,
+    tokenizer: HFTextTokenizer,
+    first_step: int,
+    steps: int,
+) -> ConflictRecord | None:
+    """The conflict meter along training, if the run has one."""
+    train = config.train
+    if not train.conflict_every:
+        return None
+    rows = Rows.of(
+        model,
+        packed=train.batching == "packed",
+        capacity=train.pack_length or config.data.max_length,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return ConflictRecord(
+        model,
+        strategy.parameters,
+        training_probe(dataset, train.global_batch_size, rows),
+        train.loss_reduction,
+        every=train.conflict_every,
+        total_steps=steps,
+        run_dir=Path(train.output_dir),
+        first_step=first_step,
+        enabled=is_main_process(),
+    )
 
 
 def trainable_table(model: torch.nn.Module) -> str:

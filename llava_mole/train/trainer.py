@@ -25,6 +25,14 @@ from llava_mole.data.batching import BatchPlan, StepSampler
 from llava_mole.data.collator import collate, collate_packed
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.model.adapters import parameter_report
+from llava_mole.model.batch_loss import (
+    forward_losses,
+    next_token_targets,
+    per_sample,
+    routing_inputs,
+    to_device,
+    weigh,
+)
 from llava_mole.model.flops import model_shape
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import (
@@ -37,9 +45,9 @@ from llava_mole.mole import (
     set_routing_inputs,
 )
 from llava_mole.train.checkpointing import CheckpointWriter, Progress, save_together, write_summary
+from llava_mole.train.conflict import ConflictRecord
 from llava_mole.train.display import ProgressDisplay, summary_table
 from llava_mole.train.faults import StepGuard, StopRequested, check_ranks_agree, ignore_stop_signals
-from llava_mole.train.loss import next_token_targets, per_sample, routing_inputs, sample_losses, weigh
 from llava_mole.train.metrics import METRICS_FILE, StepStats, Tracker, read_metrics
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import set_learning_rates
@@ -70,6 +78,8 @@ class Trainer:
     monitor: Monitor
     guard: StepGuard
     progress: Progress
+    conflict: ConflictRecord | None = None
+    """The conflict meter along training; None without it."""
 
     def __post_init__(self) -> None:
         train, world_size = self.train, self.strategy.world_size
@@ -118,6 +128,8 @@ class Trainer:
                 entry = self.monitor.extend(entry, micro_batches) | self.guard.entry()
                 self.tracker.log(entry)
                 display.show(entry)
+            if self.conflict is not None and self.conflict.due(step + 1):
+                self.conflict.measure(step + 1)
             display.advance()
             self.guard.end_step()
             final = step + 1 == self.total_steps
@@ -128,10 +140,10 @@ class Trainer:
                 self.save(final)
             if self.guard.stop_requested and not final:
                 display.close()
-                self.tracker.close()
+                self._close_logs()
                 raise StopRequested(f"asked to stop; stopped after step {step + 1} of {self.total_steps}")
         display.close()
-        self.tracker.close()
+        self._close_logs()
         if main:
             entries = read_metrics(self.writer.run_dir / METRICS_FILE)
             if entries:
@@ -145,14 +157,21 @@ class Trainer:
         """Write a checkpoint; a collective. A failure is logged, and raised for the last one."""
         state = self.strategy.gather_state()
         self.tracker.sync()
+        if self.conflict is not None:
+            self.conflict.sync()
         save_together(self.writer, self.model, state, self.progress, self.train.keep_checkpoints, final)
+
+    def _close_logs(self) -> None:
+        self.tracker.close()
+        if self.conflict is not None:
+            self.conflict.close()
 
     def _step(self, step: int, micro_batches: list[dict]) -> StepStats:
         """Forward and backward over one step's micro-batches, then the optimizer's update."""
         train, strategy = self.train, self.strategy
         seed = np.random.SeedSequence([train.seed, step, strategy.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
-        micro_batches = [_to_device(batch, strategy.device) for batch in micro_batches]
+        micro_batches = [to_device(batch, strategy.device) for batch in micro_batches]
         targets = sum(int(next_token_targets(batch["labels"])[0].sum()) for batch in micro_batches)
         global_tokens = float(all_reduce_sum(torch.tensor(float(targets), device=strategy.device)))
         stats = StepStats(self.dataset.source_names, strategy.device)
@@ -173,19 +192,10 @@ class Trainer:
     def _loss(self, batch: dict, global_tokens: float, stats: StepStats) -> torch.Tensor:
         """This micro-batch's share of the step's loss; the shares of all micro-batches and ranks add up to it."""
         train = self.train
-        loss_mask, targets = next_token_targets(batch["labels"])
         if self.has_experts:
             with value_errors_as(ConfigError):  # more sources than experts or tasks
                 set_routing_inputs(self.model.language_model, **routing_inputs(batch))
-        losses = self.strategy.engine(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            images=batch["images"],
-            sample_lengths=batch["sample_lengths"],
-            loss_mask=loss_mask,
-            targets=targets,
-        )
-        sums, counts = sample_losses(losses, batch["sample_index"][loss_mask], len(batch["ids"]))
+        sums, counts, loss_mask = forward_losses(self.strategy.engine, batch)
         loss = weigh(sums, counts, train.loss_reduction, train.global_batch_size, global_tokens)
         stats.add_batch(batch, loss.detach(), sums.detach(), counts)
         if self.has_experts:
@@ -248,10 +258,3 @@ def _next(batches: Iterator[dict]) -> dict:
     except UserError as error:
         kind = type(error)
         raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
-
-
-def _to_device(batch: dict, device: torch.device) -> dict:
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }

@@ -18,9 +18,9 @@ from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.records import Record
 from llava_mole.inference.batching import encode_prompt
 from llava_mole.inference.predictor import Predictor
+from llava_mole.model.batch_loss import forward_losses, routing_inputs, to_device
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.mole import set_routing_inputs
-from llava_mole.train.loss import next_token_targets, routing_inputs, sample_losses
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,19 +86,11 @@ class Validator:
 
     def _sample_losses(self, model: LlavaMole, batch: dict) -> torch.Tensor:
         """Token mean of the loss of every sample, float32 [B]."""
-        on_device = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        loss_mask, targets = next_token_targets(on_device["labels"])
+        batch = to_device(batch, model.device)
         if self._routes:
             with value_errors_as(ConfigError):
-                set_routing_inputs(model.language_model, **routing_inputs(on_device))
-        losses = model(
-            input_ids=on_device["input_ids"],
-            attention_mask=on_device["attention_mask"],
-            images=on_device["images"],
-            loss_mask=loss_mask,
-            targets=targets,
-        )
-        sums_B, counts_B = sample_losses(losses, on_device["sample_index"][loss_mask], len(batch["ids"]))
+                set_routing_inputs(model.language_model, **routing_inputs(batch))
+        sums_B, counts_B, _ = forward_losses(model, batch)
         return sums_B / counts_B.clamp(min=1.0)
 
 

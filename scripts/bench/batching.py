@@ -27,10 +27,10 @@ import mole_common as common
 from llava_mole.constants import IGNORE_INDEX
 from llava_mole.data.batching import BatchPlan, sample_cost
 from llava_mole.data.collator import Example, collate, collate_packed
+from llava_mole.model.batch_loss import next_token_targets, per_sample, sample_losses, weigh
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.packed_attention import enable_packing
 from llava_mole.mole import MoleConfig, collect_routing, mole_auxiliary_loss
-from llava_mole.train.loss import next_token_targets, per_sample, sample_losses, weigh
 
 CONTEXT = 4096
 IMAGE = 576

@@ -22,6 +22,7 @@ import mole_common as common
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import Example, collate_packed
 from llava_mole.model.adapters import add_adapter, trainable_parameters
+from llava_mole.model.batch_loss import next_token_targets, per_sample, sample_losses, weigh
 from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
 from llava_mole.model.language_model import set_recompute
 from llava_mole.model.llava_arch import LlavaMole
@@ -29,7 +30,6 @@ from llava_mole.model.multimodal_encoder import VisionTower
 from llava_mole.model.multimodal_projector import build_projector
 from llava_mole.model.packed_attention import enable_packing
 from llava_mole.mole import collect_routing, mole_auxiliary_loss
-from llava_mole.train.loss import next_token_targets, per_sample, sample_losses, weigh
 
 VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "plain_lora": ("lora", 1, {}),

@@ -18,8 +18,9 @@ from llava_mole.model.adapters import add_adapter, parameter_report
 from llava_mole.model.builder import build_parts
 from llava_mole.model.language_model import load_language_model
 from llava_mole.model.quantization import BYTES_PER_WEIGHT, quantize_linears
+from llava_mole.model.trainable import cast_for_training
 from llava_mole.train import preflight
-from llava_mole.train.train import cast_for_training, train
+from llava_mole.train.train import train
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes (extra quant) is not installed"

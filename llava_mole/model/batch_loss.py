@@ -1,9 +1,10 @@
-"""The language-model loss, weighted over a whole step.
+"""The language-model loss of a batch, weighted over a whole step.
 
 A step's loss does not depend on how its samples are divided among micro-batches and ranks: the weights come from counts
 of the whole step, and the weighted sums of all micro-batches and ranks add up to the loss.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,36 @@ def next_token_targets(labels_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     shifted_BL[:, :-1] = labels_BL[:, 1:]
     mask_BL = shifted_BL != IGNORE_INDEX
     return mask_BL, shifted_BL[mask_BL]
+
+
+def forward_losses(
+    model: Callable[..., torch.Tensor], batch: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward pass of a batch: `sample_losses` of its N samples, and the mask of `next_token_targets`.
+
+    Args:
+        model: A `LlavaMole`, or an engine around one. Its routers know the batch already (`routing_inputs`).
+        batch: From the collator, on the model's device.
+    """
+    loss_mask_BL, targets_n = next_token_targets(batch["labels"])
+    losses_n = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        images=batch["images"],
+        sample_lengths=batch["sample_lengths"],
+        loss_mask=loss_mask_BL,
+        targets=targets_n,
+    )
+    sums_N, counts_N = sample_losses(losses_n, batch["sample_index"][loss_mask_BL], len(batch["ids"]))
+    return sums_N, counts_N, loss_mask_BL
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def sample_losses(

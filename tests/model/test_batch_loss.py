@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from llava_mole.train.loss import next_token_targets, sample_losses, weigh
+from llava_mole.model.batch_loss import next_token_targets, sample_losses, weigh
 
 LABELS = torch.tensor(
     [

@@ -1,0 +1,79 @@
+"""What trains in a model, from which weights it starts, and in which dtypes."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from llava_mole.config import AdapterConfig, Quantization
+from llava_mole.model.builder import (
+    attach_adapter,
+    load_adapter_state,
+    load_projector,
+    start_from,
+    starting_adapter,
+)
+from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.model.packed_attention import enable_packing
+from llava_mole.model.quantization import quantize_linears
+
+
+def let_train(
+    model: LlavaMole,
+    adapter: AdapterConfig,
+    device: torch.device,
+    fingerprints: dict[str, str],
+    *,
+    quantization: Quantization,
+    precision: Literal["bf16", "fp32"],
+    packed: bool,
+    train_projector: bool,
+    projector_weights: str | None = None,
+    init_from: str | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Quantise the model, add its adapter, load the weights that it starts from and freeze the rest, in place.
+
+    Args:
+        model: From `build_parts`, on the CPU.
+        adapter: Section `adapter`.
+        device: Where quantised weights go.
+        fingerprints: Of the frozen parts, from `build_parts`.
+        quantization: Of the language model.
+        precision: Compute precision.
+        packed: Whether rows will hold several samples; the model is tested for it.
+        train_projector, projector_weights, init_from: As in `RunConfig`.
+        checkpoint: A checkpoint of the same run, whose adapter replaces the others.
+
+    Raises:
+        ConfigError: wrong options of the adapter, or the model lets packed samples see each other.
+        WeightsError: the projector's weights are missing or do not fit.
+        CheckpointError: `init_from` or `checkpoint` does not fit.
+    """
+    if projector_weights is not None:
+        load_projector(model.projector, projector_weights)
+    if packed:
+        enable_packing(model.causal_lm)
+    quantize_linears(model.causal_lm, quantization, device, frozen_dtype(precision))
+    attach_adapter(model, adapter if init_from is None else starting_adapter(init_from, adapter))
+    if init_from is not None:
+        start_from(model, init_from, adapter, fingerprints)
+    if checkpoint is not None:
+        load_adapter_state(model, checkpoint)
+    model.projector.requires_grad_(train_projector)
+    cast_for_training(model, precision)
+
+
+def frozen_dtype(precision: str) -> torch.dtype:
+    """Dtype of frozen weights, and the compute dtype of quantised ones, under `train.precision`."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def cast_for_training(model: torch.nn.Module, precision: str) -> None:
+    """Cast frozen weights to the compute dtype and trainable ones to float32, in place.
+
+    DeepSpeed keeps float32 masters of its own. Quantised weights are integers and stay as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype(precision))
