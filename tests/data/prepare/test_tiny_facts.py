@@ -1,4 +1,4 @@
-"""The facts of the tiny world: what the two dials promise, and that draws are pure and keep the splits' images apart."""
+"""Facts of the tiny world: what the two dials promise; draws are pure and keep the images of the splits apart."""
 
 from collections import Counter
 from itertools import combinations
@@ -24,7 +24,8 @@ def test_dials_mean_what_they_say(load: int, convention: float, agreed: str) -> 
         for one, other in zip(by_domain[left], by_domain[right], strict=True):
             assert one.category == other.category
             if one.category == "convention":
-                assert one.text == other.text and one.answer != other.answer
+                assert one.text == other.text
+                assert one.answer != other.answer
             elif agreed == "common":
                 assert one == other
         own = {fact.text for fact in by_domain[left] if fact.category == "fact"}
@@ -49,7 +50,9 @@ def test_errors_name_what_is_allowed(arguments: tuple[str, int, float], message:
 def test_draws_are_even_and_splits_share_no_image() -> None:
     names = [f"{number}.png" for number in range(80)]
     train, validation = split_images(names)
-    assert len(validation) == 10 and not set(train) & set(validation) and set(train) | set(validation) == set(names)
+    assert len(validation) == 10
+    assert not set(train) & set(validation)
+    assert set(train) | set(validation) == set(names)
     asked = facts("general", 16, 1.0)
     samples = draw(asked, train, 100, "train", 0)
     assert samples == draw(asked, train, 100, "train", 0) != draw(asked, train, 100, "train", 1)

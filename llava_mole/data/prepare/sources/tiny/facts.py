@@ -86,7 +86,7 @@ def split_images(names: Sequence[str], held_out: float = 0.125) -> tuple[list[st
     """Divide the world's train images into those of training and those of validation, by their names alone.
 
     Returns:
-        The images for the splits `train` and `validation`, in sorted order. The world's own test images stay the test's.
+        The images for the splits `train` and `validation`, in sorted order. The world's test images stay the test's.
     """
     ordered = sorted(set(names))
     held = set(Random("facts-validation").sample(ordered, round(len(ordered) * held_out)))
