@@ -35,8 +35,10 @@ class Member:
     """One adapter of a stack: its configuration and what only its training knows."""
 
     config: MoleConfig
+    rate: float = 1.0
+    """Factor on the learning rate of everything."""
     router_rate: float = 1.0
-    """Factor on the learning rate of the router."""
+    """Factor on the learning rate of the router, beside `rate`."""
     source_coef: float = 0.0
     """Coefficient of the cross-entropy between the router's probabilities and the sample's source, in training only."""
     image_only: bool = False
@@ -122,7 +124,7 @@ class Stack:
     def forward(self, x_RBSD: Tensor, source_RB: Tensor, images: int, progress: float = 1.0) -> tuple[Tensor, Routed]:
         """Logits at the last position, `[R, B, V]`, and the routing.
 
-        `source_RB` is int64; positions 1 to `images` hold the image. `progress` is the share of the training that is
+        `source_RB` is int64; the first `images` positions hold the image. `progress` is the share of the training that is
         over, for what changes along it.
         """
         base, R, routed = self.base, len(self.members), Routed()
@@ -188,7 +190,7 @@ class Stack:
             for row, member in enumerate(self.members):
                 if member.image_only:
                     weight[row] = 0
-                    weight[row, :, 1 : 1 + images] = 1 / images
+                    weight[row, :, :images] = 1 / images
             pooled = (logits * weight).sum(dim=2, keepdim=True).expand(-1, -1, S, -1)
             logits = torch.where(self.sequence, pooled, logits)
         logits = logits / self._temperature(progress)
@@ -226,7 +228,7 @@ class Stack:
         values = []
         for row, member in enumerate(self.members):
             config, value = member.config, torch.zeros(())
-            if self.learned[row] and config.balance_coef > 0 and progress < member.balance_until:
+            if self.learned[row] and config.balance_coef > 0 and progress <= member.balance_until:
                 # probabilities and loads of a layer's sample, [L, B, K]
                 P = torch.stack([probs[row].mean(dim=1) for probs in routed.probs])
                 f = torch.stack([chosen[row].mean(dim=1) for chosen in routed.chosen])
@@ -322,7 +324,7 @@ class Adam:
         self.first = {name: torch.zeros_like(p) for name, p in stack.parameters.items()}
         self.second = {name: torch.zeros_like(p) for name, p in stack.parameters.items()}
         rates = [m.router_rate if m.config.router_trains else 0.0 for m in stack.members]
-        self.router_rate = torch.tensor(rates)
+        self.rate, self.router_rate = torch.tensor([m.rate for m in stack.members]), torch.tensor(rates)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -345,6 +347,6 @@ class Adam:
             self.first[name].lerp_(grad, 1 - self.betas[0])
             self.second[name].mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
             divisor = (self.second[name] / correct[1]).sqrt_().add_(1e-8)
-            update = self.first[name] / divisor * (rate / correct[0])
-            p -= update * self.router_rate.view(shape) if name == "router" else update
+            factors = self.rate * self.router_rate if name == "router" else self.rate
+            p -= self.first[name] / divisor * (factors * (rate / correct[0])).view(shape)
             p.grad = None

@@ -34,30 +34,30 @@ class World:
     features: dict[tuple[str, str], Tensor]
     names: dict[tuple[str, str], list[str]]
     word_ids: dict[str, int]
-    start_id: int
     end_id: int
     image_positions: int
     digest: str
     """Of all weights and image files' names that determine a run."""
     index: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    stacked: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for split in {key[0] for key in self.features}:
+            found = [self.features[split, domain] for domain in DOMAINS]
+            self.stacked[split] = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         self.index = {key: {name: i for i, name in enumerate(names)} for key, names in self.names.items()}
 
     @property
     def length(self) -> int:
-        """Positions of a sample: start, image, two words, question mark."""
-        return 1 + self.image_positions + 3
+        """Positions of a sample: image, two words, question mark."""
+        return self.image_positions + 3
 
     def embed(self, split: str, domain_of: Tensor, image: Tensor, words: Tensor) -> Tensor:
         """Embeddings `[..., S, D]` of samples, from int64 domain, image `[...]` and words `[..., 2]` (token ids)."""
         table = self.base.embeddings
-        stacked = torch.stack([self.features[split, domain] for domain in DOMAINS])
-        pictures = stacked[domain_of, image]
-        edge = torch.tensor([self.start_id, self.end_id])
-        start, end = table[edge].unbind(0)
-        shape = (*image.shape, 1, table.shape[1])
-        return torch.cat([start.expand(shape), pictures, table[words], end.expand(shape)], dim=-2)
+        pictures = self.stacked[split][domain_of, image]
+        end = table[self.end_id].expand(*image.shape, 1, -1)
+        return torch.cat([pictures, table[words], end], dim=-2)
 
 
 def load_world(
@@ -97,10 +97,10 @@ def load_world(
         full = torch.load(path, weights_only=True).float()
         features[split, domain] = _pool(full, image_positions)
     word_ids = {word: _one_token(tokenizer, f" {word}", word) for word in WORDS}
-    base = FrozenLlama(model.causal_lm, 1 + image_positions + 3)
+    base = FrozenLlama(model.causal_lm, image_positions + 3)
     digest = sha256_of_json([weights, manifest, image_positions])[:16]
     end = tokenizer(f"{WORDS[0]}{END_OF_QUESTION}", add_special_tokens=False).input_ids[-1]
-    return World(base, features, names, word_ids, tokenizer.bos_token_id, end, image_positions, digest)
+    return World(base, features, names, word_ids, end, image_positions, digest)
 
 
 def _names(data: Path, domain: str, split: str) -> list[str]:
