@@ -38,7 +38,7 @@ class Recipe:
 
     steps: int = 900
     batch: int = 24
-    learning_rate: float = 1e-2
+    learning_rate: float = 6e-3
     warmup: int = 20
     final_rate: float = 0.05
     validation: int = 512
@@ -66,8 +66,15 @@ class Arm:
         return Member(MoleConfig.from_preset(self.preset, r=r, **options), **self.training)
 
 
-LEAD = {"expert_scale": "prob_times_k", "balance_scale": "switch", "balance_group": "global_batch", "balance_coef": 1e-3}
+LEAD = {
+    "expert_scale": "prob_times_k",
+    "balance_scale": "switch",
+    "balance_group": "global_batch",
+    "balance_coef": 1e-3,
+}
 """The best setting of the exploration before this protocol."""
+BY_SAMPLE = {**LEAD, "granularity": "sequence"}
+"""The same with one decision for a sample."""
 ARMS: dict[str, Arm] = {
     "single general": Arm(single="general"),
     "single document": Arm(single="document"),
@@ -80,24 +87,53 @@ ARMS: dict[str, Arm] = {
     "coupled": Arm({}, "coupled"),
     "best": Arm({}, "best"),
     "lead": Arm(LEAD),
+    "image": Arm(BY_SAMPLE, training={"image_only": True}),
+    "source": Arm(LEAD, training={"source_coef": 0.1}),
 }
 """The arms of the phase diagram."""
+ROUTERS: dict[str, Arm] = {
+    "mix": Arm(),
+    "oracle": Arm({"router": "oracle", "balance_coef": 0.0}),
+    "straight_through, no balance": Arm({"expert_scale": "straight_through", "balance_coef": 0.0}),
+    "prob_times_k, no balance": Arm({"expert_scale": "prob_times_k", "balance_coef": 0.0}),
+    "lead, balance 0.01": Arm({**LEAD, "balance_coef": 1e-2}),
+    "lead, balance in the first half": Arm(LEAD, training={"balance_until": 0.5}),
+    "lead, router rate x 0.3": Arm(LEAD, training={"router_rate": 0.3}),
+    "lead, temperature from 4 to 1": Arm(LEAD, training={"anneal_from": 4.0}),
+    "prob_times_k, load-free bias": Arm(
+        {"expert_scale": "prob_times_k", "balance_coef": 0.0, "bias_update_rate": 1e-3}
+    ),
+    "dense": Arm({"mode": "dense"}),
+    "sequence": Arm(BY_SAMPLE),
+    "sequence, straight_through": Arm({**BY_SAMPLE, "expert_scale": "straight_through"}),
+    "sequence, one router": Arm({**BY_SAMPLE, "router_scope": "model"}),
+    "image, one router": Arm({**BY_SAMPLE, "router_scope": "model"}, training={"image_only": True}),
+    "image, no balance": Arm({**BY_SAMPLE, "balance_coef": 0.0}, training={"image_only": True}),
+    "paper, source": Arm({}, training={"source_coef": 0.1}),
+    "source, experts begin apart": Arm(LEAD, training={"source_coef": 0.1, "separate_until": 0.25}),
+}
+"""Router variants, which are compared in fewer cells."""
 
 
-def train(world: World, cell: Cell, seed: int, arms: dict[str, Arm], recipe: Recipe) -> dict[str, Any]:
+def train(
+    world: World, cell: Cell, seed: int, arms: dict[str, Arm], recipe: Recipe
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Train all `arms` of a job and validate them.
 
     Returns:
-        By arm: accuracy in % on validation by domain, and by kind of fact; `meters` of routers along training; steps,
-        trainable parameters, the last loss. `seconds` is the time of the whole job.
+        First, by arm: accuracy in % on validation by domain, and by kind of fact; `meters` of routers along training;
+        steps, trainable parameters, the last loss; and `seconds`, the time of the whole job. Second, the parameters of
+        the two stacks: `single` and `mixed`.
     """
     started, results = time.perf_counter(), {}
+    stacks: dict[str, dict[str, Tensor]] = {}
     asked = {d: facts(d, cell.load, cell.convention, seed, cell.agreed) for d in DOMAINS}
     for single in (True, False):
-        chosen = {name: arm for name, arm in arms.items() if (arm.single is not None) == single}
+        chosen = arms_of(arms, single)
         if chosen:
             stack, losses, meters = _train_stack(world, cell, seed, chosen, recipe, asked, single)
             accuracy = validate(world, stack, asked, recipe.validation, seed, "validation")
+            stacks["single" if single else "mixed"] = {name: p.detach() for name, p in stack.parameters.items()}
             for row, name in enumerate(chosen):
                 results[name] = {
                     **accuracy[row],
@@ -107,7 +143,12 @@ def train(world: World, cell: Cell, seed: int, arms: dict[str, Arm], recipe: Rec
                 }
                 if stack.learned[row]:
                     results[name]["meters"] = [meter[row] for meter in meters]
-    return {"arms": results, "seconds": round(time.perf_counter() - started, 1)}
+    return {"arms": results, "seconds": round(time.perf_counter() - started, 1)}, stacks
+
+
+def arms_of(arms: dict[str, Arm], single: bool) -> dict[str, Arm]:
+    """The arms that train on a single domain, or the others; each kind is one stack."""
+    return {name: arm for name, arm in arms.items() if (arm.single is not None) == single}
 
 
 def parameters(member: Member, world: World) -> int:
@@ -117,6 +158,12 @@ def parameters(member: Member, world: World) -> int:
     router = (1 if config.router_scope == "model" else len(world.base.layers)) * D * config.num_experts
     attention = (config.attention_r or config.r) * 8 * D
     return len(world.base.layers) * (attention + slots * 3 * (D + inner)) + (router if config.has_router else 0)
+
+
+def build_stack(world: World, cell: Cell, seed: int, arms: dict[str, Arm]) -> Stack:
+    """The untrained stack of some arms of a job."""
+    members = [arm.member(cell.rank) for arm in arms.values()]
+    return Stack(world.base, members, [seed] * len(members))
 
 
 @dataclass
@@ -154,8 +201,7 @@ def collate(world: World, asked: dict[str, list[Any]], count: int, split: Any, s
 def _train_stack(
     world: World, cell: Cell, seed: int, arms: dict[str, Arm], recipe: Recipe, asked: dict[str, list[Any]], single: bool
 ) -> tuple[Stack, Tensor, list[list[dict[str, Any]]]]:
-    members = [arm.member(cell.rank) for arm in arms.values()]
-    stack = Stack(world.base, members, [seed] * len(members))
+    stack = build_stack(world, cell, seed, arms)
     optimizer, share = Adam(stack), recipe.batch // len(DOMAINS)
     steps = recipe.steps // len(DOMAINS) if single else recipe.steps
     samples = collate(world, asked, recipe.steps * share, "train", seed)
@@ -175,10 +221,17 @@ def _train_stack(
         x = world.embed("train", batch.domain, batch.image, batch.words)
         if not single:  # the same samples for all arms
             x = x.expand(len(arms), *x.shape)
-            batch = Collated(*(getattr(batch, f.name).expand(len(arms), *getattr(batch, f.name).shape) for f in dataclasses.fields(Collated)))
+            batch = Collated(
+                *(
+                    getattr(batch, f.name).expand(len(arms), *getattr(batch, f.name).shape)
+                    for f in dataclasses.fields(Collated)
+                )
+            )
         progress = step / steps
         logits, routed = stack.forward(x, batch.domain, world.image_positions, progress)
-        losses = F.cross_entropy(logits.flatten(0, 1), batch.answer.flatten(), reduction="none").view(len(arms), -1).mean(1)
+        losses = (
+            F.cross_entropy(logits.flatten(0, 1), batch.answer.flatten(), reduction="none").view(len(arms), -1).mean(1)
+        )
         (losses + stack.auxiliary_loss(routed, batch.domain, progress)).sum().backward()
         decay = recipe.final_rate + (1 - recipe.final_rate) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step(recipe.learning_rate * min(1, (step + 1) / recipe.warmup) * decay)

@@ -139,7 +139,9 @@ class Stack:
             parts = []
             for place, linear in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
                 own = z[..., place * n_attention : (place + 1) * n_attention]
-                y = torch.baddbmm((rows @ linear.weight.T).view(R, -1, D), own, p["qkv_B"][number][place], alpha=self.scaling)
+                y = torch.baddbmm(
+                    (rows @ linear.weight.T).view(R, -1, D), own, p["qkv_B"][number][place], alpha=self.scaling
+                )
                 parts.append(y.view(R * B, S, heads, D // heads).transpose(1, 2))
             q, k, v = base.rotate(parts[0]), base.rotate(parts[1]), parts[2]
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(R, B * S, D)
@@ -152,7 +154,9 @@ class Stack:
         last = F.rms_norm(x.view(R, B, S, D)[:, :, -1], (D,), base.norm, base.epsilon)
         return last @ base.vocabulary.T, routed
 
-    def _ffn(self, mlp: torch.nn.Module, x: Tensor, gates: Tensor, number: int, p: dict[str, tuple[Tensor, ...]]) -> Tensor:
+    def _ffn(
+        self, mlp: torch.nn.Module, x: Tensor, gates: Tensor, number: int, p: dict[str, tuple[Tensor, ...]]
+    ) -> Tensor:
         R, _, D = x.shape
         N, rows = self.ffn_slots, x.view(-1, D)
         z = torch.bmm(x, p["in_A"][number].transpose(1, 2))
@@ -199,7 +203,11 @@ class Stack:
         chosen = F.one_hot(index, K).to(x.dtype)
         own = F.one_hot(source_RB, K).to(x.dtype).unsqueeze(2).expand(-1, -1, S, -1)
         p, scale = probs.view(R, B * S, K), self.scale
-        weight = scale["none"] + scale["straight_through"] * (1 + p - p.detach()) + (scale["prob"] + K * scale["prob_times_k"]) * p
+        weight = (
+            scale["none"]
+            + scale["straight_through"] * (1 + p - p.detach())
+            + (scale["prob"] + K * scale["prob_times_k"]) * p
+        )
         separate = torch.tensor([progress < m.separate_until for m in self.members]).view(-1, 1, 1)
         by_source = self.oracle | separate
         drawn = None

@@ -61,7 +61,13 @@ class World:
 
 
 def load_world(
-    config: Path, projector: Path, data: Path, cache: Path, *, image_positions: int, splits: Sequence[str] = ("train", "validation")
+    config: Path,
+    projector: Path,
+    data: Path,
+    cache: Path,
+    *,
+    image_positions: int,
+    splits: Sequence[str] = ("train", "validation"),
 ) -> World:
     """Load models and features; features are computed once for a set of weights and kept in `cache`.
 
@@ -81,7 +87,10 @@ def load_world(
     load_projector(model.projector, projector)
     model.requires_grad_(False).eval().float()
     weights = sha256_of_json(
-        [fingerprints, sorted((name, value.double().sum().item()) for name, value in model.projector.state_dict().items())]
+        [
+            fingerprints,
+            sorted((name, value.double().sum().item()) for name, value in model.projector.state_dict().items()),
+        ]
     )
     names = {(split, domain): _names(data, domain, split) for split in splits for domain in DOMAINS}
     manifest = sha256_of(data / "manifest.json")
@@ -133,7 +142,9 @@ def _pool(features_NPD: Tensor, positions: int) -> Tensor:
     """Average a square grid of features `[N, P, D]` to `positions`, itself a square."""
     side, new = round(features_NPD.shape[1] ** 0.5), round(positions**0.5)
     if side**2 != features_NPD.shape[1] or new**2 != positions or side % new:
-        raise DataError(f"{positions} image positions: {features_NPD.shape[1]} features cannot be averaged to that number")
+        raise DataError(
+            f"{positions} image positions: {features_NPD.shape[1]} features cannot be averaged to that number"
+        )
     grid = features_NPD.transpose(1, 2).reshape(len(features_NPD), -1, side, side)
     return torch.nn.functional.adaptive_avg_pool2d(grid, new).flatten(2).transpose(1, 2).contiguous()
 
@@ -141,5 +152,7 @@ def _pool(features_NPD: Tensor, positions: int) -> Tensor:
 def _one_token(tokenizer: object, text: str, word: str) -> int:
     ids = tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[operator]
     if len(ids) != 1:
-        raise DataError(f"the tokenizer cuts the word {word!r} into {len(ids)} pieces; the fast loop needs words of one token")
+        raise DataError(
+            f"the tokenizer cuts the word {word!r} into {len(ids)} pieces; the fast loop needs words of one token"
+        )
     return int(ids[0])
