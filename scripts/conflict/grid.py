@@ -21,7 +21,17 @@ CENTRE = Cell(1.0, 64, 1)
 CORE = (CENTRE, Cell(0.0, 64, 1), Cell(0.5, 64, 1), Cell(1.0, 64, 2), Cell(1.0, 32, 1), Cell(0.0, 64, 1, "own"))
 """One step from the centre along every dial."""
 FULL = tuple(Cell(c, load, r) for r, load, c in product((1, 2, 4), (32, 64, 128), (0.0, 0.5, 1.0)))
-OUTER = ("single general", "single document", "single biomedicine", "mix", "mix, rank K r", "oracle", "paper", "lead")
+OUTER = (
+    "single general",
+    "single document",
+    "single biomedicine",
+    "mix",
+    "mix, rank K r",
+    "oracle",
+    "paper",
+    "lead",
+    "image",
+)
 """Arms of the cells outside the core."""
 
 
@@ -29,6 +39,11 @@ def _jobs(cells: Sequence[Cell], arms: dict[str, Arm], seeds: Sequence[int]) -> 
     for cell in cells:
         for seed in seeds:
             yield Job(cell, seed, arms)
+
+
+def centre(seeds: Sequence[int]) -> Iterator[Job]:
+    """All arms of the phase diagram at the centre."""
+    return _jobs([CENTRE], ARMS, seeds)
 
 
 def core(seeds: Sequence[int]) -> Iterator[Job]:
@@ -42,9 +57,20 @@ def full(seeds: Sequence[int]) -> Iterator[Job]:
 
 
 def routers(seeds: Sequence[int]) -> Iterator[Job]:
-    """Router variants at the centre and where rank is 2."""
-    return _jobs([CENTRE, Cell(1.0, 64, 2)], ROUTERS, seeds)
+    """Router variants at the centre."""
+    return _jobs([CENTRE], ROUTERS, seeds)
 
 
-GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {"core": core, "full": full, "routers": routers}
+def routers_rank_2(seeds: Sequence[int]) -> Iterator[Job]:
+    """Router variants where rank is 2."""
+    return _jobs([Cell(1.0, 64, 2)], ROUTERS, seeds)
+
+
+GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
+    "centre": centre,
+    "core": core,
+    "full": full,
+    "routers": routers,
+    "routers-rank-2": routers_rank_2,
+}
 """The grids by name."""
