@@ -9,6 +9,7 @@ from llava_mole.mole.access import (
     disable_finite_check,
     leave_balance_loss_to_caller,
     missing_input,
+    note_images,
     set_routing_inputs,
 )
 from llava_mole.mole.config import MoleConfig
@@ -43,6 +44,7 @@ __all__ = [
     "mole_after_step",
     "mole_auxiliary_loss",
     "mole_drop_step",
+    "note_images",
     "register_mole",
     "routing_load",
     "set_routing_inputs",

@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grid", choices=GRIDS, nargs="+", default=["core"], help="which jobs, in this order (%(default)s)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (1 2 3, those of the protocol)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[11, 12, 13], help="seeds (11 12 13, those of the protocol)"
+    )
     parser.add_argument("--budget-minutes", type=float, help="begin no job after this time")
     parser.add_argument("--list", action="store_true", help="list the jobs and what is missing, and run nothing")
     given = parser.parse_args(arguments)

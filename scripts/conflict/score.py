@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_world_arguments(parser)
     parser.add_argument("--grid", choices=GRIDS, nargs="+", default=["core"], help="which jobs (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (1 2 3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="seeds (11 12 13)")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     world = load_world(

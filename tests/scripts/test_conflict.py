@@ -100,7 +100,9 @@ def test_a_killed_run_continues_to_the_same_digits(world: World, folder: Path, m
 
 def test_test_images_are_a_step_of_its_own(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = {name: loop.ARMS[name] for name in ("single general", "mix", "oracle")}
-    monkeypatch.setitem(grid.GRIDS, "core", lambda seeds: iter([grid.Job(loop.Cell(1.0, 4, 1), s, arms) for s in seeds]))
+    monkeypatch.setitem(
+        grid.GRIDS, "core", lambda seeds: iter([grid.Job(loop.Cell(1.0, 4, 1), s, arms) for s in seeds])
+    )
     monkeypatch.setattr(score, "Recipe", lambda: RECIPE)
     monkeypatch.setattr(score, "SAMPLES", 8)
     out, stage1 = folder / "scored", str(folder / "projector.safetensors")
@@ -125,7 +127,11 @@ def test_report_shows_what_was_not_run(world: World, folder: Path, tmp_path: Pat
     text = capsys.readouterr().out
     assert "c 1, n 4, r 1" in text
     assert "single - Mix" in text
-    assert {path.name for path in (tmp_path / "to").iterdir()} == {"conflict.json", "conflict.png", "conflict-routers.png"}
+    assert {path.name for path in (tmp_path / "to").iterdir()} == {
+        "conflict.json",
+        "conflict.png",
+        "conflict-routers.png",
+    }
     assert report.main(["--out", str(tmp_path / "runs"), "--to", str(tmp_path / "to"), "--world", "other"]) == 2
 
 
