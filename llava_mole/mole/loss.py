@@ -1,7 +1,7 @@
 """The balance loss (Eq. 6-8) in all its readings and the z-loss, from logits to the term that a trainer adds.
 
-`balance_loss`, `group_loss`, `source_loss` and `z_loss` are pure functions of logits, choices and masks; `mole_auxiliary_loss` reads
-them from a model and applies its coefficients.
+`balance_loss`, `group_loss`, `source_loss` and `z_loss` are pure functions of logits, choices and masks;
+`mole_auxiliary_loss` reads them from a model and applies its coefficients.
 
 Shape legend: L routers (layers with one each), B samples, S positions, K experts, k experts a token uses, M token sets.
 """

@@ -305,7 +305,8 @@ def _image_positions(x_BSD: Tensor, inputs: RoutingInputs) -> Tensor:
     mask_BS = _repeat(mask_BS.bool(), x_BSD.shape[0], "image_mask")
     if mask_BS.shape != x_BSD.shape[:2]:
         raise ValueError(
-            f"image_mask has shape {tuple(mask_BS.shape)}, but the batch is {tuple(x_BSD.shape[:2])} samples x positions"
+            f"image_mask has shape {tuple(mask_BS.shape)}, but the batch is {tuple(x_BSD.shape[:2])} samples x "
+            "positions"
         )
     return mask_BS
 

@@ -1,7 +1,7 @@
 """One job of the search: all arms of one cell and seed, trained side by side on the same samples and validated.
 
-A cell is a point of the phase diagram: convention, load, kind of agreed facts, rank. A job is a cell, a seed, a group of
-arms and a recipe; it is reproducible to the digit on one machine with one thread.
+A cell is a point of the phase diagram: convention, load, kind of agreed facts, rank. A job is a cell, a seed, some arms
+and a recipe; it is reproducible to the digit on one machine with one thread.
 """
 
 import dataclasses

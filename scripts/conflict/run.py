@@ -1,8 +1,8 @@
 """`python -m scripts.conflict.run`: run the grid of docs/conflict.md, job by job; a killed run continues.
 
 A job is one cell and one seed with all arms of its group. Its result is one file, written at once, whose name is the
-digest of everything that determines it: cell, seed, arms with their options, recipe, weights and data. A job that has its
-file is not run again. Nothing here opens a file of the test split; see `scripts.conflict.score`.
+digest of everything that determines it: cell, seed, arms with their options, recipe, weights and data. A job that has
+its file is not run again. Nothing here opens a file of the test split; see `scripts.conflict.score`.
 """
 
 import argparse
@@ -105,9 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not path.is_file():
             missing.append(job)
         if given.list:
-            print(
-                f"{'done   ' if path.is_file() else 'missing'} {path.stem}  {job.cell}, seed {job.seed}, {len(job.arms)} arms"
-            )
+            state = "done   " if path.is_file() else "missing"
+            print(f"{state} {path.stem}  {job.cell}, seed {job.seed}, {len(job.arms)} arms")
     print(f"world {world.digest}: {len(jobs) - len(missing)} of {len(jobs)} jobs are done")
     if given.list:
         return 0

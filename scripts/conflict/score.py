@@ -75,9 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entry |= {"world": world.digest, "adapters": len(rows)}
     with atomic_path(log) as temporary:
         Path(temporary).write_text(earlier + json.dumps(entry) + "\n", encoding="utf-8")
-    print(
-        f"{len(rows)} adapters scored on test images; {given.out / 'test.json'}; look number {earlier.count(chr(10)) + 1}"
-    )
+    look = earlier.count("\n") + 1
+    print(f"{len(rows)} adapters scored on test images; {given.out / 'test.json'}; look number {look}")
     return 0
 
 

@@ -84,7 +84,7 @@ class FrozenLlama:
 
 
 class Stack:
-    """R adapters on one frozen language model. `parameters` holds all of them, by kind, with axes `[L, ..., R, ...]`."""
+    """R adapters on one frozen language model. `parameters` holds all of them, by kind, `[L, ..., R, ...]`."""
 
     def __init__(self, base: FrozenLlama, members: Sequence[Member], seeds: Sequence[int]) -> None:
         self.base, self.members = base, list(members)
@@ -124,8 +124,8 @@ class Stack:
     def forward(self, x_RBSD: Tensor, source_RB: Tensor, images: int, progress: float = 1.0) -> tuple[Tensor, Routed]:
         """Logits at the last position, `[R, B, V]`, and the routing.
 
-        `source_RB` is int64; the first `images` positions hold the image. `progress` is the share of the training that is
-        over, for what changes along it.
+        `source_RB` is int64; the first `images` positions hold the image. `progress` is the share of the training that
+        is over, for what changes along it.
         """
         base, R, routed = self.base, len(self.members), Routed()
         B, S, D = x_RBSD.shape[1:]
