@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from scripts.conflict.loop import ARMS, ROUTERS, Arm, Cell
+from scripts.conflict.loop import ARMS, MORE_ROUTERS, ROUTERS, Arm, Cell
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ def routers(seeds: Sequence[int]) -> Iterator[Job]:
     return _jobs([CENTRE], ROUTERS, seeds)
 
 
+def more_routers(seeds: Sequence[int]) -> Iterator[Job]:
+    """The other router variants at the centre."""
+    return _jobs([CENTRE], MORE_ROUTERS, seeds)
+
+
 def routers_rank_2(seeds: Sequence[int]) -> Iterator[Job]:
     """Router variants where rank is 2."""
     return _jobs([dataclasses.replace(CENTRE, rank=2)], ROUTERS, seeds)
@@ -78,6 +83,7 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "full": full,
     "rest": rest,
     "routers": routers,
+    "more-routers": more_routers,
     "routers-rank-2": routers_rank_2,
 }
 """The grids by name."""
