@@ -47,6 +47,11 @@ def centre(seeds: Sequence[int]) -> Iterator[Job]:
     return _jobs([CENTRE], _named(FIRST), seeds)
 
 
+def three(seeds: Sequence[int]) -> Iterator[Job]:
+    """The first arms at the centre, without contradiction, and at twice the rank."""
+    return _jobs(CORE[:3], _named(FIRST), seeds)
+
+
 def core(seeds: Sequence[int]) -> Iterator[Job]:
     """The first arms in the core cells."""
     return _jobs(CORE, _named(FIRST), seeds)
@@ -79,6 +84,7 @@ def routers_rank_2(seeds: Sequence[int]) -> Iterator[Job]:
 
 GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "centre": centre,
+    "three": three,
     "core": core,
     "full": full,
     "rest": rest,
