@@ -25,7 +25,7 @@ SCALES = ("none", "straight_through", "prob", "prob_times_k")
 SUPPORTED = {
     "r", "alpha", "attention_r", "num_experts", "mode", "granularity", "router_scope", "router", "expert_scale",
     "temperature", "shared_r", "balance_coef", "balance_scale", "balance_group", "bias_update_rate",
-    "router_init_std", "router_detach_input", "add_balance_loss", "train_router",
+    "router_init_std", "router_detach_input", "add_balance_loss", "train_router", "sequence_tokens", "source_coef",
 }  # fmt: skip
 """Options of `MoleConfig` that a stack computes; all others must have their default value."""
 
@@ -192,7 +192,7 @@ class Stack:
         if self.sequence.any():
             weight = torch.full((R, 1, S, 1), 1 / S)
             for row, member in enumerate(self.members):
-                if member.image_only:
+                if member.image_only or member.config.sequence_tokens == "image":
                     weight[row] = 0
                     weight[row, :, :images] = 1 / images
             pooled = (logits * weight).sum(dim=2, keepdim=True).expand(-1, -1, S, -1)
@@ -249,11 +249,12 @@ class Stack:
                     share = torch.where(load.sum(-1, keepdim=True) > 0, load, torch.full_like(load, 1 / K))
                     product = (share * P.mean(1)).sum(-1).mean()
                 value = config.balance_coef * product * (K if config.balance_scale == "switch" else 1)
-            if member.source_coef > 0:
+            source_coef = member.source_coef + config.source_coef
+            if source_coef > 0:
                 B, S = source_RB.shape[1], routed.logits[0].shape[2]
                 target = source_RB[row].repeat_interleave(S)
                 each = [F.cross_entropy(logits[row].reshape(B * S, K), target) for logits in routed.logits]
-                value = value + member.source_coef * torch.stack(each).mean()
+                value = value + source_coef * torch.stack(each).mean()
             values.append(value)
         return torch.stack(values)
 

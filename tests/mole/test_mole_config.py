@@ -62,6 +62,9 @@ def test_presets_and_their_names() -> None:
     assert (released.router_bias, released.dropout, released.balance_layers) == (True, 0.05, "pooled")
     assert MoleConfig.from_preset("coupled").counts_load
     assert MoleConfig.from_preset("best") == MoleConfig(shared_r=8)
+    by_image = MoleConfig.from_preset("by-image")
+    assert (by_image.granularity, by_image.sequence_tokens, by_image.top_k) == ("sequence", "image", 1)
+    assert by_image.counts_load
     with pytest.raises(ValueError, match="unknown MoLE preset 'nature'; there are paper, released, coupled, best"):
         MoleConfig.from_preset("nature")
     with pytest.raises(ValueError, match="unknown MoLE option 'rang'"):

@@ -27,6 +27,11 @@ OPTIONS: dict[str, dict[str, object]] = {
     "model": {
         "granularity": "sequence", "router_scope": "model", "expert_scale": "prob_times_k", "balance_coef": 0.0,
     },
+    "image": {
+        "granularity": "sequence", "sequence_tokens": "image", "expert_scale": "prob_times_k", "balance_coef": 1e-3,
+        **LEAD,
+    },
+    "source": {"source_coef": 0.1, "expert_scale": "prob_times_k", **LEAD},
     "bias": {"expert_scale": "prob_times_k", "balance_coef": 0.0, "bias_update_rate": 0.05},
     "detached": {"expert_scale": "prob_times_k", "router_detach_input": True},
     "frozen": {"train_router": False},
@@ -78,7 +83,7 @@ def train_package(net: nn.Module, config: MoleConfig, batches: list[tuple[Tensor
     mask = torch.ones(B, S, dtype=torch.bool)
     net.train()
     for x, answer, source in batches:
-        set_routing_inputs(net, source=source, prompt_mask=mask)
+        set_routing_inputs(net, source=source, prompt_mask=mask, image_mask=mask & (torch.arange(S) < 1))
         loss = nn.functional.cross_entropy(net(inputs_embeds=x, use_cache=False).logits[:, -1], answer)
         losses.append(loss.item())
         (loss + mole_auxiliary_loss(net, token_mask=mask)).backward()
