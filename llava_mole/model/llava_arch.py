@@ -71,6 +71,10 @@ class LlavaMole(nn.Module):
             DataError: The number of placeholders does not match the features.
         """
         is_image_BL = ids_BL == IMAGE_TOKEN_INDEX
+        if hasattr(self.language_model, "peft_config"):
+            from llava_mole.mole import note_images
+
+            note_images(self.language_model, is_image_BL)
         shown = next((given for given in (image_index, images_NCHW, features) if given is not None), None)
         num_images = 0 if shown is None else shown.shape[0]
         num_placeholders = int(is_image_BL.sum())

@@ -51,12 +51,21 @@ def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
     limit = config.num_tasks if name == "task" else config.num_experts
     if name is None and config.balance_kind == "groups":
         name, limit = "source", 2
+    elif name is None and config.source_coef > 0:
+        name = "source"
     value = None if name is None else values.get(name)
     if value is not None and not value.is_floating_point() and value.numel() > 0:
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= limit:
             raise ValueError(f"{name} holds {low if low < 0 else high}; this adapter knows 0 to {limit - 1}")
     inputs.update(**values)
+
+
+def note_images(model: nn.Module, image_mask: Tensor) -> None:
+    """Set the routing input `image_mask`, bool `[B, S]`, and keep the others. Without MoLE it does nothing."""
+    inputs = shared_inputs(model)
+    if inputs is not None:
+        inputs.image_mask = image_mask
 
 
 def missing_input(model: nn.Module) -> str | None:

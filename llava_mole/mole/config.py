@@ -48,6 +48,7 @@ RANGES: dict[str, tuple[int, int, str] | tuple[float, float, str]] = {
     "shared_r": _FROM_0,
     "balance_coef": _NOT_NEGATIVE,
     "group_delta": _BELOW_1,
+    "source_coef": _NOT_NEGATIVE,
     "z_loss_coef": _NOT_NEGATIVE,
     "bias_update_rate": _NOT_NEGATIVE,
 }
@@ -106,6 +107,9 @@ class MoleConfig(PeftConfig):
     """`sparse`: the top_k experts; `dense`: all, weighted by softmax."""
     granularity: Literal["token", "sequence", "task", "given"] = "token"
     """What is routed; `given`: the caller names the experts."""
+    sequence_tokens: Literal["prompt", "image"] = "prompt"
+    """For granularity `sequence`: the positions whose logits are averaged; a sample without an image takes its
+    prompt."""
     router_scope: Literal["ffn", "linear", "model"] = "ffn"
     """Who owns a router: every FFN, every linear with experts, or the model, which then routes its token embeddings or
     tasks once for all layers."""
@@ -157,6 +161,8 @@ class MoleConfig(PeftConfig):
     """Tokens balanced together."""
     balance_tokens: Literal["all", "text", "supervised", "stratified"] = "all"
     """Which tokens count; `stratified`: by modality."""
+    source_coef: float = 0.0
+    """Coefficient of the cross-entropy between the router's probabilities and the sample's `source`, in training."""
     z_loss_coef: float = 0.0
     """Coefficient of mean(logsumexp(logits)^2)."""
     bias_update_rate: float = 0.0
@@ -277,7 +283,7 @@ class MoleConfig(PeftConfig):
         It trains the router or, through its input, the adapters of earlier layers.
         """
         reaches = self.has_router and self.router == "learned" and (self.train_router or not self.router_detach_input)
-        return reaches and (self.balance_coef > 0 or self.z_loss_coef > 0)
+        return reaches and (self.balance_coef > 0 or self.z_loss_coef > 0 or self.source_coef > 0)
 
     @property
     def counts_load(self) -> bool:
@@ -423,6 +429,11 @@ def _check_choice(c: MoleConfig) -> None:
         raise ValueError(f"router {c.router!r} has no probabilities; use mode 'sparse' and expert_scale 'none' with it")
     if c.router not in ("learned", "hash") and c.top_k != 1:
         raise ValueError(f"router {c.router!r} chooses one expert; top_k must be 1, not {c.top_k}")
+    if c.sequence_tokens == "image" and c.granularity != "sequence":
+        raise ValueError(
+            f"sequence_tokens 'image' with granularity {c.granularity!r}: it says what a decision for a whole sample "
+            "reads; set granularity 'sequence', or leave it at 'prompt'"
+        )
     if c.granularity == "given" and c.expert_scale != "none":
         raise ValueError("granularity 'given' brings its own weights; expert_scale must be 'none'")
     if c.shared_scale == "complement" and (c.mode != "sparse" or c.top_k != 1 or not c.has_router):
@@ -533,10 +544,21 @@ def _check_router_learns(c: MoleConfig) -> None:
             "balancing within the sample only flattens the router's probabilities; use 'micro_batch' or "
             "'global_batch', or balance_coef 0"
         )
-    if c.router_trains and c.mode == "sparse" and c.expert_scale == "none" and c.balance_coef == 0:
+    if c.source_coef > 0 and not c.router_trains:
+        raise ValueError(
+            f"source_coef is {c.source_coef}, but this configuration has no router that trains; set it to 0, or use a "
+            "learned router with train_router=True"
+        )
+    if c.source_coef > 0 and len(set(c.experts_by_layer or [])) > 1:
+        raise ValueError(
+            "source_coef numbers the experts alike in all layers, but experts_by_layer gives them different numbers; "
+            "leave one of them out"
+        )
+    losses = c.balance_coef > 0 or c.source_coef > 0
+    if c.router_trains and c.mode == "sparse" and c.expert_scale == "none" and not losses:
         raise ValueError(
             "expert_scale 'none' with balance_coef 0: nothing gives the router a gradient; use 'straight_through', a "
-            "balance_coef above 0, or train_router=False for a fixed random router"
+            "balance_coef or source_coef above 0, or train_router=False for a fixed random router"
         )
     if c.bias_update_rate > 0 and not (c.has_router and c.mode == "sparse"):
         raise ValueError("bias_update_rate shifts a sparse router's choice; this configuration has none")

@@ -1,7 +1,7 @@
 """The balance loss (Eq. 6-8) in all its readings and the z-loss, from logits to the term that a trainer adds.
 
-`balance_loss`, `group_loss` and `z_loss` are pure functions of logits, choices and masks; `mole_auxiliary_loss` reads
-them from a model and applies its coefficients.
+`balance_loss`, `group_loss`, `source_loss` and `z_loss` are pure functions of logits, choices and masks;
+`mole_auxiliary_loss` reads them from a model and applies its coefficients.
 
 Shape legend: L routers (layers with one each), B samples, S positions, K experts, k experts a token uses, M token sets.
 """
@@ -205,6 +205,33 @@ def z_loss(routing: Routing, token_mask: Tensor, sample_weights: Tensor | None =
     return (value_B * _sample_weights(sample_weights, tokens_B)).sum()
 
 
+def source_loss(routing: Routing, token_mask: Tensor, sample_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy `-log p_s` of each token's expert probabilities and its sample's source s.
+
+    The mean over a sample's tokens and all layers, summed with `sample_weights` (None: 1 / B). A float32 scalar without
+    `source_coef`. `token_mask` is bool `[B, S]`, false at padding. Source: ours; docs/conflict.md.
+
+    Raises:
+        ValueError: the routing has no source, or one of another number of samples.
+    """
+    if not routing.logits or len(token_mask) == 0:
+        return torch.zeros((), device=token_mask.device)
+    source = routing.source
+    if source is None or source.dim() not in (1, 2) or len(source) != len(token_mask):
+        given = None if source is None else tuple(source.shape)
+        raise ValueError(
+            f"source_coef needs set_routing_inputs(model, source=...) with the expert of each of {len(token_mask)} "
+            f"samples; it has {given}"
+        )
+    source_B = (source if source.dim() == 1 else source[:, 0]).to(token_mask.device, torch.int64)
+    logs_BSK = torch.stack([logits.log_softmax(dim=-1) for logits in routing.logits]).mean(dim=0)
+    index_BS1 = source_B.view(-1, 1, 1).expand(-1, logs_BSK.shape[1], 1)
+    mask = token_mask.to(logs_BSK.dtype)
+    tokens_B = mask.sum(dim=1)
+    value_B = -(logs_BSK.gather(-1, index_BS1).squeeze(-1) * mask).sum(dim=1) / tokens_B.clamp(min=1)
+    return (value_B * _sample_weights(sample_weights, tokens_B)).sum()
+
+
 def mole_auxiliary_loss(
     model: nn.Module,
     *,
@@ -303,6 +330,8 @@ def auxiliary_loss(
                 sample_weights=weight,
                 global_load=load,
             )
+    if config.source_coef > 0 and torch.is_grad_enabled():
+        loss = loss + config.source_coef * source_loss(routing, token_mask.bool(), sample_weights)
     if config.z_loss_coef > 0:
         loss = loss + config.z_loss_coef * z_loss(routing, token_mask.bool(), sample_weights)
     if not torch.is_grad_enabled() or not config.counts_load:

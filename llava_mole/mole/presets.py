@@ -24,6 +24,13 @@ PRESETS["coupled"] = {"expert_scale": "straight_through", "balance_scale": "swit
 PRESETS["best"] = {"shared_r": 8}
 """Ours: `y = W x + s (B_k A_k x + B_u A_u x)` with an expert u that every token uses."""
 
+PRESETS["by-image"] = {
+    "granularity": "sequence", "sequence_tokens": "image", "expert_scale": "prob_times_k", "balance_scale": "switch",
+    "balance_group": "global_batch", "balance_coef": 1e-3,
+}  # fmt: skip
+"""Ours: `y = W x + s K p_k B_k A_k x`, k = argmax p, p of the mean logits over the sample's image (its prompt without
+one): one decision for a sample in each FFN. For vision-language models; docs/conflict.md."""
+
 _TOP_2 = {"top_k": 2, "expert_scale": "topk_renorm"}
 _DENSE_LINEAR = {"router_scope": "linear", "mode": "dense"}
 _SWITCH = {"balance_scale": "switch", "balance_group": "micro_batch"}

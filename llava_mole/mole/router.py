@@ -268,9 +268,9 @@ def _logits(
         x_BSD = x_BSD * torch.empty_like(x_BSD).uniform_(1 - config.jitter, 1 + config.jitter)
     if config.granularity == "sequence":
         if inputs.sample_index is not None and training:
-            logits_BSK = _packed_sequence_logits(x_BSD, router, inputs)
+            logits_BSK = _packed_sequence_logits(x_BSD, router, config, inputs)
         else:
-            logits_BK = _sequence_logits(x_BSD, router, inputs, slot, training)
+            logits_BK = _sequence_logits(x_BSD, router, config, inputs, slot, training)
             logits_BSK = logits_BK.unsqueeze(1).expand(-1, length, -1)
         if noise:
             logits_BSK = logits_BSK + noise * _sample_noise(logits_BSK, inputs)
@@ -291,8 +291,10 @@ def _sample_noise(logits_BSK: Tensor, inputs: RoutingInputs) -> Tensor:
     return noise_TK[_per_position(inputs.sample_index, "sample_index", batch, length)]
 
 
-def _sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs, slot: RoutingSlot, training: bool) -> Tensor:
-    """Mean logits over the prompt, `[B, K]`; a decoding step reuses those of its prompt."""
+def _sequence_logits(
+    x_BSD: Tensor, router: Router, config: MoleConfig, inputs: RoutingInputs, slot: RoutingSlot, training: bool
+) -> Tensor:
+    """Mean logits over the prompt or its images, `[B, K]`; a decoding step reuses those of its prompt."""
     if inputs.decoding and not training and slot.prompt_logits is not None:
         return slot.prompt_logits
     mask_BS = inputs.prompt_mask
@@ -308,6 +310,10 @@ def _sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs, slot:
             f"prompt_mask has shape {tuple(mask_BS.shape)}, but the batch is {tuple(x_BSD.shape[:2])} samples x "
             "positions"
         )
+    if config.sequence_tokens == "image":
+        image_BS = _image_positions(x_BSD, inputs)
+        prompt_BS = torch.ones_like(image_BS) if mask_BS is None else mask_BS.bool()
+        mask_BS = torch.where(image_BS.any(dim=1, keepdim=True), image_BS, prompt_BS)
     logits_BSK = router(x_BSD)
     if mask_BS is None:
         pooled_BK = logits_BSK.mean(dim=1)
@@ -319,8 +325,24 @@ def _sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs, slot:
     return pooled_BK
 
 
-def _packed_sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs) -> Tensor:
-    """Mean logits over each sample's prompt, at every position of the sample, `[B, S, K]`."""
+def _image_positions(x_BSD: Tensor, inputs: RoutingInputs) -> Tensor:
+    """The routing input `image_mask` as bool `[B, S]`. Beam search repeats each sample, and so does this."""
+    mask_BS = inputs.image_mask
+    if mask_BS is None:
+        raise ValueError(
+            "sequence_tokens 'image' needs set_routing_inputs(model, image_mask=...) before the forward pass"
+        )
+    mask_BS = _repeat(mask_BS.bool(), x_BSD.shape[0], "image_mask")
+    if mask_BS.shape != x_BSD.shape[:2]:
+        raise ValueError(
+            f"image_mask has shape {tuple(mask_BS.shape)}, but the batch is {tuple(x_BSD.shape[:2])} samples x "
+            "positions"
+        )
+    return mask_BS
+
+
+def _packed_sequence_logits(x_BSD: Tensor, router: Router, config: MoleConfig, inputs: RoutingInputs) -> Tensor:
+    """Mean logits over each sample's prompt or images, at every position of the sample, `[B, S, K]`."""
     sample_BS, mask_BS = inputs.sample_index, inputs.prompt_mask
     shapes = [None if value is None else tuple(value.shape) for value in (sample_BS, mask_BS)]
     if sample_BS is None or mask_BS is None or set(shapes) != {tuple(x_BSD.shape[:2])}:
@@ -331,6 +353,10 @@ def _packed_sequence_logits(x_BSD: Tensor, router: Router, inputs: RoutingInputs
     logits_TK = router(x_BSD).flatten(0, 1)
     # There are at most as many samples as positions, so sums of that size need no host synchronisation.
     sample_T, weight_T1 = sample_BS.flatten(), mask_BS.to(logits_TK.dtype).view(-1, 1)
+    if config.sequence_tokens == "image":
+        image_T1 = _image_positions(x_BSD, inputs).to(logits_TK.dtype).view(-1, 1)
+        shown_T1 = torch.zeros_like(image_T1).index_add(0, sample_T, image_T1)[sample_T]
+        weight_T1 = torch.where(shown_T1 > 0, image_T1, weight_T1)
     sums = torch.zeros_like(logits_TK).index_add(0, sample_T, logits_TK * weight_T1)
     counts = torch.zeros_like(weight_T1).index_add(0, sample_T, weight_T1)
     return (sums / counts.clamp(min=1))[sample_T].view(*x_BSD.shape[:2], -1)

@@ -69,12 +69,16 @@ class RoutingInputs:
     """For granularity `given`: the expert of each sample or token, int64 `[B]` or `[B, S]`, or the weights of all
     experts, float `[B, K]` or `[B, S, K]`."""
     source: Tensor | None = None
-    """For router `oracle`: the expert of each sample, int64 `[B]`; `[B, S]` where rows hold several samples. For
-    `balance_kind` `groups`: 1 or 0, the samples that the first or the second half of the experts serves."""
+    """For router `oracle` and `source_coef`: the expert of each sample, int64 `[B]`; `[B, S]` where rows hold several
+    samples. For `balance_kind` `groups`: 1 or 0, the samples that the first or the second half of the experts
+    serves."""
     task: Tensor | None = None
     """For granularity `task`: the task of each sample, int64 `[B]`; `[B, S]` where rows hold several samples."""
     prompt_mask: Tensor | None = None
     """For granularity `sequence`: the positions to average over, bool `[B, S]`. They must not include answers."""
+    image_mask: Tensor | None = None
+    """For `sequence_tokens` `image`: the positions of images, bool `[B, S]`. `LlavaMole` sets it when it embeds a
+    prompt."""
     sample_index: Tensor | None = None
     """Where rows hold several samples: the sample of each position, counted from 0, int64 `[B, S]`."""
     decoding: bool = False

@@ -166,6 +166,8 @@ def _pass_loss(
         groups.setdefault((in_decoder, logits.shape[:2]), []).append(index)
     if config.balance_kind == "groups" and config.balance_coef > 0 and routing.source is None:
         raise MissingArgument("balance_kind 'groups' needs set_routing_inputs(model, source=...) with 0 or 1 by sample")
+    if config.source_coef > 0 and routing.source is None:
+        raise MissingArgument("source_coef needs set_routing_inputs(model, source=...) with the expert of each sample")
     device = routing.logits[0].device
     total = torch.zeros((), device=device)
     counts: Tensor | None = None

@@ -268,9 +268,10 @@ def test_nothing_to_answer(predictor: Predictor) -> None:
     assert predictor.generate([], []) == []
 
 
+@pytest.mark.parametrize("tokens", ["prompt", "image"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_padding_does_not_change_routing_by_sequence(tmp_path: Path, beams: int) -> None:
-    run = make_checkpoint(tmp_path, "mole", options={"granularity": "sequence"})
+def test_padding_does_not_change_routing_by_sequence(tmp_path: Path, beams: int, tokens: str) -> None:
+    run = make_checkpoint(tmp_path, "mole", options={"granularity": "sequence", "sequence_tokens": tokens})
     by_sequence = Predictor.from_pretrained(run, device="cpu")
     single = one_by_one(by_sequence, max_new_tokens=NEW, num_beams=beams)
     assert by_sequence.generate(IMAGES, PROMPTS, max_new_tokens=NEW, num_beams=beams) == single

@@ -20,6 +20,8 @@ PADDED = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
 TASKS = torch.tensor([2, 0])
 KINDS = torch.tensor([1, 0])
 OWN = ("paper", "released", "coupled", "best")
+"""Presets of ours that any causal LM can use."""
+NOT_RELATED = (*OWN, "by-image")
 SMALL: dict[str, dict[str, Any]] = {
     "hydralora": {},
     "asymlora": {},

@@ -32,6 +32,9 @@ Make = Callable[[], LlamaForCausalLM]
         ({"granularity": "task"}, "needs num_tasks"),
         ({"granularity": "sequence"}, "only flattens the router"),
         ({"granularity": "given", "expert_scale": "prob"}, "brings its own weights"),
+        ({"sequence_tokens": "image"}, "set granularity 'sequence'"),
+        ({"source_coef": 0.1, "train_router": False}, "no router that trains"),
+        ({"source_coef": 0.1, "experts_by_layer": [2, 4]}, "numbers the experts alike"),
         ({"router": "random", "granularity": "sequence"}, "granularity must be 'token'"),
         ({"router": "random", "expert_scale": "prob"}, "has no probabilities"),
         ({"router": "oracle", "top_k": 2}, "chooses one expert"),
@@ -59,6 +62,9 @@ def test_presets_and_their_names() -> None:
     assert (released.router_bias, released.dropout, released.balance_layers) == (True, 0.05, "pooled")
     assert MoleConfig.from_preset("coupled").counts_load
     assert MoleConfig.from_preset("best") == MoleConfig(shared_r=8)
+    by_image = MoleConfig.from_preset("by-image")
+    assert (by_image.granularity, by_image.sequence_tokens, by_image.top_k) == ("sequence", "image", 1)
+    assert by_image.counts_load
     with pytest.raises(ValueError, match="unknown MoLE preset 'nature'; there are paper, released, coupled, best"):
         MoleConfig.from_preset("nature")
     with pytest.raises(ValueError, match="unknown MoLE option 'rang'"):

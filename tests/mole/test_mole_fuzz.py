@@ -74,6 +74,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "router_init_std": st.one_of(st.none(), st.floats(0.01, 1)),
     "shared_r": st.integers(0, 4),
     "balance_coef": st.one_of(st.just(0.0), st.floats(0, 10)),
+    "source_coef": st.one_of(st.just(0.0), st.floats(0, 1)),
     "z_loss_coef": st.floats(0, 1),
     "bias_update_rate": st.one_of(st.just(0.0), st.floats(0, 0.1)),
     "init_weights": st.sampled_from([True, False, "gaussian", "pissa"]),

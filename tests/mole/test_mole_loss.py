@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from llava_mole.mole import (
     mole_after_step,
     mole_auxiliary_loss,
     routing_load,
+    set_routing_inputs,
     z_loss,
 )
+from llava_mole.mole.loss import source_loss
 
 L, B, S, K = 3, 4, 7, 3
 
@@ -192,3 +195,45 @@ def test_without_mole_or_with_one_expert_the_loss_is_zero(tiny_llama: Callable[[
     one(torch.arange(4).view(1, 4))
     assert mole_auxiliary_loss(one, token_mask=mask).item() == 0
     assert routing_load(collect_routing(one), mask).tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_source_loss_is_the_cross_entropy_counted_token_by_token(weighted: bool, by_position: bool) -> None:
+    routing, mask, source = random_routing(), random_mask(), torch.tensor([2, 0, 1, 1])
+    given = source.unsqueeze(1).expand(B, S) if by_position else source
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.9], dtype=torch.float64) if weighted else None
+    expected = 0.0
+    for b in range(B):
+        values = [
+            -float(layer[b, s].softmax(-1)[source[b]].log()) for layer in routing.logits for s in range(S) if mask[b, s]
+        ]
+        mean = sum(values) / len(values) if values else 0.0
+        expected += mean * (1 / B if weights is None else float(weights[b]))
+    own = source_loss(replace(routing, source=given), mask, weights)
+    assert float(own) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="source_coef needs"):
+        source_loss(routing, mask)
+
+
+def test_source_loss_trains_the_router_and_is_no_part_of_evaluation(tiny_llama: Callable[[], LlamaForCausalLM]) -> None:
+    config = MoleConfig(r=2, num_experts=3, source_coef=1.0, balance_coef=0.0)
+    model = get_peft_model(tiny_llama(), config).train()
+    ids, source = torch.arange(1, 17).view(4, 4), torch.tensor([0, 1, 2, 1])
+    with pytest.raises(ValueError, match="this adapter knows 0 to 2"):
+        set_routing_inputs(model, source=source + 1)
+    with pytest.raises(ValueError, match="source_coef needs"):
+        model(ids, labels=ids)
+    set_routing_inputs(model, source=source)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    routing = collect_routing(model)
+    assert all((index[..., 0] == source.unsqueeze(1)).all() for index in routing.index)
+    set_routing_inputs(model)  # a prompt has no source and needs none
+    model.eval()
+    assert model(ids).logits.isfinite().all()
+    with torch.no_grad():
+        assert float(mole_auxiliary_loss(model, token_mask=torch.ones_like(ids).bool())) == 0

@@ -15,6 +15,9 @@ SOURCE = torch.tensor([2, 0])
 TOKENS = torch.tensor([[0, 1, 1, 2, 0, 0, 1], [2, 2, 0, 1, 0, 2, 2]])  # expert 3 gets nothing
 PROMPT = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0]]).bool()
 PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 2, 3, 3]])
+IMAGES = torch.tensor(
+    [[0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
+).bool()  # row 1 and packed samples 1 to 3 have none
 
 Weights = list[list[tuple[int, Tensor]]]
 """For each of B x S tokens the experts it uses, with their weights."""
@@ -72,14 +75,16 @@ def _expected(case: str, options: dict[str, Any], layer: MoleMlp, x_BSD: Tensor)
         logits = (x_BSD.detach() if detached else x_BSD) @ router.weight.T
         if router.bias is not None:
             logits = logits + router.bias
-    if case == "sequence":
-        mean = [logits[b][PROMPT[b]].mean(dim=0) for b in range(B)]
+    if case in ("sequence", "sequence image"):
+        shown = [IMAGES[b] if "image" in case and IMAGES[b].any() else PROMPT[b] for b in range(B)]
+        mean = [logits[b][shown[b]].mean(dim=0) for b in range(B)]
         logits = torch.stack(mean).unsqueeze(1).expand(B, S, K)
-    if case == "sequence packed":
+    if case in ("sequence packed", "sequence image packed"):
         flat, sample, prompt = logits.flatten(0, 1), PACKED.flatten(), PROMPT.flatten()
         rows = []
         for s in sample:
-            own = flat[(sample == s) & prompt]
+            image = (sample == s) & IMAGES.flatten()
+            own = flat[image if "image" in case and image.any() else (sample == s) & prompt]
             rows.append(own.mean(dim=0) if len(own) else torch.zeros(K, dtype=torch.float64))
         logits = torch.stack(rows).view(B, S, K)
     logits = logits / options.get("temperature", 1.0)
@@ -124,6 +129,15 @@ ROUTING_RULES: dict[str, dict[str, Any]] = {
     "detached": {"router_detach_input": True, "expert_scale": "prob"},
     "sequence": {"granularity": "sequence", "expert_scale": "prob", **SAMPLE_FREE},
     "sequence packed": {"granularity": "sequence", "expert_scale": "prob", **SAMPLE_FREE},
+    **{
+        f"sequence image{packed}": {
+            "granularity": "sequence",
+            "sequence_tokens": "image",
+            "expert_scale": "prob_times_k",
+            **SAMPLE_FREE,
+        }
+        for packed in ("", " packed")
+    },
     "task": {"granularity": "task", "num_tasks": TASKS, "expert_scale": "prob", **SAMPLE_FREE},
     "given by sample": {"granularity": "given", **NO_ROUTER},
     "given by token": {"granularity": "given", **NO_ROUTER},
@@ -139,8 +153,8 @@ WEIGHTS = torch.rand(B, K, generator=torch.Generator().manual_seed(5), dtype=tor
 
 def _routing_inputs(case: str) -> dict[str, Tensor]:
     experts = {"given by token": TOKENS, "given as weights": WEIGHTS}.get(case, SOURCE)
-    inputs = {"experts": experts, "source": SOURCE, "task": SOURCE, "prompt_mask": PROMPT}
-    return {**inputs, "sample_index": PACKED} if case == "sequence packed" else inputs
+    inputs = {"experts": experts, "source": SOURCE, "task": SOURCE, "prompt_mask": PROMPT, "image_mask": IMAGES}
+    return {**inputs, "sample_index": PACKED} if "packed" in case else inputs
 
 
 @pytest.mark.parametrize("backend", ["auto", "masked", "grouped", "loop"])

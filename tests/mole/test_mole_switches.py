@@ -382,6 +382,8 @@ VALUES: dict[str, list[Any]] = {
     "experts_by_layer": [None, [2, 3], [4], [3, 2, 2]],
     "num_experts": [3, 1, 2, 4],
     "granularity": ["token", "sequence", "task", "given"],
+    "sequence_tokens": ["prompt", "image"],
+    "source_coef": [0.0, 0.1],
     "num_tasks": [3, 0],
     "task_dim": [0, 4],
     "mode": ["sparse", "dense"],

@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 import torch
 from mole import related_references as ref
-from mole.preset_cases import IDS, KINDS, ONES, OWN, PADDED, PROMPT, SMALL, TASKS, Make, Randomize, config_of, make, run
+from mole.preset_cases import (
+    IDS,
+    KINDS,
+    NOT_RELATED,
+    ONES,
+    PADDED,
+    PROMPT,
+    SMALL,
+    TASKS,
+    Make,
+    Randomize,
+    config_of,
+    make,
+    run,
+)
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -95,7 +109,7 @@ def test_outputs_and_gradients_equal_the_reference(
 
 
 def test_every_related_preset_has_its_place(tiny_llama: Make) -> None:
-    assert {case.split()[0] for case in SMALL} == set(PRESETS) - set(OWN)
+    assert {case.split()[0] for case in SMALL} == set(PRESETS) - set(NOT_RELATED)
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     places = {
         **dict.fromkeys(("hydralora", "loramoe"), seven[4:]),
@@ -208,4 +222,4 @@ def test_the_table_of_the_docs_is_that_of_the_presets() -> None:
         name: {key: ast.literal_eval(value) for key, value in re.findall(r"`(\w+)=(.*?)`", options)}
         for name, options in rows
     }
-    assert values == {name: options for name, options in PRESETS.items() if name not in OWN}
+    assert values == {name: options for name, options in PRESETS.items() if name not in NOT_RELATED}

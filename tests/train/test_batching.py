@@ -59,6 +59,11 @@ VARIANTS: dict[str, list[str]] = {
     "token mean": ["--train.loss_reduction", "token_mean"],
     "stratified": ["--adapter.options", "{balance_tokens: stratified, balance_group: sample, z_loss_coef: 0.01}"],
     "sequence": ["--adapter.options", "{granularity: sequence, balance_group: global_batch}"],
+    "image": [
+        "--adapter.options",
+        "{granularity: sequence, sequence_tokens: image, expert_scale: prob_times_k, balance_group: global_batch}",
+    ],
+    "source": ["--adapter.options", "{source_coef: 0.1}"],
     "task": ["--adapter.options", "{granularity: task, num_tasks: 2, balance_group: global_batch}"],
     "oracle": ["--adapter.options", "{router: oracle, expert_scale: none, balance_coef: 0.0}"],
     "given": ["--adapter.options", "{granularity: given, expert_scale: none, balance_coef: 0.0}"],

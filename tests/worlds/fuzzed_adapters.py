@@ -35,12 +35,14 @@ def tiny() -> LlamaForCausalLM:
 def inform(model: nn.Module) -> None:
     """Give the routers of the active adapter whatever they need."""
     config = active_config(model)
-    needed: dict[str, Any] = {"prompt_mask": PROMPT}
+    needed: dict[str, Any] = {"prompt_mask": PROMPT, "image_mask": PROMPT & (torch.arange(6) > 0)}
     if config is not None and config.required_input is not None:
         count = config.num_tasks if config.required_input == "task" else config.num_experts
         needed[config.required_input] = torch.tensor([0, count - 1])
     if config is not None and config.balance_kind == "groups":
         needed["source"] = torch.tensor([0, 1])
+    if config is not None and config.source_coef > 0 and "source" not in needed:
+        needed["source"] = torch.tensor([0, config.num_experts - 1])
     set_routing_inputs(model, **needed)
 
 

@@ -1,0 +1,95 @@
+"""The grids of the search: which cells, which arms, in which order. docs/conflict.md says why."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from scripts.conflict.loop import ARMS, MORE_ROUTERS, ROUTERS, Arm, Cell
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell and seed with its arms."""
+
+    cell: Cell
+    seed: int
+    arms: dict[str, Arm]
+
+
+CENTRE = Cell(1.0, 32, 1)
+"""The cell in which routers are compared."""
+CORE = (CENTRE, Cell(0.0, 32, 1), Cell(1.0, 32, 2), Cell(0.5, 32, 1), Cell(0.0, 32, 1, "own"), Cell(1.0, 16, 1))
+"""The centre and one step along every dial."""
+FULL = tuple(Cell(c, load, r) for r, load, c in product((1, 2, 4), (16, 32, 64), (0.0, 0.5, 1.0)))
+"""All combinations."""
+FIRST = (
+    "single general", "single document", "single biomedicine", "mix", "mix, rank K r", "oracle", "paper", "coupled",
+    "lead", "image",
+)  # fmt: skip
+"""The arms that every cell has."""
+REST = ("mix", "oracle", "random", "best", "source")
+"""The other arms, with those that they are compared to."""
+
+
+def _jobs(cells: Sequence[Cell], arms: dict[str, Arm], seeds: Sequence[int]) -> Iterator[Job]:
+    for cell in cells:
+        for seed in seeds:
+            yield Job(cell, seed, arms)
+
+
+def _named(names: Sequence[str]) -> dict[str, Arm]:
+    return {name: ARMS[name] for name in names}
+
+
+def centre(seeds: Sequence[int]) -> Iterator[Job]:
+    """The first arms at the centre."""
+    return _jobs([CENTRE], _named(FIRST), seeds)
+
+
+def three(seeds: Sequence[int]) -> Iterator[Job]:
+    """The first arms at the centre, without contradiction, and at twice the rank."""
+    return _jobs(CORE[:3], _named(FIRST), seeds)
+
+
+def core(seeds: Sequence[int]) -> Iterator[Job]:
+    """The first arms in the core cells."""
+    return _jobs(CORE, _named(FIRST), seeds)
+
+
+def full(seeds: Sequence[int]) -> Iterator[Job]:
+    """The first arms in all cells of the phase diagram."""
+    return _jobs(FULL, _named(FIRST), seeds)
+
+
+def rest(seeds: Sequence[int]) -> Iterator[Job]:
+    """The other arms in the core cells."""
+    return _jobs(CORE, _named(REST), seeds)
+
+
+def routers(seeds: Sequence[int]) -> Iterator[Job]:
+    """Router variants at the centre."""
+    return _jobs([CENTRE], ROUTERS, seeds)
+
+
+def more_routers(seeds: Sequence[int]) -> Iterator[Job]:
+    """The other router variants at the centre."""
+    return _jobs([CENTRE], MORE_ROUTERS, seeds)
+
+
+def routers_rank_2(seeds: Sequence[int]) -> Iterator[Job]:
+    """Router variants where rank is 2."""
+    return _jobs([dataclasses.replace(CENTRE, rank=2)], ROUTERS, seeds)
+
+
+GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
+    "centre": centre,
+    "three": three,
+    "core": core,
+    "full": full,
+    "rest": rest,
+    "routers": routers,
+    "more-routers": more_routers,
+    "routers-rank-2": routers_rank_2,
+}
+"""The grids by name."""
