@@ -21,7 +21,7 @@ SUBCOMMANDS = {
     "prepare-benchmark": ("llava_mole.eval.prepare", "convert a benchmark's official files to questions"),
     "convert": ("llava_mole.interop.cli", "import LLaVA and Hugging Face checkpoints, or export ours"),
     "compose": ("llava_mole.interop.compose.cli", "make one LoRA of several, by a search on a few examples"),
-    "inspect": ("llava_mole.interop.inspect", "show what a directory or weight file is and contains"),
+    "inspect": ("llava_mole.interop.inspect.cli", "show what a directory or weight file is and contains"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
 

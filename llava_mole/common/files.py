@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -93,6 +94,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     """`write_text` of the value as strict JSON (no NaN) with a final line break."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None for numbers that JSON cannot represent (NaN and infinity)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

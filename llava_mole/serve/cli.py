@@ -9,13 +9,17 @@ given with `--prompt`; several of them are the turns of one conversation.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.conversation import Turn
 from llava_mole.data.images import open_image
+from llava_mole.inference.arguments import add_loading_arguments, load_predictor
 from llava_mole.inference.decoding import Decoding
-from llava_mole.inference.predictor import Predictor, add_loading_arguments, load_predictor
+
+if TYPE_CHECKING:
+    from llava_mole.inference.predictor import Predictor
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,7 +67,7 @@ def questions_from(prompts: Sequence[str] | None) -> Iterator[str]:
         yield line
 
 
-def chat(predictor: Predictor, image, questions: Iterator[str], decoding: Decoding) -> None:
+def chat(predictor: "Predictor", image, questions: Iterator[str], decoding: Decoding) -> None:
     """Answer the questions one by one on stdout; each one sees the turns before it."""
     turns: list[Turn] = []
     for question in questions:

@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from llava_mole import __version__
 from llava_mole.common.distributed import all_gather_objects, get_rank
 from llava_mole.common.errors import CheckpointError
-from llava_mole.common.files import read_json, write_json
+from llava_mole.common.files import finite, read_json, write_json
 from llava_mole.common.log import get_logger
 from llava_mole.config import save_config
 from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, PROJECTOR_PREFIX, TOKENIZER_DIR
 from llava_mole.model.checkpoint import checkpoint_path, rotate_checkpoints, write_checkpoint
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.train.metrics import finite
 from llava_mole.train.strategy import MASTER
 
 logger = get_logger(__name__)

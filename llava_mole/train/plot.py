@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from llava_mole.common.errors import DataError, command
 from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
-from llava_mole.train.metrics import METRICS_FILE, read_metrics
+from llava_mole.train.tracker import METRICS_FILE, read_metrics
 
 Entries = Sequence[dict[str, Any]]
 Values = npt.NDArray[np.float64]

@@ -35,7 +35,7 @@ from llava_mole.model.checkpoint import (
     resolve_checkpoint,
 )
 from llava_mole.train.checkpointing import ENVIRONMENT_FILE, STATE_FILE, SUMMARY_FILE, Progress
-from llava_mole.train.metrics import METRICS_FILE, read_metrics
+from llava_mole.train.tracker import METRICS_FILE, read_metrics
 
 logger = get_logger(__name__)
 

@@ -40,7 +40,6 @@ from llava_mole.train.checkpointing import (
     write_environment,
 )
 from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
-from llava_mole.train.metrics import Tracker
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import announce_schedule, build_optimizer
 from llava_mole.train.preflight import check_inputs
@@ -54,6 +53,7 @@ from llava_mole.train.resume import (
     run_directory,
 )
 from llava_mole.train.strategy import Strategy, start_strategy
+from llava_mole.train.tracker import Tracker
 from llava_mole.train.trainer import Trainer
 from llava_mole.train.validation import AnswerCheck, Validator
 
