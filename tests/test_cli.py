@@ -27,6 +27,37 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.endswith("False\n")
 
 
+HEAVY = ("torch", "transformers", "peft", "accelerate", "pyarrow", "open_clip", "matplotlib", "deepspeed")
+"""Packages that take a good part of a second to import; help that waits for one of them is too slow."""
+ENTRY_POINTS = ("llava_mole.eval.model_vqa", "llava_mole.serve.cli")
+"""Modules with options of their own that are run with `python -m`."""
+
+
+def test_no_help_imports_a_heavy_package() -> None:
+    """All commands in one process, in order: the first one that imports a package is named."""
+    calls = [(name, "--help") for name in cli.SUBCOMMANDS]
+    calls += [("prepare", name, "--help") for name in MODULES]
+    calls += [(module, "--help") for module in ENTRY_POINTS]
+    code = f"""
+import contextlib, importlib, io, sys
+from llava_mole.cli import main
+blamed = {{}}
+for call in {calls!r}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
+        if call[0] in {ENTRY_POINTS!r}:
+            importlib.import_module(call[0]).main(["--help"])
+        else:
+            main(call)
+    assert "usage: " in printed.getvalue(), call
+    for package in {HEAVY!r}:
+        if package in sys.modules:
+            blamed.setdefault(package, " ".join(call))
+print(blamed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
