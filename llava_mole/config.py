@@ -16,17 +16,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
+from llava_mole.common.keys import ANY, find_line, nearest
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
 
@@ -492,10 +493,48 @@ class RunConfig:
             )
 
 
-def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -> RunConfig:
+class Option(NamedTuple):
+    """One key of a configuration."""
+
+    key: str
+    """With a `*` for the name of a source."""
+    kind: Any
+    """Its type."""
+    section: type
+    """The dataclass that it belongs to."""
+
+    @property
+    def meaning(self) -> str:
+        """The text under the field in its dataclass, as one line."""
+        from docstring_parser import parse_from_object
+
+        name = self.key.rpartition(".")[2]
+        texts = [p.description for p in parse_from_object(self.section).params if p.arg_name == name]
+        return " ".join((texts[0] or "").split()) if texts else ""
+
+
+def options(section: type = RunConfig, prefix: str = "") -> Iterator[Option]:
+    """Every key below a section of the configuration, in order."""
+    for option in dataclasses.fields(section):
+        key, kinds = f"{prefix}{option.name}", get_args(option.type) or (option.type,)
+        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if isinstance(nested, type):
+            yield from options(nested, f"{key}.{ANY}." if get_origin(option.type) is dict else f"{key}.")
+        else:
+            yield Option(key, option.type, section)
+
+
+def parse_run_config(
+    arguments: Sequence[str], prog: str = "llava-mole train", *, flags: Mapping[str, str] | None = None
+) -> RunConfig:
     """Build a `RunConfig` from `[CONFIG.yaml] [--key.sub value ...]`; later arguments win.
 
     `--SECTION FILE.yaml` replaces only the keys that FILE has; which others CONFIG still gives is logged.
+
+    Args:
+        arguments: Of the command line.
+        prog: The command, for its help.
+        flags: Options without a value that the command reads itself, with their help.
 
     Raises:
         ConfigError: unknown key, wrong type, value that is not allowed, or unreadable file; the message names it.
@@ -512,21 +551,92 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         raise ConfigError(f"config file {arguments[1]!r} does not exist; the shipped ones are in configs/")
     parser = ArgumentParser(
         prog=prog,
+        usage=f"{prog} CONFIG.yaml [--key.sub VALUE ...]",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Train one stage; see configs/ for examples.",
+        description="Train one stage; see configs/ for examples. A value on the command line replaces the one in "
+        "CONFIG, and --SECTION FILE.yaml the keys that FILE has.",
         formatter_class=functools.partial(DefaultHelpFormatter, width=HELP_WIDTH),  # type: ignore[arg-type]
     )
     parser.add_argument("--config", action="config", help="YAML file; may come first without the option name")
+    for flag, text in (flags or {}).items():
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_class_arguments(RunConfig, as_group=False)
-    next(a for a in parser._actions if a.dest == "adapter.preset").metavar = "NAME"  # the help text lists the names
+    if {"-h", "--help"} & set(arguments):
+        actions = {action.dest: action for action in parser._actions}
+        actions["adapter.preset"].metavar = "NAME"  # its text lists the names
+        keys = [f"--data.sources.NAME.{option.key}: {option.meaning}" for option in options(SourceConfig)]
+        actions["data.sources"].help = " ".join([f"{actions['data.sources'].help}", *keys])
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, yaml.YAMLError) as error:
-        where = f"{arguments[1]}: " if arguments[:1] == ["--config"] else ""
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{where}{message} (see `llava-mole train --help` for the keys)") from None
+        raise ConfigError(_explained(str(error), arguments)) from None
     return RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
+
+
+_UNKNOWN = (
+    re.compile(r"Group '(?P<section>[^']+)' does not accept option '(?P<name>[^']+)'"),
+    re.compile(r"key \"(?P<section>data\.sources)\": .*Option '(?P<name>[^']+)' is not accepted"),
+    re.compile(r"Option '(?P<name>[^']+)' is not accepted"),
+)
+"""What jsonargparse says about a key of a file, or of a dictionary, that does not exist."""
+_WRONG = (
+    re.compile(r'^Parser key "(?P<key>[^"]+)": Expected a (?P<kind>.+?)\. Got value: (?P<value>.*)$'),
+    re.compile(r'^Parser key "(?P<key>[^"]+)": [^.]*Subtypes: \[(?P<kind>.+?)\] Err.* Given value: (?P<value>.*)$'),
+)
+"""What it says about a value of the wrong type."""
+
+
+def _explained(message: str, arguments: Sequence[str]) -> str:
+    """The message of a wrong command line or file: where the key is, and which one is meant if there is no such key."""
+    message = " ".join(message.split())
+    config = Path(arguments[1]) if arguments[:1] == ["--config"] and len(arguments) > 1 else None
+    where = f"{config}: " if config is not None else ""
+    known = [option.key for option in options()]
+    see = "(see `llava-mole train --help` for the keys)"
+    if message.startswith("unrecognized arguments: "):
+        words = message.split(": ", 1)[1].split()
+        given = [word for word in words if word.startswith("--")] or words
+        meant = [_meant(word, word.removeprefix("--").partition("=")[0], known) for word in given]
+        return f"{'; '.join(meant)} {see}"
+    if wrong := next((match for pattern in _WRONG if (match := pattern.match(message))), None):
+        key, kind = wrong["key"], re.sub(r"typing\.|<class '(\w+)'>", r"\1", wrong["kind"])
+        as_option = any(argument.partition("=")[0] == f"--{key}" for argument in arguments)
+        place = "--" if as_option else _line(config, key) or where
+        return f"{place}{key} is {wrong['value']!r}; it must be {_allowed(kind)} {see}"
+    match = next((match for pattern in _UNKNOWN if (match := pattern.search(message))), None)
+    if match is None:
+        return f"{where}{message} {see}"
+    names = match.groupdict()
+    keys = [f"{names['section']}.{names['name']}" if "section" in names else names["name"]]
+    if names.get("section") == "data.sources":
+        sources = _section_of(config, "data").get("sources") if config is not None else None
+        keys = [f"data.sources.{source}.{names['name']}" for source in [*(sources or {}), "NAME"]]
+    line, key = next(((line, key) for key in keys if (line := _line(config, key))), ("", keys[-1]))
+    return f"{line or where}{_meant(key, key, known)} {see}"
+
+
+def _line(config: Path | None, key: str) -> str:
+    """`FILE:LINE: ` of a key below a config file; empty if it is not there."""
+    line = None if config is None else find_line(config, key)
+    return f"{line}: " if line else ""
+
+
+def _allowed(kind: str) -> str:
+    """What a type allows, in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
+    if kind.startswith("Literal["):
+        return f"one of {kind.removeprefix('Literal[').removesuffix(']')}"
+    if kind.startswith("dict"):
+        return "a mapping of names to values"
+    return " or ".join(words.get(one, one) for one in kind.split(", "))
+
+
+def _meant(given: str, key: str, known: Sequence[str]) -> str:
+    """Says that a key is unknown and which one is meant, with dashes if it was given as an option."""
+    found = nearest(key, known)
+    dashes = "--" if given.startswith("--") or "=" in given else ""
+    return f"{given} is unknown" + ("" if found is None else f"; did you mean {dashes}{found}?")
 
 
 def _log_merged_files(arguments: Sequence[str]) -> None:

@@ -102,13 +102,14 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def find_start(train: TrainConfig, values: Mapping[str, Any]) -> Start:
+def find_start(train: TrainConfig, values: Mapping[str, Any], *, read_only: bool = False) -> Start:
     """Decide where a run starts. Call it on one rank: it reads whole checkpoints.
 
     A process that torchrun has restarted (`--max-restarts`) resumes from what its predecessor left, as with `auto`.
 
     Args:
         values: The complete configuration as plain values.
+        read_only: Leave unfinished files of an earlier process where they are.
 
     Raises:
         CheckpointError: the output directory has checkpoints and `train.resume` is not set, none of them verifies,
@@ -116,9 +117,11 @@ def find_start(train: TrainConfig, values: Mapping[str, Any]) -> Start:
         ConfigError: the output directory has files that no run of this program wrote.
     """
     run_dir = Path(train.output_dir)
-    clean_leftovers(run_dir)
+    if not read_only:
+        clean_leftovers(run_dir)
     _check_foreign_files(run_dir)
-    _remove_torn_files(run_dir)
+    if not read_only:
+        _remove_torn_files(run_dir)
     existing = list_checkpoints(run_dir)
     automatic = train.resume == "auto" or (_restarted() and (existing or train.resume is None))
     if not automatic and train.resume is None:

@@ -12,7 +12,7 @@ from llava_mole.common.distributed import all_gather_objects, is_main_process, o
 from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
 from llava_mole.common.text import format_table
-from llava_mole.config import RunConfig, config_to_dict, parse_run_config, save_config
+from llava_mole.config import RunConfig, config_to_dict, save_config
 from llava_mole.data.batching import count_steps
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.tokenization import HFTextTokenizer
@@ -32,6 +32,7 @@ from llava_mole.model.language_model import compile_layers, set_recompute
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.packed_attention import enable_packing
 from llava_mole.model.quantization import quantize_linears
+from llava_mole.train.arguments import DRY_RUN, DRY_RUN_LOAD, parse_arguments
 from llava_mole.train.checkpointing import (
     CheckpointWriter,
     Progress,
@@ -39,7 +40,7 @@ from llava_mole.train.checkpointing import (
     read_progress,
     write_environment,
 )
-from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
+from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code, tell_interruption
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import announce_schedule, build_optimizer
 from llava_mole.train.preflight import check_inputs
@@ -99,7 +100,7 @@ def train(config: RunConfig) -> Path:
                 strategy.load_state(read_optimizer_state(start.checkpoint), progress.updates)
             record_start(run_dir, values, strategy)
             most_bad = config.train.max_bad_steps, config.data.max_bad_image_share
-            Trainer(
+            trainer = Trainer(
                 name=f"{config.stage} ({config.adapter.method})",
                 train=config.train,
                 total_steps=steps,
@@ -114,7 +115,9 @@ def train(config: RunConfig) -> Path:
                 monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
                 guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
                 progress=progress,
-            ).run()
+            )
+            with tell_interruption(run_dir, progress, steps):
+                trainer.run()
     return run_dir
 
 
@@ -251,8 +254,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, and turn the end of the run into an exit code."""
     setup_logging()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after tokenizers has threads
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        train(parse_run_config(sys.argv[1:] if arguments is None else arguments))
+        config = parse_arguments(arguments)
+        if {DRY_RUN, DRY_RUN_LOAD} & set(arguments):
+            from llava_mole.train.dry_run import dry_run
+
+            if os.environ.get("RANK", "0") == "0":
+                print(dry_run(config, make_trainable if DRY_RUN_LOAD in arguments else None))
+            return 0
+        train(config)
     except StopRequested as stopped:
         logger.info("%s; continue with --train.resume auto (exit code %d)", stopped, EXIT_STOPPED)
         leave_process_group()
