@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "convert": ("llava_mole.interop.cli", "import LLaVA and Hugging Face checkpoints, or export ours"),
     "compose": ("llava_mole.interop.compose.cli", "make one LoRA of several, by a search on a few examples"),
     "inspect": ("llava_mole.interop.inspect.cli", "show what a directory or weight file is and contains"),
+    "completion": ("llava_mole.common.completion", "print a script that lets Tab complete commands: bash, zsh, fish"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
 

@@ -300,6 +300,8 @@ class TrackerConfig:
     """Weights & Biases project; None turns it off."""
     wandb_mode: Literal["online", "offline"] = "online"
     """`offline` needs no account; upload later with `wandb sync`."""
+    tensorboard: bool = False
+    """Also write `tensorboard/` in the run directory (extra `tensorboard`); `tensorboard --logdir RUN` shows it."""
     log_every: int = 1
     """Optimizer steps between two entries."""
 
@@ -726,6 +728,9 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         ConfigError: the file is missing or not JSON, asks for another ZeRO stage or offload, or contradicts the run.
     """
     path = Path(train.deepspeed_config)
+    shipped = Path(__file__).parents[1] / path  # the default, for a run that starts outside the repository
+    if not path.is_file() and shipped.is_file():
+        path = shipped
     if not path.is_file():
         raise ConfigError(f"train.deepspeed_config {str(path)!r} does not exist; the shipped one is scripts/zero2.json")
     try:

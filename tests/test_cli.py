@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -56,6 +57,21 @@ print(blamed)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "{}\n"
+
+
+def test_the_package_runs_as_a_module_and_gives_its_predictor() -> None:
+    """`import llava_mole` stays light; `from llava_mole import Predictor` imports what it needs."""
+    done = subprocess.run([sys.executable, "-m", "llava_mole", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{__version__}\n"
+    code = "import sys, llava_mole; assert 'Predictor' in llava_mole.__all__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    from llava_mole import Predictor
+    from llava_mole.inference import predictor
+
+    assert Predictor is predictor.Predictor
+    with pytest.raises(AttributeError, match="no attribute 'Predicter'"):
+        importlib.import_module("llava_mole").Predicter  # noqa: B018
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ FLOORS = (
     {"model"},
     {"inference", "interop", "analysis"},
     {"train", "eval", "serve"},
+    {"__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALONE = {"mole"}

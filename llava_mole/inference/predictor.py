@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import torch
 
@@ -42,7 +42,7 @@ from llava_mole.inference.decoding import (
     check_count,
 )
 from llava_mole.inference.finite import finite_outputs
-from llava_mole.inference.inputs import ImagesLike, Prompt, as_images, as_lists
+from llava_mole.inference.inputs import ImagesLike, Prompt, as_images, as_lists, is_single
 from llava_mole.model.builder import LoadedModel, load_pretrained_model
 from llava_mole.model.llava_arch import LlavaMole
 
@@ -100,6 +100,36 @@ class Predictor:
         )
         return cls(loaded, template=template)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self,
+        images: ImagesLike,
+        prompts: str,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        num_beams: int = ...,
+        stop: str | Sequence[str] | None = ...,
+        seeds: Sequence[int] | None = ...,
+        batch_size: int = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        images: ImagesLike | Sequence[ImagesLike],
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        num_beams: int = ...,
+        stop: str | Sequence[str] | None = ...,
+        seeds: Sequence[int] | None = ...,
+        batch_size: int = ...,
+    ) -> list[str]: ...
+
     def generate(
         self,
         images: ImagesLike | Sequence[ImagesLike],
@@ -112,14 +142,14 @@ class Predictor:
         stop: str | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
-    ) -> list[str]:
-        """Answers to the prompts, in their order.
+    ) -> str | list[str]:
+        """Answers to the prompts, in their order; to a single prompt its answer alone, as a text.
 
         Args:
             images: One entry per prompt: an image (see `OneImage`), None, or a list of images. An object or path that
                 occurs several times is encoded once. A single image or None goes with every prompt.
-            prompts: Questions, or conversations that end with a user turn; a single one is a list of one, and all
-                images belong to it. If the text has no image placeholders, they are put before the first turn.
+            prompts: Questions, or conversations that end with a user turn. All images belong to a single one that is
+                not in a list. If the text has no image placeholders, they are put before the first turn.
             max_new_tokens: Longest answer in tokens; an answer also ends at the context's limit.
             temperature: 0 is greedy, whatever the language model's own generation config says.
             top_p: Sample only within this probability mass.
@@ -136,6 +166,7 @@ class Predictor:
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
         answer = self._answer_decoder(stop)
+        single = is_single(prompts)
         images, prompts = as_lists(images, prompts)
         seeds = _draw_seeds(decoding, len(prompts)) if seeds is None else as_seeds(seeds, len(prompts))
         answers = [""] * len(prompts)
@@ -143,7 +174,7 @@ class Predictor:
             found = self._decode(batch, decoding, answer, [seeds[member] for member in batch.members])
             for position, ids in zip(batch.members, found, strict=True):
                 answers[position] = answer.final(ids)
-        return answers
+        return answers[0] if single else answers
 
     def stream(
         self,

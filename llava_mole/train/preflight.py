@@ -58,9 +58,9 @@ def check_inputs(
         adapter_config(**asdict(adapter))
     absent = missing_inputs(model, data, projector_weights, init_from)
     if absent:
+        first = f"this run lacks {count_of(len(absent), 'input')}:"
         lines = [
-            f"this run lacks {count_of(len(absent), 'input')}:",
-            *(f"  {line}" for line in absent),
+            *([f"{first} {absent[0]}"] if len(absent) == 1 else [first, *(f"  {line}" for line in absent)]),
             "Put them there (docs/models.md and docs/data.md say where they come from; projector_weights is what",
             "scripts/pretrain.sh writes), or name other paths with --key PATH. What needs no download:",
             f"{TINY_CONFIGS},",

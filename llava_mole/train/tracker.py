@@ -1,6 +1,6 @@
 """The file of a run's metrics: `Tracker` writes it, `read_metrics` reads it. It needs no PyTorch.
 
-Entries are written to `metrics.jsonl`, and to Weights & Biases if configured.
+Entries are written to `metrics.jsonl`, and to Weights & Biases and TensorBoard if configured.
 """
 
 import json
@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from llava_mole.common.files import atomic_path, finite, write_errors
 from llava_mole.common.log import get_logger
 from llava_mole.config import TrackerConfig
@@ -16,6 +18,7 @@ from llava_mole.config import TrackerConfig
 logger = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
 
 
 class Tracker:
@@ -35,6 +38,7 @@ class Tracker:
         self, config: TrackerConfig, run_dir: Path, first_step: int, *, run: dict[str, Any], enabled: bool
     ) -> None:
         self._wandb: Any = None
+        self._tensorboard: Any = None
         self._file: IO[str] | None = None
         self._failed = False
         if not enabled:
@@ -47,6 +51,8 @@ class Tracker:
         self._file = path.open("a", encoding="utf-8")
         if config.wandb_project:
             self._start_wandb(config, run_dir, run)
+        if config.tensorboard:
+            self._start_tensorboard(run_dir, first_step)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Record one step; `entry["step"]` is the number of optimizer steps done (1 after the first)."""
@@ -66,6 +72,12 @@ class Tracker:
             except Exception as error:  # whatever the service raises, training continues
                 logger.warning("wandb failed (%s); the run continues with %s only", error, METRICS_FILE)
                 self._wandb = None
+        if self._tensorboard is not None:
+            try:
+                self._write_tensorboard(entry)
+            except Exception as error:  # as above
+                logger.warning("tensorboard failed (%s); the run continues with %s only", error, METRICS_FILE)
+                self._tensorboard = None
 
     def sync(self) -> None:
         """Flush the entries to the disk, as every checkpoint needs."""
@@ -86,6 +98,8 @@ class Tracker:
                 self._wandb.finish()
             except Exception as error:  # as above
                 logger.warning("wandb did not finish cleanly: %s", error)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def _give_up(self, error: OSError) -> None:
         """Report once that entries are lost, as on a full disk; training continues."""
@@ -101,6 +115,23 @@ class Tracker:
             self._wandb = wandb.init(project=project, mode=mode, name=run_dir.name, dir=str(run_dir), config=run)
         except Exception as error:  # not installed, no network, no account: training continues without it
             logger.warning("wandb is not available (%s); metrics go to %s only", error, METRICS_FILE)
+
+    def _start_tensorboard(self, run_dir: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Entries of a process that ended after its last checkpoint are hidden from the step at which this one goes on.
+            self._tensorboard = SummaryWriter(run_dir / TENSORBOARD_DIR, purge_step=first_step + 1)
+        except Exception as error:  # not installed, or its folder cannot be written: training continues without it
+            logger.warning("tensorboard is not available (%s); metrics go to %s only", error, METRICS_FILE)
+
+    def _write_tensorboard(self, entry: dict[str, Any]) -> None:
+        for name, value in _flatten(entry).items():
+            if name != "step" and math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, entry["step"])
+        for name, values in over_layers(entry).items():
+            self._tensorboard.add_histogram(name, np.array(values), entry["step"])
+        self._tensorboard.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
