@@ -14,7 +14,8 @@ _llava_mole_words() { # what may stand after the words given
   if [ $# -eq 0 ] || [ "$*" = prepare ]; then
     llava-mole "$@" --help 2>/dev/null | sed -nE '/^(commands|sources)/,$ s/^  ([a-z][a-z0-9-]*) .*/\1/p'
   else
-    llava-mole "$@" --help 2>/dev/null | grep -oE -- '(^|[^a-zA-Z-])--[a-z][A-Za-z0-9_.-]*' | sed -E 's/^[^-]*//' | sort -u
+    llava-mole "$@" --help 2>/dev/null |
+      grep -oE -- '(^|[^a-zA-Z-])--[a-z][A-Za-z0-9_.-]*' | sed -E 's/^[^-]*//' | sort -u
   fi
 }
 """.strip()

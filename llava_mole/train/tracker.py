@@ -120,7 +120,7 @@ class Tracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Entries of a process that ended after its last checkpoint are hidden from the step at which this one goes on.
+            # What an earlier process wrote after its last checkpoint is hidden.
             self._tensorboard = SummaryWriter(run_dir / TENSORBOARD_DIR, purge_step=first_step + 1)
         except Exception as error:  # not installed, or its folder cannot be written: training continues without it
             logger.warning("tensorboard is not available (%s); metrics go to %s only", error, METRICS_FILE)
