@@ -23,12 +23,12 @@ mm_use_im_start_end mm_vision_select_layer model_max_length model_name_or_path n
 per_device_eval_batch_size per_device_train_batch_size pretrain_mm_mlp_adapter report_to save_steps save_strategy
 save_total_limit tf32 tune_mm_mlp_adapter version vision_tower warmup_ratio weight_decay
 """.split()
-"""Every flag of pretrain.sh, finetune.sh, finetune_lora.sh, finetune_qlora.sh and finetune_task_lora.sh of LLaVA-1.5."""
+"""Every flag of pretrain.sh, finetune.sh, finetune_lora.sh, finetune_qlora.sh and finetune_task_lora.sh."""
 LLAVA_ARGUMENTS = """
 model_name_or_path version freeze_backbone tune_mm_mlp_adapter vision_tower mm_vision_select_layer
 pretrain_mm_mlp_adapter mm_projector_type mm_use_im_start_end mm_use_im_patch_token mm_vision_select_feature data_path
-lazy_preprocess is_multimodal image_folder image_aspect_ratio cache_dir optim remove_unused_columns freeze_mm_mlp_adapter
-mpt_attn_impl model_max_length double_quant quant_type bits lora_enable lora_r lora_alpha lora_dropout lora_weight_path
+lazy_preprocess is_multimodal image_folder image_aspect_ratio cache_dir optim remove_unused_columns
+freeze_mm_mlp_adapter mpt_attn_impl model_max_length double_quant quant_type bits lora_enable lora_r lora_alpha lora_dropout lora_weight_path
 lora_bias mm_projector_lr group_by_modality_length
 """.split()
 """Every field of ModelArguments, DataArguments and TrainingArguments of its train.py."""
@@ -99,14 +99,14 @@ def test_a_mistyped_option_suggests_the_nearest(given: list[str], message: str) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stage: finetune\ntrain:\n  output_dir: x\n  learningrate: 1\n", "a.yaml:4: train.learningrate is unknown; did "
-         "you mean train.learning_rate?"),
+        ("stage: finetune\ntrain:\n  output_dir: x\n  learningrate: 1\n", "a.yaml:4: train.learningrate is unknown; "
+         "did you mean train.learning_rate?"),
         ("stage: finetune\ntrian: {output_dir: x}\n", "a.yaml:2: trian.output_dir is unknown; did you mean "
          "train.output_dir?"),
         ("stage: finetune\ntrain: {output_dir: x}\ndata:\n  sources:\n    a:\n      anotations: a.json\n",
          "a.yaml:6: data.sources.a.anotations is unknown; did you mean data.sources.a.annotations?"),
-        ("stage: finetune\ntrain: {output_dir: x}\ndata: b.yaml\n", "b.yaml:2: data.max_lenght is unknown; did you mean "
-         "data.max_length?"),
+        ("stage: finetune\ntrain: {output_dir: x}\ndata: b.yaml\n", "b.yaml:2: data.max_lenght is unknown; did you "
+         "mean data.max_length?"),
         ("stage: finetune\ntrain:\n  output_dir: x\n  epochs: many\n", "a.yaml:4: train.epochs is 'many'; it must be a "
          "whole number"),
     ],

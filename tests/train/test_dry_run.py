@@ -29,8 +29,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(world: Path, name: str, *more: str) -> list[str]:
-    prepared = [f"--data.sources.blue.annotations={world}/prepared/train",
-                f"--data.sources.blue.image_folder={world}/prepared/images", "--data.sources.blue.follow_links=true"]  # fmt: skip
+    blue = {
+        "annotations": f"{world}/prepared/train",
+        "image_folder": f"{world}/prepared/images",
+        "follow_links": "true",
+    }
+    prepared = [f"--data.sources.blue.{key}={value}" for key, value in blue.items()]
     return [str(world / "config.yaml"), "--train.output_dir", str(world / name), *prepared, *more]
 
 
