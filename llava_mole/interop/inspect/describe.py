@@ -9,6 +9,7 @@ from llava_mole.common.errors import CheckpointError, WeightsError
 from llava_mole.common.text import count_of, format_bytes
 from llava_mole.data.store import read_manifest
 from llava_mole.interop.causal_lm import fingerprint_language_model
+from llava_mole.interop.inspect.prepared import describe_prepared, prepared_kind
 from llava_mole.interop.kinds import KINDS, NON_LORA_FILE, Found, find_kind
 from llava_mole.interop.lora import ADAPTER_CONFIG
 from llava_mole.interop.names import split_llava, split_llava_hf
@@ -58,6 +59,8 @@ def describe(path: Path) -> tuple[list[str], bool]:
         CheckpointError: a checkpoint is damaged.
         DataError: a prepared data set is damaged.
     """
+    if path.is_dir() and (kind := prepared_kind(path)):
+        return describe_prepared(path, kind)
     found = find_kind(path)
     if found.kind == "run":
         return _describe_run(path)
