@@ -36,6 +36,7 @@ from llava_mole.model.checkpoint import (
 )
 from llava_mole.train.checkpointing import ENVIRONMENT_FILE, STATE_FILE, SUMMARY_FILE, Progress
 from llava_mole.train.tracker import METRICS_FILE, read_metrics
+from llava_mole.train.validation import ANSWERS_FILE
 
 logger = get_logger(__name__)
 
@@ -205,7 +206,7 @@ def _given(resume: str, run_dir: Path, existing: Sequence[Path]) -> Path:
 
 def _check_foreign_files(run_dir: Path) -> None:
     """Raise ConfigError if a file that a run writes exists and no run has been here."""
-    names = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
+    names = (CONFIG_FILE, METRICS_FILE, ANSWERS_FILE, SUMMARY_FILE)
     found = [name for name in names if os.path.lexists(run_dir / name)]
     if found and not (run_dir / ENVIRONMENT_FILE).is_file():
         raise ConfigError(
@@ -217,7 +218,9 @@ def _check_foreign_files(run_dir: Path) -> None:
 
 def _remove_torn_files(run_dir: Path) -> None:
     """Remove what a process that was killed while it wrote one of a run's own files left under a temporary name."""
-    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ():
+    for name in (
+        (CONFIG_FILE, METRICS_FILE, ANSWERS_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ()
+    ):
         for path in run_dir.glob(f".tmp-{name}-*"):
             if path.is_file() and not path.is_symlink() and path.name.rpartition("-")[2].isdecimal():
                 path.unlink()

@@ -56,7 +56,7 @@ from llava_mole.train.resume import (
 from llava_mole.train.strategy import Strategy, start_strategy
 from llava_mole.train.tracker import Tracker
 from llava_mole.train.trainer import Trainer
-from llava_mole.train.validation import AnswerCheck, Validator
+from llava_mole.train.validation import AnswerCheck, AnswerLog, Validator
 
 logger = get_logger("llava_mole.train.train")  # not __name__, which is __main__ under `python -m`
 
@@ -218,6 +218,7 @@ def build_monitor(
         model,
         validator,
         answer_check,
+        answer_log=AnswerLog(Path(config.train.output_dir)) if answer_check is not None else None,
         precision=config.train.precision,
         log_every=config.tracker.log_every,
         validate_every=config.train.validate_every,
