@@ -54,6 +54,8 @@ rounding of float arithmetic. Every other key is compared, new ones included."""
 MIN_FREE_BYTES = 16 << 20
 """A run is not started with less free disk space: it could not even write its configuration and metrics."""
 LOCK_FILE = ".lock"
+OWN_FILES = (CONFIG_FILE, METRICS_FILE, ANSWERS_FILE, SUMMARY_FILE)
+"""What a run writes beside its environment, which comes first."""
 STARTS_ANEW = "start a new run in another --train.output_dir (from these weights with --init-from)"
 
 
@@ -206,8 +208,7 @@ def _given(resume: str, run_dir: Path, existing: Sequence[Path]) -> Path:
 
 def _check_foreign_files(run_dir: Path) -> None:
     """Raise ConfigError if a file that a run writes exists and no run has been here."""
-    names = (CONFIG_FILE, METRICS_FILE, ANSWERS_FILE, SUMMARY_FILE)
-    found = [name for name in names if os.path.lexists(run_dir / name)]
+    found = [name for name in OWN_FILES if os.path.lexists(run_dir / name)]
     if found and not (run_dir / ENVIRONMENT_FILE).is_file():
         raise ConfigError(
             f"train.output_dir {run_dir} has {', '.join(found)}, but no {ENVIRONMENT_FILE}: no run wrote "
@@ -218,9 +219,7 @@ def _check_foreign_files(run_dir: Path) -> None:
 
 def _remove_torn_files(run_dir: Path) -> None:
     """Remove what a process that was killed while it wrote one of a run's own files left under a temporary name."""
-    for name in (
-        (CONFIG_FILE, METRICS_FILE, ANSWERS_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ()
-    ):
+    for name in OWN_FILES if (run_dir / ENVIRONMENT_FILE).is_file() else ():
         for path in run_dir.glob(f".tmp-{name}-*"):
             if path.is_file() and not path.is_symlink() and path.name.rpartition("-")[2].isdecimal():
                 path.unlink()
