@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         "not on disk; repeatable")  # fmt: skip
     add("--sample", type=int, default=2000, metavar="N", help="records to tokenize per source (default 2000)")
     add("--steps", type=int, default=200, metavar="N", help="optimizer steps to simulate (default 200)")
-    add("--out", type=Path, metavar="DIR", help=f"folder of {FIGURE} (default: the run directory if it exists, else .)")
+    add("--out", type=Path, metavar="DIR", help=f"folder of {FIGURE} (default: the run directory if it exists, else "
+        "no picture)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
     return parser
 
@@ -79,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         write_json(arguments.json, plan_values(plan), indent=1)
     run_dir = Path(config.train.output_dir)
-    out = arguments.out or (run_dir if run_dir.is_dir() else Path())
-    print(f"\npicture: {draw_plan(plan, out / FIGURE)}")
+    out = arguments.out or (run_dir if run_dir.is_dir() else None)
+    print(f"\npicture: {draw_plan(plan, out / FIGURE) if out is not None else 'none; --out DIR says where'}")
     return 0
 
 

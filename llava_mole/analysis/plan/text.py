@@ -1,11 +1,41 @@
 """A plan as text and as plain values."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from llava_mole.analysis.plan.estimates import Estimate
 from llava_mole.analysis.plan.plan import Plan
+from llava_mole.common.text import format_bytes, format_table
 from llava_mole.model.flops import GIB
+
+
+class Unit(NamedTuple):
+    """A unit for a column of numbers."""
+
+    name: str
+    size: float
+    """How many of the base unit it is."""
+
+
+HOURS = (Unit("h", 1.0), Unit("min", 1 / 60), Unit("s", 1 / 3600))
+TERAFLOPS = (Unit("TFLOP", 1.0), Unit("GFLOP", 1e-3), Unit("MFLOP", 1e-6))
+
+
+def unit_for(values: Iterable[float], units: Sequence[Unit]) -> Unit:
+    """The largest unit in which the largest value is at least 1, so that small runs do not read as zero."""
+    largest = max(values, default=0.0)
+    return next((unit for unit in units if largest >= unit.size), units[-1])
+
+
+def in_unit(value: float, unit: Unit) -> str:
+    """A value with its unit, to three digits: `11.6 h`, `1,097 h`, `0.052 s`."""
+    return f"{digits(value / unit.size)} {unit.name}"
+
+
+def digits(value: float) -> str:
+    """A number to three digits, without exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def plan_text(plan: Plan) -> str:
@@ -17,37 +47,31 @@ def plan_text(plan: Plan) -> str:
         f"{gpu.name} ({gpu.bf16_flops / 1e12:g} TFLOP/s dense bf16, {gpu.memory_bytes / GIB:g} GiB)",
         *(f"assumed: {assumption}" for assumption in plan.assumptions),
         f"assumed: a rank sustains {options.utilisation:.0%} of its GPU's peak while it computes (--utilisation)",
-        "",
-        f"{'part':<16}{'trainable':>16}{'all':>18}",
     ]
     totals = ("total", sum(part[1] for part in plan.parameters), sum(part[2] for part in plan.parameters))
-    lines += [f"{name:<16}{trainable:>16,}{whole:>18,}" for name, trainable, whole in [*plan.parameters, totals]]
-    lines += ["", f"{'source':<22}{'samples':>12}{'mean tokens':>13}{'longest':>9}{'TFLOP':>8}  lengths"]
+    parts = [(name, f"{some:,}", f"{whole:,}") for name, some, whole in [*plan.parameters, totals]]
+    memory = [(name, f"{size / GIB:.2f}") for name, size in best.memory.items()]
+    memory.append(("total", f"{best.memory_bytes / GIB:.2f}"))
+    verdict = "fits" if plan.fits(best) else "DOES NOT FIT"
+    unit = unit_for([estimate.hours for estimate in (best, plan.configured)], HOURS)
     lines += [
-        f"{s.name:<22}{s.samples:>12,}{s.mean_tokens:>13,.0f}{s.longest:>9,}{s.teraflops:>8.3g}  {s.basis}"
-        for s in plan.sources
-    ]
-    lines += [
-        f"{'':<22}{plan.samples:>12,}{'':>22}{plan.sample_teraflops:>8.3g}  a sample, forward and backward",
+        "",
+        format_table([("part", "trainable", "all"), *parts], right={1, 2}),
+        "",
+        _sources_table(plan),
         "",
         f"memory of one GPU, recommended setting ({_words(best)})",
-    ]
-    lines += [f"  {name:<20}{size / GIB:>8.2f} GiB" for name, size in best.memory.items()]
-    verdict = "fits" if plan.fits(best) else "DOES NOT FIT"
-    lines += [
-        f"  {'total':<20}{best.memory_bytes / GIB:>8.2f} GiB of {gpu.memory_bytes / GIB:g}: {verdict}",
+        format_table([("item", "GiB"), *memory], right={1}),
+        f"of {gpu.memory_bytes / GIB:g} GiB: {verdict}",
+        "",
         f"recommended: {best.setting}",
-        f"because: {plan.reason}; {best.hours:.1f} h",
+        f"because: {plan.reason}; {in_unit(best.hours, unit)}",
         f"as configured: {_words(plan.configured)}: {plan.configured.memory_bytes / GIB:.1f} GiB, "
         + ("fits" if plan.fits(plan.configured) else "DOES NOT FIT")
-        + f"; {plan.configured.hours:.1f} h",
-        f"a checkpoint takes {plan.checkpoint_bytes / 1e9:.2f} GB",
+        + f"; {in_unit(plan.configured.hours, unit)}",
+        f"a checkpoint takes {format_bytes(plan.checkpoint_bytes)}",
         "",
-        f"{'GPUs':>5}  {'batching':<9}{'row':>8}  {'recompute':<10}{'GiB':>6}{'s/step':>8}{'hours':>8}{'GPU hours':>11}"
-        f"{'ranks busy':>12}{'MFU':>6}",
-    ]
-    lines += [_estimate_line(estimate, plan) for estimate in plan.estimates]
-    lines += [
+        _estimates_table(plan),
         "* as configured, > recommended; padded with all recomputed is how LLaVA trains. row: tokens of the largest",
         "micro-batch. ranks busy: share of the time not spent waiting for the slowest rank. MFU: forward and backward",
         "FLOPs of real tokens over what the GPUs could do in the time.",
@@ -55,18 +79,37 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _sources_table(plan: Plan) -> str:
+    unit = unit_for([source.teraflops for source in plan.sources], TERAFLOPS)
+    rows = [("source", "samples", "mean tokens", "longest", unit.name, "lengths")]
+    rows += [
+        (s.name, f"{s.samples:,}", f"{s.mean_tokens:,.0f}", f"{s.longest:,}", digits(s.teraflops / unit.size), s.basis)
+        for s in plan.sources
+    ]
+    each = digits(plan.sample_teraflops / unit.size)
+    rows.append(("", f"{plan.samples:,}", "", "", each, "a sample, forward and backward"))
+    return format_table(rows, right={1, 2, 3, 4})
+
+
 def _words(estimate: Estimate) -> str:
     return f"{estimate.batching}, rows of {estimate.row_tokens:,} tokens, recompute {estimate.policy.name}"
 
 
-def _estimate_line(estimate: Estimate, plan: Plan) -> str:
-    mark = "*" if estimate == plan.configured else ">" if estimate == plan.recommended else " "
-    over = "" if plan.fits(estimate) else "  does not fit"
-    return (
-        f"{mark}{estimate.gpus:>4}  {estimate.batching:<9}{estimate.row_tokens:>8,}  {estimate.policy.name:<10}"
-        f"{estimate.memory_bytes / GIB:>6.1f}{estimate.step.seconds:>8.3f}{estimate.hours:>8.1f}"
-        f"{estimate.gpu_hours:>11,.0f}{estimate.step.straggler_efficiency:>12.0%}{estimate.mfu:>6.0%}{over}"
-    )
+def _estimates_table(plan: Plan) -> str:
+    """All estimates, marked and compared; times in units in which the longest is at least 1."""
+    run = unit_for([estimate.hours for estimate in plan.estimates], HOURS)
+    gpu = unit_for([estimate.gpu_hours for estimate in plan.estimates], HOURS)
+    header = ("", "GPUs", "batching", "row", "recompute", "GiB", "s/step", run.name, f"GPU {gpu.name}", "ranks busy")
+    rows = [(*header, "MFU", "")]
+    for e in plan.estimates:
+        mark = "*" if e == plan.configured else ">" if e == plan.recommended else ""
+        step = f"{e.step.seconds:.3f}" if e.step.seconds >= 0.1 else f"{e.step.seconds:.2g}"
+        memory, times = f"{e.memory_bytes / GIB:.1f}", (digits(e.hours / run.size), digits(e.gpu_hours / gpu.size))
+        shares = f"{e.step.straggler_efficiency:.0%}", f"{e.mfu:.0%}"
+        over = "" if plan.fits(e) else "does not fit"
+        words = (mark, f"{e.gpus}", e.batching, f"{e.row_tokens:,}", e.policy.name)
+        rows.append((*words, memory, step, *times, *shares, over))
+    return format_table(rows, right={1, 3, 5, 6, 7, 8, 9, 10})
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
