@@ -6,7 +6,7 @@ from typing import Any
 from llava_mole.analysis.plan.estimates import Estimate
 from llava_mole.analysis.plan.plan import Plan
 from llava_mole.analysis.plan.text import HOURS, in_unit, unit_for
-from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
+from llava_mole.common.figures import COLORS, add_legend, new_figure, save_figure, tidy
 from llava_mole.model.flops import GIB
 
 CAUSES = (
@@ -65,7 +65,7 @@ def _time_panel(axes: Any, plan: Plan) -> None:
         axes, f"Time of the run, at {plan.options.utilisation:.0%} of {plan.options.gpu.name}'s peak", names[unit.name]
     )
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=4, frameon=False, fontsize=9)
+    add_legend(axes, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=4)
 
 
 def _is_drawn(estimate: Estimate, plan: Plan) -> bool:
