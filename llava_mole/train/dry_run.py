@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llava_mole.analysis.plan.architecture import build_meta_model
+from llava_mole.common.errors import ConfigError
 from llava_mole.common.text import count_of, format_bytes, format_table
 from llava_mole.config import RunConfig, check_batch, config_to_dict, deepspeed_config
 from llava_mole.data.batching import count_steps
@@ -18,6 +19,7 @@ from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.optim import announce_schedule
 from llava_mole.train.preflight import check_inputs
 from llava_mole.train.resume import find_start
+from llava_mole.train.strategy import check_device
 
 BYTES_PER_PARAMETER = 16
 """Of a trainable parameter in a checkpoint: the weight, its master and two moments of Adam, all float32."""
@@ -89,6 +91,10 @@ def dry_run(config: RunConfig, make_trainable: Callable[..., None] | None) -> st
         f"{train.keep_checkpoints} stay",
         f"directory    {Path(train.output_dir)}; the run {goes_on}",
     ]
+    try:
+        check_device(config.device, train.precision)
+    except ConfigError as error:  # it may be meant for another machine
+        lines.append(f"not here     {error}")
     if make_trainable is None:
         lines.append("weights      not read (--dry-run-load reads them)")
     return "\n".join(lines)

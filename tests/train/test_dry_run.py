@@ -54,6 +54,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(
     assert "dry run of finetune (mole) on 1 rank: nothing was written" in printed
     assert re.search(r"^red +24 +24 +5 +0 +0 +0 +\d+$", printed, flags=re.M)
     assert "12 optimizer steps of 4 samples; 0 samples left over" in printed
+    assert "not here" not in printed
     assert ("weights      not read" in printed) is (flag == "--dry-run")
 
 
@@ -69,6 +70,12 @@ def test_the_dry_run_tells_what_the_run_then_does(world: Path) -> None:
     again = dry_run(parse_run_config([*given, "--train.resume", "auto"]), None)
     assert f"is complete: {run / 'checkpoint-2'}" in again
     assert json.loads((run / "summary.json").read_text())["step"] == 2
+
+
+def test_a_dry_run_tells_what_this_machine_cannot_do(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    told = dry_run(parse_run_config(arguments(world, "dry", "--train.precision", "bf16")), None)
+    assert "not here     train.precision 'bf16' needs a GPU" in told
 
 
 def test_a_dry_run_finds_what_would_end_the_run(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
