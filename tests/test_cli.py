@@ -84,6 +84,11 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"no command 'fly'; there are {', '.join(cli.SUBCOMMANDS)}" in capsys.readouterr().err
 
 
+def test_a_mistyped_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "no command 'trian', did you mean train?; there are train, " in capsys.readouterr().err
+
+
 def test_every_command_has_its_module() -> None:
     sources = [(get_module(name).__name__, name) for name in MODULES]
     for module, _ in [*cli.SUBCOMMANDS.values(), *sources]:
