@@ -27,7 +27,7 @@ import yaml
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
-from llava_mole.common.keys import ANY, find_line, nearest
+from llava_mole.common.keys import ANY, explained
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
 
@@ -572,73 +572,10 @@ def parse_run_config(
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, yaml.YAMLError) as error:
-        raise ConfigError(_explained(str(error), arguments)) from None
+        file = Path(arguments[1]) if arguments[:1] == ["--config"] and len(arguments) > 1 else None
+        problem = explained(str(error), file, arguments, [option.key for option in options()])
+        raise ConfigError(f"{problem} (see `llava-mole train --help` for the keys)") from None
     return RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
-
-
-_UNKNOWN = (
-    re.compile(r"Group '(?P<section>[^']+)' does not accept option '(?P<name>[^']+)'"),
-    re.compile(r"key \"(?P<section>data\.sources)\": .*Option '(?P<name>[^']+)' is not accepted"),
-    re.compile(r"Option '(?P<name>[^']+)' is not accepted"),
-)
-"""What jsonargparse says about a key of a file, or of a dictionary, that does not exist."""
-_WRONG = (
-    re.compile(r'^Parser key "(?P<key>[^"]+)": Expected a (?P<kind>.+?)\. Got value: (?P<value>.*)$'),
-    re.compile(r'^Parser key "(?P<key>[^"]+)": [^.]*Subtypes: \[(?P<kind>.+?)\] Err.* Given value: (?P<value>.*)$'),
-)
-"""What it says about a value of the wrong type."""
-
-
-def _explained(message: str, arguments: Sequence[str]) -> str:
-    """The message of a wrong command line or file: where the key is, and which one is meant if there is no such key."""
-    message = " ".join(message.split())
-    config = Path(arguments[1]) if arguments[:1] == ["--config"] and len(arguments) > 1 else None
-    where = f"{config}: " if config is not None else ""
-    known = [option.key for option in options()]
-    see = "(see `llava-mole train --help` for the keys)"
-    if message.startswith("unrecognized arguments: "):
-        words = message.split(": ", 1)[1].split()
-        given = [word for word in words if word.startswith("--")] or words
-        meant = [_meant(word, word.removeprefix("--").partition("=")[0], known) for word in given]
-        return f"{'; '.join(meant)} {see}"
-    if wrong := next((match for pattern in _WRONG if (match := pattern.match(message))), None):
-        key, kind = wrong["key"], re.sub(r"typing\.|<class '(\w+)'>", r"\1", wrong["kind"])
-        as_option = any(argument.partition("=")[0] == f"--{key}" for argument in arguments)
-        place = "--" if as_option else _line(config, key) or where
-        return f"{place}{key} is {wrong['value']!r}; it must be {_allowed(kind)} {see}"
-    match = next((match for pattern in _UNKNOWN if (match := pattern.search(message))), None)
-    if match is None:
-        return f"{where}{message} {see}"
-    names = match.groupdict()
-    keys = [f"{names['section']}.{names['name']}" if "section" in names else names["name"]]
-    if names.get("section") == "data.sources":
-        sources = _section_of(config, "data").get("sources") if config is not None else None
-        keys = [f"data.sources.{source}.{names['name']}" for source in [*(sources or {}), "NAME"]]
-    line, key = next(((line, key) for key in keys if (line := _line(config, key))), ("", keys[-1]))
-    return f"{line or where}{_meant(key, key, known)} {see}"
-
-
-def _line(config: Path | None, key: str) -> str:
-    """`FILE:LINE: ` of a key below a config file; empty if it is not there."""
-    line = None if config is None else find_line(config, key)
-    return f"{line}: " if line else ""
-
-
-def _allowed(kind: str) -> str:
-    """What a type allows, in words."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
-    if kind.startswith("Literal["):
-        return f"one of {kind.removeprefix('Literal[').removesuffix(']')}"
-    if kind.startswith("dict"):
-        return "a mapping of names to values"
-    return " or ".join(words.get(one, one) for one in kind.split(", "))
-
-
-def _meant(given: str, key: str, known: Sequence[str]) -> str:
-    """Says that a key is unknown and which one is meant, with dashes if it was given as an option."""
-    found = nearest(key, known)
-    dashes = "--" if given.startswith("--") or "=" in given else ""
-    return f"{given} is unknown" + ("" if found is None else f"; did you mean {dashes}{found}?")
 
 
 def _log_merged_files(arguments: Sequence[str]) -> None:
