@@ -1,6 +1,6 @@
 """Dotted keys of nested settings, as jsonargparse reads them from YAML files and the command line.
 
-Its messages about them are made readable here: a wrong key or value gets the line of its file and the key that was meant.
+Its messages about them are made readable here: the line of a wrong key or value, and the key that was meant.
 """
 
 import difflib
