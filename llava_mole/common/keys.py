@@ -44,7 +44,7 @@ def explained(message: str, file: Path | None, arguments: Sequence[str], known: 
         key, kind = wrong["key"], re.sub(r"typing\.|<class '(\w+)'>", r"\1", wrong["kind"])
         as_option = any(argument.partition("=")[0] == f"--{key}" for argument in arguments)
         place = "--" if as_option else f"{_line(file, key)[0]}" or where
-        return f"{place}{key} is {wrong['value']!r}; it must be {_allowed(kind)}"
+        return f"{place}{key} must be {_allowed(kind)}, not {wrong['value']!r}"
     unknown = next((match.groupdict() for pattern in _UNKNOWN if (match := pattern.search(message))), None)
     if unknown is None:
         return where + message

@@ -88,8 +88,8 @@ def test_the_page_shows_the_table() -> None:
         (["--model.vision_tower.nme", "x"], "did you mean --model.vision_tower.name?"),
         (["train.epochs=3"], "train.epochs=3 is unknown; did you mean --train.epochs?"),
         (["--zzz", "1", "--train.epoch", "1"], "--zzz is unknown; --train.epoch is unknown; did you mean"),
-        (["--train.batching", "paked"], "--train.batching is 'paked'; it must be one of 'packed', 'padded'"),
-        (["--train.max_steps", "ten"], "--train.max_steps is 'ten'; it must be a whole number or null"),
+        (["--train.batching", "paked"], "--train.batching must be one of 'packed', 'padded', 'grouped', not 'paked'"),
+        (["--train.max_steps", "ten"], "--train.max_steps must be a whole number or null, not 'ten'"),
     ],
 )
 def test_a_mistyped_option_suggests_the_nearest(given: list[str], message: str) -> None:
@@ -108,8 +108,8 @@ def test_a_mistyped_option_suggests_the_nearest(given: list[str], message: str) 
          "a.yaml:6: data.sources.a.anotations is unknown; did you mean data.sources.a.annotations?"),
         ("stage: finetune\ntrain: {output_dir: x}\ndata: b.yaml\n", "b.yaml:2: data.max_lenght is unknown; did you "
          "mean data.max_length?"),
-        ("stage: finetune\ntrain:\n  output_dir: x\n  epochs: many\n", "a.yaml:4: train.epochs is 'many'; it must be a "
-         "whole number"),
+        ("stage: finetune\ntrain:\n  output_dir: x\n  epochs: many\n", "a.yaml:4: train.epochs must be a whole number, "
+         "not 'many'"),
     ],
 )  # fmt: skip
 def test_a_mistyped_key_of_a_file_names_its_line(tmp_path: Path, text: str, message: str) -> None:
