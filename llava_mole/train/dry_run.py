@@ -16,9 +16,10 @@ from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import parameter_report
 from llava_mole.model.builder import build_image_processor, build_parts
 from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.train.checkpointing import read_progress
 from llava_mole.train.optim import announce_schedule
 from llava_mole.train.preflight import check_inputs
-from llava_mole.train.resume import find_start
+from llava_mole.train.resume import check_same_contents, check_same_plan, check_steps_free, contents_of, find_start
 from llava_mole.train.strategy import check_device
 
 BYTES_PER_PARAMETER = 16
@@ -70,6 +71,15 @@ def dry_run(config: RunConfig, make_trainable: Callable[..., None] | None) -> st
     )
     steps, left_over = count_steps(len(dataset), train.global_batch_size)
     steps = min(steps, train.max_steps or steps)
+    done = 0
+    if start.checkpoint is not None:
+        progress = read_progress(start.checkpoint)
+        check_same_plan(progress, dataset.plan.digest, train.global_batch_size, start.checkpoint)
+        done = progress.step
+        if make_trainable is not None:
+            contents = contents_of(fingerprints, tokenizer.fingerprint, dataset.limits.template, dataset.digests)
+            check_same_contents(start.checkpoint, contents, train.accept_changed)
+    check_steps_free(Path(train.output_dir), start.run, done, steps)
     announce_schedule(train, steps, begun=start.begun or start.checkpoint is not None)
     if make_trainable is not None:
         device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
