@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llava_mole import __version__
 from llava_mole.common.errors import ConfigError, command
+from llava_mole.common.keys import nearest
 from llava_mole.common.log import quieten_libraries
 
 SUBCOMMANDS = {
@@ -29,7 +30,8 @@ SUBCOMMANDS = {
     "prepare-benchmark": ("llava_mole.eval.prepare", "convert a benchmark's official files to questions"),
     "convert": ("llava_mole.interop.cli", "import LLaVA and Hugging Face checkpoints, or export ours"),
     "compose": ("llava_mole.interop.compose.cli", "make one LoRA of several, by a search on a few examples"),
-    "inspect": ("llava_mole.interop.inspect", "show what a directory or weight file is and contains"),
+    "inspect": ("llava_mole.interop.inspect.cli", "show what a directory or weight file is and contains"),
+    "completion": ("llava_mole.common.completion", "print a script that lets Tab complete commands: bash, zsh, fish"),
 }
 """Name -> module with `main(argv)`, and its line in the help."""
 
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if arguments[0] not in SUBCOMMANDS:
-        raise ConfigError(f"no command {arguments[0]!r}; there are {', '.join(SUBCOMMANDS)}")
+        meant = nearest(arguments[0], SUBCOMMANDS)
+        suggested = f", did you mean {meant}?" if meant else ""
+        raise ConfigError(f"no command {arguments[0]!r}{suggested}; there are {', '.join(SUBCOMMANDS)}")
     quieten_libraries()
     module = importlib.import_module(SUBCOMMANDS[arguments[0]][0])
     return int(module.main(arguments[1:]) or 0)

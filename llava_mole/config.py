@@ -16,17 +16,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import write_text
+from llava_mole.common.keys import ANY, explained
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
 
@@ -312,6 +313,8 @@ class TrackerConfig:
     """Weights & Biases project; None turns it off."""
     wandb_mode: Literal["online", "offline"] = "online"
     """`offline` needs no account; upload later with `wandb sync`."""
+    tensorboard: bool = False
+    """Also write `tensorboard/` in the run directory (extra `tensorboard`); `tensorboard --logdir RUN` shows it."""
     log_every: int = 1
     """Optimizer steps between two entries."""
 
@@ -514,10 +517,48 @@ class RunConfig:
             )
 
 
-def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -> RunConfig:
+class Option(NamedTuple):
+    """One key of a configuration."""
+
+    key: str
+    """With a `*` for the name of a source."""
+    kind: Any
+    """Its type."""
+    section: type
+    """The dataclass that it belongs to."""
+
+    @property
+    def meaning(self) -> str:
+        """The text under the field in its dataclass, as one line."""
+        from docstring_parser import parse_from_object
+
+        name = self.key.rpartition(".")[2]
+        texts = [p.description for p in parse_from_object(self.section).params if p.arg_name == name]
+        return " ".join((texts[0] or "").split()) if texts else ""
+
+
+def options(section: type = RunConfig, prefix: str = "") -> Iterator[Option]:
+    """Every key below a section of the configuration, in order."""
+    for option in dataclasses.fields(section):
+        key, kinds = f"{prefix}{option.name}", get_args(option.type) or (option.type,)
+        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if isinstance(nested, type):
+            yield from options(nested, f"{key}.{ANY}." if get_origin(option.type) is dict else f"{key}.")
+        else:
+            yield Option(key, option.type, section)
+
+
+def parse_run_config(
+    arguments: Sequence[str], prog: str = "llava-mole train", *, flags: Mapping[str, str] | None = None
+) -> RunConfig:
     """Build a `RunConfig` from `[CONFIG.yaml] [--key.sub value ...]`; later arguments win.
 
     `--SECTION FILE.yaml` replaces only the keys that FILE has; which others CONFIG still gives is logged.
+
+    Args:
+        arguments: Of the command line.
+        prog: The command, for its help.
+        flags: Options without a value that the command reads itself, with their help.
 
     Raises:
         ConfigError: unknown key, wrong type, value that is not allowed, or unreadable file; the message names it.
@@ -534,20 +575,28 @@ def parse_run_config(arguments: Sequence[str], prog: str = "llava-mole train") -
         raise ConfigError(f"config file {arguments[1]!r} does not exist; the shipped ones are in configs/")
     parser = ArgumentParser(
         prog=prog,
+        usage=f"{prog} CONFIG.yaml [--key.sub VALUE ...]",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Train one stage; see configs/ for examples.",
+        description="Train one stage; see configs/ for examples. A value on the command line replaces the one in "
+        "CONFIG, and --SECTION FILE.yaml the keys that FILE has.",
         formatter_class=functools.partial(DefaultHelpFormatter, width=HELP_WIDTH),  # type: ignore[arg-type]
     )
     parser.add_argument("--config", action="config", help="YAML file; may come first without the option name")
+    for flag, text in (flags or {}).items():
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_class_arguments(RunConfig, as_group=False)
-    next(a for a in parser._actions if a.dest == "adapter.preset").metavar = "NAME"  # the help text lists the names
+    if {"-h", "--help"} & set(arguments):
+        actions = {action.dest: action for action in parser._actions}
+        actions["adapter.preset"].metavar = "NAME"  # its text lists the names
+        keys = [f"--data.sources.NAME.{option.key}: {option.meaning}" for option in options(SourceConfig)]
+        actions["data.sources"].help = " ".join([f"{actions['data.sources'].help}", *keys])
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, yaml.YAMLError) as error:
-        where = f"{arguments[1]}: " if arguments[:1] == ["--config"] else ""
-        message = " ".join(str(error).split())
-        raise ConfigError(f"{where}{message} (see `llava-mole train --help` for the keys)") from None
+        file = Path(arguments[1]) if arguments[:1] == ["--config"] and len(arguments) > 1 else None
+        problem = explained(str(error), file, arguments, [option.key for option in options()])
+        raise ConfigError(f"{problem} (see `llava-mole train --help` for the keys)") from None
     return RunConfig(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(RunConfig)})
 
 
@@ -640,6 +689,9 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         ConfigError: the file is missing or not JSON, asks for another ZeRO stage or offload, or contradicts the run.
     """
     path = Path(train.deepspeed_config)
+    shipped = Path(__file__).parents[1] / path  # the default, for a run that starts outside the repository
+    if not path.is_file() and shipped.is_file():
+        path = shipped
     if not path.is_file():
         raise ConfigError(f"train.deepspeed_config {str(path)!r} does not exist; the shipped one is scripts/zero2.json")
     try:

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Starts a training run: _launch.sh CONFIG [--key.sub value ...]. Topology comes from the environment only:
+# Starts a training run: _launch.sh CONFIG [--key.sub value ...]. CONFIG and the relative paths in it start where the
+# caller is; a CONFIG that is not there is looked for in the repository, and its paths start there. Topology comes from
+# the environment only:
 #   GPUS_PER_NODE  processes on this machine (default: its GPUs, or 1 without one)
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, one call on each; RUN_ID the same on all of them
 #   MAX_RESTARTS   how often torchrun starts all ranks again after one has failed (default 0); they resume by themselves
@@ -8,8 +10,10 @@
 # Exit code: 0 done, 2 a mistake in what was given, 75 stopped by SIGTERM or SIGUSR1 after saving (run it again with
 # --train.resume auto), anything else a failure. docs/scaling.md is the operator's page.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+[ -n "${1:-}" ] && [ -f "$1" ] || cd "$root"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+[ -z "${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ] && export PATH="$root/.venv/bin:$PATH"
 
 count_gpus() { { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true; }
 gpus=${GPUS_PER_NODE:-$(count_gpus)}
@@ -48,7 +52,7 @@ if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; exit 0; fi
 python -m llava_mole.train.preflight "$world" "$@"
 # One thread a process unless told otherwise: more of them than cores slow each other down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / gpus > 0 ? $(nproc) / gpus : 1 ))}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.cache/torch_extensions}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.cache/torch_extensions}
 [ "$launcher" = torchrun ] || exec "${command[@]}"
 
 # torchrun ends with 1 whatever its ranks ended with, and would kill them 30 s after a signal to stop. So it ignores

@@ -4,7 +4,7 @@
 # an environment of its own, .venv-lmms-eval (or the one LMMS_EVAL_PYTHON names). Not part of the test suite.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-run=${1:-runs/tiny/finetune_mole} limit=${LIMIT:-24} out=runs/lmms_eval
+run=${1:-runs/tiny/quickstart/llava_mole} limit=${LIMIT:-24} out=runs/lmms_eval
 python=${LMMS_EVAL_PYTHON:-.venv-lmms-eval/bin/python}
 if [ ! -x "$python" ]; then
   echo "== making the environment .venv-lmms-eval with lmms-eval (about 7 GB, some minutes)"

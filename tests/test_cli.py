@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -27,6 +28,52 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.endswith("False\n")
 
 
+HEAVY = ("torch", "transformers", "peft", "accelerate", "pyarrow", "open_clip", "matplotlib", "deepspeed")
+"""Packages that take a good part of a second to import; help that waits for one of them is too slow."""
+ENTRY_POINTS = ("llava_mole.eval.model_vqa", "llava_mole.serve.cli")
+"""Modules with options of their own that are run with `python -m`."""
+
+
+def test_no_help_imports_a_heavy_package() -> None:
+    """All commands in one process, in order: the first one that imports a package is named."""
+    calls = [(name, "--help") for name in cli.SUBCOMMANDS]
+    calls += [("prepare", name, "--help") for name in MODULES]
+    calls += [(module, "--help") for module in ENTRY_POINTS]
+    code = f"""
+import contextlib, importlib, io, sys
+from llava_mole.cli import main
+blamed = {{}}
+for call in {calls!r}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
+        if call[0] in {ENTRY_POINTS!r}:
+            importlib.import_module(call[0]).main(["--help"])
+        else:
+            main(call)
+    assert "usage: " in printed.getvalue(), call
+    for package in {HEAVY!r}:
+        if package in sys.modules:
+            blamed.setdefault(package, " ".join(call))
+print(blamed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n"
+
+
+def test_the_package_runs_as_a_module_and_gives_its_predictor() -> None:
+    """`import llava_mole` stays light; `from llava_mole import Predictor` imports what it needs."""
+    done = subprocess.run([sys.executable, "-m", "llava_mole", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{__version__}\n"
+    code = "import sys, llava_mole; assert 'Predictor' in llava_mole.__all__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    from llava_mole import Predictor
+    from llava_mole.inference import predictor
+
+    assert Predictor is predictor.Predictor
+    with pytest.raises(AttributeError, match="no attribute 'Predicter'"):
+        importlib.import_module("llava_mole").Predicter  # noqa: B018
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
@@ -35,6 +82,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fly"]) == 2
     assert f"no command 'fly'; there are {', '.join(cli.SUBCOMMANDS)}" in capsys.readouterr().err
+
+
+def test_a_mistyped_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "no command 'trian', did you mean train?; there are train, " in capsys.readouterr().err
 
 
 def test_every_command_has_its_module() -> None:

@@ -17,6 +17,7 @@ FLOORS = (
     {"inference", "interop", "analysis"},
     {"train", "eval", "serve"},
     {"study"},
+    {"__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ALONE = {"mole"}

@@ -77,7 +77,10 @@ def test_use_commands_run_in_order(tmp_path: Path) -> None:
         assert (tmp_path / "runs" / "mine" / run_name / "checkpoint-4" / "manifest.json").is_file()
     inspected = next(text for command, text in printed.items() if " inspect " in command)
     assert "checkpoint-4" in inspected
-    assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8").count('"answer_id"') >= 10
+    answers = tmp_path / "runs" / "mine" / "mole" / "answers.jsonl"
+    assert answers.read_text(encoding="utf-8").count('"answer_id"') >= 10
+    made = {path.name for path in tmp_path.iterdir()} - {name.split("/")[0] for name in files}
+    assert made <= {"runs", ".cache", "playground"}  # nothing lies around in the working directory
 
 
 def test_set_up_is_two_commands() -> None:

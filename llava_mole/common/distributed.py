@@ -1,28 +1,36 @@
-"""Ranks and collectives that also work without a process group."""
+"""Ranks and collectives that also work without a process group.
 
+Commands that need no model import this file too, so it does not import PyTorch, which takes seconds.
+"""
+
+import sys
 from collections.abc import Callable
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_mole.common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
 
-def _initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _group() -> Any:
+    """`torch.distributed` if this process has a process group, else None. Without PyTorch there is none."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 def get_rank() -> int:
     """Rank of this process; 0 without a process group."""
-    return dist.get_rank() if _initialized() else 0
+    group = _group()
+    return group.get_rank() if group else 0
 
 
 def get_world_size() -> int:
     """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if _initialized() else 1
+    group = _group()
+    return group.get_world_size() if group else 1
 
 
 def is_main_process() -> bool:
@@ -30,19 +38,20 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: "torch.Tensor") -> "torch.Tensor":
     """Sum `tensor` over ranks in place and return it."""
-    if _initialized():
-        dist.all_reduce(tensor)
+    if group := _group():
+        group.all_reduce(tensor)
     return tensor
 
 
 def all_gather_objects(value: object) -> list:
     """`[value of rank 0, value of rank 1, ...]` on every rank."""
-    if not _initialized():
+    group = _group()
+    if group is None:
         return [value]
-    values: list = [None] * get_world_size()
-    dist.all_gather_object(values, value)
+    values: list = [None] * group.get_world_size()
+    group.all_gather_object(values, value)
     return values
 
 
@@ -62,8 +71,8 @@ def on_main(function: Callable[[], T]) -> T:
         except UserError as caught:
             outcome = (None, caught)
     shared = [outcome]
-    if _initialized():
-        dist.broadcast_object_list(shared, src=0)
+    if group := _group():
+        group.broadcast_object_list(shared, src=0)
     result, error = shared[0]
     if error is not None:
         error.on_every_rank = True

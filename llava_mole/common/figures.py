@@ -41,3 +41,21 @@ def tidy(axes: Any, title: str, x: str = "", y: str = "") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
+
+
+FAINT = 0.5
+"""A line with a lower opacity is faint: it shows what a stronger one of its colour smooths."""
+
+
+def add_legend(axes: Any, faint: str = "pale: every value", **options: Any) -> None:
+    """Add a legend without a frame. One entry, `faint`, explains all faint lines, if there are any.
+
+    `options` are those of `Axes.legend`.
+    """
+    from matplotlib.lines import Line2D
+
+    handles, labels = axes.get_legend_handles_labels()
+    if any((line.get_alpha() or 1.0) < FAINT for line in axes.get_lines()):
+        handles.append(Line2D([], [], color="#666666", alpha=0.4, linewidth=0.8))
+        labels.append(faint)
+    axes.legend(handles, labels, **{"frameon": False, "fontsize": 9, **options})

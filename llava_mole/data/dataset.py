@@ -184,6 +184,7 @@ def build_dataset(
     global_batch_size: int = 1,
     micro_batch_size: int = 1,
     resuming: bool = False,
+    store_lengths: bool = True,
 ) -> SupervisedDataset:
     """Read the sources of a configuration and check templates, files, records, images and lengths.
 
@@ -202,6 +203,8 @@ def build_dataset(
         global_batch_size, micro_batch_size: Samples of a step and of a micro-batch, for `grouped`.
         resuming: Whether the run has trained on this data before. Missing images are then not an error; they are
             replaced when they are read, as without a restart.
+        store_lengths: Whether to store the token counts of prepared sets beside them, so that the next run need not
+            count.
 
     Raises:
         ConfigError: the template is unknown, the mixture is empty, a lambda is below 0, or `max_length` is too small
@@ -226,7 +229,7 @@ def build_dataset(
         if not resuming:
             _check_images(all_records[name], image_folders[name], data_config.sources[name].follow_links)
         # Rank 0 counts for all ranks.
-        fit = partial(fit_source, all_records[name], limits, name, all_lengths=all_lengths)
+        fit = partial(fit_source, all_records[name], limits, name, all_lengths=all_lengths, store=store_lengths)
         fitted[name] = on_main(fit)
     fitting = {name: fitted[name].select(all_records[name]) for name in names}
     records, held_out = hold_out(fitting, data_config.validation_samples, seed)

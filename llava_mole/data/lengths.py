@@ -165,9 +165,14 @@ def read_lengths(path: Path | None, rows: int) -> Counts | None:
 
 
 def stored_counts(
-    records: PreparedRecords, template: Template, tokenizer: TextTokenizer, *, processes: int | None = None
+    records: PreparedRecords,
+    template: Template,
+    tokenizer: TextTokenizer,
+    *,
+    processes: int | None = None,
+    store: bool = True,
 ) -> Counts:
-    """The counts of a prepared set: read if they are stored, otherwise counted and stored.
+    """The counts of a prepared set: read if they are stored, otherwise counted and, with `store`, stored.
 
     If the directory cannot be written, a warning is logged. Raises like `count_tokens`.
     """
@@ -175,7 +180,7 @@ def stored_counts(
     counts = read_lengths(path, len(records))
     if counts is None:
         counts = count_tokens(records, template, tokenizer, name=records.source, processes=processes)
-        if path is not None:
+        if path is not None and store:
             try:
                 with atomic_path(path) as temporary, temporary.open("wb") as file:
                     np.save(file, counts)
@@ -279,7 +284,9 @@ def sample_of(size: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, size - 1, min(SAMPLE, size)).astype(np.int64))
 
 
-def fit_source(records: Sequence[Record], limits: Limits, name: str, *, all_lengths: bool) -> Fitted:
+def fit_source(
+    records: Sequence[Record], limits: Limits, name: str, *, all_lengths: bool, store: bool = True
+) -> Fitted:
     """Apply the length policy to all records of a source.
 
     Args:
@@ -287,13 +294,14 @@ def fit_source(records: Sequence[Record], limits: Limits, name: str, *, all_leng
         limits: Template, tokenizer, longest sample and policy.
         name: Name of the source, for messages.
         all_lengths: Whether to count the tokens of every record, or only of those that may be too long.
+        store: Whether to store the counts of a prepared set beside it.
 
     Raises:
         DataError: the template cannot represent a record; a record is too long (policy `error`); truncation removes
             the answer or the image of a record (`truncate`); the answers of a record render to nothing (all policies
             but `drop`); or no record remains. The message starts with `file:line` if one record is to blame.
     """
-    which, counts = _counted(records, limits, all_lengths)
+    which, counts = _counted(records, limits, all_lengths, store)
     images = image_counts(records if which is None else RecordSubset(records, which)).astype(np.int64)
     totals = counts.astype(np.int64) + images[:, None] * limits.num_image_tokens
     silent = counts[:, 1] >= NEVER
@@ -333,7 +341,7 @@ def fit_source(records: Sequence[Record], limits: Limits, name: str, *, all_leng
 
 
 def _counted(
-    records: Sequence[Record], limits: Limits, all_lengths: bool
+    records: Sequence[Record], limits: Limits, all_lengths: bool, store: bool
 ) -> tuple[npt.NDArray[np.int64] | None, Counts]:
     """Counts of all records (with None), or of the records at the indices that may be too long or lack an answer."""
     template, tokenizer = limits.template, limits.tokenizer
@@ -343,7 +351,7 @@ def _counted(
             return None, known
         _check_sample(records, template)
         if all_lengths:
-            return None, stored_counts(records, template, tokenizer)
+            return None, stored_counts(records, template, tokenizer, store=store)
         which = np.union1d(
             np.flatnonzero(most_tokens(records, template, limits.num_image_tokens) > limits.max_length),
             [n for n in records.rows_without_answer() if not render_record(records[int(n)], template).answer_spans],

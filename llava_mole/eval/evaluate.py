@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_mole.common.distributed import is_main_process, on_main
 from llava_mole.common.errors import ConfigError, command
@@ -35,8 +35,11 @@ from llava_mole.eval.report.compare import build_benchmarks
 from llava_mole.eval.report.formats import to_text
 from llava_mole.eval.scoring import score
 from llava_mole.eval.source_routing import parse_sources, sources_of_groups
+from llava_mole.inference.arguments import add_model_arguments, load_predictor
 from llava_mole.inference.decoding import Decoding
-from llava_mole.inference.predictor import Predictor, add_model_arguments, load_predictor
+
+if TYPE_CHECKING:
+    from llava_mole.inference.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def run_jobs(args: argparse.Namespace) -> None:
         print(f"\nresults: {jobs[0].answers.parent}   compare runs: llava-mole report RUN1 RUN2 --out DIR")
 
 
-def _run_job(predictor: Predictor, job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
+def _run_job(predictor: "Predictor", job: Job, args: argparse.Namespace) -> dict[str, Any] | None:
     """Return one benchmark's scores, from a finished run or a new one; None if a server scores it."""
     asked = job.loaded.asked(job.variant)
     sources = sources_of_groups(predictor, asked, parse_sources(args.source_of), job.loaded.benchmark.name)
@@ -173,7 +176,7 @@ def _begin(job: Job, run: Mapping[str, Any]) -> None:
     write_json(job.record, run)
 
 
-def _finish(predictor: Predictor, job: Job, run: Mapping[str, Any], break_lock: bool) -> dict[str, Any] | None:
+def _finish(predictor: "Predictor", job: Job, run: Mapping[str, Any], break_lock: bool) -> dict[str, Any] | None:
     """Write the server's file, if the benchmark has one, and the scores, unless they are up to date."""
     benchmark = job.loaded.benchmark
     answers = read_answers([job.answers])

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -25,11 +25,12 @@ from llava_mole.common.log import setup_logging
 from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, check_images, errors_named_after, read_questions, take_chunk, windows
 from llava_mole.eval.ranks import joined_ranks, share_of_rank
-from llava_mole.eval.routing_stats import RoutingStats, collect_routing_stats
 from llava_mole.eval.source_routing import by_source, parse_sources, routed_by, sources_of_groups
+from llava_mole.inference.arguments import add_model_arguments, load_predictor
 from llava_mole.inference.decoding import Decoding
-from llava_mole.inference.predictor import Predictor, add_model_arguments, load_predictor
-from llava_mole.model.checkpoint import MANIFEST
+
+if TYPE_CHECKING:
+    from llava_mole.inference.predictor import Predictor
 
 
 def model_id(path: Path) -> str:
@@ -39,13 +40,15 @@ def model_id(path: Path) -> str:
 
 
 def describe_run(
-    predictor: Predictor,
+    predictor: "Predictor",
     questions: Sequence[Question],
     image_folder: Path,
     decoding: Decoding,
     sources: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return everything the answers depend on, by which a partial file of the same run is recognised."""
+    from llava_mole.model.checkpoint import MANIFEST
+
     asked = [(question.key, question.text, question.image) for question in questions]
     path = predictor.loaded.path
     routed = {} if sources is None else {"sources": dict(sources)}
@@ -62,7 +65,7 @@ def describe_run(
     }
 
 
-def check_prompts(predictor: Predictor, questions: Sequence[Question]) -> None:
+def check_prompts(predictor: "Predictor", questions: Sequence[Question]) -> None:
     """Raise DataError that names the first question that the model cannot be asked, on every rank."""
 
     def check() -> None:
@@ -73,7 +76,7 @@ def check_prompts(predictor: Predictor, questions: Sequence[Question]) -> None:
 
 
 def answer_questions(
-    predictor: Predictor,
+    predictor: "Predictor",
     questions: Sequence[Question],
     image_folder: Path,
     answers_file: Path,
@@ -101,6 +104,8 @@ def answer_questions(
         DataError: an image is missing or unreadable, or a prompt is too long.
     """
     if routing_stats:
+        from llava_mole.eval.routing_stats import RoutingStats, collect_routing_stats
+
         RoutingStats(predictor)  # refuses a model without experts before the work, not after it
     check_prompts(predictor, questions)
     run = describe_run(predictor, questions, image_folder, decoding, sources)

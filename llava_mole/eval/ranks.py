@@ -10,9 +10,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-
 from llava_mole.eval.questions import Question, take_chunk
 
 _LONGEST_WAIT = timedelta(days=14)
@@ -24,7 +21,13 @@ T = TypeVar("T")
 @contextmanager
 def joined_ranks() -> Iterator[None]:
     """Join the ranks that the launcher's environment names, each with its own GPU. Do nothing in a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():

@@ -6,17 +6,15 @@ group stands for it, or the source that `--source-of` names.
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.text import shorten
 from llava_mole.config import load_config
 from llava_mole.eval.questions import Question
-from llava_mole.inference.predictor import Predictor
-from llava_mole.model.builder import CONFIG_FILE
-from llava_mole.mole import missing_input, set_routing_inputs
+
+if TYPE_CHECKING:
+    from llava_mole.inference.predictor import Predictor
 
 ROUTED = ("experts", "source", "task")
 """Routing inputs that say what a sample is; all of them are the number of its source, as in training."""
@@ -34,7 +32,7 @@ def parse_sources(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def sources_of_groups(
-    predictor: Predictor, questions: Sequence[Question], given: Mapping[str, str], benchmark: str
+    predictor: "Predictor", questions: Sequence[Question], given: Mapping[str, str], benchmark: str
 ) -> dict[str, int] | None:
     """The number of the source of every group of questions, for a model that routes by source; None for others.
 
@@ -45,6 +43,9 @@ def sources_of_groups(
     Raises:
         ConfigError: a group whose source is not known, or is none of the model's.
     """
+    from llava_mole.model.builder import CONFIG_FILE
+    from llava_mole.mole import missing_input
+
     if predictor.loaded.adapter != "mole" or missing_input(predictor.loaded.model.language_model) not in ROUTED:
         return None
     names = list(load_config(predictor.loaded.path / CONFIG_FILE).data.sources)
@@ -61,11 +62,15 @@ def sources_of_groups(
 
 
 @contextmanager
-def routed_by(predictor: Predictor, source: int | None):
+def routed_by(predictor: "Predictor", source: int | None):
     """Route everything in the block as samples of source number `source`; None changes nothing."""
     if source is None:
         yield
         return
+    import torch
+
+    from llava_mole.mole import set_routing_inputs
+
     model: Any = predictor.loaded.model
     one = torch.tensor([source], device=model.device)  # the layers repeat it for the rows of a batch
     set_routing_inputs(model.language_model, **dict.fromkeys(ROUTED, one))

@@ -20,6 +20,8 @@ LOWEST_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature overflow float32; use greedy decoding instead."""
 TOP_K = 50
 """Sampling chooses among this many most likely tokens, as in LLaVA."""
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
 INCOMPLETE_CHARACTER = "\ufffd"
 """The text that tokenizers decode an unfinished character's bytes to."""
 

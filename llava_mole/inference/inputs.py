@@ -36,7 +36,7 @@ def as_lists(images: Any, prompts: Any) -> tuple[list[ImagesLike], list[Prompt]]
         ConfigError: `images` does not have one entry per prompt, or one of the two is not a list.
         PromptError: an entry is not an image, or one without pixels.
     """
-    if isinstance(prompts, str) or _is_conversation(prompts):
+    if is_single(prompts):
         images, prompts = [images], [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
         raise ConfigError(f"prompts is {_shown(prompts)}; give a text, a list of turns, or a list of such prompts")
@@ -89,8 +89,10 @@ def open_any(image: OneImage, processor: ImageProcessor) -> Image:
         return processor.load(opened, name)
 
 
-def _is_conversation(prompts: Any) -> bool:
-    """Whether a list of prompts is the turns of one."""
+def is_single(prompts: Any) -> bool:
+    """Whether the prompts are one that is not in a list: a text, or the turns of a conversation."""
+    if isinstance(prompts, str):
+        return True
     return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(p, (Turn, Mapping)) for p in prompts)
 
 

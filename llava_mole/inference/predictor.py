@@ -1,11 +1,9 @@
 """Inference: images and prompts in; answers, streams of text or likelihoods out.
 
 `Predictor` renders and encodes a prompt exactly as training does. Batches are padded on the left, and an answer does
-not depend on the other prompts of its batch. The command-line options for loading and decoding a model are here too,
-so that every command words them alike.
+not depend on the other prompts of its batch.
 """
 
-import argparse
 import math
 import os
 import queue
@@ -13,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import torch
 
@@ -33,14 +31,20 @@ from llava_mole.inference.batching import (
     encode_prompt,
     place_images,
 )
-from llava_mole.inference.decoding import AnswerDecoder, Decoding, RowStop, as_seeds, as_stops, check_count
+from llava_mole.inference.decoding import (
+    DEVICES,
+    DTYPES,
+    AnswerDecoder,
+    Decoding,
+    RowStop,
+    as_seeds,
+    as_stops,
+    check_count,
+)
 from llava_mole.inference.finite import finite_outputs
-from llava_mole.inference.inputs import ImagesLike, Prompt, as_images, as_lists
+from llava_mole.inference.inputs import ImagesLike, Prompt, as_images, as_lists, is_single
 from llava_mole.model.builder import LoadedModel, load_pretrained_model
 from llava_mole.model.llava_arch import LlavaMole
-
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,36 @@ class Predictor:
         )
         return cls(loaded, template=template)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self,
+        images: ImagesLike,
+        prompts: str,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        num_beams: int = ...,
+        stop: str | Sequence[str] | None = ...,
+        seeds: Sequence[int] | None = ...,
+        batch_size: int = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        images: ImagesLike | Sequence[ImagesLike],
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        num_beams: int = ...,
+        stop: str | Sequence[str] | None = ...,
+        seeds: Sequence[int] | None = ...,
+        batch_size: int = ...,
+    ) -> list[str]: ...
+
     def generate(
         self,
         images: ImagesLike | Sequence[ImagesLike],
@@ -108,14 +142,14 @@ class Predictor:
         stop: str | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
-    ) -> list[str]:
-        """Answers to the prompts, in their order.
+    ) -> str | list[str]:
+        """Answers to the prompts, in their order; to a single prompt its answer alone, as a text.
 
         Args:
             images: One entry per prompt: an image (see `OneImage`), None, or a list of images. An object or path that
                 occurs several times is encoded once. A single image or None goes with every prompt.
-            prompts: Questions, or conversations that end with a user turn; a single one is a list of one, and all
-                images belong to it. If the text has no image placeholders, they are put before the first turn.
+            prompts: Questions, or conversations that end with a user turn. All images belong to a single one that is
+                not in a list. If the text has no image placeholders, they are put before the first turn.
             max_new_tokens: Longest answer in tokens; an answer also ends at the context's limit.
             temperature: 0 is greedy, whatever the language model's own generation config says.
             top_p: Sample only within this probability mass.
@@ -132,6 +166,7 @@ class Predictor:
         """
         decoding = Decoding(max_new_tokens, temperature, top_p, num_beams)
         answer = self.answer_decoder(stop)
+        single = is_single(prompts)
         images, prompts = as_lists(images, prompts)
         seeds = _draw_seeds(decoding, len(prompts)) if seeds is None else as_seeds(seeds, len(prompts))
         answers = [""] * len(prompts)
@@ -139,7 +174,7 @@ class Predictor:
             found = self._decode(batch, decoding, answer, [seeds[member] for member in batch.members])
             for position, ids in zip(batch.members, found, strict=True):
                 answers[position] = answer.final(ids)
-        return answers
+        return answers[0] if single else answers
 
     def stream(
         self,
@@ -382,65 +417,3 @@ def score_batch(model: LlavaMole, batch: Batch, scored: Sequence[int]) -> list[L
         Likelihood(float(logprob_BN[row, -count:].double().sum()), bool(greedy_BN[row, -count:].all()), count)
         for row, count in enumerate(scored)
     ]
-
-
-def add_loading_arguments(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
-    """Add the options for loading a model and decoding its answers, with a command's own defaults."""
-    add = parser.add_argument
-    add("--model-base", metavar="DIR", help="language model, if it has moved since training")
-    add("--vision-tower", metavar="DIR", help="open_clip vision tower, if it has moved since training")
-    add("--conv-mode", metavar="TEMPLATE", help="conversation template (default: the checkpoint's)")
-    add(
-        "--temperature",
-        type=float,
-        default=temperature,
-        metavar="T",
-        help=f"0 is greedy; above 0, tokens are sampled (default {temperature:g})",
-    )
-    add("--top-p", "--top_p", type=float, metavar="P", help="sample only within this probability mass (default 1)")
-    add(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help=f"longest answer in tokens (default {max_new_tokens})",
-    )
-    add("--device", default="auto", choices=DEVICES, help="default auto: the GPU if there is one")
-    add("--dtype", default="float32", choices=DTYPES, help="default float32; bfloat16 is for GPUs")
-    group = parser.add_mutually_exclusive_group()
-    for name, value, text in (
-        ("4bit", "4bit", "load the language model in 4 bits (default: as in training)"),
-        ("8bit", "8bit", "load the language model in 8 bits"),
-        ("full", "none", "load the language model unquantised"),
-    ):
-        group.add_argument(f"--load-{name}", dest="quantization", action="store_const", const=value, help=text)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `add_loading_arguments` and the options of commands that answer many questions and write files."""
-    add_loading_arguments(parser, temperature=0.0, max_new_tokens=128)
-    add = parser.add_argument
-    add("--num-beams", "--num_beams", type=int, default=1, metavar="N", help="beams of beam search (default 1: none)")
-    add("--batch-size", type=_batch_size, default=16, metavar="N", help="questions per forward pass (default 16)")
-    add("--overwrite", action="store_true", help="replace existing output files")
-    add("--break-lock", action="store_true", help="take over the answers file's lock of a process on another machine")
-
-
-def load_predictor(model_path: str, args: argparse.Namespace) -> Predictor:
-    """The model that the options of `add_model_arguments` describe."""
-    return Predictor.from_pretrained(
-        model_path,
-        model_base=args.model_base,
-        vision_tower=args.vision_tower,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        template=args.conv_mode,
-    )
-
-
-def _batch_size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)

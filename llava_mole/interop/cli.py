@@ -6,21 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llava_mole.common.errors import ConfigError, WeightsError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.conversation import TOKENIZER_TEMPLATE, get_template
-from llava_mole.interop.exporting import (
-    LAYOUTS,
-    ExportOptions,
-    export_checkpoint,
-    export_inference,
-    export_projector,
-    export_tower,
-)
-from llava_mole.interop.importing import ImportOptions, import_checkpoint
-from llava_mole.interop.kinds import KINDS, find_kind
 
 FORMATS = {
     "checkpoint": "a run directory of llava_mole, from LLaVA-1.5, llava-hf or the authors' .pt",
@@ -33,13 +21,15 @@ FORMATS = {
     "llava-hf": "LlavaForConditionalGeneration of transformers with processor, LoRA merged",
     "peft": "the adapter, plain or mixture, for PeftModel.from_pretrained, with the projector",
 }
-WITH_PARTS = ("checkpoint", "open-clip", "hf-clip", *LAYOUTS)
+LAYOUT_NAMES = ("llava", "llava-lora", "llava-hf", "peft")
+"""The names of `LAYOUTS` of `exporting`, which takes too long to import for a command's options."""
+WITH_PARTS = ("checkpoint", "open-clip", "hf-clip", *LAYOUT_NAMES)
 USED_BY = {
     "model_base": WITH_PARTS,
     "vision_tower": WITH_PARTS,
     "vision_tower_name": ("checkpoint", "open-clip", "hf-clip"),
     **dict.fromkeys(("template", "image_aspect_ratio", "select_layer", "alpha", "mode"), ("checkpoint",)),
-    **dict.fromkeys(("expert", "usage"), tuple(LAYOUTS)),
+    **dict.fromkeys(("expert", "usage"), LAYOUT_NAMES),
     "mm_vision_tower": ("llava", "llava-lora"),
     "tower_in_shards": ("llava",),
     "unmerged": ("llava-hf",),
@@ -97,13 +87,15 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, and print what was assumed or approximated."""
     arguments = _parser().parse_args(argv)
-    setup_logging()
     if arguments.to not in FORMATS:
         raise ConfigError(f"--to {arguments.to!r}: there are {', '.join(FORMATS)}")
+    for name, formats in USED_BY.items():
+        if getattr(arguments, name) not in (None, False) and arguments.to not in formats:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is for --to {', '.join(formats)}, not {arguments.to}; leave it out")
     if arguments.template not in (None, TOKENIZER_TEMPLATE):
         get_template(arguments.template)
-    if arguments.dtype is not None:
-        arguments.dtype = getattr(torch, arguments.dtype)
+    setup_logging()
     try:
         notes = _convert(arguments)
     except OSError as error:
@@ -115,11 +107,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> list[str]:
+    import torch
+
+    from llava_mole.interop.exporting import (
+        LAYOUTS,
+        ExportOptions,
+        export_checkpoint,
+        export_inference,
+        export_projector,
+        export_tower,
+    )
+    from llava_mole.interop.importing import ImportOptions, import_checkpoint
+    from llava_mole.interop.kinds import KINDS, find_kind
+
     source, out, to = arguments.source, arguments.out, arguments.to
+    if arguments.dtype is not None:
+        arguments.dtype = getattr(torch, arguments.dtype)
     options: ExportOptions = _options(ExportOptions, arguments)
-    for name, formats in USED_BY.items():
-        if getattr(arguments, name) not in (None, False) and to not in formats:
-            raise ConfigError(f"--{name.replace('_', '-')} is for --to {', '.join(formats)}, not {to}; leave it out")
     if to == "projector":
         return export_projector(source, out, options)
     if to in ("open-clip", "hf-clip"):

@@ -12,14 +12,17 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_mole.common.errors import ConfigError, UserError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.common.text import count_of
+from llava_mole.inference.arguments import add_loading_arguments, load_predictor
 from llava_mole.inference.decoding import Decoding
-from llava_mole.inference.predictor import Predictor, add_loading_arguments, load_predictor
-from llava_mole.serve.session import Session, check_image
 from llava_mole.serve.terminal import Lines, default_history, has_colors, paint_routing, printable
+
+if TYPE_CHECKING:
+    from llava_mole.serve.session import Session
 
 HELP = {
     "/help": "this list",
@@ -65,7 +68,7 @@ class Chat:
     both are raised.
     """
 
-    def __init__(self, session: Session, *, patient: bool) -> None:
+    def __init__(self, session: "Session", *, patient: bool) -> None:
         self.session, self._patient = session, patient
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
@@ -162,7 +165,7 @@ class Chat:
         print(paint_routing(routing, int(argument) if argument else None, colors=has_colors()))
 
 
-def chat(session: Session, lines: Lines) -> None:
+def chat(session: "Session", lines: Lines) -> None:
     """Carry out lines up to an empty one, `/quit` or the end; two Ctrl-C in a row also end a typed chat."""
     doing, interrupted = Chat(session, patient=lines.typed), False
     while True:
@@ -188,9 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p)
+    from llava_mole.serve.session import Session, check_image
+
     for name in args.image_file:
         check_image(name)
-    predictor: Predictor = load_predictor(args.model_path, args)
+    predictor = load_predictor(args.model_path, args)
     origin = "as asked for" if args.conv_mode else "as stored in the checkpoint"
     quantization = predictor.loaded.quantization
     base = "" if quantization == "none" else f"   language model in {quantization}"

@@ -8,11 +8,13 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_mole.common.figures import COLORS
 from llava_mole.common.text import count_of
-from llava_mole.inference.token_routing import TokenRouting
+
+if TYPE_CHECKING:
+    from llava_mole.inference.token_routing import TokenRouting
 
 HISTORY_LINES = 1000
 _BAD_BYTES = re.compile("[\udc80-\udcff]")
@@ -109,7 +111,7 @@ def has_colors() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
 
 
-def paint_routing(routing: TokenRouting, layer: int | None, *, colors: bool) -> str:
+def paint_routing(routing: "TokenRouting", layer: int | None, *, colors: bool) -> str:
     """The answer with each token in the colour of its expert, or followed by its number, and a legend."""
     experts = routing.of_layer(layer)
     tokens = list(zip(routing.pieces, experts, strict=True))

@@ -47,7 +47,9 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
     most = max(len(columns) for _, columns in rows)
     figure = new_figure(max(7.0, min(22.0, 0.9 + most * (0.35 + 0.17 * len(arms)))), 3.1 * len(rows) + 0.5)
     grid = figure.add_gridspec(len(rows), 1)
-    styles = {arm: {"facecolor": COLORS[n % len(COLORS)], "edgecolor": "white"} for n, arm in enumerate(arms)}
+    styles: dict[str, dict[str, Any]] = {
+        arm: {"facecolor": COLORS[n % len(COLORS)], "edgecolor": "white"} for n, arm in enumerate(arms)
+    }
     for arm in arms[len(COLORS) :]:
         styles[arm]["hatch"] = "//"
     for place, (title, columns) in enumerate(rows):
@@ -65,7 +67,7 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
         axes[0].set_ylabel("%")
     from matplotlib.patches import Patch
 
-    handles = [Patch(label=study.label(arm), **style) for arm, style in styles.items()]
+    handles: list[Any] = [Patch(label=study.label(arm), **style) for arm, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(arms)), frameon=False, fontsize=8)
     save_figure(figure, path)
 

@@ -108,7 +108,7 @@ def best_arm(results: Results) -> str | None:
         means = {column: results.estimate(arm, column) for column in results.columns}
         if len(results.runs[arm]) < len(study.seeds[arm]) or None in means.values():
             return None
-        by_domain = [sum(means[c].mean for c in own) / len(own) for own in domains.values()]  # type: ignore[union-attr]
+        by_domain = [sum(means[c].mean for c in own) / len(own) for own in domains.values()]  # type: ignore[union-attr, misc]
         found[arm] = sum(by_domain) / len(by_domain)
     best = max(found, key=lambda arm: found[arm])
     listed = ", ".join(f"{arm} {value:.2f}" for arm, value in sorted(found.items(), key=lambda item: -item[1]))

@@ -18,7 +18,7 @@ from llava_mole.eval.scoring.score import read_score_file
 from llava_mole.study.cells import RUN, Cell, Plan
 from llava_mole.study.definition import Study
 from llava_mole.study.runner import DONE, is_done
-from llava_mole.train.metrics import METRICS_FILE, read_metrics
+from llava_mole.train.tracker import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def compare_arms(results: Results, *, resamples: int = RESAMPLES, seed: int = SE
         Rows with `second`, `first`, `column`, `seeds`, `difference`, `by_seed`, and for `seeds` and `questions`:
         `low`, `high`, `p_value` (None where there is no test), `p_value_holm`.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for second, first in results.study.compare:
         for column in results.columns:
             one, two = results.values(first, column), results.values(second, column)

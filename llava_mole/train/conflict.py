@@ -13,7 +13,7 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.common.text import count_of
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.model.llava_arch import LlavaMole
-from llava_mole.train.metrics import CONFLICT_FILE, StepLog
+from llava_mole.train.tracker import CONFLICT_FILE, StepLog
 
 BATCHES = 4
 

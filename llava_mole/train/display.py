@@ -17,7 +17,7 @@ LOG_EVERY_S = 60.0
 SMOOTHING = 0.9
 """Weight of the past in the displayed loss and rate."""
 WINDOW = 0.1
-"""Share of the entries whose mean stands for the start and for the end of the run."""
+"""Share of a source's entries whose mean stands for the start and for the end of the run."""
 
 
 class ProgressDisplay:
@@ -85,7 +85,6 @@ def summary_table(title: str, entries: Sequence[dict[str, Any]], samples_by_sour
         samples_by_source: Consumed samples of each source.
     """
     last = entries[-1]
-    window = max(1, math.ceil(WINDOW * len(entries)))
     seconds = sum(entry["step_s"] for entry in entries)
     samples = sum(samples_by_source.values())
     lines = [f"{title}: {last['step']:,} steps, {samples:,} samples"]
@@ -93,9 +92,11 @@ def summary_table(title: str, entries: Sequence[dict[str, Any]], samples_by_sour
     validation: dict[str, float] = next((e["validation_loss"] for e in reversed(entries) if "validation_loss" in e), {})
     for name, count in {**samples_by_source, "all": samples}.items():
         losses = [e["loss"] if name == "all" else e["source_loss"].get(name, math.nan) for e in entries]
+        shown = [loss for loss in losses if math.isfinite(loss)]  # a source is absent from some steps
+        own = max(1, math.ceil(WINDOW * len(shown)))
         held_out = f"{validation[name]:.3f}" if name in validation else ""
-        first, end = _mean(losses[:window]), _mean(losses[-window:])
-        lines.append(f"{name:<24}{count:>12,}{first:>13.3f}{end:>9.3f}{held_out:>12}")
+        first, end = (f"{_mean(part):.3f}" if part else "-" for part in (shown[:own], shown[-own:]))
+        lines.append(f"{name:<24}{count:>12,}{first:>13}{end:>9}{held_out:>12}")
     rows = [
         ("time of logged steps", format_seconds(seconds)),
         ("tokens per second", f"{sum(e['tokens'] for e in entries) / seconds:,.0f}"),

@@ -5,10 +5,12 @@ its signals to stop, losses and gradients that are not finite and replaced image
 them, and all react alike.
 """
 
+import contextlib
 import os
 import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +21,8 @@ from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, ge
 from llava_mole.common.errors import UserError
 from llava_mole.common.files import write_text
 from llava_mole.common.log import get_logger
-from llava_mole.common.text import shorten
+from llava_mole.common.text import count_of, shorten
+from llava_mole.model.checkpoint import list_checkpoints
 from llava_mole.train.checkpointing import Progress
 
 logger = get_logger(__name__)
@@ -67,6 +70,30 @@ class StopSignal:
         elif now - self._received > SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+@contextlib.contextmanager
+def tell_interruption(run_dir: Path, progress: Progress, total_steps: int) -> Iterator[None]:
+    """Say what Ctrl-C (SIGINT) in the block loses and how the run continues; the interruption itself is passed on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = [int(path.name.removeprefix("checkpoint-")) for path in list_checkpoints(run_dir)]
+        newest, done = max(saved, default=0), progress.step
+        lost = count_of(done - newest, "step") if done > newest else "nothing"
+        kept = f"checkpoint-{newest} stays" if newest else "there is no checkpoint yet"
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the bar ends here
+        logger.warning(
+            "interrupted after step %d of %d: %s lost, %s in %s; continue with the same command and "
+            "--train.resume auto (SIGTERM saves before it stops)",
+            done,
+            total_steps,
+            f"{lost} {'is' if done - newest <= 1 else 'are'}",
+            kept,
+            run_dir,
+        )
+        raise
 
 
 def control_dir() -> Path | None:

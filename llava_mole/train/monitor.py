@@ -9,7 +9,7 @@ from llava_mole.common.distributed import all_reduce_sum
 from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.strategy import GradientNorms, Strategy
-from llava_mole.train.validation import AnswerCheck, Validator
+from llava_mole.train.validation import AnswerCheck, AnswerLog, Validator
 
 
 class Monitor:
@@ -19,6 +19,7 @@ class Monitor:
         strategy: After `prepare`.
         model: The model in training.
         validator, answer_check: Validation; None turns it off.
+        answer_log: Where the answers go.
         precision: `train.precision`.
         log_every, validate_every: Optimizer steps between entries and between validations.
         total_steps: Optimizer steps of the run.
@@ -31,6 +32,7 @@ class Monitor:
         validator: Validator | None,
         answer_check: AnswerCheck | None,
         *,
+        answer_log: AnswerLog | None = None,
         precision: str,
         log_every: int,
         validate_every: int,
@@ -40,6 +42,7 @@ class Monitor:
         self._model = model
         self._validator = validator
         self._answer_check = answer_check
+        self._answer_log = answer_log
         self._log_every = log_every
         self._validate_every = validate_every
         self._total_steps = total_steps
@@ -70,6 +73,8 @@ class Monitor:
             if self._answer_check is not None:
                 scores = self._answer_check.scores()
                 entry |= {"validation_exact": scores["exact"], "validation_f1": scores["f1"]}
+                if self._answer_log is not None:
+                    self._answer_log.add(entry["step"], self._answer_check.answers)
             entry["validation_s"] = time.perf_counter() - started
         return entry
 

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from llava_mole.common.errors import DataError, command
-from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
-from llava_mole.train.metrics import CONFLICT_FILE, METRICS_FILE, read_metrics
+from llava_mole.common.figures import COLORS, add_legend, new_figure, save_figure, tidy
+from llava_mole.train.tracker import CONFLICT_FILE, METRICS_FILE, read_metrics
 
 Entries = Sequence[dict[str, Any]]
 Values = npt.NDArray[np.float64]
+PALE = "pale: single steps"
 MAP_EXPERTS = 4
 """Up to this many experts get a map of layers over time each; more share one map of the end of the run."""
 
@@ -100,10 +101,11 @@ def _loss(entries: Entries) -> Any:
     if len(steps):
         axes.plot(steps, losses, "o-", color=COLORS[4], markersize=4, label="validation, mean of sources")
     tidy(axes, "Loss", "optimizer step", "loss")
-    axes.legend(frameon=False)
+    add_legend(axes, PALE)
     for axes in others:
         _curve(axes, *auxiliary, COLORS[7], "auxiliary")
         tidy(axes, "Auxiliary loss, coefficients included", "optimizer step")
+        add_legend(axes, PALE)
     return figure
 
 
@@ -117,7 +119,7 @@ def _source_loss(entries: Entries) -> Any:
         if len(steps):
             axes.plot(steps, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}, validation")
     tidy(axes, "Loss by source", "optimizer step", "mean loss of a sample")
-    axes.legend(frameon=False, fontsize=9, ncols=2 if names_in(entries, "validation_loss") else 1)
+    add_legend(axes, PALE, ncols=2 if names_in(entries, "validation_loss") else 1)
     return figure
 
 
@@ -130,7 +132,7 @@ def _optimization(entries: Entries) -> Any:
         rates.plot(steps, values, style, color=COLORS[index % len(COLORS)], label=name, linewidth=2)
     tidy(rates, "Learning rate", "optimizer step", "")
     rates.set_ylim(bottom=0)
-    rates.legend(frameon=False)
+    add_legend(rates, PALE)
     _curve(norms, *series(entries, lambda e: e["grad_norm"]), COLORS[7], "all")
     for index, name in enumerate(names_in(entries, "grad_norm_by_part")):
         _curve(norms, *named_series(entries, "grad_norm_by_part", name), COLORS[index % len(COLORS)], name)
@@ -138,7 +140,7 @@ def _optimization(entries: Entries) -> Any:
     norms.set_yscale("log")
     largest = max((norms.dataLim.y1, 1e-8))
     norms.set_ylim(bottom=max(norms.get_ylim()[0], 1e-5 * largest))  # a router's norm starts close to 0
-    norms.legend(frameon=False)
+    add_legend(norms, PALE)
     return figure
 
 
@@ -148,6 +150,7 @@ def _throughput(entries: Entries) -> Any:
     _curve(rate, *series(entries, lambda e: e["tokens_per_s"]), COLORS[0], "tokens per second, all ranks")
     tidy(rate, "Throughput", "optimizer step", "tokens per second")
     rate.set_ylim(bottom=0)
+    add_legend(rate, PALE)
     waiting = series(entries, lambda e: 100 * e["data_wait_s"] / e["step_s"])
     _curve(shares, *waiting, COLORS[1], "waiting for data, share of the step")
     used = series(entries, lambda e: None if "mfu" not in e else 100 * e["mfu"])
@@ -155,7 +158,7 @@ def _throughput(entries: Entries) -> Any:
         _curve(shares, *used, COLORS[2], "MFU, share of the peak")
     tidy(shares, "Use of the hardware", "optimizer step", "percent")
     shares.set_ylim(bottom=0)
-    shares.legend(frameon=False)
+    add_legend(shares, PALE)
     return figure
 
 
@@ -238,7 +241,7 @@ def _draw_load_by_source(axes: Any, entries: Entries) -> None:
     tidy(axes, "Expert load by source, end of run", "share of tokens")
     axes.grid(visible=False)
     columns = min(8, len(rows[0]))
-    axes.legend(title="expert", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False)
+    add_legend(axes, title="expert", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
 
 
 def _extent(steps: Any, layers: int) -> tuple[float, float, float, float]:

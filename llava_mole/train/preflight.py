@@ -7,11 +7,12 @@ from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, WeightsError, command, value_errors_as
 from llava_mole.common.text import count_of
-from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, check_batch, parse_run_config
+from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, check_batch
 from llava_mole.data.store import is_prepared
 from llava_mole.model.adapters import adapter_config
 from llava_mole.model.language_model import check_max_length, read_config
 from llava_mole.model.quantization import require_bitsandbytes
+from llava_mole.train.arguments import parse_arguments
 
 TINY_CONFIGS = "configs/tiny/pretrain.yaml and configs/tiny/finetune_mole.yaml"
 
@@ -57,12 +58,15 @@ def check_inputs(
         adapter_config(**asdict(adapter))
     absent = missing_inputs(model, data, projector_weights, init_from)
     if absent:
-        raise WeightsError(
-            f"this run lacks {count_of(len(absent), 'input')}: {'; '.join(absent)}. Put them there (docs/models.md and "
-            "docs/data.md say where they come from; projector_weights is what scripts/pretrain.sh writes), or name "
-            f"other paths with --key PATH, or run what needs no download: {TINY_CONFIGS} (after "
-            "`llava-mole prepare tiny --out playground/data/tiny`)"
-        )
+        first = f"this run lacks {count_of(len(absent), 'input')}:"
+        lines = [
+            *([f"{first} {absent[0]}"] if len(absent) == 1 else [first, *(f"  {line}" for line in absent)]),
+            "Put them there (docs/models.md and docs/data.md say where they come from; projector_weights is what",
+            "scripts/pretrain.sh writes), or name other paths with --key PATH. What needs no download:",
+            f"{TINY_CONFIGS},",
+            "after `llava-mole prepare tiny --out playground/data/tiny`.",
+        ]
+        raise WeightsError("\n".join(lines))
     check_max_length(read_config(model.language_model), data.max_length, model.language_model)
 
 
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or not arguments[0].isdigit():
         raise ConfigError("usage: python -m llava_mole.train.preflight WORLD_SIZE CONFIG [--key value ...]")
-    config = parse_run_config(arguments[1:])
+    config = parse_arguments(arguments[1:])
     train = config.train
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, int(arguments[0]))
     check_inputs(

@@ -36,13 +36,16 @@ from llava_mole.model.checkpoint import (
     resolve_checkpoint,
 )
 from llava_mole.train.checkpointing import ENVIRONMENT_FILE, SUMMARY_FILE, Progress
-from llava_mole.train.metrics import CONFLICT_FILE, METRICS_FILE, read_metrics
+from llava_mole.train.tracker import CONFLICT_FILE, METRICS_FILE, read_metrics
+from llava_mole.train.validation import ANSWERS_FILE
 
 logger = get_logger(__name__)
 
 MIN_FREE_BYTES = 16 << 20
 """A run is not started with less free disk space: it could not even write its configuration and metrics."""
 LOCK_FILE = ".lock"
+OWN_FILES = (CONFIG_FILE, METRICS_FILE, CONFLICT_FILE, ANSWERS_FILE, SUMMARY_FILE)
+"""What a run writes beside its environment, which comes first."""
 STARTS_ANEW = "start a new run in another --train.output_dir (from these weights with --init-from)"
 
 
@@ -92,13 +95,14 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def find_start(train: TrainConfig, values: Mapping[str, Any]) -> Start:
+def find_start(train: TrainConfig, values: Mapping[str, Any], *, read_only: bool = False) -> Start:
     """Decide where a run starts. Call it on one rank: it reads whole checkpoints.
 
     A process that torchrun has restarted (`--max-restarts`) resumes from what its predecessor left, as with `auto`.
 
     Args:
         values: The complete configuration as plain values.
+        read_only: Leave unfinished files of an earlier process where they are.
 
     Raises:
         CheckpointError: the output directory has checkpoints and `train.resume` is not set, none of them verifies,
@@ -106,9 +110,11 @@ def find_start(train: TrainConfig, values: Mapping[str, Any]) -> Start:
         ConfigError: the output directory has files that no run of this program wrote.
     """
     run_dir = Path(train.output_dir)
-    clean_leftovers(run_dir)
+    if not read_only:
+        clean_leftovers(run_dir)
     _check_foreign_files(run_dir)
-    _remove_torn_files(run_dir)
+    if not read_only:
+        _remove_torn_files(run_dir)
     existing = list_checkpoints(run_dir)
     automatic = train.resume == "auto" or (_restarted() and (existing or train.resume is None))
     if not automatic and train.resume is None:
@@ -192,8 +198,7 @@ def _given(resume: str, run_dir: Path, existing: Sequence[Path]) -> Path:
 
 def _check_foreign_files(run_dir: Path) -> None:
     """Raise ConfigError if a file that a run writes exists and no run has been here."""
-    names = (CONFIG_FILE, METRICS_FILE, CONFLICT_FILE, SUMMARY_FILE)
-    found = [name for name in names if os.path.lexists(run_dir / name)]
+    found = [name for name in OWN_FILES if os.path.lexists(run_dir / name)]
     if found and not (run_dir / ENVIRONMENT_FILE).is_file():
         raise ConfigError(
             f"train.output_dir {run_dir} has {', '.join(found)}, but no {ENVIRONMENT_FILE}: no run wrote "
@@ -204,9 +209,7 @@ def _check_foreign_files(run_dir: Path) -> None:
 
 def _remove_torn_files(run_dir: Path) -> None:
     """Remove what a process that was killed while it wrote one of a run's own files left under a temporary name."""
-    for name in (
-        (CONFIG_FILE, METRICS_FILE, CONFLICT_FILE, SUMMARY_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else ()
-    ):
+    for name in OWN_FILES if (run_dir / ENVIRONMENT_FILE).is_file() else ():
         for path in run_dir.glob(f".tmp-{name}-*"):
             if path.is_file() and not path.is_symlink() and path.name.rpartition("-")[2].isdecimal():
                 path.unlink()

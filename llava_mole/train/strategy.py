@@ -50,12 +50,7 @@ def start_strategy(train: TrainConfig, device: str) -> "Strategy":
     check_launcher()
     launched = launched_world_size()
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, launched or 1)
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'")
-    on_cpu = device == "cpu" or not has_gpu
-    if on_cpu and train.precision == "bf16":
-        raise ConfigError("train.precision 'bf16' needs a GPU; on a CPU use --train.precision fp32")
+    on_cpu = check_device(device, train.precision)
     uses_deepspeed = launched is not None and train.distributed == "zero2"
     if uses_deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -73,6 +68,17 @@ def start_strategy(train: TrainConfig, device: str) -> "Strategy":
         cpu=None if uses_deepspeed else on_cpu,
     )
     return Zero2(accelerator) if uses_deepspeed else Strategy(accelerator)
+
+
+def check_device(device: str, precision: str) -> bool:
+    """Whether a run with this `device` and `train.precision` is on the CPU. Raises ConfigError if it cannot be here."""
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'")
+    on_cpu = device == "cpu" or not has_gpu
+    if on_cpu and precision == "bf16":
+        raise ConfigError("train.precision 'bf16' needs a GPU; on a CPU use --train.precision fp32")
+    return on_cpu
 
 
 class Strategy:

@@ -13,7 +13,7 @@ from llava_mole.common.distributed import all_gather_objects, is_main_process, o
 from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
 from llava_mole.common.text import format_table
-from llava_mole.config import RunConfig, config_to_dict, parse_run_config, save_config
+from llava_mole.config import RunConfig, config_to_dict, save_config
 from llava_mole.data.batching import count_steps
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.tokenization import HFTextTokenizer
@@ -23,6 +23,7 @@ from llava_mole.model.builder import LoadedModel, build_image_processor, build_p
 from llava_mole.model.language_model import compile_layers, set_recompute
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.trainable import let_train
+from llava_mole.train.arguments import DRY_RUN, DRY_RUN_LOAD, parse_arguments
 from llava_mole.train.checkpointing import (
     CheckpointWriter,
     Progress,
@@ -31,8 +32,7 @@ from llava_mole.train.checkpointing import (
     write_environment,
 )
 from llava_mole.train.conflict import ConflictRecord, training_probe
-from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code
-from llava_mole.train.metrics import Tracker
+from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code, tell_interruption
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import announce_schedule, build_optimizer
 from llava_mole.train.preflight import check_inputs
@@ -46,8 +46,9 @@ from llava_mole.train.resume import (
     run_directory,
 )
 from llava_mole.train.strategy import Strategy, start_strategy
+from llava_mole.train.tracker import Tracker
 from llava_mole.train.trainer import Trainer
-from llava_mole.train.validation import AnswerCheck, Validator
+from llava_mole.train.validation import AnswerCheck, AnswerLog, Validator
 
 logger = get_logger("llava_mole.train.train")  # not __name__, which is __main__ under `python -m`
 
@@ -91,7 +92,7 @@ def train(config: RunConfig) -> Path:
                 strategy.load_state(read_optimizer_state(start.checkpoint), progress.updates)
             record_start(run_dir, values, strategy)
             most_bad = config.train.max_bad_steps, config.data.max_bad_image_share
-            Trainer(
+            trainer = Trainer(
                 name=f"{config.stage} ({config.adapter.method})",
                 train=config.train,
                 total_steps=steps,
@@ -107,7 +108,9 @@ def train(config: RunConfig) -> Path:
                 guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
                 progress=progress,
                 conflict=build_conflict_record(config, strategy, model, dataset, tokenizer, progress.step, steps),
-            ).run()
+            )
+            with tell_interruption(run_dir, progress, steps):
+                trainer.run()
     return run_dir
 
 
@@ -209,6 +212,7 @@ def build_monitor(
         model,
         validator,
         answer_check,
+        answer_log=AnswerLog(Path(config.train.output_dir)) if answer_check is not None else None,
         precision=config.train.precision,
         log_every=config.tracker.log_every,
         validate_every=config.train.validate_every,
@@ -262,8 +266,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, and turn the end of the run into an exit code."""
     setup_logging()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after tokenizers has threads
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        train(parse_run_config(sys.argv[1:] if arguments is None else arguments))
+        config = parse_arguments(arguments)
+        if {DRY_RUN, DRY_RUN_LOAD} & set(arguments):
+            from llava_mole.train.dry_run import dry_run
+
+            if os.environ.get("RANK", "0") == "0":
+                print(dry_run(config, make_trainable if DRY_RUN_LOAD in arguments else None))
+            return 0
+        train(config)
     except StopRequested as stopped:
         logger.info("%s; continue with --train.resume auto (exit code %d)", stopped, EXIT_STOPPED)
         leave_process_group()

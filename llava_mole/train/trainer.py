@@ -48,10 +48,11 @@ from llava_mole.train.checkpointing import CheckpointWriter, Progress, save_toge
 from llava_mole.train.conflict import ConflictRecord
 from llava_mole.train.display import ProgressDisplay, summary_table
 from llava_mole.train.faults import StepGuard, StopRequested, check_ranks_agree, ignore_stop_signals
-from llava_mole.train.metrics import METRICS_FILE, StepStats, Tracker, read_metrics
+from llava_mole.train.metrics import StepStats
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import set_learning_rates
 from llava_mole.train.strategy import Strategy
+from llava_mole.train.tracker import METRICS_FILE, Tracker, read_metrics
 
 logger = get_logger(__name__)
 

@@ -1,15 +1,18 @@
 """The loss on held-out samples, and the model's answers to their questions, by source."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from llava_mole.common.distributed import all_reduce_sum, get_rank, get_world_size
+from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size
 from llava_mole.common.errors import ConfigError, PromptError, value_errors_as
+from llava_mole.common.files import write_text
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import plain
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
@@ -29,6 +32,8 @@ logger = get_logger(__name__)
 
 NEW_TOKENS = 64
 """Longest answer; enough for short answers and captions to show whether a model learns."""
+ANSWERS_FILE = "validation_answers.jsonl"
+"""Of a run directory: every question that a validation asked, with the model's answer and the reference."""
 BATCH_SIZE = 8
 """Questions answered at a time."""
 
@@ -133,6 +138,9 @@ class AnswerCheck:
         self._dataset = dataset
         self._predictor = predictor
         self._routes = routes
+        self.answers: list[dict[str, Any]] = []
+        """What the last `scores` asked and got, over all ranks: `source`, `id`, `where`, `question`, `answer`,
+        `reference`, `exact` and `f1`."""
         self._positions = [
             position for position in first_of_each_source(dataset, count) if self._fits(*dataset.sample(position))
         ]
@@ -146,7 +154,7 @@ class AnswerCheck:
         model = self._predictor.loaded.model
         names = self._dataset.source_names
         sums = torch.zeros(3, len(names), dtype=torch.float64, device=model.device)  # exact, f1, samples
-        mine = self._positions[get_rank() :: get_world_size()]
+        mine, asked = self._positions[get_rank() :: get_world_size()], []
         was_training = model.training
         model.eval()
         if self._routes:
@@ -155,10 +163,13 @@ class AnswerCheck:
             # A compiled layer would be recompiled for every length of the cache.
             with torch.compiler.set_stance("force_eager"):
                 for start in range(0, len(mine), BATCH_SIZE):
-                    for source, score in self._score(mine[start : start + BATCH_SIZE]):
-                        sums[:, names.index(source)] += torch.tensor([*score, 1.0], dtype=torch.float64).to(sums)
+                    for row in self._score(mine[start : start + BATCH_SIZE]):
+                        score = torch.tensor([row["exact"], row["f1"], 1.0], dtype=torch.float64)
+                        sums[:, names.index(row["source"])] += score.to(sums)
+                        asked.append(row)
         finally:
             model.train(was_training)
+        self.answers = [row for rows in all_gather_objects(asked) for row in rows]
         exact, f1, counts = all_reduce_sum(sums).tolist()
         return {"exact": _means(names, exact, counts), "f1": _means(names, f1, counts)}
 
@@ -172,7 +183,8 @@ class AnswerCheck:
             return False
         return True
 
-    def _score(self, positions: Sequence[int]) -> list[tuple[str, tuple[float, float]]]:
+    def _score(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of `answers`."""
         if not positions:
             return []
         samples = [self._dataset.sample(position) for position in positions]
@@ -190,8 +202,49 @@ class AnswerCheck:
         scored = []
         for (source, record, _), answer in zip(samples, answers, strict=True):
             wanted = record.turns[1].text
-            scored.append((source, (float(plain(answer) == plain(wanted)), token_f1(answer, wanted))))
+            row: dict[str, Any] = {"source": source, "id": record.id, "where": record.where}
+            row |= {"question": record.turns[0].text, "answer": answer, "reference": wanted}
+            scored.append(row | {"exact": float(plain(answer) == plain(wanted)), "f1": token_f1(answer, wanted)})
         return scored
+
+
+class AnswerLog:
+    """Writes what `AnswerCheck.answers` holds to the run directory; rank 0 only.
+
+    A run that resumes drops what an earlier process wrote at the same or later steps. A file that cannot be written is
+    reported, and training continues.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / ANSWERS_FILE
+        self._is_mine = False
+
+    def add(self, step: int, answers: Sequence[dict[str, Any]]) -> None:
+        """Append the answers after optimizer step `step`, one JSON object a line, each with its `step`."""
+        if get_rank():
+            return
+        lines = "".join(json.dumps({"step": step, **row}) + "\n" for row in answers)
+        try:
+            if not self._is_mine and self._path.exists():
+                kept = [line for line in self._path.read_text("utf-8").splitlines() if _step_of(line) < step]
+                write_text(self._path, "".join(f"{line}\n" for line in kept))
+            self._is_mine = True
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            logger.error("%s cannot be written (%s); training continues", self._path, error)
+            return
+        right = sum(row["exact"] for row in answers)
+        logger.info("step %d answers %d of %d held-out questions like the reference; all of them are in %s",
+                    step, right, len(answers), self._path)  # fmt: skip
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for a damaged one, as after a crash."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
 
 
 def first_of_each_source(dataset: SupervisedDataset, count: int) -> list[int]:

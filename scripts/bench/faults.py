@@ -117,7 +117,7 @@ class Campaign:
         from safetensors.torch import load_file
 
         from llava_mole.model.checkpoint import verify_checkpoint
-        from llava_mole.train.metrics import read_metrics
+        from llava_mole.train.tracker import read_metrics
 
         run_dir = self.directory / name
         newest = self.checkpoints(name)[0]

@@ -8,7 +8,7 @@ from worlds.eval_models import make_checkpoint
 
 from llava_mole import cli
 from llava_mole.common.text import format_bytes
-from llava_mole.interop.inspect import count_parameters
+from llava_mole.interop.inspect.describe import count_parameters
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole.interop.cli import FORMATS, _parser
+from llava_mole.interop.cli import FORMATS, LAYOUT_NAMES, _parser
+from llava_mole.interop.exporting import LAYOUTS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "interop.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"`(llava-mole convert [^`]+)`", TEXT)
@@ -28,3 +29,7 @@ def test_options_named_in_the_text_exist() -> None:
     training = {"--init_from", "--projector_weights", "--model.language_model"}
     for option in set(re.findall(r"(--[a-z][\w.-]+)", TEXT)) - training:
         assert option in known, option
+
+
+def test_the_names_of_the_layouts_agree() -> None:
+    assert tuple(LAYOUTS) == LAYOUT_NAMES

@@ -11,7 +11,7 @@ from worlds.tiny_models import make_world
 
 from llava_mole.common.errors import UserError
 from llava_mole.config import parse_run_config
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
 STEPS = 4

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from worlds import processes
 from worlds.tiny_models import make_world
 
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 

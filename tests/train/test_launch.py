@@ -12,7 +12,7 @@ from worlds.processes import free_port, launch_environment
 from worlds.tiny_models import make_world
 
 from llava_mole.config import parse_run_config
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
 pytestmark = pytest.mark.slow

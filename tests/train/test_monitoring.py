@@ -19,8 +19,8 @@ from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import build_image_processor, load_pretrained_model
 from llava_mole.model.flops import model_shape, training_flops
 from llava_mole.train.display import ProgressDisplay, summary_table
-from llava_mole.train.metrics import read_metrics
 from llava_mole.train.monitor import batch_sums, peak_flops
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 from llava_mole.train.validation import AnswerCheck, Validator, first_of_each_source, padded_batches, token_f1
 

@@ -16,7 +16,7 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.data.collator import Example, collate, collate_packed
 from llava_mole.data.records import parse_record
 from llava_mole.data.store import PreparedRow, StoreWriter
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
 STEPS = 3

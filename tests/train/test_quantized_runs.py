@@ -22,7 +22,7 @@ from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import attach_adapter, build_parts, load_pretrained_model
 from llava_mole.model.quantization import quantize_linears
 from llava_mole.serve import cli as chat
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from worlds.processes import fork_python, launch_environment
 from worlds.tiny_models import make_world
 
 from llava_mole.config import parse_run_config
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
 pytestmark = pytest.mark.slow

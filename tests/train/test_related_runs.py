@@ -12,7 +12,7 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.config import parse_run_config
 from llava_mole.inference.predictor import Predictor
 from llava_mole.mole import ExpertLayer, set_routing_inputs
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
 OPTIONS = {

@@ -21,8 +21,8 @@ from llava_mole.common.log import setup_logging
 from llava_mole.config import config_to_dict, parse_run_config
 from llava_mole.model.checkpoint import MANIFEST, SELF_HASH, _manifest_hash
 from llava_mole.train import resume
-from llava_mole.train.metrics import read_metrics
 from llava_mole.train.resume import MAY_CHANGE, changed_keys
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import main, train
 
 STEPS = 4

@@ -18,7 +18,7 @@ from llava_mole.common.log import setup_logging
 from llava_mole.config import config_to_dict, deepspeed_config, parse_run_config
 from llava_mole.train import faults
 from llava_mole.train.faults import TrainingError, check_ranks_agree, parameter_hash
-from llava_mole.train.metrics import Tracker, read_metrics
+from llava_mole.train.tracker import Tracker, read_metrics
 from llava_mole.train.train import main, train
 
 

@@ -21,7 +21,7 @@ from llava_mole.conversation import Turn, get_template, render
 from llava_mole.data.chat_template import read_chat_template, resolve_template
 from llava_mole.data.prepare import smollm2
 from llava_mole.data.tokenization import HFTextTokenizer, encode, load_tokenizer
-from llava_mole.train.metrics import read_metrics
+from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
 ROOT = Path(__file__).parents[2]

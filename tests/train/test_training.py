@@ -13,7 +13,7 @@ from worlds.tiny_models import make_data, make_language_model, make_world
 from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.config import load_config, parse_run_config
 from llava_mole.model.builder import attach_adapter, build_parts, load_pretrained_model
-from llava_mole.train.metrics import over_layers, read_metrics
+from llava_mole.train.tracker import over_layers, read_metrics
 from llava_mole.train.train import main, train
 
 STEPS = 8

@@ -184,7 +184,7 @@ def draw_lengths(sources: Sequence[SourceFindings], max_length: int, path: Path)
     for number, source in enumerate(counted):
         axes = figure.add_subplot(len(counted), 1, number + 1)
         axes.hist(source.tokens, bins=edges, color=COLORS[number % len(COLORS)])
-        axes.set_xlim(0, end + 1)
+        axes.set_xlim(0, edges[-1])  # the last bar whole
         if max_length <= end:
             axes.axvline(max_length, color="#444444", linestyle="--", linewidth=1)
         cut = f"{source.truncated:,} beyond" if source.truncated else "none beyond"

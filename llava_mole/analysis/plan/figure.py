@@ -5,7 +5,8 @@ from typing import Any
 
 from llava_mole.analysis.plan.estimates import Estimate
 from llava_mole.analysis.plan.plan import Plan
-from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
+from llava_mole.analysis.plan.text import HOURS, in_unit, unit_for
+from llava_mole.common.figures import COLORS, add_legend, new_figure, save_figure, tidy
 from llava_mole.model.flops import GIB
 
 CAUSES = (
@@ -43,13 +44,14 @@ def _memory_panel(axes: Any, plan: Plan) -> None:
 
 def _time_panel(axes: Any, plan: Plan) -> None:
     rows = [e for e in plan.estimates if _is_drawn(e, plan)]
+    unit, gpu_unit = (unit_for(hours, HOURS) for hours in ([e.hours for e in rows], [e.gpu_hours for e in rows]))
     left = [0.0] * len(rows)
     for key, label, color in CAUSES:
-        widths = [e.hours * getattr(e.step, key) / e.step.seconds for e in rows]
+        widths = [e.hours / unit.size * getattr(e.step, key) / e.step.seconds for e in rows]
         axes.barh(range(len(rows)), widths, left=left, color=color, label=label, height=0.65)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, estimate in enumerate(rows):
-        text = f"{estimate.hours:.1f} h, {estimate.gpu_hours:,.0f} GPU h"
+        text = f"{in_unit(estimate.hours, unit)}, {in_unit(estimate.gpu_hours, gpu_unit)} of all GPUs"
         axes.text(left[row] + 0.01 * max(left), row, text, va="center", fontsize=9)
     labels = [f"{e.gpus} GPUs, {e.batching}, recompute {e.policy.name}" for e in rows]
     axes.set_yticks(range(len(rows)), labels)
@@ -57,10 +59,13 @@ def _time_panel(axes: Any, plan: Plan) -> None:
         if estimate == plan.recommended:
             axes.get_yticklabels()[row].set_fontweight("bold")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.3 * max(left))
-    tidy(axes, f"Hours of the run, at {plan.options.utilisation:.0%} of {plan.options.gpu.name}'s peak", "hours")
+    axes.set_xlim(0, 1.45 * max(left))  # room for the text beside the longest bar
+    names = {"h": "hours", "min": "minutes", "s": "seconds"}
+    tidy(
+        axes, f"Time of the run, at {plan.options.utilisation:.0%} of {plan.options.gpu.name}'s peak", names[unit.name]
+    )
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=4, frameon=False, fontsize=9)
+    add_legend(axes, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=4)
 
 
 def _is_drawn(estimate: Estimate, plan: Plan) -> bool:

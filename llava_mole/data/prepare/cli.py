@@ -134,11 +134,11 @@ def _parse_names(text: str, allowed: Sequence[str]) -> tuple[str, ...]:
 
 def run(source: Source, argv: Sequence[str]) -> int:
     """Prepare one source and print its report."""
+    given = make_parser(source).parse_args(argv)
+    _check_arguments(source, given)
     from llava_mole.data.prepare.pipeline import IMAGES, QUESTIONS, TRAIN, Request, prepare
     from llava_mole.data.prepare.report import report_text
 
-    given = make_parser(source).parse_args(argv)
-    _check_arguments(source, given)
     raw = given.raw
     if given.unpack_archives is not None:
         unpack_archives(raw, given.unpack_archives)

@@ -5,8 +5,8 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from html import escape
 from typing import Any
-from xml.sax.saxutils import escape
 
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.eval.answers import Answers
@@ -129,7 +129,7 @@ def write_xlsx(table: list[list[str]]) -> bytes:
         if name == "index" and value.isascii() and value.isdigit() and len(value) < 16:
             return f"<c><v>{int(value)}</v></c>"
         legal = re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", value)
-        return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(legal)}</t></is></c>'
+        return f'<c t="inlineStr"><is><t xml:space="preserve">{escape(legal, quote=False)}</t></is></c>'
 
     head = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
     main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.common.figures import new_figure, save_figure
+from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 from llava_mole.common.log import get_logger
 from llava_mole.eval.report.groups import MAJORITY
 
@@ -55,14 +55,14 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
         turned = max(map(len, columns)) > LONG_LABEL
         style = {"rotation": 30, "horizontalalignment": "right"} if turned else {}
         axis.set_xticks(range(len(columns)), [_literal(c) for c in columns], **style)
-        axis.set_title(_literal(entry["title"] + (" (axis cut)" if summed else "")), fontsize="medium")
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis, _literal(entry["title"] + (" (axis cut)" if summed else "")))
+        axis.grid(axis="x", visible=False)
         if summed and ends:
             margin = max(1.0, 0.5 * (max(ends) - min(ends)))
             axis.set_ylim(max(0.0, min(ends) - margin), max(ends) + 0.3 * margin)
     axes[0].set_ylabel("percent, 95% interval")
     shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    place = {"loc": "outside lower center", "ncols": min(4, len(shown)), "frameon": False}
+    place = {"loc": "outside lower center", "ncols": min(4, len(shown)), "frameon": False, "fontsize": 9}
     figure.legend(list(shown.values()), list(shown), **place)
     save_figure(figure, path)
     return True
@@ -80,7 +80,7 @@ def _draw_bars(axis: Any, names: list[str], columns: list[str], runs: Mapping[st
         below = [max(0.0, entry["value"] - entry["low"]) for _, entry in bars]
         above = [max(0.0, entry["high"] - entry["value"]) for _, entry in bars]
         heights = [entry["value"] for _, entry in bars]
-        style = {"capsize": 2.5, "color": f"C{n}", "label": _literal(name)}
+        style = {"capsize": 2.5, "color": COLORS[n % len(COLORS)], "label": _literal(name)}
         axis.bar(centres, heights, width * 0.92, yerr=[below, above], **style)
         ends += [end for _, entry in bars for end in (entry["low"], entry["high"])]
     return ends

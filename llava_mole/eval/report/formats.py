@@ -153,10 +153,10 @@ def routing(name: str, shares: Mapping[str, Any]) -> Table:
         for modality, values in modalities.items()
     ]
     text = ", ".join(f"{group} {100 * value:.1f}%" for group, value in spread["shares"].items())
-    cell = f"layer {spread['layer'] + 1}, expert {spread['expert'] + 1}"
+    cell = f"layer {spread['layer']}, expert {spread['expert']}"
     remarks = [f"largest difference between domains: {cell}: {text}"] if len(mean) > 1 else []
-    caption = f"Share of prompt tokens per expert of {name}, mean over layers"
-    return Table(caption, ["domain", "tokens", *(f"expert {k + 1}" for k in range(count))], rows, remarks=remarks)
+    caption = f"Share of prompt tokens per expert of {name}, mean over layers; experts and layers count from 0"
+    return Table(caption, ["domain", "tokens", *(f"expert {k}" for k in range(count))], rows, remarks=remarks)
 
 
 def tables(benchmarks: Mapping[str, Any]) -> list[Table]:

@@ -12,7 +12,6 @@ from llava_mole.common.errors import DataError
 from llava_mole.common.files import read_json, write_text
 from llava_mole.common.text import format_table, plain
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.data.store import read_records
 from llava_mole.eval.answers import Answers
 from llava_mole.eval.benchmarks.benchmark import UNKNOWN_VARIANT, BenchmarkQuestions
 from llava_mole.eval.metrics.exact import plain_exact
@@ -204,6 +203,8 @@ def read_train_files(arguments: Sequence[str]) -> dict[str, list[tuple[str, str]
     Raises:
         DataError: a malformed file.
     """
+    from llava_mole.data.store import read_records
+
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for argument in arguments:
         group, path = parse_named_file(argument)

@@ -14,12 +14,15 @@ import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.common.text import HELP_WIDTH
-from llava_mole.inference.predictor import Predictor, add_loading_arguments
+from llava_mole.inference.arguments import add_loading_arguments
+
+if TYPE_CHECKING:
+    from llava_mole.inference.predictor import Predictor
 
 KEY_VARIABLE = "LLAVA_MOLE_API_KEY"
 
@@ -121,10 +124,10 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def load(args: argparse.Namespace) -> dict[str, Predictor]:
+def load(args: argparse.Namespace) -> dict[str, "Predictor"]:
     """The models under their names. Raises what `load_pretrained_models` raises."""
     from llava_mole.data.chat_template import check_template_name
-    from llava_mole.inference.predictor import check_placement
+    from llava_mole.inference.predictor import Predictor, check_placement
     from llava_mole.model.builder import load_pretrained_models
 
     runs = named_runs(args.models)
@@ -142,7 +145,7 @@ def load(args: argparse.Namespace) -> dict[str, Predictor]:
     return {name: Predictor(model, template=args.conv_mode) for name, model in zip(runs, loaded, strict=True)}
 
 
-def build(args: argparse.Namespace, predictors: dict[str, Predictor], keys: Sequence[str]) -> Any:
+def build(args: argparse.Namespace, predictors: dict[str, "Predictor"], keys: Sequence[str]) -> Any:
     """The application for these models and options."""
     from llava_mole.inference.decoding import Decoding
     from llava_mole.inference.engine import EngineLimits

@@ -42,7 +42,7 @@ def test_the_plan_shown_is_the_one_printed(checkout: Path, capsys: pytest.Captur
     shown = re.search(r"```bash\n.*?```\n\n```\n(.*?)```", TEXT, re.S)
     assert shown
     assert capsys.readouterr().out == shown[1]
-    assert (checkout / "plan.png").is_file()
+    assert (checkout / "plans" / "plan.png").is_file()
 
 
 def test_the_other_commands_run(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,6 +52,7 @@ def test_the_other_commands_run(checkout: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(plan[1:]) == 0
     assert "measured on 20 of 20 records" in capsys.readouterr().out
     assert json.loads((checkout / "plan.json").read_text())["gpu"] == "rtx-4090"
+    assert not (checkout / "plan.png").exists()  # nothing is left where nobody asked for it
 
 
 def test_tables_are_those_of_the_code() -> None:

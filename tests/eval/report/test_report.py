@@ -130,7 +130,7 @@ def test_command_prints_and_writes(runs: Path, capsys: pytest.CaptureFixture[str
         "document  mole  commonest answer  no, below it",
         "document  lora  stage1            not shown: the intervals overlap",
         "general   all     70.0%     30.0%",
-        "layer 2, expert 1: general 90.0%, document 20.0%",
+        "layer 1, expert 0: general 90.0%, document 20.0%",
         "ASSISTANT: Red.   (right)",
         "ASSISTANT: blue   (wrong, it is 'red')",
         "runs/mole",

@@ -1,15 +1,15 @@
-"""`llava-mole inspect PATH`: prints what a directory or weight file is and holds, and whether our own is intact."""
+"""What a directory or weight file is and holds, and whether our own is intact."""
 
-import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_mole.common.errors import EXIT_USER_ERROR, CheckpointError, WeightsError, command, one_line
+from llava_mole.common.errors import CheckpointError, WeightsError
 from llava_mole.common.text import count_of, format_bytes
 from llava_mole.data.store import read_manifest
 from llava_mole.interop.causal_lm import fingerprint_language_model
+from llava_mole.interop.inspect.prepared import describe_prepared, prepared_kind
 from llava_mole.interop.kinds import KINDS, NON_LORA_FILE, Found, find_kind
 from llava_mole.interop.lora import ADAPTER_CONFIG
 from llava_mole.interop.names import split_llava, split_llava_hf
@@ -51,25 +51,20 @@ _RELEASED_MARKS = {
 """Part of a tensor in the authors' file, by the first mark that its name holds."""
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Describe a path. The exit code is 0 only if everything in it is intact."""
-    parser = argparse.ArgumentParser(
-        prog="llava-mole inspect",
-        allow_abbrev=False,
-        description="Print what a directory or weight file is and holds. Its content decides, not its name.",
-    )
-    parser.add_argument("path", metavar="PATH", type=Path, help="run, checkpoint, model, adapter, tower or data set")
-    path = parser.parse_args(argv).path
-    intact = True
-    with one_line("`inspect` must be able to read what it describes"):
-        found = find_kind(path)
-        if found.kind == "run":
-            lines, intact = _describe_run(path)
-        else:
-            lines = _describe_checkpoint(path) if found.kind == "checkpoint" else _describe_foreign(found)
-    print("\n".join(lines))
-    return 0 if intact else EXIT_USER_ERROR
+def describe(path: Path) -> tuple[list[str], bool]:
+    """Lines about a path, and whether everything in it is intact.
+
+    Raises:
+        WeightsError: it is nothing known, or its files cannot be read.
+        CheckpointError: a checkpoint is damaged.
+        DataError: a prepared data set is damaged.
+    """
+    if path.is_dir() and (kind := prepared_kind(path)):
+        return describe_prepared(path, kind)
+    found = find_kind(path)
+    if found.kind == "run":
+        return _describe_run(path)
+    return (_describe_checkpoint(path) if found.kind == "checkpoint" else _describe_foreign(found)), True
 
 
 def count_parameters(path: Path) -> int:
@@ -206,7 +201,3 @@ def _split(kind: str, names: list[str]) -> Mapping[str, Iterable[str]]:
         "adapter": [name for name in names if ".lora_" in name],
         "unknown": parts.unknown,
     }
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What a directory or weight file holds."""
