@@ -52,7 +52,7 @@ class Rows:
             return [collate([example], pad_token_id=self.pad_token_id) for example in examples]
         lengths = [len(example.input_ids) for example in examples]
         (rows,) = assign_step(lengths, world_size=1, capacity=self.capacity, quadratic=self.quadratic)
-        return [collate_packed([examples[n] for n in row], pad_token_id=self.pad_token_id) for row in rows]
+        return [collate_packed([examples[n] for n in row], pad_token_id=self.pad_token_id) for row in rows if row]
 
 
 @dataclass(frozen=True)

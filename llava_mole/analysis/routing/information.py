@@ -114,5 +114,6 @@ def _compare(joint: Callable[[Tensor | None], Tensor], permutations: int, draw: 
     observed = joint(None)
     raw = mutual_information(observed)
     random = torch.stack([mutual_information(joint(draw())) for _ in range(permutations)])
-    reached = (random >= raw - 1e-12).sum(dim=0)
-    return Information(raw, random.mean(dim=0), (reached + 1) / (permutations + 1), entropy(observed[0].sum(dim=0)))
+    reached = (random >= raw - 1e-12).sum(dim=0).double()
+    p_value = (reached + 1) / (permutations + 1)
+    return Information(raw, random.mean(dim=0), p_value, entropy(observed[0].sum(dim=0)))

@@ -172,7 +172,7 @@ def _draw_information(result: Result) -> Any:
     axes.set_xticks(places, names)
     axes.set_ylim(min(-0.02, axes.get_ylim()[0]), max(0.1, axes.get_ylim()[1]))
     tidy(axes, "Mutual information of expert and class, baseline taken out", "layer", "share of H(class)")
-    axes.legend(frameon=False, title="hollow: p > 0.05")
+    axes.legend(frameon=False, title="hollow: p > 0.05", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
