@@ -46,6 +46,11 @@ def test_the_answers_of_every_validation_are_written(finished: Path) -> None:
             assert value == pytest.approx(sum(own) / len(own))
 
 
+@pytest.fixture(autouse=True)
+def logs_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("llava_mole"), "propagate", True)
+
+
 def test_a_run_that_goes_on_drops_what_came_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     answers = [{"source": "red", "answer": "a", "reference": "a", "exact": 1.0, "f1": 1.0}] * 2
     first = AnswerLog(tmp_path)
@@ -53,7 +58,6 @@ def test_a_run_that_goes_on_drops_what_came_later(tmp_path: Path, caplog: pytest
         first.add(step, answers)
     with (tmp_path / ANSWERS_FILE).open("a") as file:
         file.write('{"step": 8, "sou')  # a crash
-    logging.getLogger("llava_mole").propagate = True
     with caplog.at_level(logging.INFO, "llava_mole"):
         again = AnswerLog(tmp_path)
         again.add(4, answers[:1])
@@ -63,7 +67,6 @@ def test_a_run_that_goes_on_drops_what_came_later(tmp_path: Path, caplog: pytest
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("llava_mole").propagate = True
     AnswerLog(tmp_path / "none").add(2, [])
     assert "training continues" in caplog.text
 
