@@ -33,7 +33,7 @@ BUILT_FILES = (
 MANIFEST = "manifest.json"
 
 
-def build_tokenizer(out: Path, seed: int, quick: bool) -> dict[str, float]:
+def build_tokenizer(out: Path, seed: int, quick: bool, checkpoints: Path | None) -> dict[str, float]:
     """Train and save the tokenizer. Returns measurements."""
     from scripts.tiny_world import language, tokenizer, tower
 
@@ -56,23 +56,24 @@ def load_tokenizer(out: Path) -> Any:
     return HFTextTokenizer(AutoTokenizer.from_pretrained(out / "language_model"))
 
 
-def build_tower(out: Path, seed: int, quick: bool) -> dict[str, float]:
+def build_tower(out: Path, seed: int, quick: bool, checkpoints: Path | None) -> dict[str, float]:
     """Train and save the vision tower. Returns measurements."""
     from scripts.tiny_world import tower
 
     tokenizer = load_tokenizer(out)
     recipe = tower.QUICK if quick else tower.Recipe()
-    state, measured = tower.train(lambda text: tokenizer.encode_with_offsets(text)[0], recipe, seed)
+    checkpoint = checkpoints and checkpoints / "tower.pt"
+    state, measured = tower.train(lambda text: tokenizer.encode_with_offsets(text)[0], recipe, seed, checkpoint)
     tower.save(state, out / "vision_tower")
     return measured
 
 
-def build_language_model(out: Path, seed: int, quick: bool) -> dict[str, float]:
+def build_language_model(out: Path, seed: int, quick: bool, checkpoints: Path | None) -> dict[str, float]:
     """Train and save the language model. Returns measurements."""
     from scripts.tiny_world import language
 
     recipe = language.QUICK if quick else language.Recipe()
-    model, measured = language.train(load_tokenizer(out), recipe, seed)
+    model, measured = language.train(load_tokenizer(out), recipe, seed, checkpoints and checkpoints / "language_model.pt")
     language.save(model, out / "language_model")
     return measured
 
@@ -80,8 +81,19 @@ def build_language_model(out: Path, seed: int, quick: bool) -> dict[str, float]:
 BUILDERS = {"tokenizer": build_tokenizer, "tower": build_tower, "language_model": build_language_model}
 
 
-def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool = False, threads: int = 2) -> None:
-    """Run `stages` in order and update `manifest.json`. `quick` trains each model for a few steps only."""
+def build(
+    out: Path,
+    stages: Sequence[str] = STAGES,
+    seed: int = 0,
+    quick: bool = False,
+    threads: int = 2,
+    checkpoints: Path | None = None,
+) -> None:
+    """Run `stages` in order and update `manifest.json`.
+
+    `quick` trains each model for a few steps only. With `checkpoints`, a folder, an interrupted build goes on where it
+    was: the same command gives the same files.
+    """
     import torch
 
     torch.set_num_threads(threads)
@@ -92,7 +104,7 @@ def build(out: Path, stages: Sequence[str] = STAGES, seed: int = 0, quick: bool 
     measured = manifest.get("measured", {})
     for stage in stages:
         print(f"building {stage} ...", flush=True)
-        numbers = BUILDERS[stage](out, seed, quick)
+        numbers = BUILDERS[stage](out, seed, quick, checkpoints)
         measured[stage] = {key: round(value, 4) for key, value in numbers.items()}
         print(f"  {measured[stage]}", flush=True)
     manifest = {
@@ -118,13 +130,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="run a reduced version of every stage, for tests")
     parser.add_argument("--seed", type=int, default=0, help="determines everything (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder for checkpoints, from which an interrupted build goes on (none)"
+    )
     given = parser.parse_args(arguments)
     setup_logging()
     stages = given.stages.split(",")
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise ConfigError(f"--stages {given.stages}: no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
-    build(given.out, stages, given.seed, given.quick, given.threads)
+    build(given.out, stages, given.seed, given.quick, given.threads, given.checkpoints)
     return 0
 
 

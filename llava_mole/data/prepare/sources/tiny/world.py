@@ -43,8 +43,8 @@ FORMAT = 1
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
 MAX_TURNS = 6
 """Most questions in one training record; they share the image and the system prompt."""
-MOST_TEST_IMAGES = 1000
-"""Most images drawn for a test split (easy-VQA has 1,000); those without a chosen question are not written."""
+MOST_IMAGES = {"val": 1000, "test": 2000}
+"""Most images drawn for a held-out split (easy-VQA has fewer); those without a chosen question are not written."""
 PACKAGES = ("easy-vqa", "scikit-image", "numpy", "pillow")
 
 
@@ -55,10 +55,16 @@ def domain_samples(domain: str, split: str, count: int, seed: int) -> tuple[list
     rng = Random(f"{seed}-{domain}-{split}")
     if domain == "biomedicine":
         return biomedicine.generate(count, split, rng), {}
-    taken: set[bytes] = set()
-    if split == "train":  # no image of any test split of this seed
-        document.generate(MOST_TEST_IMAGES, Random(f"{seed}-{domain}-test"), taken)
+    taken = {"train": lambda: held_out_documents(("test", "val"), seed), "val": lambda: held_out_documents(("test",), seed), "test": set}[split]()
     return document.generate(count, rng, taken), {}
+
+
+def held_out_documents(splits: Sequence[str], seed: int) -> set[bytes]:
+    """Return the pixels of every document that may be in one of these splits of this seed, however many are written."""
+    taken: set[bytes] = set()
+    for split in splits:
+        document.generate(MOST_IMAGES[split], Random(f"{seed}-document-{split}"), taken)
+    return taken
 
 
 def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> list[dict[str, Any]]:
