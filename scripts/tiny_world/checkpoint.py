@@ -8,7 +8,7 @@ import torch
 
 from llava_mole.common.log import get_logger
 
-LOG = get_logger(__name__)
+LOG = get_logger("llava_mole.tiny_world")
 
 
 class Checkpoint:

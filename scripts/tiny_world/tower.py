@@ -27,7 +27,7 @@ from llava_mole.data.prepare.sources.tiny.world import progress
 from scripts.tiny_world.checkpoint import Checkpoint
 from scripts.tiny_world.probes import probe
 
-LOG = get_logger(__name__)
+LOG = get_logger("llava_mole.tiny_world")
 OPEN_CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 192,
     "quick_gelu": True,
