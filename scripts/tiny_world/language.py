@@ -21,6 +21,7 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_
 from llava_mole.conversation import Rendered, Turn, get_template, render
 from llava_mole.data.prepare.sources.tiny.world import progress
 from llava_mole.data.tokenization import HFTextTokenizer, encode
+from scripts.tiny_world import heads
 from scripts.tiny_world.checkpoint import Checkpoint
 from scripts.tiny_world.text_drills import MOST_TOKENS, Vocabulary, make_drill
 from scripts.tiny_world.text_grids import grid_item
@@ -54,8 +55,8 @@ QUESTION_WEIGHT = 4.0
 class Recipe:
     """Size of the training run."""
 
-    items: int = 24000
-    steps: int = 3600
+    items: int = 20000
+    steps: int = 3000
     batch_tokens: int = 2048
     """About this many tokens a step, padding included."""
     learning_rate: float = 3e-3
@@ -66,7 +67,7 @@ class Recipe:
     warmup_steps: int = 100
     noise: float = 0.1
     """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
-    drills_alone: float = 0.25
+    drills_alone: float = 0.2
     """Share of the steps before the first piece of pre-training text; the drills reach their full difficulty in it."""
     drills_later: float = 0.4
     """Share of drills among the steps after that."""
@@ -242,8 +243,7 @@ def train(
     tests = held_out(tokenizer, recipe.test_items, seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer.hf), **ARCHITECTURE))
-    # Llama's own initial embeddings are so small that copying a word hardly shows in the logits of tied embeddings.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=ARCHITECTURE["hidden_size"] ** -0.5)
+    heads.initialise(model, torch.Generator().manual_seed(seed))
     optimizers = make_optimizers(model, recipe)
     kept = Checkpoint(checkpoint, [model], optimizers)
     first = kept.load(f"{recipe} seed {seed}")

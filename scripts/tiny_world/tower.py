@@ -117,7 +117,7 @@ def training_samples(shapes: int, others: int, seed: int) -> list[Sample]:
     return [
         *loaded,
         *(general.draw(rng) for _ in range(shapes - len(loaded))),
-        *document.generate(others, rng, held_out_documents(("test", "val"), seed)),
+        *document.generate(others, rng, held_out_documents("train", seed)),
         *biomedicine.generate(others, "train", rng),
     ]
 

@@ -103,16 +103,21 @@ def domain_samples(domain: str, split: str, count: int, seed: int) -> tuple[list
     rng = Random(f"{seed}-{domain}-{split}")
     if domain == "biomedicine":
         return biomedicine.generate(count, split, rng), {}
-    earlier = {"test": (), "val": ("test",), "train": ("test", "val")}[split]
-    return document.generate(count, rng, held_out_documents(earlier, seed)), {}
+    return document.generate(count, rng, held_out_documents(split, seed)), {}
 
 
-def held_out_documents(splits: Sequence[str], seed: int) -> set[bytes]:
-    """Return the pixels of every document that may be in one of these splits of this seed, however many are written."""
-    taken: set[bytes] = set()
-    for split in splits:
-        document.generate(MOST_IMAGES[split], Random(f"{seed}-document-{split}"), taken)
-    return taken
+@functools.cache
+def held_out_documents(split: str, seed: int) -> frozenset[bytes]:
+    """Return the pixels of the documents that a split must not have: all that earlier ones of this seed may have.
+
+    `test` comes first, then `val`, then `train` (and the tower's training).
+    """
+    if split == "test":
+        return frozenset()
+    earlier = {"val": "test", "train": "val"}[split]
+    before = held_out_documents(earlier, seed)
+    samples = document.generate(MOST_IMAGES[earlier], Random(f"{seed}-document-{earlier}"), before)
+    return before | {sample.image.tobytes() for sample in samples}
 
 
 def training_records(domain: str, samples: Sequence[Sample], rng: Random) -> list[dict[str, Any]]:
