@@ -22,13 +22,15 @@ CONSTANT = 0.7
 """First coordinate of all embeddings; the rest of an embedding has a norm of about 1."""
 SHARPNESS = 0.8
 """Squared amplitude of each frequency of a positional head."""
-FREQUENCIES = 6
-"""How many of RoPE's frequencies, the highest ones, a positional head uses."""
-MATCH = 2.4
-"""Scale of queries and keys of a look-up head."""
-FAR = 1.2
-"""Amplitude by which a look-up head shuns nearby positions, above all its own, which always agrees with itself."""
-WRITE, COPY = 0.12, 0.5
+FAST = range(0, 6)
+"""RoPE's frequencies that a positional head uses, from the highest on."""
+MIDDLE = range(1, 7)
+"""Those by which a look-up head shuns nearby positions, above all its own, which always agrees with itself."""
+SLOW = range(7, 16)
+"""Those that hardly turn within a sequence: words are compared in them, wherever they stand."""
+MATCH, FAR = 1.9, 1.2
+"""Scale of queries and keys of a look-up head: of the words' part and of the distance's."""
+WRITE, COPY = 0.2, 1.5
 """Scale of what positional and look-up heads write."""
 OWN = -1
 """In `LOOK_UPS`: the word of a position itself, in place of the one a distance of `DISTANCES` before it."""
@@ -47,44 +49,45 @@ def initialise(model: Any, generator: torch.Generator) -> None:
     embeddings = model.get_input_embeddings().weight
     embeddings.copy_(torch.randn(embeddings.shape, generator=generator) * width**-0.5)
     embeddings[:, 0] = CONSTANT
-    theta = config.rope_parameters["rope_theta"] ** (-torch.arange(size // 2) / (size // 2))
-    used = torch.arange(size // 2) < FREQUENCIES
+    half = size // 2
+    theta = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    slow = torch.tensor([index + shift for shift in (0, half) for index in SLOW])
 
-    def subspace() -> torch.Tensor:
-        """Return `[size, width]` with orthonormal rows, blind to the constant."""
-        basis = torch.linalg.qr(torch.randn(width - 1, size, generator=generator))[0].T
-        return torch.cat([torch.zeros(size, 1), basis], dim=1)
+    def basis(count: int) -> torch.Tensor:
+        """Return `[count, width]` with orthonormal rows, blind to the constant."""
+        rows = torch.linalg.qr(torch.randn(width - 1, count, generator=generator))[0].T
+        return torch.cat([torch.zeros(count, 1), rows], dim=1)
 
-    read = [subspace() for _ in DISTANCES]  # what a positional head reads of a word
-    written = [subspace() for _ in DISTANCES]  # where it writes it
+    def embed(rows: torch.Tensor) -> torch.Tensor:
+        """Put the rows of a basis at the slow coordinates of a head: `[size, width]`."""
+        out = torch.zeros(size, width)
+        out[slow] = rows
+        return out
+
+    read = embed(basis(len(slow)))  # what a positional head reads of a word
+    written = [embed(basis(len(slow))) for _ in DISTANCES]  # where it writes it
     first = model.model.layers[0].self_attn
     for head, distance in enumerate(DISTANCES):
         rows = slice(head * size, (head + 1) * size)
-        amplitude = math.sqrt(SHARPNESS) * used
         query, key = torch.zeros(size), torch.zeros(size)
-        # RoPE turns the pair (i, i + size / 2): the scores are highest where the key is `distance` before the query.
-        query[: size // 2], query[size // 2 :] = amplitude * torch.cos(theta * distance), -amplitude * torch.sin(
-            theta * distance
-        )
-        key[: size // 2] = amplitude
+        for pair in FAST:
+            # RoPE turns the pair (i, i + half): the scores are highest where the key is `distance` before the query.
+            query[pair] = SHARPNESS**0.5 * math.cos(theta[pair] * distance)
+            query[pair + half] = -(SHARPNESS**0.5) * math.sin(theta[pair] * distance)
+            key[pair] = SHARPNESS**0.5
         first.q_proj.weight[rows], first.k_proj.weight[rows] = 0.0, 0.0
         first.q_proj.weight[rows, 0], first.k_proj.weight[rows, 0] = query, key
-        first.v_proj.weight[rows] = read[head]
+        first.v_proj.weight[rows] = read
         first.o_proj.weight[:, rows] = WRITE * written[head].T
-    own = subspace()
+    own = basis(size)
     for layer, heads in enumerate(LOOK_UPS, start=1):
         attention = model.model.layers[layer].self_attn
         for head, (compared, copied) in enumerate(heads):
             rows = slice(head * size, (head + 1) * size)
-            # The word asked for is the one before; as a word is compared in the coordinates in which it was read.
-            if compared == OWN:
-                attention.q_proj.weight[rows], attention.k_proj.weight[rows] = MATCH * written[0], MATCH * read[0]
-            else:
-                turn = read[0] @ read[compared].T  # from the coordinates of one positional head to another's
-                attention.q_proj.weight[rows] = MATCH * written[0]
-                attention.k_proj.weight[rows] = MATCH * turn @ written[compared]
-            for pair in range(1, 1 + FREQUENCIES):
+            attention.q_proj.weight[rows] = MATCH * written[0]  # the word asked for is the one before
+            attention.k_proj.weight[rows] = MATCH * (read if compared == OWN else written[compared])
+            for pair in MIDDLE:
                 attention.q_proj.weight[rows.start + pair, 0] = FAR
                 attention.k_proj.weight[rows.start + pair, 0] = -FAR
             attention.v_proj.weight[rows] = own if copied == OWN else written[copied]
-            attention.o_proj.weight[:, rows] = COPY * (own if copied == OWN else read[copied]).T
+            attention.o_proj.weight[:, rows] = COPY * (own if copied == OWN else read).T

@@ -56,22 +56,22 @@ class Recipe:
     """Size of the training run."""
 
     items: int = 20000
-    steps: int = 3000
+    steps: int = 2000
     batch_tokens: int = 2048
     """About this many tokens a step, padding included."""
     learning_rate: float = 3e-3
     """Of embeddings and norms (AdamW)."""
-    matrix_learning_rate: float = 8e-3
+    matrix_learning_rate: float = 5e-3
     """Of the blocks' matrices (Muon)."""
     weight_decay: float = 0.05
     warmup_steps: int = 100
     noise: float = 0.1
     """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
-    drills_alone: float = 0.2
+    drills_alone: float = 0.4
     """Share of the steps before the first piece of pre-training text; the drills reach their full difficulty in it."""
-    drills_later: float = 0.4
+    drills_later: float = 0.35
     """Share of drills among the steps after that."""
-    decay: float = 0.5
+    decay: float = 0.55
     """Share of the steps, the last ones, over which the rates fall linearly."""
     test_items: int = 1200
     report_every: int = 250

@@ -89,14 +89,15 @@ def draw_lines(vocabulary: Vocabulary, count: int, length: int, rng: Random) -> 
 
 
 def write_flat(vocabulary: Vocabulary, lines: list[list[int]], rng: Random) -> list[int]:
-    """Write lines one after another, with one kind of separator or none."""
-    inner = rng.choice(([], [], [vocabulary.mark["▁has"]], [vocabulary.mark[":"]]))
-    outer = rng.choice(([], [vocabulary.mark[","]], [vocabulary.mark["."]]))
+    """Write lines one after another, with a separator inside lines, between them or both."""
+    inner = [vocabulary.mark[rng.choice(("▁has", ":"))]]
+    outer = [vocabulary.mark[rng.choice((",", "."))]]
+    inside, between = rng.choice(((True, False), (False, True), (True, True)))
     out: list[int] = []
     for line in lines:
         for number, word in enumerate(line):
-            out += ([*inner, word]) if number else [word]
-        out += outer
+            out += [*inner, word] if number and inside else [word]
+        out += outer if between else []
     return out
 
 
@@ -120,7 +121,7 @@ def write_grid(vocabulary: Vocabulary, lines: list[list[int]], by_column: bool, 
 def ask(vocabulary: Vocabulary, lines: list[list[int]], level: float, rng: Random) -> tuple[list[int], list[int]]:
     """Draw a question about the lines. Returns the question's ids and the answer's."""
     mark, length = vocabulary.mark, len(lines[0])
-    other = 0.2 if level > 0.2 else 0.0  # chance of membership, and then of place
+    other = 0.2 if level > 0.5 else 0.0  # chance of membership, and then of place
     if rng.random() < other:
         present = rng.random() < 0.5
         asked = rng.choice([word for line in lines for word in line])
@@ -136,6 +137,8 @@ def ask(vocabulary: Vocabulary, lines: list[list[int]], level: float, rng: Rando
         place = "▁last" if number == len(lines) - 1 and (number > 2 or rng.random() < 0.5) else LINES[number]
         return [mark[place], mark[ATTRIBUTES[wanted]]], vocabulary.spoken(line[wanted])
     given = rng.choice([index for index in range(length) if index != wanted])
+    if level < 0.15:  # forwards only
+        given, wanted = sorted((given, wanted))
     named = [mark[ATTRIBUTES[wanted]]] if length > 2 else []
     return [*vocabulary.spoken(line[given]), *named], vocabulary.spoken(line[wanted])
 
@@ -146,13 +149,14 @@ def make_drill(vocabulary: Vocabulary, rng: Random, level: float = 1.0, skill: s
     Args:
         vocabulary: Ids to use.
         rng: Source of randomness.
-        level: Difficulty, 0 (short lines of text, bare look-ups and copying) to 1 (everything).
+        level: Difficulty, 0 (pairs in a line of text, looked up forwards, and copying) to 1: from 0.15 backwards too,
+            from 0.3 grids, from 0.5 three words a line, membership and places, from 0.6 longer questions.
         skill: One of `SKILLS`; by default drawn among those of the level.
     """
     if skill is None:
-        weights = (2.0, 3.0, 3.0, 1.0, 1.0) if level > 0.2 else (3.0, 0.0, 0.0, 3.0, 0.0)
+        weights = (2.0, 3.0, 3.0, 1.0, 1.0) if level > 0.3 else (3.0, 0.0, 0.0, 1.0, 0.0)
         skill = rng.choices(SKILLS, weights)[0]
-    length = rng.choice((2, 2, 3)) if level > 0.3 else 2
+    length = rng.choice((2, 2, 3)) if level > 0.5 else 2
     most = {"flat": 4 + round(4 * level), "copy": 7 + round(3 * level)}.get(skill, 2 + round(2 * level))
     lines = draw_lines(vocabulary, rng.randint(2, most), length, rng)
     writer = Writer(vocabulary.bos)
@@ -170,7 +174,7 @@ def make_drill(vocabulary: Vocabulary, rng: Random, level: float = 1.0, skill: s
                 writer.answer([vocabulary.mark[","]])
         writer.answer([vocabulary.eos])
         return Drill(skill, writer.ids, writer.labels)
-    style = rng.choice(STYLES) if level > 0.4 else STYLES[0]
+    style = rng.choice(STYLES) if level > 0.6 else STYLES[0]
     used = {word for line in lines for word in line}
     fillers = [word for word in rng.sample(vocabulary.words, 40) if word not in used]
     first = True
