@@ -46,7 +46,6 @@ ARCHITECTURE: dict[str, Any] = {
 }
 CONTEXT_WEIGHT = 0.1
 """Weight in the loss of a token of the context; a token of a description has weight 1."""
-TEXT_KINDS = ("description", "drill", "dialogue")
 QUESTION_WEIGHT = 4.0
 """Weight of a token of an answer: answers are short, and look-ups are slow to learn."""
 
@@ -56,7 +55,7 @@ class Recipe:
     """Size of the training run."""
 
     items: int = 20000
-    steps: int = 2000
+    steps: int = 2800
     batch_tokens: int = 2048
     """About this many tokens a step, padding included."""
     learning_rate: float = 3e-3
@@ -68,9 +67,13 @@ class Recipe:
     noise: float = 0.1
     """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
     drills_alone: float = 0.4
-    """Share of the steps before the first piece of pre-training text; the drills reach their full difficulty in it."""
+    """Share of the steps before the first piece of pre-training text."""
     drills_later: float = 0.35
     """Share of drills among the steps after that."""
+    mastered: float = 0.85
+    """Share of right tokens in drills above which they become harder, ..."""
+    harder: float = 0.01
+    """... by this much a step (0 to 1)."""
     decay: float = 0.55
     """Share of the steps, the last ones, over which the rates fall linearly."""
     test_items: int = 1200
@@ -133,7 +136,7 @@ def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Source:
-    """Batches of drills and of pre-training text; a batch depends on seed and step alone."""
+    """Batches of drills and of pre-training text; a batch depends on seed, step and level alone."""
 
     def __init__(self, tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> None:
         """Generate and encode the text; drills are made when they are needed."""
@@ -143,20 +146,17 @@ class Source:
         rows = []
         for _ in progress(range(recipe.items), "text", "item"):
             item = pretraining_item(rng)
-            rows.append((*to_tokens(item, tokenizer), item.skill))
+            rows.append((*to_tokens(item, tokenizer), f"text/{item.skill}"))
         self.rows: list[Row] = sorted(rows, key=lambda row: len(row[0]))
 
-    def batch(self, step: int) -> list[Row]:
-        """Return the rows of a step: drills alone at first, then drills or text of similar length."""
+    def batch(self, step: int, level: float) -> list[Row]:
+        """Return the rows of a step: drills of a level alone at first, then drills or text of similar length."""
         rng = Random(f"{self.seed}-step-{step}")
-        done = step / self.recipe.steps
-        alone = self.recipe.drills_alone
-        if done < alone or rng.random() < self.recipe.drills_later:
-            level = min(1.0, done / alone / 0.7)
+        if step < self.recipe.drills_alone * self.recipe.steps or rng.random() < self.recipe.drills_later:
             drills = [
                 make_drill(self.vocabulary, rng, level) for _ in range(max(1, self.recipe.batch_tokens // MOST_TOKENS))
             ]
-            return [(drill.ids, drill.labels, drill.skill) for drill in drills]
+            return [(drill.ids, drill.labels, f"drill/{drill.skill}") for drill in drills]
         # A random place in the order of lengths, weighted by length, as every token is to be seen equally often.
         start = max(rng.randrange(len(self.rows)), rng.randrange(len(self.rows)))
         count = max(1, self.recipe.batch_tokens // len(self.rows[start][0]))
@@ -245,7 +245,8 @@ def train(
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer.hf), **ARCHITECTURE))
     heads.initialise(model, torch.Generator().manual_seed(seed))
     optimizers = make_optimizers(model, recipe)
-    kept = Checkpoint(checkpoint, [model], optimizers)
+    curriculum = Curriculum(recipe)
+    kept = Checkpoint(checkpoint, [model, curriculum], optimizers)
     first = kept.load(f"{recipe} seed {seed}")
     bar = progress(range(first, recipe.steps), "language model", "step")
     average = 0.0
@@ -253,14 +254,17 @@ def train(
         scale = min(1.0, (step + 1) / recipe.warmup_steps, (1 - step / recipe.steps) / recipe.decay + 0.005)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * scale
-        loss, answer_loss = losses(model, source.batch(step), recipe, seed * 1_000_003 + step)
+        rows = source.batch(step, curriculum.level.item())
+        loss, answer_loss, right = losses(model, rows, recipe, seed * 1_000_003 + step)
+        if rows[0][2].startswith("drill/"):
+            curriculum.record(right)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         average = answer_loss if step == first else 0.95 * average + 0.05 * answer_loss
-        bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {average:.3f} level {curriculum.level.item():.2f}", refresh=False)
         if (step + 1) % recipe.report_every == 0 and step + 1 < recipe.steps:
             kept.save(f"{recipe} seed {seed}", step + 1)
             shown = ", ".join(f"{skill} {value:.2f}" for skill, value in measure(model, tests[::5]).items())
@@ -272,8 +276,28 @@ def train(
     return model, measured
 
 
-def losses(model: Any, rows: Sequence[Row], recipe: Recipe, noise_seed: int) -> tuple[torch.Tensor, float]:
-    """Compute the loss of a batch and the mean loss of its answers' tokens, with noise on the embeddings."""
+class Curriculum(torch.nn.Module):
+    """The drills' level, 0 to 1, which rises while most of their answers are right."""
+
+    level: torch.Tensor
+    right: torch.Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Start at level 0."""
+        super().__init__()
+        self.recipe = recipe
+        self.register_buffer("level", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("right", torch.zeros((), dtype=torch.float64))
+
+    def record(self, right: float) -> None:
+        """Take the share of right tokens in a batch of drills."""
+        self.right.mul_(0.9).add_(0.1 * right)
+        if self.right > self.recipe.mastered:
+            self.level.add_(self.recipe.harder).clamp_(max=1.0)
+
+
+def losses(model: Any, rows: Sequence[Row], recipe: Recipe, noise_seed: int) -> tuple[torch.Tensor, float, float]:
+    """Compute the loss of a batch, and mean loss and share right of its answers' tokens; embeddings are noisy."""
     ids, labels = collate(rows)
     skills = [skill for _, _, skill in rows]
     embeddings = model.get_input_embeddings()(ids)
@@ -282,14 +306,17 @@ def losses(model: Any, rows: Sequence[Row], recipe: Recipe, noise_seed: int) -> 
     # No attention mask is needed: padding is on the right, where a causal model does not see it.
     hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, :-1]
     target, answered = ids[:, 1:], labels[:, 1:] != IGNORE_INDEX
-    is_text = torch.tensor([[" " in skill and skill.split()[-1] in TEXT_KINDS] for skill in skills])
+    is_text = torch.tensor([[skill.startswith("text/")] for skill in skills])
     described = torch.tensor([[skill.endswith("description")] for skill in skills])
     # Random words cannot be predicted: only the text has a loss on its context. Generated text has no <unk> (id 0).
     weight = torch.where(answered, torch.where(described, 1.0, QUESTION_WEIGHT), CONTEXT_WEIGHT * (is_text & (target != 0)))
     counted = weight > 0
-    token_losses = F.cross_entropy(model.lm_head(hidden[counted]), target[counted], reduction="none")
+    logits = model.lm_head(hidden[counted])
+    token_losses = F.cross_entropy(logits, target[counted], reduction="none")
     loss = (token_losses * weight[counted]).sum() / weight.sum()
-    return loss, token_losses.detach()[answered[counted]].mean().item()
+    of_answers = answered[counted]
+    right = (logits.detach().argmax(-1) == target[counted])[of_answers].double().mean().item()
+    return loss, token_losses.detach()[of_answers].mean().item(), right
 
 
 def save(model: Any, folder: Path) -> None:
