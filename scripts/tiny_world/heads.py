@@ -4,8 +4,8 @@ From random weights, heads that look things up form late and suddenly; on two co
 training finds in the end is known (induction heads: Olsson et al., 2022, "In-context learning and induction heads"), so
 its rough form is the starting point here. Nothing is frozen, and the other weights are random as usual.
 
-* Layer 0: each head attends to the position a fixed distance back (1, 2, 4 or 8: neighbours in a line, in a row and in a
-  column of a 4 x 4 grid) and writes that word's vector into a subspace of its own.
+* Layer 0: each head attends to the position a fixed distance back (1, 2, 4 or 12: in a line, in a row and in a column
+  of a 4 x 4 grid) and writes that word's vector into a subspace of its own.
 * Layers 1 and 2: each head compares the word before the current position (what is asked for) with a subspace of all
   earlier positions, and copies a word from where they agree.
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-DISTANCES = (1, 2, 4, 8)
+DISTANCES = (1, 2, 4, 12)
 CONSTANT = 0.7
 """First coordinate of all embeddings; the rest of an embedding has a norm of about 1."""
 SHARPNESS = 0.8

@@ -54,10 +54,9 @@ class Recipe:
     shape_weight: float = 2.0
     """How much oftener a shape is drawn than an image of another domain: shapes are the hardest to recognise."""
     learning_rate: float = 1e-3
-    refining_steps: int = 1400
+    refining_steps: int = 900
     refining_batch_size: int = 128
-    refining_shape_weight: tuple[float, float] = (5.0, 1.5)
-    """At the start and at the end of the refining steps, which shift from shapes to everything."""
+    refining_shape_weight: float = 5.0
     refining_learning_rate: float = 6e-4
     weight_decay: float = 0.05
     warmup_steps: int = 50
@@ -238,8 +237,7 @@ def train(
         refining = step >= steps
         if refining:
             done, all_steps, rate = step - steps, recipe.refining_steps, recipe.refining_learning_rate
-            size, (most, least) = recipe.refining_batch_size, recipe.refining_shape_weight
-            shape_weight = most + (least - most) * done / all_steps
+            size, shape_weight = recipe.refining_batch_size, recipe.refining_shape_weight
         else:
             done, all_steps, rate = step, steps, recipe.learning_rate
             size, shape_weight = recipe.batch_size, recipe.shape_weight
