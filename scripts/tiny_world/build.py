@@ -1,8 +1,9 @@
 """`python -m scripts.tiny_world.build --out playground/models/tiny`: build the small pre-trained models.
 
 There are three stages, `tokenizer`, `tower` and `language_model`. Each can run alone after the stages before it. The
-same seed, package versions and number of threads give the same files. The only input is the installed files of
-easy-VQA and scikit-image. Run it from the root of the repository.
+same seed, package versions and number of threads give the same files, also when the build was interrupted and goes on
+from `--checkpoints`. The only input is the installed files of easy-VQA and scikit-image. Run it from the root of the
+repository.
 """
 
 import argparse
@@ -46,6 +47,9 @@ class Options:
     """Folder of checkpoints: an interrupted build goes on where it was, and the same command gives the same files."""
     tower_from: Path | None = None
     """Weights of an earlier tower; they take the place of the tower's contrastive steps."""
+
+    language_model_from: Path | None = None
+    """Folder of an earlier language model, from which training goes on; it takes the place of the drills alone."""
 
     def checkpoint(self, stage: str) -> Path | None:
         """Return the stage's file of checkpoints, if any are wanted."""
@@ -99,7 +103,8 @@ def build_language_model(options: Options) -> dict[str, float]:
 
     recipe = language.QUICK if options.quick else language.Recipe()
     tokenizer = load_tokenizer(options.out)
-    model, measured = language.train(tokenizer, recipe, options.seed, options.checkpoint("language_model"))
+    checkpoint = options.checkpoint("language_model")
+    model, measured = language.train(tokenizer, recipe, options.seed, checkpoint, options.language_model_from)
     language.save(model, options.out / "language_model")
     return measured
 
@@ -123,7 +128,9 @@ def build(options: Options, stages: Sequence[str] = STAGES, threads: int = 2) ->
         measured[stage] = {key: round(value, 4) for key, value in numbers.items()}
         print(f"  {measured[stage]}", flush=True)
     manifest = {
-        "command": "python -m scripts.tiny_world.build" + (" --quick" if options.quick else "") + f" --seed {options.seed}",
+        "command": "python -m scripts.tiny_world.build"
+        + (" --quick" if options.quick else "")
+        + f" --seed {options.seed}",
         "seed": options.seed,
         "threads": threads,
         "machine": platform.machine(),
@@ -151,6 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tower-from", type=Path, help="weights of an earlier tower, to refine instead of training one anew (none)"
     )
+    parser.add_argument(
+        "--language-model-from",
+        type=Path,
+        help="folder of an earlier language model with this tokenizer, to train on instead of one anew (none)",
+    )
     given = parser.parse_args(arguments)
     setup_logging()
     stages = given.stages.split(",")
@@ -159,7 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--stages {given.stages}: no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
     if given.tower_from is not None and not given.tower_from.is_file():
         raise ConfigError(f"--tower-from {given.tower_from}: no such file; give a vision_tower/model.safetensors")
-    options = Options(given.out, given.seed, given.quick, given.checkpoints, given.tower_from)
+    if given.language_model_from is not None and not (given.language_model_from / "model.safetensors").is_file():
+        raise ConfigError(f"--language-model-from {given.language_model_from}: holds no model.safetensors")
+    options = Options(
+        given.out, given.seed, given.quick, given.checkpoints, given.tower_from, given.language_model_from
+    )
     build(options, stages, given.threads)
     return 0
 

@@ -1,14 +1,14 @@
 """The small language model: a Llama, pre-trained on generated text.
 
 Drills over random words (`text_drills`) come first: they teach looking up and copying. The text that joins them
-(`text_grids`, `text_scenes`) teaches to compare, count, describe, and answer in the `vicuna_v1` format. None of it comes
-from an image.
+(`text_grids`, `text_scenes`) teaches to compare, count, describe, and answer in the `vicuna_v1` format. None of it
+comes from an image.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -54,8 +54,8 @@ QUESTION_WEIGHT = 4.0
 class Recipe:
     """Size of the training run."""
 
-    items: int = 30000
-    steps: int = 3600
+    items: int = 20000
+    steps: int = 2800
     batch_tokens: int = 2048
     """About this many tokens a step, padding included."""
     learning_rate: float = 3e-3
@@ -66,15 +66,15 @@ class Recipe:
     warmup_steps: int = 100
     noise: float = 0.1
     """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
-    drills_alone: float = 0.25
+    drills_alone: float = 0.4
     """Share of the steps before the first piece of pre-training text."""
-    drills_later: float = 0.3
+    drills_later: float = 0.35
     """Share of drills among the steps after that."""
     mastered: float = 0.85
     """Share of right tokens in drills above which they become harder."""
     harder: float = 0.01
-    """How much harder in a step then, on a scale from 0 to 1; and a tenth of it in any other step."""
-    decay: float = 0.6
+    """How much harder in such a step, on a scale from 0 to 1."""
+    decay: float = 0.55
     """Share of the steps, the last ones, over which the rates fall linearly."""
     test_items: int = 1200
     report_every: int = 250
@@ -161,7 +161,12 @@ class Source:
         start = max(rng.randrange(len(self.rows)), rng.randrange(len(self.rows)))
         count = max(1, self.recipe.batch_tokens // len(self.rows[start][0]))
         low = max(0, start - 4 * count)
-        return [self.rows[index] for index in sorted(rng.sample(range(low, min(len(self.rows), low + 8 * count)), min(count, len(self.rows) - low)))]
+        return [
+            self.rows[index]
+            for index in sorted(
+                rng.sample(range(low, min(len(self.rows), low + 8 * count)), min(count, len(self.rows) - low))
+            )
+        ]
 
 
 def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -236,9 +241,16 @@ def held_out(tokenizer: HFTextTokenizer, count: int, seed: int) -> list[Row]:
 
 
 def train(
-    tokenizer: HFTextTokenizer, recipe: Recipe, seed: int, checkpoint: Path | None = None
+    tokenizer: HFTextTokenizer,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path | None = None,
+    start: Path | None = None,
 ) -> tuple[Any, dict[str, float]]:
     """Pre-train, from `checkpoint` on if that file is there.
+
+    With `start`, the folder of an earlier model of this tokenizer, training goes on from that model, without the steps
+    of drills alone.
 
     Returns:
         The `LlamaForCausalLM` and measurements (loss, share of right answers to held-out questions per skill, seconds).
@@ -250,11 +262,17 @@ def train(
     tests = held_out(tokenizer, recipe.test_items, seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer.hf), **ARCHITECTURE))
-    heads.initialise(model, torch.Generator().manual_seed(seed))
+    if start is None:
+        heads.initialise(model, torch.Generator().manual_seed(seed))
+    else:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+        recipe = replace(recipe, drills_alone=0.0)
+        source.recipe = recipe
     optimizers = make_optimizers(model, recipe)
     curriculum = Curriculum(recipe)
     kept = Checkpoint(checkpoint, [model, curriculum], optimizers)
-    first = kept.load(f"{recipe} seed {seed}")
+    named = f"{recipe} seed {seed} from {start}"
+    first = kept.load(named)
     bar = progress(range(first, recipe.steps), "language model", "step")
     average = 0.0
     for step in bar:
@@ -273,7 +291,7 @@ def train(
         average = answer_loss if step == first else 0.95 * average + 0.05 * answer_loss
         bar.set_postfix_str(f"loss {average:.3f} level {curriculum.level.item():.2f}", refresh=False)
         if (step + 1) % recipe.report_every == 0 and step + 1 < recipe.steps:
-            kept.save(f"{recipe} seed {seed}", step + 1)
+            kept.save(named, step + 1)
             shown = ", ".join(f"{skill} {value:.2f}" for skill, value in measure(model, tests[::5]).items())
             LOG.info("step %d, loss %.3f, answers right: %s", step + 1, average, shown)
     model.eval()
@@ -299,8 +317,8 @@ class Curriculum(torch.nn.Module):
     def record(self, right: float) -> None:
         """Take the share of right tokens in a batch of drills."""
         self.right.mul_(0.9).add_(0.1 * right)
-        step = self.recipe.harder * (1.0 if self.right > self.recipe.mastered else 0.1)
-        self.level.add_(step).clamp_(max=1.0)
+        if self.right > self.recipe.mastered:
+            self.level.add_(self.recipe.harder).clamp_(max=1.0)
 
 
 def losses(model: Any, rows: Sequence[Row], recipe: Recipe, noise_seed: int) -> tuple[torch.Tensor, float, float]:
@@ -316,7 +334,9 @@ def losses(model: Any, rows: Sequence[Row], recipe: Recipe, noise_seed: int) -> 
     is_text = torch.tensor([[skill.startswith("text/")] for skill in skills])
     described = torch.tensor([[skill.endswith("description")] for skill in skills])
     # Random words cannot be predicted: only the text has a loss on its context. Generated text has no <unk> (id 0).
-    weight = torch.where(answered, torch.where(described, 1.0, QUESTION_WEIGHT), CONTEXT_WEIGHT * (is_text & (target != 0)))
+    weight = torch.where(
+        answered, torch.where(described, 1.0, QUESTION_WEIGHT), CONTEXT_WEIGHT * (is_text & (target != 0))
+    )
     counted = weight > 0
     logits = model.lm_head(hidden[counted])
     token_losses = F.cross_entropy(logits, target[counted], reduction="none")

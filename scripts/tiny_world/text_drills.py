@@ -161,7 +161,9 @@ def make_drill(vocabulary: Vocabulary, rng: Random, level: float = 1.0, skill: s
     lines = draw_lines(vocabulary, rng.randint(2, most), length, rng)
     writer = Writer(vocabulary.bos)
     if skill in ("flat", "copy"):
-        writer.read(write_flat(vocabulary, lines, rng) if skill == "flat" else [word for line in lines for word in line])
+        writer.read(
+            write_flat(vocabulary, lines, rng) if skill == "flat" else [word for line in lines for word in line]
+        )
     else:
         by_column = skill == "columns" or (skill == "list" and rng.random() < 0.5)
         writer.read(write_grid(vocabulary, lines, by_column, rng))

@@ -66,7 +66,14 @@ class Recipe:
 
 
 QUICK = Recipe(
-    shapes=60, others=60, steps=3, batch_size=24, refining_steps=3, refining_batch_size=24, save_every=2, probe_images=60
+    shapes=60,
+    others=60,
+    steps=3,
+    batch_size=24,
+    refining_steps=3,
+    refining_batch_size=24,
+    save_every=2,
+    probe_images=60,
 )
 
 

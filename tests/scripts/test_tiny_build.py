@@ -249,6 +249,7 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(tokenizer, tmp_path, mo
 
 def test_the_tower_can_start_from_another(tokenizer, tmp_path):
     """Then only the refining steps run; a file that is not there is named."""
+
     def encode(text):
         return tokenizer.encode_with_offsets(text)[0]
 

@@ -238,7 +238,9 @@ def test_yes_and_no_are_balanced_in_training(world):
     assert 0.8 < counts["yes"] / counts["no"] < 1.25
 
 
-@pytest.mark.parametrize("name", ["general/train", "general/val", "document/test", "biomedicine/train", "captions/train"])
+@pytest.mark.parametrize(
+    "name", ["general/train", "general/val", "document/test", "biomedicine/train", "captions/train"]
+)
 def test_records_have_llavas_format(world, name):
     records = json.loads((world / f"{name}.json").read_text())
     assert len({record["id"] for record in records}) == len(records)
@@ -308,7 +310,7 @@ def test_another_seed_gives_other_questions():
 def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(DataError, match="holds other files"):
-        data.build(tmp_path, TRAIN, TEST)
+        data.build(tmp_path, SIZE)
     assert data.main(["--out", str(tmp_path)]) == 2
     assert "manifest.json" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,9 +1,9 @@
 """The biomedicine domain: patches of a real immunohistochemistry photograph, with PathVQA-style questions.
 
 The photograph (colonic glands, DAB brown with hematoxylin blue; 512 x 512; shipped with scikit-image) is cut into three
-regions, one for training, one for validation and one for testing, with unused strips between them. Every answer is measured: colour
-deconvolution (Ruifrok and Johnston, 2001; `skimage.color.rgb2hed`), then shares of pixels above fixed thresholds. A
-question is asked only if the measurement lies clearly on one side of every limit.
+regions, one for training, one for validation and one for testing, with unused strips between them. Every answer is
+measured: colour deconvolution (Ruifrok and Johnston, 2001; `skimage.color.rgb2hed`), then shares of pixels above fixed
+thresholds. A question is asked only if the measurement lies clearly on one side of every limit.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE, Question, Sample
-
 
 
 class Region(NamedTuple):

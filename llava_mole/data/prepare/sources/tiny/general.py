@@ -108,7 +108,7 @@ def facts(shape: str, colour: str, place: str) -> tuple[str, ...]:
 
 
 def draw(rng: Random) -> Sample:
-    """Draw a picture of easy-VQA's kind, to train the tower on: a smoothed shape of 7 to 31 pixels on a light ground."""
+    """Draw a picture of easy-VQA's kind, to train the tower on: a shape of 7 to 31 pixels on a light ground."""
     scale, side = 4, 64
     shape, colour = rng.choice(SHAPES), rng.choice(sorted(COLOURS))
     ground = tuple(rng.randint(225, 255) for _ in range(3))

@@ -152,7 +152,7 @@ def image_path(domain: str, split: str, name: str) -> str:
 def held_out_questions(
     domain: str, split: str, samples: Sequence[Sample], asked: Facts | None, rng: Random, seed: int, limit: int
 ) -> list[tuple[int, Question]]:
-    """Return at most `limit` balanced (index of the sample, question) pairs, and as many fact questions if there are."""
+    """Return at most `limit` balanced (number of the sample, question) pairs, and as many fact questions if any."""
     drawn = draw_test(balance(samples, rng), rng, limit)
     if asked is not None:
         used = sorted({index for index, _ in drawn})
@@ -247,9 +247,7 @@ def write(out: Path, wanted: Size, seed: int) -> dict[str, Any]:
         for split, limit in limits.items():
             count = limit if split == "train" else min(MOST_IMAGES[split], limit + 200)
             samples, files = domain_samples(domain, split, count, seed)
-            counts[f"{domain}/{split}"], described = write_split(
-                out, domain, split, samples, files, seed, limit, asked
-            )
+            counts[f"{domain}/{split}"], described = write_split(out, domain, split, samples, files, seed, limit, asked)
             captions += described if split == "train" else []
     Random(f"{seed}-captions").shuffle(captions)
     (out / "captions").mkdir()
