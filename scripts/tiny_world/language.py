@@ -1,14 +1,14 @@
 """The small language model: a Llama, pre-trained on generated text.
 
-The text (`text_grids`, `text_scenes`) teaches reading skills: look up, copy, compare, count, describe, and answer in
-the `vicuna_v1` format. None of it comes from an image.
+Drills over random words (`text_drills`) come first: they teach looking up and copying. The text that joins them
+(`text_grids`, `text_scenes`) teaches to compare, count, describe, and answer in the `vicuna_v1` format. None of it
+comes from an image.
 """
 
-import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,11 +21,14 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_
 from llava_mole.conversation import Rendered, Turn, get_template, render
 from llava_mole.data.prepare.sources.tiny.world import progress
 from llava_mole.data.tokenization import HFTextTokenizer, encode
+from scripts.tiny_world import heads
+from scripts.tiny_world.checkpoint import Checkpoint
+from scripts.tiny_world.text_drills import MOST_TOKENS, Vocabulary, make_drill
 from scripts.tiny_world.text_grids import grid_item
 from scripts.tiny_world.text_items import Item
 from scripts.tiny_world.text_scenes import scene_item
 
-LOG = get_logger(__name__)
+LOG = get_logger("llava_mole.tiny_world")
 CONTEXT_LENGTH = 512
 ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 128,
@@ -51,20 +54,33 @@ QUESTION_WEIGHT = 4.0
 class Recipe:
     """Size of the training run."""
 
-    items: int = 24000
-    steps: int = 800
-    batch_size: int = 48
+    items: int = 20000
+    steps: int = 2800
+    batch_tokens: int = 2048
+    """About this many tokens a step, padding included."""
     learning_rate: float = 3e-3
     """Of embeddings and norms (AdamW)."""
-    matrix_learning_rate: float = 8e-3
+    matrix_learning_rate: float = 5e-3
     """Of the blocks' matrices (Muon)."""
     weight_decay: float = 0.05
-    warmup_steps: int = 60
+    warmup_steps: int = 100
     noise: float = 0.1
     """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
+    drills_alone: float = 0.4
+    """Share of the steps before the first piece of pre-training text."""
+    drills_later: float = 0.35
+    """Share of drills among the steps after that."""
+    mastered: float = 0.85
+    """Share of right tokens in drills above which they become harder."""
+    harder: float = 0.01
+    """How much harder in such a step, on a scale from 0 to 1."""
+    decay: float = 0.55
+    """Share of the steps, the last ones, over which the rates fall linearly."""
+    test_items: int = 1200
+    report_every: int = 250
 
 
-QUICK = Recipe(items=64, steps=4, batch_size=16, warmup_steps=2)
+QUICK = Recipe(items=64, steps=4, batch_tokens=512, warmup_steps=2, test_items=40, report_every=2)
 
 
 def pretraining_item(rng: Random) -> Item:
@@ -104,23 +120,53 @@ def to_tokens(item: Item, tokenizer: HFTextTokenizer) -> tuple[list[int], list[i
     return ids, labels
 
 
-def batches(
-    encoded: list[tuple[list[int], list[int], str]], batch_size: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
-    """Yield endless batches of items of similar length: ids and labels int64 `[B, L]` (ids 0 where padded), skills."""
-    order = Random(f"{seed}-batches")
-    while True:
-        keyed = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]) + order.uniform(-4, 4), index))
-        groups = [keyed[start : start + batch_size] for start in range(0, len(keyed) - batch_size + 1, batch_size)]
-        order.shuffle(groups)
-        for group in groups:
-            longest = max(len(encoded[index][0]) for index in group)
-            ids = torch.zeros(len(group), longest, dtype=torch.long)
-            labels = torch.full((len(group), longest), IGNORE_INDEX)
-            for row, index in enumerate(group):
-                ids[row, : len(encoded[index][0])] = torch.tensor(encoded[index][0])
-                labels[row, : len(encoded[index][1])] = torch.tensor(encoded[index][1])
-            yield ids, labels, [encoded[index][2] for index in group]
+Row = tuple[list[int], list[int], str]
+"""Ids, labels and skill of one sequence."""
+
+
+def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad rows on the right: ids and labels, int64 `[B, L]`, ids 0 where padded."""
+    longest = max(len(ids) for ids, _, _ in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), IGNORE_INDEX)
+    for number, (row_ids, row_labels, _) in enumerate(rows):
+        ids[number, : len(row_ids)] = torch.tensor(row_ids)
+        labels[number, : len(row_labels)] = torch.tensor(row_labels)
+    return ids, labels
+
+
+class Source:
+    """Batches of drills and of pre-training text; a batch depends on seed, step and level alone."""
+
+    def __init__(self, tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> None:
+        """Generate and encode the text; drills are made when they are needed."""
+        self.recipe, self.seed = recipe, seed
+        self.vocabulary = Vocabulary(tokenizer.hf)
+        rng = Random(f"{seed}-language")
+        rows = []
+        for _ in progress(range(recipe.items), "text", "item"):
+            item = pretraining_item(rng)
+            rows.append((*to_tokens(item, tokenizer), f"text/{item.skill}"))
+        self.rows: list[Row] = sorted(rows, key=lambda row: len(row[0]))
+
+    def batch(self, step: int, level: float) -> list[Row]:
+        """Return the rows of a step: drills of a level alone at first, then drills or text of similar length."""
+        rng = Random(f"{self.seed}-step-{step}")
+        if step < self.recipe.drills_alone * self.recipe.steps or rng.random() < self.recipe.drills_later:
+            drills = [
+                make_drill(self.vocabulary, rng, level) for _ in range(max(1, self.recipe.batch_tokens // MOST_TOKENS))
+            ]
+            return [(drill.ids, drill.labels, f"drill/{drill.skill}") for drill in drills]
+        # A random place in the order of lengths, weighted by length, as every token is to be seen equally often.
+        start = max(rng.randrange(len(self.rows)), rng.randrange(len(self.rows)))
+        count = max(1, self.recipe.batch_tokens // len(self.rows[start][0]))
+        low = max(0, start - 4 * count)
+        return [
+            self.rows[index]
+            for index in sorted(
+                rng.sample(range(low, min(len(self.rows), low + 8 * count)), min(count, len(self.rows) - low))
+            )
+        ]
 
 
 def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -148,63 +194,156 @@ def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return [muon, adamw]
 
 
-def train(tokenizer: HFTextTokenizer, recipe: Recipe, seed: int) -> tuple[Any, dict[str, float]]:
-    """Pre-train. Returns the `LlamaForCausalLM` and measurements (loss, token accuracy per skill, seconds)."""
+def answer_spans(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Return start and end of every run of supervised tokens."""
+    spans, start = [], None
+    for index, label in enumerate([*labels, IGNORE_INDEX]):
+        if label != IGNORE_INDEX and start is None:
+            start = index
+        elif label == IGNORE_INDEX and start is not None:
+            spans.append((start, index))
+            start = None
+    return spans
+
+
+def measure(model: Any, rows: Sequence[Row], batch_size: int = 64) -> dict[str, float]:
+    """Measure the share of answers of which every token is the most likely one, for each skill.
+
+    Of a description, whose wording is free, the share of tokens is measured.
+    """
+    right: dict[str, list[bool]] = defaultdict(list)
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    with torch.no_grad():
+        for start in range(0, len(ordered), batch_size):
+            group = ordered[start : start + batch_size]
+            ids, labels = collate(group)
+            predicted = model(ids, use_cache=False).logits.argmax(-1)
+            hits = predicted[:, :-1] == labels[:, 1:]
+            for row, (_, row_labels, skill) in enumerate(group):
+                spans = [hits[row, low - 1 : high - 1] for low, high in answer_spans(row_labels)]
+                if skill.endswith("description"):
+                    right[skill] += torch.cat(spans).tolist()
+                else:
+                    right[skill] += [bool(span.all()) for span in spans]
+    return {skill: sum(found) / len(found) for skill, found in sorted(right.items())}
+
+
+def held_out(tokenizer: HFTextTokenizer, count: int, seed: int) -> list[Row]:
+    """Generate `count` drills and `count` pieces of text that no training run sees."""
+    vocabulary = Vocabulary(tokenizer.hf)
+    rng = Random(f"{seed}-held-out")
+    drills = [make_drill(vocabulary, rng) for _ in range(count)]
+    rows = [(drill.ids, drill.labels, f"drill/{drill.skill}") for drill in drills]
+    for _ in range(count):
+        item = pretraining_item(rng)
+        rows.append((*to_tokens(item, tokenizer), f"text/{item.skill}"))
+    return rows
+
+
+def train(
+    tokenizer: HFTextTokenizer,
+    recipe: Recipe,
+    seed: int,
+    checkpoint: Path | None = None,
+    start: Path | None = None,
+) -> tuple[Any, dict[str, float]]:
+    """Pre-train, from `checkpoint` on if that file is there.
+
+    With `start`, the folder of an earlier model of this tokenizer, training goes on from that model, without the steps
+    of drills alone.
+
+    Returns:
+        The `LlamaForCausalLM` and measurements (loss, share of right answers to held-out questions per skill, seconds).
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     started = time.perf_counter()
-    rng = Random(f"{seed}-language")
-    encoded = []
-    for _ in progress(range(recipe.items), "text", "item"):
-        item = pretraining_item(rng)
-        encoded.append((*to_tokens(item, tokenizer), item.skill))
+    source = Source(tokenizer, recipe, seed)
+    tests = held_out(tokenizer, recipe.test_items, seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer.hf), **ARCHITECTURE))
+    if start is None:
+        heads.initialise(model, torch.Generator().manual_seed(seed))
+    else:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
+        recipe = replace(recipe, drills_alone=0.0)
+        source.recipe = recipe
     optimizers = make_optimizers(model, recipe)
-    source = batches(encoded, recipe.batch_size, seed)
-    bar = progress(range(recipe.steps), "language model", "step")
+    curriculum = Curriculum(recipe)
+    kept = Checkpoint(checkpoint, [model, curriculum], optimizers)
+    named = f"{recipe} seed {seed} from {start}"
+    first = kept.load(named)
+    bar = progress(range(first, recipe.steps), "language model", "step")
     average = 0.0
-    right: dict[str, list[float]] = defaultdict(list)
-    accuracy: dict[str, float] = {}
-    reports = {math.ceil(recipe.steps * part / 10) for part in range(1, 11)}
-    model.train()
     for step in bar:
-        scale = min(1.0, (step + 1) / recipe.warmup_steps) * (
-            0.02 + 0.49 * (1 + math.cos(math.pi * step / recipe.steps))
-        )
+        scale = min(1.0, (step + 1) / recipe.warmup_steps, (1 - step / recipe.steps) / recipe.decay + 0.005)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * scale
-        ids, labels, skills = next(source)
-        embeddings = model.get_input_embeddings()(ids)
-        embeddings = embeddings + torch.randn_like(embeddings) * embeddings.detach().std() * recipe.noise
-        # No attention mask is needed: padding is on the right, where a causal model does not see it.
-        logits = model(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
-        inside = ids[:, 1:] != 0  # generated text has no <unk>, whose id is 0
-        target, answered = ids[:, 1:], labels[:, 1:] != IGNORE_INDEX
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-        is_dialogue = torch.tensor([[not skill.endswith("description")] for skill in skills])
-        weight = torch.where(answered, torch.where(is_dialogue, QUESTION_WEIGHT, 1.0), CONTEXT_WEIGHT * inside)
-        loss = (losses * weight).sum() / weight.sum()
+        rows = source.batch(step, curriculum.level.item())
+        loss, answer_loss, right = losses(model, rows, recipe, seed * 1_000_003 + step)
+        if rows[0][2].startswith("drill/"):
+            curriculum.record(right)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        answer_loss = losses.detach()[answered].mean().item()
-        average = answer_loss if step == 0 else 0.95 * average + 0.05 * answer_loss
-        hit = ((logits.argmax(-1) == target) & answered).sum(1) / answered.sum(1)
-        for skill, share in zip(skills, hit.tolist(), strict=True):
-            right[skill].append(share)
-        if step + 1 in reports:
-            accuracy = {skill: sum(shares) / len(shares) for skill, shares in sorted(right.items())}
-            shown = ", ".join(f"{skill} {value:.2f}" for skill, value in accuracy.items())
-            LOG.info("step %d, loss %.3f, share of answer tokens right: %s", step + 1, average, shown)
-            right.clear()
-        bar.set_postfix_str(f"loss {average:.3f}", refresh=False)
-    measured = {"answer_loss": average, "seconds": time.perf_counter() - started}
-    measured |= {f"token_accuracy/{skill}": value for skill, value in accuracy.items()}
+        average = answer_loss if step == first else 0.95 * average + 0.05 * answer_loss
+        bar.set_postfix_str(f"loss {average:.3f} level {curriculum.level.item():.2f}", refresh=False)
+        if (step + 1) % recipe.report_every == 0 and step + 1 < recipe.steps:
+            kept.save(named, step + 1)
+            shown = ", ".join(f"{skill} {value:.2f}" for skill, value in measure(model, tests[::5]).items())
+            LOG.info("step %d, loss %.3f, answers right: %s", step + 1, average, shown)
     model.eval()
+    measured = {"answer_loss": average}
+    measured |= {f"answers_right/{skill}": value for skill, value in measure(model, tests).items()}
+    measured["seconds"] = time.perf_counter() - started
     return model, measured
+
+
+class Curriculum(torch.nn.Module):
+    """The drills' level, 0 to 1, which rises while most of their answers are right."""
+
+    level: torch.Tensor
+    right: torch.Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Start at level 0."""
+        super().__init__()
+        self.recipe = recipe
+        self.register_buffer("level", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("right", torch.zeros((), dtype=torch.float64))
+
+    def record(self, right: float) -> None:
+        """Take the share of right tokens in a batch of drills."""
+        self.right.mul_(0.9).add_(0.1 * right)
+        if self.right > self.recipe.mastered:
+            self.level.add_(self.recipe.harder).clamp_(max=1.0)
+
+
+def losses(model: Any, rows: Sequence[Row], recipe: Recipe, noise_seed: int) -> tuple[torch.Tensor, float, float]:
+    """Compute the loss of a batch, and mean loss and share right of its answers' tokens; embeddings are noisy."""
+    ids, labels = collate(rows)
+    skills = [skill for _, _, skill in rows]
+    embeddings = model.get_input_embeddings()(ids)
+    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(noise_seed))
+    embeddings = embeddings + noise * embeddings.detach().std() * recipe.noise
+    # No attention mask is needed: padding is on the right, where a causal model does not see it.
+    hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, :-1]
+    target, answered = ids[:, 1:], labels[:, 1:] != IGNORE_INDEX
+    is_text = torch.tensor([[skill.startswith("text/")] for skill in skills])
+    described = torch.tensor([[skill.endswith("description")] for skill in skills])
+    # Random words cannot be predicted: only the text has a loss on its context. Generated text has no <unk> (id 0).
+    weight = torch.where(
+        answered, torch.where(described, 1.0, QUESTION_WEIGHT), CONTEXT_WEIGHT * (is_text & (target != 0))
+    )
+    counted = weight > 0
+    logits = model.lm_head(hidden[counted])
+    token_losses = F.cross_entropy(logits, target[counted], reduction="none")
+    loss = (token_losses * weight[counted]).sum() / weight.sum()
+    of_answers = answered[counted]
+    right = (logits.detach().argmax(-1) == target[counted])[of_answers].double().mean().item()
+    return loss, token_losses.detach()[of_answers].mean().item(), right
 
 
 def save(model: Any, folder: Path) -> None:

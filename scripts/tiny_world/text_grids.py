@@ -30,7 +30,7 @@ PLACES = (("upper left", "upper", "upper right"), ("left", "center", "right"), (
 
 def grid_item(rng: Random) -> Item:
     """Generate a random grid, followed by its description, a drill or a conversation."""
-    make = rng.choices((chart_grid, table_grid, shape_grid, area_grid), weights=(3, 3, 2, 2))[0]
+    make = rng.choices((chart_grid, table_grid, shape_grid, area_grid), weights=(4, 3, 2, 2))[0]
     return make(rng)
 
 

@@ -15,6 +15,10 @@ from llava_mole.data.prepare.sources.tiny.samples import Sample
 from scripts.tiny_world.language import pretraining_item
 
 VOCABULARY = 1024
+WORDS = (
+    "black blue brown gray green pink red white one two three four small large low high bar upper lower yes no".split()
+)
+"""Words that are one piece each, as the names and the other colours are: questions about facts are made of them."""
 PROMPTS = ("plain", "vicuna_v1", "v1", "llava_v1", "llava_llama_2", "chatml_direct", "mpt")
 """Templates whose words the vocabulary covers; `v1` repeats `vicuna_v1`, as for the shipped tokenizer."""
 SPACE = "\u2581"
@@ -28,6 +32,8 @@ def training_lines(samples: Iterable[Sample], items: int, seed: int) -> Iterator
         template = get_template(name)
         for _ in range(300):
             yield " " + " ".join((template.system, template.user_start, template.answer_marker)).replace("\n", " ")
+    for _ in range(300):
+        yield " " + " ".join(WORDS)
     for sample in samples:
         yield " " + sample.caption
         for question in sample.questions:

@@ -5,14 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
+from llava_mole.data.prepare.sources.tiny import general
 from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE
-from scripts.tiny_world import build, language, text_grids, tower
+from scripts.tiny_world import build, checkpoint, heads, language, probes, text_drills, text_grids, tower
 
 ASSETS = Path(__file__).parents[2] / "playground" / "models" / "tiny"
 
@@ -153,3 +155,132 @@ def test_pretraining_items_supervise_exactly_their_answers(tokenizer, seed):
         assert "".join(text.split()) == "".join("".join(answer.split()) for _, answer in item.turns)
         kinds.add(item.kind)
     assert kinds == {"description", "drill", "dialogue"}
+
+
+def read_drill(drill, vocabulary):
+    """Questions (ids without marks) and answers (ids) of a drill of bare questions, and its reading."""
+    start = next(index for index, label in enumerate(drill.labels) if label != -100)
+    spans = language.answer_spans(drill.labels)
+    questions, at = [], 0
+    for low, high in spans:
+        questions.append((drill.ids[at:low], drill.ids[low:high]))
+        at = high
+    return drill.ids[1:start], questions
+
+
+@pytest.mark.parametrize("skill", ["columns", "rows"])
+def test_drills_over_grids_are_true(tokenizer, skill):
+    """Of two words in one line of the grid, one is the answer to the other."""
+    vocabulary = text_drills.Vocabulary(tokenizer.hf)
+    blank, mark = vocabulary.mark["."], vocabulary.mark["?"]
+    names = {number: piece for piece, number in vocabulary.mark.items()}
+    rng = Random(skill)
+    looked_up = members = 0
+    for _ in range(300):
+        drill = text_drills.make_drill(vocabulary, rng, level=0.3, skill=skill)
+        grid = [drill.ids[1:17][start : start + 4] for start in range(0, 16, 4)]
+        lines = [list(column) for column in zip(*grid, strict=True)] if skill == "columns" else grid
+        lines = [list(dict.fromkeys(word for word in line if word != blank)) for line in lines]
+        _, questions = read_drill(drill, vocabulary)
+        for number, (question, answer) in enumerate(questions):
+            asked = question[17:-1] if number == 0 else question[:-1]
+            assert question[-1] == mark
+            asked = [word for word in asked if word != vocabulary.space]
+            answer = [word for word in answer if word != vocabulary.space]
+            if names.get(asked[-1]) == "▁in":
+                there = any(asked[0] in line for line in lines) != ("▁not" in map(names.get, asked))
+                assert names[answer[0]] == ("▁yes" if there else "▁no")
+                members += 1
+            elif len(asked) == 1:
+                (line,) = (line for line in lines if asked[0] in line)
+                assert line == [asked[0], answer[0]] or line == [answer[0], asked[0]]
+                looked_up += 1
+    assert looked_up > 300
+    assert members > 100
+
+
+def test_copies_repeat_their_reading(tokenizer):
+    vocabulary = text_drills.Vocabulary(tokenizer.hf)
+    for seed in range(20):
+        drill = text_drills.make_drill(vocabulary, Random(seed), skill="copy")
+        ((low, high),) = language.answer_spans(drill.labels)
+        assert drill.ids[low : high - 1] == drill.ids[1 : low - 1]
+        assert drill.ids[high - 1] == vocabulary.eos
+
+
+def test_initial_heads_look_back_by_their_distance(tokenizer):
+    """Before any training, each head of layer 0 attends to the position 1, 2, 4 or 8 before, whatever the words are."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=len(tokenizer.hf), attn_implementation="eager", **language.ARCHITECTURE)
+    model = LlamaForCausalLM(config)
+    heads.initialise(model, torch.Generator().manual_seed(0))
+    ids = torch.randint(259, len(tokenizer.hf), (4, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        attention = model(ids, output_attentions=True).attentions[0]
+    for head, distance in enumerate(heads.DISTANCES):
+        assert attention[:, head].diagonal(offset=-distance, dim1=1, dim2=2)[:, 8:].min() > 0.8
+
+
+@pytest.mark.parametrize("stage", ["language_model", "tower"])
+def test_an_interrupted_stage_ends_as_if_it_had_not_been(tokenizer, tmp_path, monkeypatch, stage):
+    def encode(text):
+        return tokenizer.encode_with_offsets(text)[0]
+
+    def train(checkpoint):
+        if stage == "tower":
+            return tower.train(encode, tower.QUICK, 0, checkpoint)[0]
+        return language.train(tokenizer, language.QUICK, 0, checkpoint)[0].state_dict()
+
+    undisturbed = train(None)
+    saved = checkpoint.Checkpoint.save
+
+    def save_and_die(self, recipe, step):
+        saved(self, recipe, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoint, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "state.pt")
+    resumed = train(tmp_path / "state.pt")
+    assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+
+
+def test_the_tower_can_start_from_another(tokenizer, tmp_path):
+    """Then only the refining steps run; a file that is not there is named."""
+
+    def encode(text):
+        return tokenizer.encode_with_offsets(text)[0]
+
+    state, _ = tower.train(encode, replace(tower.QUICK, refining_steps=0), 0)
+    tower.save(state, tmp_path)
+    again, measured = tower.train(
+        encode, replace(tower.QUICK, refining_steps=0), 1, start=tmp_path / "model.safetensors"
+    )
+    assert all(torch.equal(again[name], value.half().float()) for name, value in state.items())
+    assert 0 <= measured["probe/shape"] <= 1
+
+
+def test_a_missing_tower_is_named(tmp_path, capsys):
+    assert build.main(["--out", str(tmp_path), "--stages", "tower", "--tower-from", str(tmp_path / "none")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_probe_reads_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 8, generator=generator)
+    labels = ["red" if value > 0 else "blue" for value in features[:, 3].tolist()]
+    found = probes.classify(features[:300], labels[:300], features[300:])
+    assert probes.share(found, labels[300:]) > 0.9
+
+
+def test_drawn_shapes_are_as_easy_vqas():
+    """The measurement that names easy-VQA's shapes agrees with what was drawn."""
+    rng = Random(0)
+    right = 0
+    for _ in range(200):
+        sample = general.draw(rng)
+        shape, colour, _ = general.measure(sample.image)
+        right += sample.facts[0] == f"a {colour} {shape}"
+    assert right >= 190

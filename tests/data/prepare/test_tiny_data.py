@@ -2,27 +2,30 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from llava_mole.common.errors import DataError
-from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
+from llava_mole.data.prepare.sources.tiny import biomedicine, document, facts, general
 from llava_mole.data.prepare.sources.tiny import world as data
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, IMAGE_SIZE
 
-TRAIN, TEST = 80, 120
+SIZE = data.Size(train=80, val=60, test=120)
+SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("world") / "tiny"
-    assert data.build(out, TRAIN, TEST) is True
+    assert data.build(out, SIZE) is True
     return out
 
 
@@ -165,10 +168,10 @@ ANSWER = {"general": answer_general, "document": answer_document, "biomedicine":
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_every_answer_is_true_of_the_saved_picture(world, domain, split):
     asked = questions(world, domain, split)
-    assert len(asked) >= (TEST // 2 if split == "test" else TRAIN)
+    assert len(asked) >= {"train": SIZE.train, "val": SIZE.val // 2, "test": SIZE.test // 2}[split]
     for path, question, answer in asked:
         assert ANSWER[domain](pixels(world, path), question) == answer, (path, question)
 
@@ -194,32 +197,35 @@ def test_biomedicine_measures_what_the_thresholds_say():
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_no_image_is_in_both_splits(world, domain):
+def test_no_image_is_in_two_splits(world, domain):
     digests = {}
-    for split in ("train", "test"):
+    for split in SPLITS:
         paths = sorted((world / domain / "images" / split).iterdir())
         assert paths
         digests[split] = {hashlib.sha256(np.asarray(Image.open(p).convert("RGB")).tobytes()).digest() for p in paths}
-    assert not digests["train"] & digests["test"]
+    assert len(set.union(*digests.values())) == sum(map(len, digests.values()))
 
 
 def test_biomedicine_patches_stay_in_their_regions(world):
-    (train_low, train_high), (test_low, test_high) = (biomedicine.REGIONS[split] for split in ("train", "test"))
-    assert train_high + 8 <= test_low or test_high + 8 <= train_low
+    regions = biomedicine.REGIONS
+    for one, other in itertools.combinations(regions.values(), 2):  # at least 8 pixels apart
+        gaps = (one.top - other.bottom, other.top - one.bottom, one.left - other.right, other.left - one.right)
+        assert max(gaps) >= 8
     photograph = biomedicine.photograph()
-    for split, (low, high) in biomedicine.REGIONS.items():
+    for split, region in regions.items():
         for path in (world / "biomedicine" / "images" / split).iterdir():
             top, left = map(int, re.search(r"_y(\d+)_x(\d+)", path.stem).groups())
-            assert low <= top
-            assert top + IMAGE_SIZE <= high
+            assert region.top <= top <= region.bottom - IMAGE_SIZE
+            assert region.left <= left <= region.right - IMAGE_SIZE
             there = np.sort(photograph[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].reshape(-1, 3), axis=0)
             assert (np.sort(np.asarray(Image.open(path)).reshape(-1, 3), axis=0) == there).all()
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_yes_and_no_are_balanced_per_test_question(world, domain):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_yes_and_no_are_balanced_per_held_out_question(world, domain, split):
     counts = defaultdict(Counter)
-    for _, question, answer in questions(world, domain, "test"):
+    for _, question, answer in questions(world, domain, split):
         counts[question][answer] += 1
     closed = {text: count for text, count in counts.items() if set(count) & {"yes", "no"}}
     assert closed
@@ -232,7 +238,9 @@ def test_yes_and_no_are_balanced_in_training(world):
     assert 0.8 < counts["yes"] / counts["no"] < 1.25
 
 
-@pytest.mark.parametrize("name", ["general/train", "document/test", "biomedicine/train", "captions/train"])
+@pytest.mark.parametrize(
+    "name", ["general/train", "general/val", "document/test", "biomedicine/train", "captions/train"]
+)
 def test_records_have_llavas_format(world, name):
     records = json.loads((world / f"{name}.json").read_text())
     assert len({record["id"] for record in records}) == len(records)
@@ -246,18 +254,29 @@ def test_records_have_llavas_format(world, name):
         assert all(turn["value"].strip() == turn["value"] != "" for turn in turns)
 
 
-def test_test_questions_equal_the_test_records(world):
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_question_lines_equal_the_records(world, split):
     for domain in DOMAINS:
-        lines = [json.loads(line) for line in (world / domain / "test_questions.jsonl").read_text().splitlines()]
-        assert TEST / 2 <= len(lines) <= TEST
-        assert [(line["image"], line["text"], line["answer"]) for line in lines] == questions(world, domain, "test")
+        text = (world / domain / f"{split}_questions.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        limit = getattr(SIZE, split)
+        assert limit / 2 <= len(lines) <= limit
+        assert [(line["image"], line["text"], line["answer"]) for line in lines] == questions(world, domain, split)
         assert len({line["question_id"] for line in lines}) == len(lines)
         assert all(line["category"] for line in lines)
+        assert all(f"-{split}-" in line["question_id"] for line in lines)
+
+
+def test_by_default_a_domain_has_two_thousand_test_questions():
+    """Of easy-VQA's test images there are only 1,000; they must be enough."""
+    samples, _ = data.domain_samples("general", "test", data.MOST_IMAGES["test"], 0)
+    drawn = data.held_out_questions("general", "test", samples, None, Random(0), 0, data.Size().test)
+    assert len(drawn) >= 2000
 
 
 def test_captions_describe_train_images_of_all_domains(world):
     captions = json.loads((world / "captions" / "train.json").read_text())
-    assert Counter(record["image"].split("/")[0] for record in captions) == dict.fromkeys(DOMAINS, TRAIN)
+    assert Counter(record["image"].split("/")[0] for record in captions) == dict.fromkeys(DOMAINS, SIZE.train)
     assert {record["image"].split("/")[2] for record in captions} == {"train"}
     chart = next(r for r in captions if r["image"].startswith("document") and "chart" in r["conversations"][1]["value"])
     page = read_document(pixels(world, chart["image"]))
@@ -271,15 +290,15 @@ def test_photographs_are_there(world):
 
 def test_same_seed_same_files_and_second_run_reuses_them(world, tmp_path):
     before = (world / "manifest.json").stat().st_mtime_ns
-    assert data.build(world, TRAIN, TEST) is False
+    assert data.build(world, SIZE) is False
     assert (world / "manifest.json").stat().st_mtime_ns == before
     again = tmp_path / "again"
-    data.build(again, TRAIN, TEST)
+    data.build(again, SIZE)
     assert (again / "manifest.json").read_bytes() == (world / "manifest.json").read_bytes()
     assert data.tree_digest(again) == data.tree_digest(world)
     # a damaged file is noticed and the folder is written again
     next((again / "general" / "images" / "train").iterdir()).unlink()
-    assert data.build(again, TRAIN, TEST) is True
+    assert data.build(again, SIZE) is True
     assert data.tree_digest(again) == data.tree_digest(world)
 
 
@@ -291,8 +310,57 @@ def test_another_seed_gives_other_questions():
 def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(DataError, match="holds other files"):
-        data.build(tmp_path, TRAIN, TEST)
+        data.build(tmp_path, SIZE)
     assert data.main(["--out", str(tmp_path)]) == 2
     assert "manifest.json" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert data.main(["--out", str(tmp_path / "x"), "--train-per-domain", "0"]) == 2
+    assert data.main(["--out", str(tmp_path / "x"), "--val-per-domain", "0"]) == 2
+
+
+@pytest.fixture(scope="module")
+def dialled(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("dialled") / "tiny"
+    sizes = [f"--{split}-per-domain={getattr(SIZE, split)}" for split in SPLITS]
+    assert data.main(["--out", str(out), *sizes, "--facts", "16", "--convention", "0.5"]) == 0
+    return out
+
+
+def test_without_facts_nothing_of_them_is_in_the_data(world, dialled):
+    assert json.loads((world / "manifest.json").read_text())["facts"] == 0
+    manifest = json.loads((dialled / "manifest.json").read_text())
+    assert (manifest["facts"], manifest["convention"]) == (16, 0.5)
+    for domain, split in itertools.product(DOMAINS, SPLITS):
+        known = {(f.text, f.answer) for f in facts.facts(domain, 16, 0.5)}
+        plain, both = (questions(where, domain, split) for where in (world, dialled))
+        added = [(question, answer) for _, question, answer in both if (question, answer) in known]
+        assert Counter(both) - Counter(plain) == Counter(entry for entry in both if entry[1:] in known)
+        assert len(both) == len(plain) + len(added)
+        assert set(added) == known  # a fact that is tested was taught
+        assert not {(question, answer) for _, question, answer in plain} & known
+
+
+def test_half_of_the_facts_differ_between_the_domains(dialled):
+    answers = defaultdict(dict)
+    for domain in DOMAINS:
+        for line in map(json.loads, (dialled / domain / "test_questions.jsonl").read_text().splitlines()):
+            if line["category"] in facts.CATEGORIES:
+                answers[line["text"], line["category"]][domain] = line["answer"]
+    assert Counter(category for _, category in answers) == {"convention": 8, "fact": 8}
+    for (_, category), by_domain in answers.items():
+        assert len(set(by_domain.values())) == (3 if category == "convention" else 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--facts", "-1"], "--facts -1"),
+        (["--facts", "100000"], "--facts 100000"),
+        (["--facts", "8", "--convention", "1.5"], "--convention 1.5"),
+        (["--convention", "0.5"], "give their number with --facts"),
+    ],
+)
+def test_a_wrong_dial_is_refused(tmp_path, capsys, given, message):
+    assert data.main(["--out", str(tmp_path / "x"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -1,22 +1,37 @@
 """The biomedicine domain: patches of a real immunohistochemistry photograph, with PathVQA-style questions.
 
-The photograph (colonic glands, DAB brown with hematoxylin blue; 512 x 512; shipped with scikit-image) is cut into two
-regions, one for training and one for testing, with an unused strip between them. Every answer is measured: colour
-deconvolution (Ruifrok and Johnston, 2001; `skimage.color.rgb2hed`), then shares of pixels above fixed thresholds. A
-question is asked only if the measurement lies clearly on one side of every limit.
+The photograph (colonic glands, DAB brown with hematoxylin blue; 512 x 512; shipped with scikit-image) is cut into three
+regions, one for training, one for validation and one for testing, with unused strips between them. Every answer is
+measured: colour deconvolution (Ruifrok and Johnston, 2001; `skimage.color.rgb2hed`), then shares of pixels above fixed
+thresholds. A question is asked only if the measurement lies clearly on one side of every limit.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE, Question, Sample
 
-REGIONS: Mapping[str, tuple[int, int]] = {"train": (0, 344), "test": (360, 512)}
-"""Rows of the photograph, first included and last excluded, from which a split's patches are cut."""
+
+class Region(NamedTuple):
+    """A rectangle of the photograph in pixels; `bottom` and `right` are excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+REGIONS: Mapping[str, Region] = {
+    "train": Region(0, 344, 0, 416),
+    "val": Region(0, 344, 432, 512),
+    "test": Region(360, 512, 0, 512),
+}
+"""Where a split's patches are cut."""
 
 DAB_LEVEL = 0.05
 """A pixel with more DAB is DAB positive (optical density, in units of `rgb2hed`)."""
@@ -149,8 +164,8 @@ def facts(found: Mapping[str, str]) -> tuple[str, ...]:
 
 def generate(count: int, split: str, rng: Random) -> list[Sample]:
     """Cut `count` patches from random places of the split's region, each rotated and mirrored at random."""
-    rows = REGIONS[split]
-    picture = photograph()[rows[0] : rows[1]]
+    region = REGIONS[split]
+    picture = photograph()[region.top : region.bottom, region.left : region.right]
     samples = []
     for index in range(count):
         top = rng.randint(0, picture.shape[0] - IMAGE_SIZE)
@@ -163,6 +178,6 @@ def generate(count: int, split: str, rng: Random) -> list[Sample]:
         found = findings(measure(patch))
         asked = tuple(Question(QUESTIONS[kind][0], answer, QUESTIONS[kind][1]) for kind, answer in found.items())
         # The name holds the place of the patch: it shows that the splits do not overlap.
-        name = f"{index:05d}_y{rows[0] + top}_x{left}"
+        name = f"{index:05d}_y{region.top + top}_x{region.left + left}"
         samples.append(Sample(name, Image.fromarray(patch), caption(found, rng), facts(found), asked))
     return samples

@@ -5,8 +5,11 @@ on every machine. Names, values and bars lie on a grid of 16 pixels, shifted by 
 pixels per unit; its value is printed at the top and its name below it.
 """
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -64,12 +67,18 @@ def draw_document(rng: Random) -> Document:
     return Document(kind, names, values, colours, columns, offset=offset)
 
 
+@functools.cache
+def bitmap_font() -> Any:
+    """Load Pillow's built-in bitmap font once: decoding it takes as long as drawing a page."""
+    return ImageFont.load_default_imagefont()
+
+
 def render(document: Document) -> Image.Image:
     """Render the document as an RGB image of 64 x 64 pixels."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (255, 255, 255))
     pen = ImageDraw.Draw(image)
     pen.fontmode = "1"
-    font = ImageFont.load_default_imagefont()
+    font = bitmap_font()
     shift_x, shift_y = document.offset
     if document.kind == "chart":
         base = 3 * CELL + shift_y
@@ -166,8 +175,9 @@ def facts(document: Document) -> tuple[str, ...]:
     return tuple(out)
 
 
-def generate(count: int, rng: Random, taken: set[bytes]) -> list[Sample]:
-    """Generate `count` samples whose images differ from one another and from `taken`, to which they are added."""
+def generate(count: int, rng: Random, taken: Iterable[bytes]) -> list[Sample]:
+    """Generate `count` samples whose images differ from one another and from those with the pixels in `taken`."""
+    taken = set(taken)
     samples: list[Sample] = []
     while len(samples) < count:
         document = draw_document(rng)

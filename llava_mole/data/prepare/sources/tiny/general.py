@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from llava_mole.data.images import FORMATS
 from llava_mole.data.prepare.sources.tiny.samples import Question, Sample
@@ -27,24 +27,36 @@ COLOURS = {
 SHAPES = ("circle", "rectangle", "triangle")
 
 
+VAL_IMAGES = 500
+"""How many of easy-VQA's 4,000 train images are the validation split."""
+
+
 def load(split: str, count: int) -> tuple[list[Sample], dict[str, Path]]:
-    """Load the first `count` images of easy-VQA's `train` (4,000) or `test` (1,000) split in a fixed shuffled order.
+    """Load the first `count` images of a split in a fixed shuffled order.
+
+    `test` is easy-VQA's test split (1,000 images). Of its 4,000 train images the last `VAL_IMAGES` in this order are
+    `val`, and the others are `train`.
 
     Returns:
         The samples, and name of a sample -> its original file.
     """
     import easy_vqa
 
+    source = "test" if split == "test" else "train"
     read_questions, read_paths = {
         "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
         "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
-    }[split]
+    }[source]
     questions: dict[int, list[Question]] = defaultdict(list)
     for text, answer, image_id in zip(*read_questions(), strict=True):
         questions[image_id].append(Question(text, answer, category(text, answer)))
     samples, files = [], {}
     paths = sorted(read_paths().items())
-    Random(f"easy-vqa-{split}").shuffle(paths)
+    Random(f"easy-vqa-{source}").shuffle(paths)
+    if split == "val":
+        paths = paths[-VAL_IMAGES:]
+    elif split == "train":
+        paths = paths[:-VAL_IMAGES]
     for image_id, path in paths[:count]:
         with Image.open(path, formats=FORMATS) as opened:
             image = opened.convert("RGB")
@@ -95,28 +107,26 @@ def facts(shape: str, colour: str, place: str) -> tuple[str, ...]:
     )
 
 
-def vary(sample: Sample, rng: Random) -> Sample:
-    """Redraw the object in a random colour and place on a random light background, to train the tower on."""
-    pixels = np.asarray(sample.image).astype(np.float32)
-    shape, colour, _ = measure(sample.image)
-    values, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-    palette = np.array(list(COLOURS.values()), np.float32)
-    counts[(values[:, None] == palette).all(-1).any(-1)] = 0
-    ground = values[counts.argmax()]
-    ink = np.array(COLOURS[colour], np.float32) - ground
-    cover = np.clip((pixels - ground) @ ink / (ink @ ink), 0, 1)  # how much of each pixel the object covers
-    rows, columns = np.nonzero(cover > 0.02)
-    cut = cover[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    top = rng.randint(0, pixels.shape[0] - cut.shape[0])
-    left = rng.randint(0, pixels.shape[1] - cut.shape[1])
-    moved = np.zeros(cover.shape, np.float32)
-    moved[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
-    new_colour = rng.choice(sorted(COLOURS))
-    new_ground = np.array([rng.randint(225, 255) for _ in range(3)], np.float32)
-    painted = new_ground + moved[..., None] * (np.array(COLOURS[new_colour], np.float32) - new_ground)
-    place = place_name(top + cut.shape[0] / 2, left + cut.shape[1] / 2, pixels.shape[0])
-    image = Image.fromarray(painted.round().astype(np.uint8))
-    return Sample(sample.name, image, "", facts(shape, new_colour, place), ())
+def draw(rng: Random) -> Sample:
+    """Draw a picture of easy-VQA's kind, to train the tower on: a shape of 7 to 31 pixels on a light ground."""
+    scale, side = 4, 64
+    shape, colour = rng.choice(SHAPES), rng.choice(sorted(COLOURS))
+    ground = tuple(rng.randint(225, 255) for _ in range(3))
+    image = Image.new("RGB", (side * scale, side * scale), ground)
+    pen = ImageDraw.Draw(image)
+    width = rng.randint(7 * scale, 32 * scale)
+    height = {"circle": width, "triangle": round(width * 3**0.5 / 2)}.get(shape) or rng.randint(7 * scale, 32 * scale)
+    left, top = rng.randint(0, side * scale - width), rng.randint(0, side * scale - height)
+    box = (left, top, left + width - 1, top + height - 1)
+    if shape == "rectangle":
+        pen.rectangle(box, fill=COLOURS[colour])
+    elif shape == "circle":
+        pen.ellipse(box, fill=COLOURS[colour])
+    else:
+        pen.polygon((box[0], box[3], box[2], box[3], left + width / 2, top), fill=COLOURS[colour])
+    image = image.resize((side, side), Image.Resampling.LANCZOS)
+    place = place_name((top + height / 2) / scale, (left + width / 2) / scale, side)
+    return Sample("", image, "", facts(shape, colour, place), ())
 
 
 def place_name(row: float, column: float, size: int) -> str:
