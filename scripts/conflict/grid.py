@@ -28,6 +28,8 @@ FIRST = (
     "lead", "image",
 )  # fmt: skip
 """The arms that every cell has."""
+FEW = tuple(name for name in FIRST if name not in ("coupled", "lead"))
+"""The arms of a cell when time is short."""
 REST = ("mix", "oracle", "random", "best", "source")
 """The other arms, with those that they are compared to."""
 
@@ -50,6 +52,16 @@ def centre(seeds: Sequence[int]) -> Iterator[Job]:
 def three(seeds: Sequence[int]) -> Iterator[Job]:
     """The first arms at the centre, without contradiction, and at twice the rank."""
     return _jobs(CORE[:3], _named(FIRST), seeds)
+
+
+def few(seeds: Sequence[int]) -> Iterator[Job]:
+    """Fewer arms without contradiction."""
+    return _jobs([CORE[1]], _named(FEW), seeds)
+
+
+def few_rank_2(seeds: Sequence[int]) -> Iterator[Job]:
+    """Fewer arms at twice the rank."""
+    return _jobs([CORE[2]], _named(FEW), seeds)
 
 
 def core(seeds: Sequence[int]) -> Iterator[Job]:
@@ -85,6 +97,8 @@ def routers_rank_2(seeds: Sequence[int]) -> Iterator[Job]:
 GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "centre": centre,
     "three": three,
+    "few": few,
+    "few-rank-2": few_rank_2,
     "core": core,
     "full": full,
     "rest": rest,
