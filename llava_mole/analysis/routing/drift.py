@@ -27,9 +27,9 @@ def weights_of(model: LlavaMole, checkpoint: Path, own: Path) -> Iterator[None]:
     there, here = read_manifest(checkpoint), read_manifest(own)
     if there["fingerprints"] != here["fingerprints"]:
         raise CheckpointError(f"{checkpoint} was trained on another base than {own}; their routers cannot be compared")
-    kinds = [load_config(path / CONFIG_FILE).adapter for path in (checkpoint, own)]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError(f"{checkpoint} has another adapter than {own}: {kinds[0]} there, {kinds[1]} here")
+    then, now = (vars(load_config(path / CONFIG_FILE).adapter) for path in (checkpoint, own))
+    if different := [f"{key} {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]:
+        raise CheckpointError(f"{checkpoint} has another adapter than {own}: {'; '.join(different)}")
     parts = (".mole_", ".modules_to_save.", ".trainable_tokens")
     kept = {
         name: value.detach().clone()
