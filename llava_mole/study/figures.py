@@ -47,7 +47,9 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
     most = max(len(columns) for _, columns in rows)
     figure = new_figure(max(7.0, min(22.0, 0.9 + most * (0.35 + 0.17 * len(arms)))), 3.1 * len(rows) + 0.5)
     grid = figure.add_gridspec(len(rows), 1)
-    styles = {arm: {"facecolor": COLORS[n % len(COLORS)], "edgecolor": "white"} for n, arm in enumerate(arms)}
+    styles: dict[str, dict[str, Any]] = {
+        arm: {"facecolor": COLORS[n % len(COLORS)], "edgecolor": "white"} for n, arm in enumerate(arms)
+    }
     for arm in arms[len(COLORS) :]:
         styles[arm]["hatch"] = "//"
     for place, (title, columns) in enumerate(rows):
@@ -72,7 +74,7 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
 
 def _draw_group(axis: Any, columns: Mapping[str, Any], styles: Mapping[str, Any], *, cut: bool) -> None:
     """Draw some columns on one axis, which starts near the values if it is `cut`, and else ends at 100 at most."""
-    width, seen = 0.82 / len(styles), []
+    width, seen = 0.82 / len(styles), list[float]()
     for place, entries in enumerate(columns.values()):
         for n, (arm, style) in enumerate(styles.items()):
             if arm not in entries:
