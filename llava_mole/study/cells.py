@@ -88,7 +88,7 @@ class Plan:
 
     def with_needs(self, names: Sequence[str]) -> dict[str, Cell]:
         """These cells and all that they need, in order."""
-        wanted, queue = set(), list(names)
+        wanted, queue = set[str](), list(names)
         while queue:
             name = queue.pop()
             if name not in wanted:

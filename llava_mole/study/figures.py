@@ -74,7 +74,7 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
 
 def _draw_group(axis: Any, columns: Mapping[str, Any], styles: Mapping[str, Any], *, cut: bool) -> None:
     """Draw some columns on one axis, which starts near the values if it is `cut`, and else ends at 100 at most."""
-    width, seen = 0.82 / len(styles), []
+    width, seen = 0.82 / len(styles), list[float]()
     for place, entries in enumerate(columns.values()):
         for n, (arm, style) in enumerate(styles.items()):
             if arm not in entries:

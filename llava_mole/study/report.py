@@ -100,7 +100,7 @@ def best_arm(results: Results) -> str | None:
 
     A domain with several columns counts once, by the mean of its columns.
     """
-    study, found = results.study, {}
+    study, found = results.study, dict[str, float]()
     domains: dict[str, list[str]] = {}
     for column in results.columns:
         domains.setdefault(study.base.columns[column].domain, []).append(column)

@@ -225,7 +225,7 @@ def shares(results: Results, arm: str) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     base = results.study.bases[arm]
     for seed, run in results.runs[arm].items():
-        by_label = {}
+        by_label: dict[str, Any] = {}
         for label, place in base.routing.items():
             benchmark, _, group = place.partition(".")
             file = run.scores.get(benchmark, {}).get("routing")

@@ -17,14 +17,14 @@ from llava_mole.study.runner import state_of
 def main_table(results: Results) -> Table:
     """The layout of the paper's Tables 2 to 5: what was trained, what was measured, and the paper's row beside it."""
     study = results.study
-    places = [(arm, study.arms[arm].paper) for arm in study.arms]
+    places: list[tuple[str, str | None]] = [(arm, study.arms[arm].paper) for arm in study.arms]
     taken = [reference for _, reference in places if reference is not None]
     shown = study.published.shown
     if shown is not None:  # every row of that table, in its order; then the arms that it does not have
         order = [f"{shown}.{row}" for row in study.published.tables[shown].rows]
         by_row = {reference: arm for arm, reference in places if reference is not None}
         rest = [(arm, reference) for arm, reference in places if reference not in order]
-        places = [(by_row.get(reference, ""), reference) for reference in order] + rest
+        places = [*((by_row.get(reference, ""), reference) for reference in order), *rest]
     published = {reference: study.published.row(reference) for _, reference in places if reference is not None}
     paper_columns = [c for c in study.published.columns if any(r and c in r.values for r in published.values())]
     rows = []
@@ -124,7 +124,7 @@ def _test(found: Mapping[str, Any]) -> Row:
 
 def cost_table(results: Results) -> Table:
     """What the arms cost: parameters, steps, samples, tokens, time and memory, as means over seeds."""
-    study, rows = results.study, []
+    study, rows = results.study, list[Row]()
     for arm, runs in results.runs.items():
         if not runs:
             continue

@@ -20,7 +20,7 @@ from worlds.study_world import write_study
 from llava_mole.study.cli import main
 
 FORK = multiprocessing.get_context("fork")
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 NUM_CELLS = 1 + 3 + 3
 """Stage 1, three arms with one seed, an evaluation each."""
 
