@@ -530,11 +530,16 @@ class Option(NamedTuple):
     @property
     def meaning(self) -> str:
         """The text under the field in its dataclass, as one line."""
-        from docstring_parser import parse_from_object
+        return _meanings(self.section).get(self.key.rpartition(".")[2], "")
 
-        name = self.key.rpartition(".")[2]
-        texts = [p.description for p in parse_from_object(self.section).params if p.arg_name == name]
-        return " ".join((texts[0] or "").split()) if texts else ""
+
+@functools.cache
+def _meanings(section: type) -> dict[str, str]:
+    """Field -> the text under it."""
+    from docstring_parser import parse_from_object
+
+    found = parse_from_object(section).params
+    return {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in found}
 
 
 def options(section: type = RunConfig, prefix: str = "") -> Iterator[Option]:

@@ -60,7 +60,7 @@ def _time_panel(axes: Any, plan: Plan) -> None:
             axes.get_yticklabels()[row].set_fontweight("bold")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.5 * max(left))  # room for the text beside the longest bar
-    names = {"h": "hours", "min": "minutes", "s": "seconds"}
+    names = {"h": "hours", "min": "minutes", "s": "seconds", "ms": "milliseconds"}
     tidy(
         axes, f"Time of the run, at {plan.options.utilisation:.0%} of {plan.options.gpu.name}'s peak", names[unit.name]
     )

@@ -18,7 +18,8 @@ class Unit(NamedTuple):
     """How many of the base unit it is."""
 
 
-HOURS = (Unit("h", 1.0), Unit("min", 1 / 60), Unit("s", 1 / 3600))
+HOURS = (Unit("h", 1.0), Unit("min", 1 / 60), Unit("s", 1 / 3600), Unit("ms", 1 / 3.6e6))
+SECONDS = (Unit("s", 1.0), Unit("ms", 1e-3), Unit("us", 1e-6))
 TERAFLOPS = (Unit("TFLOP", 1.0), Unit("GFLOP", 1e-3), Unit("MFLOP", 1e-6))
 
 
@@ -29,7 +30,7 @@ def unit_for(values: Iterable[float], units: Sequence[Unit]) -> Unit:
 
 
 def in_unit(value: float, unit: Unit) -> str:
-    """A value with its unit, to three digits: `11.6 h`, `1,097 h`, `0.052 s`."""
+    """A value with its unit, to three digits: `11.6 h`, `1,097 h`, `36.0 ms`."""
     return f"{digits(value / unit.size)} {unit.name}"
 
 
@@ -50,7 +51,7 @@ def plan_text(plan: Plan) -> str:
     ]
     totals = ("total", sum(part[1] for part in plan.parameters), sum(part[2] for part in plan.parameters))
     parts = [(name, f"{some:,}", f"{whole:,}") for name, some, whole in [*plan.parameters, totals]]
-    memory = [(name, f"{size / GIB:.2f}") for name, size in best.memory.items()]
+    memory = [(name, "<0.01" if 0 < size < 0.005 * GIB else f"{size / GIB:.2f}") for name, size in best.memory.items()]
     memory.append(("total", f"{best.memory_bytes / GIB:.2f}"))
     verdict = "fits" if plan.fits(best) else "DOES NOT FIT"
     unit = unit_for([estimate.hours for estimate in (best, plan.configured)], HOURS)
@@ -99,11 +100,12 @@ def _estimates_table(plan: Plan) -> str:
     """All estimates, marked and compared; times in units in which the longest is at least 1."""
     run = unit_for([estimate.hours for estimate in plan.estimates], HOURS)
     gpu = unit_for([estimate.gpu_hours for estimate in plan.estimates], HOURS)
-    header = ("", "GPUs", "batching", "row", "recompute", "GiB", "s/step", run.name, f"GPU {gpu.name}", "ranks busy")
-    rows = [(*header, "MFU", "")]
+    one = unit_for([estimate.step.seconds for estimate in plan.estimates], SECONDS)
+    header = ("", "GPUs", "batching", "row", "recompute", "GiB", f"{one.name}/step", run.name, f"GPU {gpu.name}")
+    rows = [(*header, "ranks busy", "MFU", "")]
     for e in plan.estimates:
         mark = "*" if e == plan.configured else ">" if e == plan.recommended else ""
-        step = f"{e.step.seconds:.3f}" if e.step.seconds >= 0.1 else f"{e.step.seconds:.2g}"
+        step = f"{e.step.seconds / one.size:.3f}"
         memory, times = f"{e.memory_bytes / GIB:.1f}", (digits(e.hours / run.size), digits(e.gpu_hours / gpu.size))
         shares = f"{e.step.straggler_efficiency:.0%}", f"{e.mfu:.0%}"
         over = "" if plan.fits(e) else "does not fit"

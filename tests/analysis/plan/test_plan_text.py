@@ -11,7 +11,7 @@ from llava_mole.analysis.plan.text import HOURS, TERAFLOPS, digits, in_unit, uni
         ([11.6, 744.0], "h", "11.6 h"),
         ([0.5, 0.02], "min", "30.0 min"),
         ([0.01, 0.005], "s", "36.0 s"),
-        ([1e-5], "s", "0.036 s"),
+        ([1e-5], "ms", "36.0 ms"),
         ([1097.4], "h", "1,097 h"),
     ],
 )
