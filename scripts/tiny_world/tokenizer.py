@@ -16,9 +16,10 @@ from scripts.tiny_world.language import pretraining_item
 
 VOCABULARY = 1024
 WORDS = (
-    "black blue brown gray green pink red white one two three four small large low high bar upper lower yes no".split()
-)
-"""Words that are one piece each, as the names and the other colours are: questions about facts are made of them."""
+    "black blue brown gray green pink red white one two three four small large low high bar upper lower yes no "
+    "first second third last in not has list"
+).split()
+"""Words that are one piece each, as the names and the other colours are: facts and drills are made of them."""
 PROMPTS = ("plain", "vicuna_v1", "v1", "llava_v1", "llava_llama_2", "chatml_direct", "mpt")
 """Templates whose words the vocabulary covers; `v1` repeats `vicuna_v1`, as for the shipped tokenizer."""
 SPACE = "\u2581"

@@ -18,7 +18,7 @@ from llava_mole.data.prepare.sources.tiny import biomedicine, document, facts, g
 from llava_mole.data.prepare.sources.tiny import world as data
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, IMAGE_SIZE
 
-SIZE = data.Size(train=80, val=60, test=120)
+SIZE = data.Size(train=80, val=120, test=120)
 SPLITS = ("train", "val", "test")
 
 
