@@ -18,6 +18,7 @@ from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 from llava_mole.common.files import read_json, write_json
 from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS
+from scripts.conflict.grid import CENTRE, FULL
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5% quantiles of Student's t by number of seeds."""
@@ -29,13 +30,16 @@ Scores = dict[str, dict[int, float]]
 
 
 def read_jobs(out: Path, world: str | None) -> tuple[str, list[dict[str, Any]]]:
-    """The digest of a world and its finished jobs. Raises DataError if there are none."""
+    """The digest of a world and its finished jobs of the commonest recipe. Raises DataError if there are none."""
     found = [read_json(path) for path in sorted((out / "jobs").glob("*.json"))]
     worlds = Counter(job["settings"]["world"] for job in found)
     if not worlds or (world is not None and world not in worlds):
         raise DataError(f"{out}: no finished jobs{f' of world {world}' if world else ''}; there are {dict(worlds)}")
     chosen = world or worlds.most_common(1)[0][0]
-    return chosen, [job for job in found if job["settings"]["world"] == chosen]
+    found = [job for job in found if job["settings"]["world"] == chosen]
+    recipes = Counter(str(job["settings"]["recipe"]) for job in found)
+    recipe = recipes.most_common(1)[0][0]
+    return chosen, [job for job in found if str(job["settings"]["recipe"]) == recipe]
 
 
 def cell_name(cell: dict[str, Any]) -> str:
@@ -122,9 +126,10 @@ def tables(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
 def draw(cells: dict[str, tuple[dict[str, Any], Scores]], healers: Sequence[str], path: Path) -> Path:
     """The phase diagram: a row of panels for each rank; conflict, and healing by each method, over c and load."""
     grid = [(cell, scores) for cell, scores in cells.values() if cell["agreed"] == "common"]
-    ranks, loads, conventions = (sorted({cell[key] for cell, _ in grid}) for key in ("rank", "load", "convention"))
+    planned = [vars(cell) for cell in FULL] + [cell for cell, _ in grid]
+    ranks, loads, conventions = (sorted({cell[key] for cell in planned}) for key in ("rank", "load", "convention"))
     panels = [("conflict: single - Mix", "single", "mix"), *((f"{h} - Mix", h, "mix") for h in healers)]
-    panels.append((f"{healers[-1]} - rank K r", healers[-1], "mix, rank K r"))
+    panels += [(f"{h} - rank K r", h, "mix, rank K r") for h in healers if h == "image"]
     figure = new_figure(2.6 * len(panels) + 0.8, 2.4 * len(ranks) + 0.6)
     axes = figure.subplots(len(ranks), len(panels), squeeze=False)
     found = {(c["rank"], c["load"], c["convention"]): s for c, s in grid}
@@ -203,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--world", help="digest of the world; default: the one with the most jobs")
     parser.add_argument(
-        "--healers", nargs="+", default=["paper", "coupled", "lead", "oracle"], help="methods in the diagram"
+        "--healers", nargs="+", default=["paper", "coupled", "image", "oracle"], help="methods in the diagram"
     )
     given = parser.parse_args(arguments)
     world, jobs = read_jobs(given.out, given.world)
@@ -213,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.to.mkdir(parents=True, exist_ok=True)
     if healers:
         print(f"\n{draw(cells, healers, given.to / 'conflict.png')}")
-    centre = next((name for name in cells if name == "c 1, n 64, r 1"), next(iter(cells)))
+    named = cell_name(vars(CENTRE))
+    centre = named if named in cells else next(iter(cells))
     print(draw_meters(jobs, centre, given.to / "conflict-routers.png"))
     data = [{"cell": cell, "scores": {a: s for a, s in scores.items()}} for cell, scores in cells.values()]
     meta = {"world": world, "recipe": jobs[0]["settings"]["recipe"], "versions": jobs[0]["versions"]}
