@@ -33,6 +33,8 @@ class TokenRouting:
 def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answer: str) -> TokenRouting:
     """Compute a prompt with its answer in one pass and read the routing of the answer's tokens.
 
+    The tokens are those of the answer's text. A model may write a text in other tokens than the tokenizer would; what
+    is shown is then the routing of the tokenizer's.
     Under `force_expert` all of them use that expert.
 
     Raises:

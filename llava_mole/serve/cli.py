@@ -9,6 +9,7 @@ conversation.
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ class Chat:
     def _image(self, argument: str) -> None:
         if not argument:
             raise ConfigError("/image needs a file: /image photo.png")
-        self.session.add_image(str(Path(argument).expanduser()))
+        self.session.add_image(os.path.expanduser(argument))  # a Path would merge the slashes of an address
         print(f"({count_of(len(self.session.pending), 'image')} with the next question)")
 
     def _system(self, argument: str) -> None:
