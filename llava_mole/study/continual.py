@@ -99,7 +99,7 @@ def read_continual(
         ConfigError: a file cannot be read, or says something that has no meaning; the message names file and key.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; the shipped studies are in configs/studies/")
+        raise ConfigError(f"{path}: no such file; the shipped ones are in configs/studies/continual/")
     found = load_yaml(path, _File)
     own = read_base(base_file(path, found.base, base))
     tasks = found.tasks or list(own.domains)

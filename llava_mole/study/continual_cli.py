@@ -4,7 +4,7 @@
     llava-mole continual status STUDY.yaml          which steps are finished, run or failed
     llava-mole continual report STUDY.yaml          accuracy matrices, transfer and forgetting, with intervals
 
-The shipped studies are configs/studies/continual*.yaml; docs/continual.md explains them.
+The shipped studies are in configs/studies/continual/; docs/continual.md explains them.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="llava-mole continual", usage=usage, description=__doc__.split("\n")[0], epilog="Without an action: run."
     )
     add = parser.add_argument
-    add("study", metavar="STUDY.yaml", help="the study's file; the shipped ones are configs/studies/continual*.yaml")
+    add("study", metavar="STUDY.yaml", help="the study's file; the shipped ones are in configs/studies/continual/")
     add("--base", metavar="NAME", help="run it on another base: a file, or the name of one beside the study's own")
     add("--seeds", type=int, nargs="+", metavar="N", help="other seeds than those of study and base")
     add("--split", choices=["test", "validation"], help="whose questions to answer; validation chooses among methods")
