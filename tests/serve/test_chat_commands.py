@@ -24,8 +24,8 @@ from worlds.eval_models import make_checkpoint
 
 from llava_mole.common.errors import ConfigError, ContextError, DataError
 from llava_mole.conversation import Turn, with_system
-from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.batching import place_images
+from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor, encode_continuation
 from llava_mole.inference.token_routing import route_answer
 from llava_mole.mole import collect_routing, force_expert
