@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.inference.batching import batches, place_images
+from llava_mole.conversation import Turn
+from llava_mole.inference.batching import batches, encode_prompt, place_images
 from llava_mole.inference.inputs import ImagesLike, Prompt, as_images
 from llava_mole.inference.predictor import Predictor, encode_continuation
 from llava_mole.mole import active_config, collect_routing, set_routing_inputs
@@ -47,7 +48,7 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
     if config is None:
         raise ConfigError(f"{loaded.path} has no experts (its adapter is {loaded.adapter}), so there is no routing")
     turns = place_images(prompt, len(as_images(images)), 0)
-    ids, count = encode_continuation(loaded, predictor.template, turns, answer, 0, with_end=False)
+    ids, count = _tokens(predictor, turns, len(as_images(images)), answer)
     (batch,) = batches(loaded, [ids], [images], 1)
     if config.granularity == "sequence":  # decided by the prompt alone, as in decoding
         prompt_mask = torch.arange(len(ids), device=batch.input_ids.device)[None] < len(ids) - count
@@ -62,6 +63,20 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
             set_routing_inputs(model)
     experts = torch.stack([index[0, -count:, 0] for index in routing.index]).cpu()
     return TokenRouting(_pieces(predictor, ids[-count:]), experts, routing.num_experts)
+
+
+def _tokens(predictor: Predictor, turns: list[Turn], images: int, answer: str) -> tuple[list[int], int]:
+    """Ids of a prompt with its answer, and how many are the answer's. Those of the prompt are what decoding sees.
+
+    Some tokenizers merge the end of a prompt with the beginning of the answer; the answer is then tokenized alone.
+    """
+    loaded, template = predictor.loaded, predictor.template
+    prompt = encode_prompt(loaded, template, turns, images, 0)
+    ids, count = encode_continuation(loaded, template, turns, answer, 0, with_end=False)
+    if ids[: len(prompt)] == prompt:
+        return ids, count
+    alone, _ = loaded.tokenizer.encode_with_offsets(answer)
+    return [*prompt, *alone], len(alone)
 
 
 def _pieces(predictor: Predictor, ids: list[int]) -> tuple[str, ...]:

@@ -26,8 +26,8 @@ from llava_mole.common.errors import ConfigError, ContextError, DataError
 from llava_mole.conversation import Turn, with_system
 from llava_mole.inference.batching import place_images
 from llava_mole.inference.decoding import Decoding
-from llava_mole.inference.predictor import Predictor, encode_continuation
-from llava_mole.inference.token_routing import route_answer
+from llava_mole.inference.predictor import Predictor
+from llava_mole.inference.token_routing import _tokens, route_answer
 from llava_mole.mole import collect_routing, force_expert
 from llava_mole.serve.cli import main
 from llava_mole.serve.session import Session
@@ -65,7 +65,7 @@ def talk(
 
 def notes(error: str) -> str:
     """What the chat has written to stderr, without the bars of loading."""
-    return "".join(line for line in error.splitlines(keepends=True) if "Loading weights" not in line)
+    return re.sub(r"\rLoading weights:[^\r\n]*\n?", "", error)
 
 
 def test_without_an_image(talk, model: Predictor) -> None:
@@ -229,8 +229,7 @@ def test_the_routing_of_an_answer_is_that_of_decoding(granularity: str, tmp_path
     found = route_answer(model, photo, "What?", answer)
     assert "".join(found.pieces) == answer
     decoded = torch.stack(seen[1:], dim=1)  # the pass after the prompt computes the first token
-    turns = place_images("What?", 1, 0)
-    ids, count = encode_continuation(model.loaded, model.template, turns, answer, 0, with_end=False)
+    ids, count = _tokens(model, place_images("What?", 1, 0), 1, answer)
     pairs = zip(written, ids[-count:], strict=False)  # a model may write a text in other tokens than the tokenizer
     same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
     assert same >= 3
