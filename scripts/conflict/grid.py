@@ -64,6 +64,11 @@ def few_rank_2(seeds: Sequence[int]) -> Iterator[Job]:
     return _jobs([CORE[2]], _named(FEW), seeds)
 
 
+def few_half(seeds: Sequence[int]) -> Iterator[Job]:
+    """Fewer arms where half of the facts contradict."""
+    return _jobs([CORE[3]], _named(FEW), seeds)
+
+
 def core(seeds: Sequence[int]) -> Iterator[Job]:
     """The first arms in the core cells."""
     return _jobs(CORE, _named(FIRST), seeds)
@@ -99,6 +104,7 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "three": three,
     "few": few,
     "few-rank-2": few_rank_2,
+    "few-half": few_half,
     "core": core,
     "full": full,
     "rest": rest,
