@@ -169,7 +169,14 @@ def test_a_batch_that_cannot_be_spread_over_the_ranks_is_refused() -> None:
 
 def test_only_doors_see_the_whole_configuration() -> None:
     """Everything else takes its own section or plain values."""
-    doors = {"config.py", "train/arguments.py", "train/train.py", "train/dry_run.py", "model/builder.py"}
+    doors = {
+        "config.py",
+        "train/arguments.py",
+        "train/train.py",
+        "train/dry_run.py",
+        "model/builder.py",
+        "analysis/opening.py",
+    }
     doors |= {"analysis/check/cli.py", "analysis/plan/cli.py"}
     checkpoints = {"interop/importing.py", "interop/own.py"}  # which write and read a checkpoint's config.yaml
     studies = {"study/cells.py", "study/continual.py"}  # which write the configurations of the runs that they start

@@ -23,6 +23,11 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def check_matplotlib() -> None:
+    """Raise ConfigError if matplotlib is not installed: before the work whose figures need it."""
+    new_figure(1, 1)
+
+
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure atomically as PNG and return its path. Raises ConfigError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

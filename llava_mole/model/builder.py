@@ -445,7 +445,7 @@ def _find_tower(path: Path) -> tuple[Path, Path | None]:
     return find_open_clip_weights(path), config
 
 
-def _load_adapter(language_model: nn.Module, directory: Path, trainable: bool) -> nn.Module:
+def _load_adapter(language_model: nn.Module, directory: Path, trainable: bool = False) -> nn.Module:
     from peft import PeftModel
 
     import llava_mole.mole  # noqa: F401  registers the MOLE adapter type with PEFT

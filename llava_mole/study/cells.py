@@ -120,7 +120,7 @@ def plan_study(study: Study, out: Path, inputs: Inputs) -> Plan:
             evaluations = plan.evaluations.setdefault((arm, seed), {})
             for own, benchmark in base.benchmarks[study.split].items():
                 evaluations[own] = plan.add(evaluation_cell(run, own, benchmark, base, inputs)).name
-    plan.missing = inputs.missing
+    plan.missing = list(dict.fromkeys(inputs.missing))
     return plan
 
 

@@ -190,7 +190,7 @@ def plan_continual(continual: Continual, out: Path, inputs: Inputs) -> Steps:
                     cell = steps.plan.add(evaluation_cell(run, own, benchmark, base, inputs))
                     steps.evaluations.setdefault(run.name, {})[own] = cell.name
                 before = run
-    steps.plan.missing = inputs.missing
+    steps.plan.missing = list(dict.fromkeys(inputs.missing))
     return steps
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.common.figures import new_figure, save_figure
+from llava_mole.common.figures import new_figure, save_figure, tidy
 from llava_mole.common.files import write_errors, write_json, write_text
 from llava_mole.common.text import format_seconds, format_table
 from llava_mole.eval.report.compare import stored_benchmark
@@ -233,8 +233,8 @@ def draw_matrices(values: Mapping[str, Any], path: Path) -> Path:
             axis.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color=color, fontweight=bold, fontsize=9)
         axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize=8)
         axis.set_yticks(range(len(matrix)), tasks if len(matrix) > 1 else ["all"], fontsize=8)
-        axis.set_ylabel("after training on" if place % columns == 0 else "", fontsize=8)
-        axis.set_title(method["label"], loc="left", fontsize=10, fontweight="bold")
+        tidy(axis, method["label"], y="after training on" if place % columns == 0 else "")
+        axis.grid(visible=False)
     figure.suptitle(f"{values['title']}: accuracy in percent on each task's {values['split']} questions", fontsize=11)
     figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.7, label="%")
     return save_figure(figure, path)

@@ -60,10 +60,10 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
             .subgridspec(1, len(parts), width_ratios=[len(part) + 0.4 for part in parts])
             .subplots(squeeze=False)[0]
         )
-        for axis, names in zip(axes, parts, strict=True):
-            _draw_group(axis, {name: columns[name] for name in names}, styles, cut=names is sums)
         note = "mean over seeds, 95% interval; dots: seeds" if title == "measured" else "one run each"
-        axes[-1].set_title(f"{title} ({note})", loc="left", fontsize=11, fontweight="bold")
+        for axis, names in zip(axes, parts, strict=True):
+            shown = f"{title} ({note})" if axis is axes[-1] else ""
+            _draw_group(axis, {name: columns[name] for name in names}, styles, shown, cut=names is sums)
         axes[0].set_ylabel("%")
     from matplotlib.patches import Patch
 
@@ -72,7 +72,7 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_group(axis: Any, columns: Mapping[str, Any], styles: Mapping[str, Any], *, cut: bool) -> None:
+def _draw_group(axis: Any, columns: Mapping[str, Any], styles: Mapping[str, Any], title: str, *, cut: bool) -> None:
     """Draw some columns on one axis, which starts near the values if it is `cut`, and else ends at 100 at most."""
     width, seen = 0.82 / len(styles), list[float]()
     for place, entries in enumerate(columns.values()):
@@ -86,7 +86,7 @@ def _draw_group(axis: Any, columns: Mapping[str, Any], styles: Mapping[str, Any]
             values = list(entry.get("by_seed", {}).values())
             axis.plot([x] * len(values), values, ".", color="black", markersize=2.5, alpha=0.6)
             seen += [entry["mean"], *values]
-    tidy(axis, "", x="axis cut" if cut else "")
+    tidy(axis, title, x="axis cut" if cut else "")
     axis.set_xticks(range(len(columns)), list(columns))
     axis.set_xlim(-0.5, len(columns) - 0.5)
     if cut:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.common.figures import new_figure
+from llava_mole.common.figures import check_matplotlib
 from llava_mole.common.files import read_json, write_errors, write_json, write_text
 from llava_mole.common.log import get_logger
 from llava_mole.eval.report.formats import Table, table_markdown, table_text
@@ -83,7 +83,7 @@ def _format(path: Path) -> Any:
 
 def _figures(results: Results, folder: Path) -> list[Path]:
     try:
-        new_figure(1, 1)
+        check_matplotlib()
     except ConfigError as error:
         logger.warning("no figures: %s", error)
         return []

@@ -67,6 +67,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "jitter": st.floats(0, 0.9),
     "num_tasks": st.integers(0, 4),
     "task_dim": st.integers(0, 4),
+    "frozen_experts": st.one_of(st.just(0), st.integers(0, 4)),
     "experts_by_layer": st.one_of(st.none(), st.lists(st.integers(1, 4), min_size=1, max_size=3)),
     "logit_noise": st.floats(0, 2),
     "group_delta": st.floats(0, 0.9),

@@ -170,7 +170,7 @@ def test_validation_and_test_are_different_cells_of_the_same_run(folder: Path) -
     assert not {n for n in one.cells if "eval" in one.cells[n].kind} & {
         n for n in two.cells if "eval" in two.cells[n].kind
     }
-    assert all("_test" not in " ".join(cell.command) for cell in two.cells.values())
+    assert all("colors_test" not in " ".join(cell.command) for cell in two.cells.values())
 
 
 def test_missing_inputs_are_collected(folder: Path) -> None:

@@ -104,7 +104,7 @@ BASE_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "two starts": ({"projector": "x"}, "give either stage1, a run configuration, or projector"),
     "no start": ({"stage1": None}, "give either stage1"),
     "split": ({"benchmarks": {"dev": {}}}, "benchmarks.dev: no such split; there are test, validation"),
-    "column domain": ({"columns": {"c": {"domain": "green", "number": "colors.red"}}}, "domains are red, blue"),
+    "column domain": ({"columns": {"c": {"domain": "green", "number": "colors.red"}}}, "domains are blue, red"),
     "column number": ({"columns": {"c": {"domain": "red", "number": "colors"}}}, "write BENCHMARK.NUMBER"),
     "routing": ({"routing": {"c": "other.red"}}, "routing.c is 'other.red'"),
     "threads": ({"threads": 0}, "threads is 0"),

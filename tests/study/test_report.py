@@ -74,10 +74,12 @@ def data_root(folder: Path) -> str:
     return re.search(r"data_root: (.*)", (folder / "base.yaml").read_text())[1]  # type: ignore[index]
 
 
-def prepared(folder: Path, arms: Mapping[str, Mapping[int, tuple[int, int]]] = RIGHT, **more: Any) -> tuple[Path, Plan]:
+def prepared(
+    folder: Path, right: Mapping[str, Mapping[int, tuple[int, int]]] = RIGHT, **more: Any
+) -> tuple[Path, Plan]:
     path = write_study(folder, **({"figure3": ["mole"], "compare": [["mole", "mix"]]} | more))
     plan = plan_study(read_study(path), folder / "out", Inputs())
-    finish(plan, folder, arms)
+    finish(plan, folder, right)
     return path, plan
 
 

@@ -152,7 +152,7 @@ def test_a_tracker_that_breaks_is_warned_about_once(
 
 def test_a_full_disk_does_not_stop_the_metrics(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = tracker(world, tmp_path, 0)
-    full._file = Path("/dev/full").open("w")
+    full._log._file = Path("/dev/full").open("w")
     setup_logging()
     for step in (1, 2):
         full.log({"step": step})

@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--rate-factor is {arguments.rate_factor}; it must be a finite number above 0")
     setup_logging()
     from llava_mole.analysis.conflict.report import comparison, draw, table
-    from llava_mole.common.figures import new_figure
+    from llava_mole.common.figures import check_matplotlib
 
-    new_figure(1, 1)  # says before the work that matplotlib is missing
+    check_matplotlib()
     paths = arguments.subjects
     out = arguments.out or default_out(paths[0], "conflict")
     results = []

@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     from llava_mole.analysis.opening import open_subject
     from llava_mole.analysis.routing.report import draw, table
-    from llava_mole.common.figures import new_figure
+    from llava_mole.common.figures import check_matplotlib
 
-    new_figure(1, 1)  # says before the work that matplotlib is missing
+    check_matplotlib()
     out = arguments.out or default_out(arguments.run, "routing")
     subject = open_subject(arguments.run, overrides, arguments)
     result = _measure(subject, arguments)

@@ -81,7 +81,8 @@ def test_interventions_equal_edited_experts(metered: Metered, name: str, order: 
     finally:
         metered.model.load_state_dict(before)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert any(not torch.allclose(a, b) for a, b in zip(found, intact, strict=True))
+    if not name.startswith("ablate"):  # a router may leave the ablated expert without tokens
+        assert any(not torch.allclose(a, b) for a, b in zip(found, intact, strict=True))
 
 
 def test_the_report_of_all_interventions(metered: Metered) -> None:
