@@ -308,6 +308,7 @@ def test_a_real_terminal(mole_run: Path, tmp_path: Path) -> None:
         painted = terminal.read_until("USER: ")
         assert "\x1b[48;5;" in painted
         assert "the expert that most layers use" in painted
+        time.sleep(1)  # readline prints its prompt before it listens, and a signal in between would wait for a key
         terminal.type("half a line\x03")
         terminal.read_until(r"\(Ctrl-C again, /quit or Ctrl-D leaves\)")
         terminal.read_until("USER: ")
