@@ -25,7 +25,7 @@ from llava_mole.mole.experts import (
     mixed_ffns,
 )
 from llava_mole.mole.ffn import FfnLayout, linear_widths
-from llava_mole.mole.router import ExpertWeights, Router, RouterState, route
+from llava_mole.mole.router import ExpertWeights, Router, RouterState, forced_route, route
 from llava_mole.mole.routing import CarriedGradient, RoutingInputs, RoutingSlot, in_backward, in_reentrant_checkpoint
 
 _NO_MERGE = (
@@ -353,6 +353,8 @@ class ExpertLayer(nn.Module, AdaptedLayer):
         state = self._state(name)
         bias = None if state is None else state.selection_bias()
         found = route(x_BSD, self.router(name), config, self.inputs, self.routing, bias, self.training)
+        if self.inputs.forced is not None:
+            found = forced_route(found, self.inputs.forced)
         if torch.compiler.is_compiling() or not in_backward():
             self.routing.logits, self.routing.index = found.logits, found.index
         elif config.loss_needs_graph and in_reentrant_checkpoint():

@@ -153,6 +153,15 @@ class Route:
     """The chosen experts, int64 `[B, S, k]`; in mode `dense` the most probable one."""
 
 
+def forced_route(found: Route, expert: int) -> Route:
+    """The same logits with another choice: every token uses `expert` with weight 1."""
+    if found.weights is None:  # one expert
+        return found
+    index_BS1 = torch.full_like(found.index[..., :1], expert)
+    index_T1 = index_BS1.flatten(0, 1)
+    return Route(ExpertWeights(index_T1, torch.ones_like(index_T1, dtype=found.logits.dtype)), found.logits, index_BS1)
+
+
 def route(
     x_BSD: Tensor,
     router: Router | None,
@@ -162,30 +171,13 @@ def route(
     selection_bias_K: Tensor | None,
     training: bool,
 ) -> Route:
-    """Decide which experts each token uses; under `force_expert` the choice is replaced and the logits stay.
+    """Decide which experts each token uses.
 
     Raises:
         ValueError: the router needs a routing input that was not set, or one has the wrong shape.
         FloatingPointError: the logits are not finite. This is checked on the CPU only, because on a GPU the check
             would synchronise, and not after `disable_finite_check`.
     """
-    found = _route_freely(x_BSD, router, config, inputs, slot, selection_bias_K, training)
-    if inputs.forced is None or config.num_experts == 1:
-        return found
-    index_BS1 = torch.full((*x_BSD.shape[:2], 1), inputs.forced, device=x_BSD.device)
-    index_T1 = index_BS1.flatten(0, 1)
-    return Route(ExpertWeights(index_T1, torch.ones_like(index_T1, dtype=found.logits.dtype)), found.logits, index_BS1)
-
-
-def _route_freely(
-    x_BSD: Tensor,
-    router: Router | None,
-    config: MoleConfig,
-    inputs: RoutingInputs,
-    slot: RoutingSlot,
-    selection_bias_K: Tensor | None,
-    training: bool,
-) -> Route:
     num_experts, dtype = config.num_experts, router_dtype(x_BSD.dtype)
     if num_experts == 1:
         zeros = torch.zeros(*x_BSD.shape[:2], 1, dtype=dtype, device=x_BSD.device)

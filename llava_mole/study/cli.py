@@ -94,27 +94,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    usage = "llava-mole study [run | status | report] STUDY.yaml [OPTIONS]"
+    parser = base_parser("study", __doc__, folder="configs/studies/", arms="arms", cells="cells")
+    add = parser.add_argument
+    add("--only", nargs="+", default=[], metavar="PATTERN", help="run: only arms, ARM/SEED or cells so named")
+    add("--submit", choices=["slurm", "shell"], help="run: write job scripts instead of running")
+    return parser
+
+
+def base_parser(name: str, text: str, *, folder: str, arms: str, cells: str) -> argparse.ArgumentParser:
+    """The options that the commands about studies share.
+
+    Args:
+        name: The command.
+        text: Its documentation, whose first line describes it.
+        folder: Where the shipped studies are.
+        arms: What a study compares, and `cells` what it runs, in the words of the command.
+    """
+    usage = f"llava-mole {name} [run | status | report] STUDY.yaml [OPTIONS]"
     parser = argparse.ArgumentParser(
-        prog="llava-mole study", usage=usage, description=__doc__.split("\n")[0], epilog="Without an action: run."
+        prog=f"llava-mole {name}", usage=usage, description=text.split("\n")[0], epilog="Without an action: run."
     )
     add = parser.add_argument
-    add("study", metavar="STUDY.yaml", help="the study's file; the shipped ones are in configs/studies/")
+    add("study", metavar="STUDY.yaml", help=f"the study's file; the shipped ones are in {folder}")
     add("--base", metavar="NAME", help="run it on another base: a file, or the name of one beside the study's own")
     add("--seeds", type=int, nargs="+", metavar="N", help="other seeds than those of study and base")
-    add("--split", choices=["test", "validation"], help="whose questions to answer; validation chooses among arms")
+    add("--split", choices=["test", "validation"], help=f"whose questions to answer; validation chooses among {arms}")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration keys to set in all runs of stage 2")
     add("--cells", metavar="DIR", help="where cells and reports go (default: runs/studies/BASE)")
-    run = parser.add_argument_group("run")
-    add = run.add_argument
-    add("--jobs", type=positive, default=1, metavar="N", help="commands at a time on this machine (default 1)")
-    add("--only", nargs="+", default=[], metavar="PATTERN", help="only arms, ARM/SEED or cells with such names")
-    add("--no-wait", action="store_true", help="end instead of waiting for cells that other processes run")
-    add("--break-lock", action="store_true", help="take over cells of processes that ended on another machine")
-    add("--dry-run", action="store_true", help="print the commands that are left")
-    add("--submit", choices=["slurm", "shell"], help="write job scripts instead of running")
-    group = parser.add_argument_group("report")
-    group.add_argument("--out", metavar="DIR", help="where the report goes (default: CELLS/reports/STUDY)")
+    add("--out", metavar="DIR", help="report: where it goes (default: CELLS/reports/STUDY)")
+    add("--jobs", type=positive, default=1, metavar="N", help="run: commands at a time on this machine (default 1)")
+    add("--no-wait", action="store_true", help=f"run: end instead of waiting for {cells} that other processes run")
+    add("--break-lock", action="store_true", help=f"run: take over {cells} of processes that ended on another machine")
+    add("--dry-run", action="store_true", help="run: print the commands that are left")
     return parser
 
 

@@ -18,7 +18,7 @@ from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import write_errors
 from llava_mole.common.log import setup_logging
 from llava_mole.common.text import format_table
-from llava_mole.study.cli import ACTIONS, positive, refuse_missing, say_missing, settings_of
+from llava_mole.study.cli import ACTIONS, base_parser, refuse_missing, say_missing, settings_of
 
 
 @command
@@ -80,26 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    usage = "llava-mole continual [run | status | report] STUDY.yaml [OPTIONS]"
-    parser = argparse.ArgumentParser(
-        prog="llava-mole continual", usage=usage, description=__doc__.split("\n")[0], epilog="Without an action: run."
-    )
-    add = parser.add_argument
-    add("study", metavar="STUDY.yaml", help="the study's file; the shipped ones are in configs/studies/continual/")
-    add("--base", metavar="NAME", help="run it on another base: a file, or the name of one beside the study's own")
-    add("--seeds", type=int, nargs="+", metavar="N", help="other seeds than those of study and base")
-    add("--split", choices=["test", "validation"], help="whose questions to answer; validation chooses among methods")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration keys to set in all steps")
-    add("--cells", metavar="DIR", help="where cells and reports go (default: runs/studies/BASE)")
-    run = parser.add_argument_group("run")
-    add = run.add_argument
-    add("--jobs", type=positive, default=1, metavar="N", help="commands at a time on this machine (default 1)")
-    add("--only", nargs="+", default=[], metavar="METHOD", help="only these methods")
-    add("--no-wait", action="store_true", help="end instead of waiting for steps that other processes run")
-    add("--break-lock", action="store_true", help="take over steps of processes that ended on another machine")
-    add("--dry-run", action="store_true", help="print the commands that are left")
-    group = parser.add_argument_group("report")
-    group.add_argument("--out", metavar="DIR", help="where the report goes (default: CELLS/reports/STUDY)")
+    parser = base_parser("continual", __doc__, folder="configs/studies/continual/", arms="methods", cells="steps")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="run: only these methods")
     return parser
 
 
