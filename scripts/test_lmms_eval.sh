@@ -37,7 +37,7 @@ run, results = sys.argv[1:]
 theirs = [json.loads(line) for line in samples.read_text().splitlines()]
 loaded = load_questions(get_benchmark("tiny"))
 asked = [loaded.questions[sample["doc_id"]] for sample in theirs]
-images = [loaded.image_folder / question.image for question in asked]
+images = [[loaded.image_folder / image for image in question.images] for question in asked]
 ours = Predictor.from_pretrained(run, device="cpu").generate(images, [q.text for q in asked], max_new_tokens=16)
 given = [r if isinstance(r := sample["filtered_resps"], str) else r[0] for sample in theirs]
 if given != ours:

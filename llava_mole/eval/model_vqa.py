@@ -49,7 +49,10 @@ def describe_run(
     """Return everything the answers depend on, by which a partial file of the same run is recognised."""
     from llava_mole.model.checkpoint import MANIFEST
 
-    asked = [(question.key, question.text, question.image) for question in questions]
+    # Questions about one image or none are written as before there were others: their files stay recognisable.
+    asked = [
+        (q.key, q.text, q.images if len(q.images) > 1 else q.images[0] if q.images else None) for q in questions
+    ]
     path = predictor.loaded.path
     routed = {} if sources is None else {"sources": dict(sources)}
     return {
@@ -70,7 +73,7 @@ def check_prompts(predictor: "Predictor", questions: Sequence[Question]) -> None
 
     def check() -> None:
         with errors_named_after(questions):
-            predictor.check([int(q.image is not None) for q in questions], [q.text for q in questions])
+            predictor.check([len(q.images) for q in questions], [q.text for q in questions])
 
     on_main(check)
 

@@ -1,8 +1,9 @@
 """Question files: JSON lines in LLaVA's format, read strictly, and their split into chunks.
 
 A line is `{"question_id": 7, "image": "a/b.png", "text": "...", "category": "..."}`. `image` and `category` are
-optional; `image` may also be a list of one path, and may be called `images`. `answer` or `answers`, where present, is
-what the metrics compare with. Other keys are kept for the metrics and otherwise ignored.
+optional; `image` may also be a list of paths, and may be called `images`. The text may say with `<image>` where each
+image stands; without any, images come first. `answer` or `answers`, where present, is what the metrics compare with.
+Other keys are kept for the metrics and otherwise ignored.
 
 Files are given as `FILE` or `GROUP=FILE`. Scores and routing are reported by group; without one, a question's
 `category` is its group.
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_mole.common.errors import ConfigError, DataError, PromptError
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
+from llava_mole.conversation import placeholder_problem
 from llava_mole.data.images import resolve_image
 from llava_mole.data.records import IMAGE_NAME
 
@@ -34,9 +37,9 @@ class Question:
 
     question_id: str | int
     text: str
-    """The question without the image placeholder."""
-    image: str | None
-    """Path relative to the image folder, or None for a question without an image."""
+    """The question; with as many `<image>` as images, or with none."""
+    images: tuple[str, ...]
+    """Paths relative to the image folder, in the order of their placeholders."""
     group: str
     """Its scores are reported under this name."""
     category: str | None
@@ -102,14 +105,14 @@ def read_questions(arguments: Sequence[str]) -> list[Question]:
 
 
 def read_question_lines(arguments: Sequence[str]) -> list[tuple[Question, dict[str, Any]]]:
-    """Return all questions of the files, in order, with their complete lines, in which `image` is one path.
+    """Return all questions of the files, in order, with their complete lines, in which `image` is a path or a list.
 
     Args:
         arguments: `FILE` or `GROUP=FILE` each.
 
     Raises:
-        DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, several images,
-            or no question at all.
+        DataError: unreadable file or line, missing or duplicate `question_id`, field of the wrong type, or no question
+            at all.
     """
     found: dict[str, tuple[Question, dict[str, Any]]] = {}
     for argument in arguments:
@@ -121,8 +124,9 @@ def read_question_lines(arguments: Sequence[str]) -> list[tuple[Question, dict[s
                 raise DataError(
                     f"{where}: question_id {question.question_id!r} was already used at {first.where}; ids must differ"
                 )
-            if line.get("image") != question.image:
-                line["image"] = question.image
+            image = question.images[0] if len(question.images) == 1 else list(question.images) or None
+            if line.get("image") != image:
+                line["image"] = image
     if not found:
         raise DataError(f"{', '.join(arguments)}: no questions in it")
     return list(found.values())
@@ -141,31 +145,32 @@ def _parse(line: dict[str, Any], where: str, group: str | None) -> Question:
     return Question(
         question_id=question_id,
         text=line["text"],
-        image=_image(line, where),
+        images=_images(line, where),
         group=group or line.get("category") or NO_GROUP,
         category=line.get("category"),
         where=where,
     )
 
 
-def _image(line: dict[str, Any], where: str) -> str | None:
-    """Return the one path in `image` and `images`, each a path or a list of paths; None if there is none."""
-    paths: list[str] = []
+def _images(line: dict[str, Any], where: str) -> tuple[str, ...]:
+    """Return the paths in `image` or `images`, each a path or a list of paths; none if there are none."""
+    found: dict[str, tuple[str, ...]] = {}
     for key in ("image", "images"):
         value = line.get(key)
         given = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(given, list) or not all(isinstance(path, str) for path in given):
-            raise DataError(f"{where}: {key!r} must be a path or a list of one path; found {value!r}")
-        paths += [path for path in given if path not in paths]
-    for key, value in line.items() if not paths else ():
+            raise DataError(f"{where}: {key!r} must be a path or a list of paths; found {value!r}")
+        if given:
+            found[key] = tuple(given)
+    for key, value in line.items() if not found else ():
         if value and isinstance(value, (str, list, dict)) and IMAGE_NAME.fullmatch(key):
             raise DataError(
                 f"{where}: {key!a} is {str(value)[:80]!a}, but the image of a question is read from 'image' or "
                 "'images' only, and it would be asked without one; rename the key"
             )
-    if len(paths) > 1:
-        raise DataError(f"{where}: {len(paths)} images ({', '.join(paths)}); a question is about one image or none")
-    return paths[0] if paths else None
+    if len(set(found.values())) > 1:
+        raise DataError(f"{where}: 'image' and 'images' name different images; keep one of these keys")
+    return next(iter(found.values()), ())
 
 
 def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[T]:
@@ -184,16 +189,25 @@ def take_chunk(items: Sequence[T], num_chunks: int, chunk_idx: int) -> Sequence[
 
 
 def check_images(questions: Sequence[Question], folder: Path, *, follow_links: bool = False) -> None:
-    """Raise DataError that names the first question whose image is not a file inside `folder`.
+    """Check the images of all questions, before a model is loaded.
 
-    With `follow_links` symbolic links may lead out of `folder`.
+    Args:
+        follow_links: Whether symbolic links may lead out of `folder`.
+
+    Raises:
+        DataError: names the first question whose image is not a file inside `folder`, or whose text has another number
+            of `<image>` than it has images.
     """
-    with_image = [question for question in questions if question.image is not None]
+    for question in questions:
+        if problem := placeholder_problem(question.text.count(DEFAULT_IMAGE_TOKEN), len(question.images)):
+            raise DataError(f"{question.where}: {problem}")
+    with_image = [question for question in questions if question.images]
     if with_image and not folder.is_dir():
         raise DataError(f"--image-folder {folder} is not a directory; {with_image[0].where} needs an image from it")
     for question in with_image:
         try:
-            resolve_image(question.image or "", folder, follow_links=follow_links)
+            for image in question.images:
+                resolve_image(image, folder, follow_links=follow_links)
         except DataError as error:
             raise DataError(f"{question.where}: {error}") from None
 
@@ -209,8 +223,8 @@ def errors_named_after(questions: Sequence[Question]) -> Iterator[None]:
 
 def windows(
     questions: Sequence[Question], folder: Path, batch_size: int, *, follow_links: bool = False
-) -> Iterator[tuple[Sequence[Question], list[Path | None]]]:
-    """Yield the questions in windows of `WINDOW` batches, each with the files of its images.
+) -> Iterator[tuple[Sequence[Question], list[list[Path]]]]:
+    """Yield the questions in windows of `WINDOW` batches, and the files of each question's images.
 
     Files rather than images, because only one batch is decoded at a time: a document page takes 15 MB when decoded.
 
@@ -219,6 +233,6 @@ def windows(
     """
     for start in range(0, len(questions), WINDOW * batch_size):
         window = questions[start : start + WINDOW * batch_size]
-        names = dict.fromkeys(question.image for question in window if question.image is not None)
+        names = dict.fromkeys(image for question in window for image in question.images)
         files = {name: resolve_image(name, folder, follow_links=follow_links) for name in names}
-        yield window, [None if question.image is None else files[question.image] for question in window]
+        yield window, [[files[image] for image in question.images] for question in window]

@@ -44,10 +44,10 @@ def joined_ranks() -> Iterator[None]:
 def share_of_rank(questions: Sequence[Question], rank: int, world_size: int) -> list[Question]:
     """Return the questions that `rank` answers; the ranks' numbers differ by at most one.
 
-    Questions about one image follow each other, in the order in which images first occur, so that an image is decoded
-    and encoded on one rank, or on two if it lies at their boundary.
+    Questions about the same images follow each other, in the order in which these first occur, so that an image is
+    decoded and encoded on one rank, or on two if it lies at their boundary.
     """
-    first: dict[str | None, int] = {}
+    first: dict[tuple[str, ...], int] = {}
     for position, question in enumerate(questions):
-        first.setdefault(question.image, position)
-    return list(take_chunk(sorted(questions, key=lambda question: first[question.image]), world_size, rank))
+        first.setdefault(question.images, position)
+    return list(take_chunk(sorted(questions, key=lambda question: first[question.images]), world_size, rank))

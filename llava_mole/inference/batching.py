@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from llava_mole.common.errors import ConfigError, ContextError, DataError, PromptError
-from llava_mole.common.text import UNPAIRED_SURROGATE, count_of, is_text
+from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.conversation import Template, Turn, place_image_first, render
+from llava_mole.conversation import Template, Turn, place_image_first, placeholder_problem, render
 from llava_mole.data.tokenization import encode
 from llava_mole.inference.inputs import ImagesLike, OneImage, Prompt, as_images, as_turns, open_any
 from llava_mole.model.builder import LoadedModel
@@ -55,9 +55,8 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     if not turns or turns[-1].role != "user":
         raise PromptError(position, "a conversation to be answered must end with a user turn")
     placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if placeholders not in (0, num_images) or (placeholders and not num_images):
-        given = {0: "no image", 1: "one image"}.get(num_images, count_of(num_images, "image"))
-        raise PromptError(position, f"{placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given")
+    if problem := placeholder_problem(placeholders, num_images):
+        raise PromptError(position, problem)
     if not placeholders:
         turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + turns[0].text)
     return list(place_image_first(turns)) if num_images == 1 else turns

@@ -95,7 +95,7 @@ class Inputs:
                 return MISSING
             definition = {k: v for k, v in asdict(benchmark).items() if k not in UNSCORED}
             trained = [parse_named_file(argument)[1] for argument in loaded.train_files or []]
-            shown = sorted({q.image for q in loaded.questions if q.image is not None}) if images else []
+            shown = sorted({image for q in loaded.questions for image in q.images}) if images else []
             folder = loaded.image_folder
             parts = [
                 definition,

@@ -109,7 +109,8 @@ def measure(name: str, args: Any, folder: Path) -> list[dict[str, Any]]:
     predictor = build(name, args.device)
     parameters = sum(p.numel() for p in predictor.loaded.model.causal_lm.parameters())
     questions = write_questions(folder, args.questions, images=max(1, args.questions // 2))
-    shown, asked = [folder / str(q.image) for q in questions[:3]], [q.text for q in questions[:3]]
+    shown = [[folder / image for image in q.images] for q in questions[:3]]
+    asked = [q.text for q in questions[:3]]
     single = predictor.generate(shown, asked, batch_size=1, max_new_tokens=4)
     batched = predictor.generate(shown, asked, max_new_tokens=4)
     if single != batched:

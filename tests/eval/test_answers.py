@@ -18,7 +18,7 @@ RUN = {"model": "m", "decoding": {"temperature": 0.0}}
 
 
 def make_questions(n: int) -> list[Question]:
-    return [Question(i, f"question {i}", None, "all", None, f"q.jsonl:{i + 1}") for i in range(n)]
+    return [Question(i, f"question {i}", (), "all", None, f"q.jsonl:{i + 1}") for i in range(n)]
 
 
 def records(questions: list[Question]) -> list[dict]:

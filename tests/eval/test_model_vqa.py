@@ -237,8 +237,8 @@ def test_routing_shares_count_prompt_tokens_once(predictor: Predictor, asked: Pa
     assert set(single["groups"]) == {"one", "two"}
     rows: dict[str, list[torch.Tensor]] = {"one": [], "two": []}
     for question in given:
-        image = None if question.image is None else asked.parent / question.image
-        (batch,) = predictor.batches([image], [question.text], batch_size=1)
+        images = [asked.parent / image for image in question.images]
+        (batch,) = predictor.batches([images], [question.text], batch_size=1)
         rows[question.group].append(batch.input_ids[0])
     for domain, ids in rows.items():
         tokens = {name: entry["tokens"] for name, entry in single["groups"][domain].items()}

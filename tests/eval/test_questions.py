@@ -1,6 +1,7 @@
 """Question files are read strictly, and chunks cover them exactly."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_fields_and_groups(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", first, "", {"question_id": "x", "text": "line\u2028separator"})
     named, bare = read_questions([f"general={path}"]), read_questions([path])
     assert [q.question_id for q in named] == [3, "x"]
-    assert (named[0].image, named[0].category) == ("a.png", "color")
+    assert (named[0].images, named[0].category) == (("a.png",), "color")
     assert named[1].text == "line\u2028separator"
     assert named[1].where == f"{path}:3"
     assert [q.group for q in named] == ["general", "general"]
@@ -30,8 +31,32 @@ def test_a_list_of_one_image_is_that_image(tmp_path: Path) -> None:
     forms = [{"image": "a.png"}, {"image": ["a.png"]}, {"images": ["a.png"]}, {"image": "a.png", "images": ["a.png"]}]
     forms += [{}, {"image": None}, {"images": []}]
     path = write(tmp_path / "q.jsonl", *({"question_id": n, "text": "?", **form} for n, form in enumerate(forms)))
-    assert [question.image for question in read_questions([path])] == ["a.png"] * 4 + [None] * 3
+    assert [question.images for question in read_questions([path])] == [("a.png",)] * 4 + [()] * 3
     assert [line.get("image") for _, line in read_question_lines([path])] == ["a.png"] * 4 + [None] * 3
+
+
+def test_several_images_keep_their_order_and_repetitions(tmp_path: Path) -> None:
+    forms = [{"image": ["a.png", "b.png"]}, {"images": ["a.png", "b.png"]}, {"images": ["b.png", "a.png", "b.png"]}]
+    path = write(tmp_path / "q.jsonl", *({"question_id": n, "text": "?", **form} for n, form in enumerate(forms)))
+    pairs = [("a.png", "b.png"), ("a.png", "b.png"), ("b.png", "a.png", "b.png")]
+    assert [question.images for question in read_questions([path])] == pairs
+    assert [line["image"] for _, line in read_question_lines([path])] == [list(names) for names in pairs]
+
+
+def test_as_many_placeholders_as_images_or_none(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    for text in ("?", "<image> or <image>?"):
+        line = {"question_id": 1, "text": text, "images": ["a.png", "b.png"]}
+        check_images(read_questions([write(tmp_path / "q.jsonl", line)]), tmp_path)
+    for text, images, problem in (
+        ("Is <image> red?", ["a.png", "b.png"], "1 <image> in the text, but 2 images given"),
+        ("<image> or <image>?", "a.png", "2 <image> in the text, but one image given"),
+        ("<image>?", None, "1 <image> in the text, but no image given"),
+    ):
+        path = write(tmp_path / "q.jsonl", "", {"question_id": 1, "text": text, "images": images})
+        with pytest.raises(DataError, match=rf"^{re.escape(path)}:2: {problem}$"):
+            check_images(read_questions([path]), tmp_path)
 
 
 def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
@@ -50,11 +75,9 @@ def test_an_existing_file_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
         ([{"question_id": 1}], r"q\.jsonl:1: 'text' must be a text; found nothing"),
         ([{"question_id": 1, "text": 5}], r"q\.jsonl:1: 'text' must be a text; found 5"),
         (
-            [{"question_id": 1, "text": "a", "images": ["x", "y"]}],
-            r"q\.jsonl:1: 2 images \(x, y\); a question is about one image or none",
+            [{"question_id": 1, "text": "a", "image": "x", "images": ["y"]}],
+            r"q\.jsonl:1: 'image' and 'images' name different images; keep one of these keys",
         ),
-        ([{"question_id": 1, "text": "a", "image": ["x", "y"]}], r"q\.jsonl:1: 2 images \(x, y\)"),
-        ([{"question_id": 1, "text": "a", "image": "x", "images": ["y"]}], r"q\.jsonl:1: 2 images \(x, y\)"),
         ([{"question_id": 1, "text": "a", "image": 5}], r"q\.jsonl:1: 'image' must be a path or .* found 5"),
         ([{"question_id": 1, "text": "a", "images": [5]}], r"q\.jsonl:1: 'images' must be a path or .* found \[5\]"),
         (

@@ -57,7 +57,6 @@ KINDS: dict[str, str] = {
     "base64-spaces": "white space inside the base64 text",
     "no-image": "a record without an image in a source where every record must have one",
     "several-images": "more than one image",
-    "several-images-question": "a test row with more than one image; the evaluation reads one",
     "tiff-page": "a page of a TIFF file other than the first; --images unpack extracts it",
 }
 """Kind -> what it means."""

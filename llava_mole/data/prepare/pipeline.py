@@ -160,10 +160,6 @@ class _Output:
             self._dropped[key] += 1
             return
         asked = sample.split in options.test_splits and not sample.again
-        if asked and len(images) > 1:
-            action: Literal["kept", "dropped"] = "kept" if trains else "dropped"
-            self._defects.add("several-images-question", sample.where, f"{len(images)} images", action)
-            asked = False
         if not trains and not asked:
             return
         self._kept[key] += 1
@@ -176,7 +172,7 @@ class _Output:
         if trains:
             self._add_row(sample, images)
         if asked:
-            self._questions.add(sample, images[0].path if images else None)
+            self._questions.add(sample, [image.path for image in images])
 
     def _is_usable(self, sample: RawSample, images: Sequence[ImageInfo]) -> bool:
         """Whether the id and all images of a sample can be used; counts their problems and oddities."""

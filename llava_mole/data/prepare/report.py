@@ -2,12 +2,13 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
 
 from llava_mole.common.text import format_table
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.prepare.defects import SHOWN_KINDS
 from llava_mole.data.prepare.images import safe_name
 from llava_mole.data.prepare.samples import SPLITS, RawSample, without_marker
@@ -63,7 +64,7 @@ def _number(value: Any) -> str:
 class QuestionFiles:
     """Writes `<folder>/<split>.jsonl`, or one `<split>_<sub-source>.jsonl` for each sub-source.
 
-    Every round of a conversation is a question: `question_id`, `image` (if there is one), `text` without the marker,
+    Every round of a conversation is a question: `question_id`, `image` (a path, or a list of them), `text`,
     `category`, `answer`, `answers` and, where the source has it, `answer_type`. Repeated ids get a suffix.
 
     Args:
@@ -80,20 +81,28 @@ class QuestionFiles:
         self.counts: dict[str, int] = {}
         """Questions in each file."""
 
-    def add(self, sample: RawSample, image: str | None) -> None:
-        """Append the questions of a sample with one image or none."""
-        rounds = [
-            (question.text, answer.text)
-            for question, answer in zip(sample.turns[::2], sample.turns[1::2], strict=False)
-            if answer.text.strip()
-        ]
+    def add(self, sample: RawSample, images: Sequence[str]) -> None:
+        """Append the questions of a sample.
+
+        A question is about the images that have been shown up to its round, and text keeps its `<image>` if these are
+        several. If some belong to earlier rounds, they come first.
+        """
+        several, rounds = len(images) > 1, []
+        shown = 0 if several else len(images)
+        for question, answer in zip(sample.turns[::2], sample.turns[1::2], strict=False):
+            text, own = without_marker(question.text), question.text.count(DEFAULT_IMAGE_TOKEN)
+            if several:
+                text = f"{DEFAULT_IMAGE_TOKEN}\n" * shown + question.text if own and shown + own > 1 else text
+                shown += own
+            if answer.text.strip():
+                rounds.append((text.strip(), images[:shown], answer.text))
         name = f"{sample.split}_{safe_name(sample.source)}" if self._by_sub_source else sample.split
-        for number, (question, answer) in enumerate(rounds, 1):
+        for number, (question, own_images, answer) in enumerate(rounds, 1):
             identifier = sample.id if len(rounds) == 1 else f"{sample.id}-{number}"
             line: dict[str, object] = {"question_id": self._unused(identifier)}
-            if image is not None:
-                line["image"] = image
-            line["text"] = without_marker(question).strip()
+            if own_images:
+                line["image"] = own_images[0] if len(own_images) == 1 else list(own_images)
+            line["text"] = question
             line |= {"category": sample.category or sample.source, "answer": answer, "answers": [answer]}
             if sample.answer_type is not None:
                 line["answer_type"] = sample.answer_type

@@ -29,7 +29,9 @@ def _group_of(name: str) -> dict[str, str]:
 
 
 def _images(name: str, doc: Document) -> list[Image]:
-    return [] if doc.get("image") is None else [load_image(doc["image"], _benchmark(name).image_folder)]
+    given = doc.get("image")
+    names = given if isinstance(given, list) else [] if given is None else [given]
+    return [load_image(image, _benchmark(name).image_folder) for image in names]
 
 
 def _hits(name: str, doc: Document, results: Sequence[str], number: dict[str, str]) -> dict[str, Any]:

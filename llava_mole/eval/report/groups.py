@@ -114,7 +114,7 @@ def examples(scores: Scores) -> dict[str, dict[str, str | bool]]:
     answers = read_answers([Path(name) for name in scores["answers"]])
     found: dict[str, dict[str, str | bool]] = {}
     for question, line in read_question_lines(scores["questions"]):
-        if question.group in found or question.image is None:
+        if question.group in found or not question.images:
             continue
         if question.key not in answers:
             raise DataError(
@@ -122,7 +122,7 @@ def examples(scores: Scores) -> dict[str, dict[str, str | bool]]:
             )
         text, reference = answers[question.key]["text"], gold(line)
         found[question.group] = {
-            "image": str(Path(scores["image_folder"]) / question.image),
+            "image": ", ".join(str(Path(scores["image_folder"]) / image) for image in question.images),
             "question": question.text,
             "answer": text,
             "reference": reference,

@@ -1,6 +1,7 @@
 """Anyone's own data: chat messages, ShareGPT with images, a `datasets` folder, parquet."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from worlds import raw_sets
@@ -183,15 +184,25 @@ def test_thousands_of_sources_are_two(tmp_path: Path, monkeypatch: pytest.Monkey
     assert done.defects == {"many-sources repaired": 5}
 
 
-def test_questions_about_several_images_are_counted_and_not_written(tmp_path: Path) -> None:
-    for n in range(2):
+def test_questions_about_several_images_say_where_they_stand(tmp_path: Path) -> None:
+    for n in range(3):
         raw_sets.write_image(tmp_path / f"raw/{n}.jpg", n)
-    rows = [{"images": names, "question": "Red?", "answer": "no"} for names in (["0.jpg"], ["0.jpg", "1.jpg"])]
+    names = ["0.jpg", "1.jpg", "2.jpg"]
+    talk = [("user", "See <image>"), ("assistant", "yes"), ("user", "<image> or <image>?"), ("assistant", "both")]
+    talk += [("user", "Sure?"), ("assistant", "yes")]
+    rows: list[dict[str, Any]] = [{"images": names[:n], "question": "Red?", "answer": "no"} for n in (1, 2)]
+    rows.append({"images": names, "messages": [{"role": role, "content": text} for role, text in talk]})
     raw_sets.write_lines(tmp_path / "raw/test.jsonl", rows)
     done = raw_sets.prepare("messages", tmp_path / "raw", tmp_path / "out")
-    assert [question["image"] for question in done.questions()] == ["0.jpg"]
-    assert done.counts == {"test/images": 1}
-    assert done.defects == {"several-images kept": 1, "several-images-question dropped": 1}
+    assert [(question["image"], question["text"]) for question in done.questions()] == [
+        ("0.jpg", "Red?"),
+        (["0.jpg", "1.jpg"], "<image>\n<image>\nRed?"),
+        ("0.jpg", "See"),
+        (names, "<image>\n<image> or <image>?"),
+        (names, "Sure?"),
+    ]
+    assert done.counts == {"test/images": 3}
+    assert done.defects == {"several-images kept": 2}
 
 
 def test_an_output_inside_what_is_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_official_layouts(case: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     loaded = load_questions(benchmark, files=[str(out / "questions.jsonl")])
     found = [
         (
-            question.image,
+            question.images[0] if question.images else None,
             question.text,
             question.group,
             line.get("values", line.get("answers", [line["answer"]] if "answer" in line else None)),
