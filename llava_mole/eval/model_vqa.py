@@ -50,9 +50,7 @@ def describe_run(
     from llava_mole.model.checkpoint import MANIFEST
 
     # Questions about one image or none are written as before there were others: their files stay recognisable.
-    asked = [
-        (q.key, q.text, q.images if len(q.images) > 1 else q.images[0] if q.images else None) for q in questions
-    ]
+    asked = [(q.key, q.text, q.images if len(q.images) > 1 else q.images[0] if q.images else None) for q in questions]
     path = predictor.loaded.path
     routed = {} if sources is None else {"sources": dict(sources)}
     return {

@@ -19,7 +19,10 @@ OneImage: TypeAlias = Image | str | os.PathLike[str] | bytes | bytearray | IO[by
 """A Pillow image, a path, a file's bytes, a file open for reading, or an array uint8 [H, W] or [H, W, 3 or 4]."""
 ImagesLike: TypeAlias = OneImage | Sequence[OneImage] | None
 Prompt: TypeAlias = str | Sequence[Turn | Mapping[str, Any]]
-"""A question or a conversation, whose turns may be `{"role": ..., "content": ...}` or `{"from": ..., "value": ...}`."""
+"""A question or a conversation, whose turns may be `{"role": ..., "content": ...}` or `{"from": ..., "value": ...}`.
+
+A content that is a list of parts is read as `prepare messages` reads it for training: parts are lines of the turn.
+"""
 
 _ROLE_OF: dict[str, Role] = {"user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 _BYTES = (bytes, bytearray)
@@ -124,7 +127,7 @@ def _as_turn(turn: Any, position: int) -> Turn:
     role, text = (turn.role, turn.text) if isinstance(turn, Turn) else (None, None)
     if isinstance(turn, Mapping):
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        text = "".join(_part(part, position) for part in text) if isinstance(text, list) else text
+        text = "\n".join(_part(part, position) for part in text) if isinstance(text, list) else text
     if not isinstance(role, str) or not isinstance(text, str):
         raise PromptError(
             position,
@@ -144,7 +147,7 @@ def _part(part: Any, position: int) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if isinstance(part, Mapping) and dict(part) == {"type": "image"}:
-        return f"{DEFAULT_IMAGE_TOKEN}\n"
+        return DEFAULT_IMAGE_TOKEN
     raise PromptError(
         position,
         f"{_shown(part)} was given as a part of a turn; allowed are {{'type': 'text', 'text': TEXT}} and "

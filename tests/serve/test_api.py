@@ -163,14 +163,14 @@ def test_conversations_systems_and_several_images(served: Served) -> None:
     plain = [{**turns[0], "content": TEXT}, *turns[1:]]
     assert found == expected(served, "mole", IMAGES[0], plain)
     between: Any = [
-        {"type": "text", "text": "Is "},
+        {"type": "text", "text": "Is"},
         {"type": "image_url", "image_url": {"url": URLS[0], "detail": "low"}},
-        {"type": "text", "text": "like "},
+        {"type": "text", "text": "like"},
         {"type": "image_url", "image_url": {"url": URLS[1]}},
         {"type": "text", "text": "?"},
     ]
     found = create(model="mole", messages=[{"role": "user", "content": between}]).choices[0].message.content
-    assert found == expected(served, "mole", IMAGES[:2], "Is <image>\nlike <image>\n?")
+    assert found == expected(served, "mole", IMAGES[:2], "Is\n<image>\nlike\n<image>\n?")
     several: Any = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
     assert create(model="mole", messages=several).choices[0].message.content == expected(
         served, "mole", None, "one\ntwo"

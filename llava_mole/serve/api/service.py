@@ -141,7 +141,7 @@ class Service:
                     images.append((part["url"], part["param"]))
             parts = [{"type": "text", "text": p} if isinstance(p, str) else IMAGE_MARK for p in message.parts]
             if turns and turns[-1]["role"] == message.role:
-                turns[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
+                turns[-1]["content"] += parts
             else:
                 turns.append({"role": message.role, "content": parts})
         try:
