@@ -126,8 +126,9 @@ def look(source: str | bytes, path: str, *, decode: bool, again: bool = False) -
             given = path.rpartition(".")[2].lower()
             if given != path.lower() and given in _KNOWN_EXTENSIONS and given not in extensions:
                 notes.append(Issue("wrong-extension", f"{path} holds {image.format}"))
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                notes.append(Issue("animated-image", f"{path} has {image.n_frames} frames"))
+            frames = getattr(image, "n_frames", 1)
+            if image.format != "MPO" and frames > 1:
+                notes.append(Issue("animated-image", f"{path} has {frames} frames"))
             if image.mode == "CMYK":
                 notes.append(Issue("cmyk-image", path))
             if decode and (not again or may_be_odd(image)):

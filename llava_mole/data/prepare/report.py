@@ -89,13 +89,13 @@ class QuestionFiles:
         """
         several, rounds = len(images) > 1, []
         shown = 0 if several else len(images)
-        for question, answer in zip(sample.turns[::2], sample.turns[1::2], strict=False):
-            text, own = without_marker(question.text), question.text.count(DEFAULT_IMAGE_TOKEN)
+        for user, model in zip(sample.turns[::2], sample.turns[1::2], strict=False):
+            text, own = without_marker(user.text), user.text.count(DEFAULT_IMAGE_TOKEN)
             if several:
-                text = f"{DEFAULT_IMAGE_TOKEN}\n" * shown + question.text if own and shown + own > 1 else text
+                text = f"{DEFAULT_IMAGE_TOKEN}\n" * shown + user.text if own and shown + own > 1 else text
                 shown += own
-            if answer.text.strip():
-                rounds.append((text.strip(), images[:shown], answer.text))
+            if model.text.strip():
+                rounds.append((text.strip(), images[:shown], model.text))
         name = f"{sample.split}_{safe_name(sample.source)}" if self._by_sub_source else sample.split
         for number, (question, own_images, answer) in enumerate(rounds, 1):
             identifier = sample.id if len(rounds) == 1 else f"{sample.id}-{number}"
