@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llava_mole.common.errors import ConfigError, DataError
-from llava_mole.common.text import count_of
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 
 Role = Literal["user", "assistant"]
@@ -50,17 +49,6 @@ def place_image_first(turns: Sequence[Turn]) -> tuple[Turn, ...]:
         else turn
         for turn in turns
     )
-
-
-def placeholder_problem(placeholders: int, num_images: int) -> str | None:
-    """What is wrong with so many `<image>` in a prompt for so many images; None if nothing is.
-
-    There may be none, too: the images then come first.
-    """
-    if placeholders in (0, num_images):
-        return None
-    given = {0: "no image", 1: "one image"}.get(num_images, count_of(num_images, "image"))
-    return f"{placeholders} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given"
 
 
 def _without_image(text: str) -> str:

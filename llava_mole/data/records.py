@@ -213,6 +213,18 @@ def _check_text(text: str, where: str) -> None:
         raise DataError(f"{where} holds an {UNPAIRED_SURROGATE}")
 
 
+def marker_problem(text: str, num_images: int) -> str | None:
+    """What is wrong with the `<image>` of a prompt with so many images; None if nothing is.
+
+    There may be none, too: the images then come first.
+    """
+    markers = text.count(DEFAULT_IMAGE_TOKEN)
+    if markers in (0, num_images):
+        return None
+    given = {0: "no image", 1: "one image"}.get(num_images, count_of(num_images, "image"))
+    return f"{markers} {DEFAULT_IMAGE_TOKEN} in the text, but {given} given"
+
+
 def _check_markers(turns: tuple[Turn, ...], images: tuple[str, ...], where: str) -> None:
     markers = [turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns]
     total = sum(markers)

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_mole.common.errors import ConfigError, DataError, PromptError
-from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.conversation import placeholder_problem
 from llava_mole.data.images import resolve_image
-from llava_mole.data.records import IMAGE_NAME
+from llava_mole.data.records import IMAGE_NAME, marker_problem
 
 NO_GROUP = "all"
 """Group of a question with neither a group nor a category."""
@@ -199,7 +197,7 @@ def check_images(questions: Sequence[Question], folder: Path, *, follow_links: b
             of `<image>` than it has images.
     """
     for question in questions:
-        if problem := placeholder_problem(question.text.count(DEFAULT_IMAGE_TOKEN), len(question.images)):
+        if problem := marker_problem(question.text, len(question.images)):
             raise DataError(f"{question.where}: {problem}")
     with_image = [question for question in questions if question.images]
     if with_image and not folder.is_dir():

@@ -13,7 +13,8 @@ import torch
 from llava_mole.common.errors import ConfigError, ContextError, DataError, PromptError
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
-from llava_mole.conversation import Template, Turn, place_image_first, placeholder_problem, render
+from llava_mole.conversation import Template, Turn, place_image_first, render
+from llava_mole.data.records import marker_problem
 from llava_mole.data.tokenization import encode
 from llava_mole.inference.inputs import ImagesLike, OneImage, Prompt, as_images, as_turns, open_any
 from llava_mole.model.builder import LoadedModel
@@ -54,10 +55,10 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     turns = as_turns(prompt, position)
     if not turns or turns[-1].role != "user":
         raise PromptError(position, "a conversation to be answered must end with a user turn")
-    placeholders = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if problem := placeholder_problem(placeholders, num_images):
+    text = "\n".join(turn.text for turn in turns)
+    if problem := marker_problem(text, num_images):
         raise PromptError(position, problem)
-    if not placeholders:
+    if DEFAULT_IMAGE_TOKEN not in text:
         turns[0] = Turn(turns[0].role, f"{DEFAULT_IMAGE_TOKEN}\n" * num_images + turns[0].text)
     return list(place_image_first(turns)) if num_images == 1 else turns
 

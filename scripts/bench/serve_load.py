@@ -5,7 +5,8 @@
 
 Every figure is measured with `llava-mole serve` in a process of its own. The workloads are `text`
 (`/v1/completions`, long answers) and `chat` (questions about images). The stress compares each answer with the one that
-the same request got when the server was idle, and watches the latency of `/health` and the server's memory.
+the same request got when the server was idle, and watches the latency of `/health`, which a process of its own asks, and the
+server's memory.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import http.client
 import io
 import json
 import os
@@ -23,7 +23,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -129,34 +128,69 @@ async def measure(url: str, requests: Sequence[Request], clients: int, count: in
     return found
 
 
+MODES = ("one at a time", "batched")
+Cell = tuple[str, int, str]
+"""Workload, clients and mode."""
+
+
 def load_table(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all cells, each mode with a server of its own."""
-    rows: list[dict[str, Any]] = []
-    for kind in args.workloads:
-        requests = workload(kind, "model", args.tokens)
-        for mode, batch in (("one at a time", 1), ("batched", max(args.clients))):
-            with server(args.run, "--max-batch", str(batch), "--device", args.device) as (url, _):
-                asyncio.run(measure(url, requests, 1, 4))  # warm-up
-                for clients in tqdm(args.clients, desc=f"{kind}, {mode}", unit="row", disable=None):
-                    count = min(args.requests, max(args.requests // 4, clients * args.requests // 16))
-                    m = asyncio.run(measure(url, requests, clients, max(count, clients)))
-                    rows.append(
-                        {
-                            "workload": kind,
-                            "mode": mode,
-                            "clients": clients,
-                            "tokens/s": round(m.rate, 1),
-                            "tokens/answer": round(m.tokens / len(m.latencies), 1),
-                            "p50 s": round(m.percentile(0.5), 3),
-                            "p95 s": round(m.percentile(0.95), 3),
-                        }
-                    )
-    for row in rows:
-        base = next(
-            r for r in rows if (r["workload"], r["mode"], r["clients"]) == (row["workload"], "one at a time", 1)
-        )
-        row["against 1 client, one at a time"] = f"{row['tokens/s'] / base['tokens/s']:.1f} x"
-    return rows
+    """Measure all cells, `args.rounds` times. The modes take turns, so that what else the machine does meets both."""
+    found: dict[Cell, list[Measured]] = {}
+    places = (1, max(args.clients))
+    with contextlib.ExitStack() as stack:
+        options = ("--device", args.device, "--max-waiting", "64")
+        urls = {
+            mode: stack.enter_context(server(args.run, "--max-batch", str(n), *options))[0]
+            for mode, n in zip(MODES, places, strict=True)
+        }
+        for url in urls.values():
+            for kind in args.workloads:
+                asyncio.run(measure(url, workload(kind, "model", args.tokens), 1, 4))  # warm-up
+        cells = [(kind, clients, mode) for kind in args.workloads for clients in args.clients for mode in MODES]
+        for kind, clients, mode in tqdm(cells * args.rounds, desc="load", unit="cell", disable=None):
+            count = min(args.requests, max(clients, args.requests // 8, args.requests * clients // 16))
+            requests = workload(kind, "model", args.tokens)
+            m = asyncio.run(measure(urls[mode], requests, clients, count))
+            found.setdefault((kind, clients, mode), []).append(m)
+    return [row_of(cell, found) for cell in cells]
+
+
+def row_of(cell: Cell, found: dict[Cell, list[Measured]]) -> dict[str, Any]:
+    """A row of the load table: medians over the rounds, and the ratio to the other mode in the same round."""
+    kind, clients, mode = cell
+    runs = found[cell]
+    ratios = [m.rate / base.rate for m, base in zip(runs, found[kind, clients, MODES[0]], strict=True)]
+    return {
+        "workload": kind,
+        "clients": clients,
+        "mode": mode,
+        "tokens/s": round(statistics.median(m.rate for m in runs), 1),
+        "tokens/answer": round(sum(m.tokens for m in runs) / sum(len(m.latencies) for m in runs), 1),
+        "p50 s": round(statistics.median(m.percentile(0.5) for m in runs), 3),
+        "p95 s": round(statistics.median(m.percentile(0.95) for m in runs), 3),
+        "against one at a time": f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})",
+    }
+
+
+def draw_load(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Tokens a second and the 95th percentile of the latencies over the number of clients."""
+    from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
+
+    figure = new_figure(8.0, 3.2)
+    panels = figure.subplots(1, 2)
+    for panel, key, title in zip(
+        panels, ("tokens/s", "p95 s"), ("Tokens a second", "Latency of an answer, p95"), strict=True
+    ):
+        for color, kind in zip(COLORS, dict.fromkeys(row["workload"] for row in rows), strict=False):
+            for mode, style in zip(MODES, ("--", "-"), strict=True):
+                own = [row for row in rows if (row["workload"], row["mode"]) == (kind, mode)]
+                x, y = [row["clients"] for row in own], [row[key] for row in own]
+                panel.plot(x, y, style, color=color, marker="o", markersize=4, label=f"{kind}, {mode}")
+        tidy(panel, title, "clients", "seconds" if key == "p95 s" else "")
+        panel.set_ylim(bottom=0)
+        panel.set_xticks(list(dict.fromkeys(row["clients"] for row in rows)))
+    panels[0].legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
 
 
 HOSTILE = ("oversize", "broken image", "wrong JSON", "unknown model", "wrong value", "huge image", "not JSON at all")
@@ -252,17 +286,12 @@ async def stress(
                 if done % 50 == 0:
                     found.memory.append((done, resident(pid)))
 
-        stop = threading.Event()
-        # In a thread, because the clients of the event loop would delay it.
-        watching = threading.Thread(target=watch_health, args=(url, found.health, stop))
         for kind in HOSTILE:
             hostile(kind, body_bytes)
-        watching.start()
-        begun = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(clients)))
-        found.seconds = time.perf_counter() - begun
-        stop.set()
-        watching.join()
+        with health_probe(url, found.health):
+            begun = time.perf_counter()
+            await asyncio.gather(*(client() for _ in range(clients)))
+            found.seconds = time.perf_counter() - begun
         bar.close()
         for _ in range(100):
             state = (await asking.get("/health")).json()
@@ -277,16 +306,15 @@ async def stress(
     return found
 
 
-def watch_health(url: str, seconds: list[float], stop: threading.Event) -> None:
-    """Add the latencies of `/health`, asked twenty times a second, until `stop` is set."""
-    host = url.removeprefix("http://")
-    while not stop.wait(0.05):
-        begun = time.perf_counter()
-        connection = http.client.HTTPConnection(host, timeout=60)
-        connection.request("GET", "/health")
-        ok = connection.getresponse().status == 200
-        connection.close()
-        seconds.append(time.perf_counter() - begun if ok else float("inf"))
+@contextlib.contextmanager
+def health_probe(url: str, seconds: list[float]) -> Iterator[None]:
+    """Watch `/health` from a process of its own while the block runs, and add the latencies to `seconds`."""
+    command = [sys.executable, str(Path(__file__).with_name("health_probe.py")), url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield
+        finally:
+            seconds += json.loads(process.communicate("\n")[0] or "[]")
 
 
 async def ask(asking: httpx.AsyncClient, path: str, body: dict[str, Any]) -> str:
@@ -330,8 +358,8 @@ def report_stress(found: Stress, count: int) -> str:
     )
     if flat:
         lines.append(
-            f"memory from request {count // 4} on: {min(flat) / 1e6:.0f} to {max(flat) / 1e6:.0f} MB "
-            f"({100 * (max(flat) / flat[0] - 1):+.1f}% at most)"
+            f"memory from request {count // 4} on: {min(flat) / 1e6:.0f} to {max(flat) / 1e6:.0f} MB, "
+            f"{100 * (min(flat) / flat[0] - 1):+.1f}% to {100 * (max(flat) / flat[0] - 1):+.1f}%"
         )
     lines.append(f"wrong: {len(found.wrong)}")
     return "\n".join([*lines, *found.wrong[:20]])
@@ -341,7 +369,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="run or checkpoint that is served")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--requests", type=int, default=128, help="requests of a row with 16 clients and more")
+    parser.add_argument("--requests", type=int, default=128, help="requests of a cell with 16 clients and more")
+    parser.add_argument("--rounds", type=int, default=3, help="how often every cell is measured")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the load table as PNG")
     parser.add_argument("--tokens", type=int, default=64, help="max_tokens of a request")
     parser.add_argument("--workloads", nargs="+", default=["text", "chat"], choices=["text", "chat"])
     parser.add_argument("--device", default="cpu")
@@ -359,6 +389,8 @@ def main() -> None:
         result = load_table(args)
         for row in result:
             print("  ".join(f"{key} {value}" for key, value in row.items()))
+        if args.figure is not None:
+            draw_load(result, args.figure)
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     if args.stress and found.wrong:
