@@ -5,8 +5,8 @@
 
 Every figure is measured with `llava-mole serve` in a process of its own. The workloads are `text`
 (`/v1/completions`, long answers) and `chat` (questions about images). The stress compares each answer with the one that
-the same request got when the server was idle, and watches the latency of `/health`, which a process of its own asks, and the
-server's memory.
+the same request got when the server was idle. A process of its own watches the latency of `/health`, and the memory of
+the server is read as well.
 """
 
 import argparse
