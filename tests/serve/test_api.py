@@ -25,6 +25,7 @@ from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.builder import load_pretrained_models
 from llava_mole.serve.api.cli import build, listen, parse_arguments
+from scripts.bench.openai_transcript import transcript
 from scripts.bench.serve_load import report_stress, stress
 
 KEY = "a secret key"
@@ -492,6 +493,20 @@ def test_a_small_stress(mole_run: Path) -> None:
         stressed.stop()
     assert not found.wrong, report_stress(found, 120)
     assert {"cancelled", "streamed", "whole"} < set(found.outcomes)
+
+
+def test_the_transcript(served: Served) -> None:
+    """`scripts/bench/openai_transcript.py`: every kind of call has its answer."""
+    lines: list[str] = []
+    transcript(served.client, lines.append)
+    text = "\n".join(lines)
+    assert text.count("chat.completions.create(") == 7
+    assert text.count("finish_reason None") >= 2
+    assert "'completion_tokens'" in text
+    assert "most likely:" in text
+    assert [f"  {n}: " in text for n in range(3)] == [True] * 3
+    assert "NotFoundError 404" in text
+    assert text.count("BadRequestError 400") == 2
 
 
 def test_the_same_prompt_as_in_training(served: Served) -> None:
