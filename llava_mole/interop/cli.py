@@ -19,9 +19,10 @@ FORMATS = {
     "llava": "full LLaVA-1.5, LoRA merged",
     "llava-lora": "LLaVA-1.5's LoRA layout with non_lora_trainables.bin, for --model-base",
     "llava-hf": "LlavaForConditionalGeneration of transformers with processor, LoRA merged",
+    "vllm": "llava-hf with the experts in static form, for the plug-in of vLLM",
     "peft": "the adapter, plain or mixture, for PeftModel.from_pretrained, with the projector",
 }
-LAYOUT_NAMES = ("llava", "llava-lora", "llava-hf", "peft")
+LAYOUT_NAMES = ("llava", "llava-lora", "llava-hf", "peft", "vllm")
 """The names of `LAYOUTS` of `exporting`, which takes too long to import for a command's options."""
 WITH_PARTS = ("checkpoint", "open-clip", "hf-clip", *LAYOUT_NAMES)
 USED_BY = {
@@ -29,11 +30,11 @@ USED_BY = {
     "vision_tower": WITH_PARTS,
     "vision_tower_name": ("checkpoint", "open-clip", "hf-clip"),
     **dict.fromkeys(("template", "image_aspect_ratio", "select_layer", "alpha", "mode"), ("checkpoint",)),
-    **dict.fromkeys(("expert", "usage"), LAYOUT_NAMES),
+    **dict.fromkeys(("expert", "usage"), ("llava", "llava-lora", "llava-hf", "peft")),
     "mm_vision_tower": ("llava", "llava-lora"),
     "tower_in_shards": ("llava",),
     "unmerged": ("llava-hf",),
-    "dtype": ("llava", "llava-lora", "llava-hf"),
+    "dtype": ("llava", "llava-lora", "llava-hf", "vllm"),
 }
 """Option -> the formats that read it."""
 FOREIGN = ("llava", "llava-lora", "llava-projector", "projector", "llava-hf", "released-mole")

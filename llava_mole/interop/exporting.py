@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES, copy_tokenizer
 from llava_mole.interop.hf_processor import embeddings_to_grow, llava_config, tokenizer_with_image, write_processor
 from llava_mole.interop.kinds import LLAVA_PROJECTOR_FILE, NON_LORA_FILE, find_kind
 from llava_mole.interop.lora import Lora, read_lora, write_lora
-from llava_mole.interop.merging import merge_lora, parse_expert, write_approximation
+from llava_mole.interop.merging import StaticMixture, merge_lora, parse_expert, read_static, write_approximation
 from llava_mole.interop.names import LLAVA_PROJECTOR, WRAPPER, llava_hf_module, llava_hf_name, llava_name
 from llava_mole.interop.own import OwnCheckpoint, open_own
 from llava_mole.interop.publishing import check_out, publish
@@ -33,6 +34,8 @@ from llava_mole.model.checkpoint import (
 )
 
 TOWER_DIR = "vision_tower"
+VLLM_CLASS = "LlavaMoleForConditionalGeneration"
+"""The architecture that the plug-in `serve/vllm` registers."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,11 @@ class _Export:
     """What the user of the result has to know."""
 
     def write_weights(
-        self, rename: Callable[[str, str], str], tower: Mapping[str, torch.Tensor], grow: Mapping[str, tuple[int, int]]
+        self,
+        rename: Callable[[str, str], str],
+        tower: Mapping[str, torch.Tensor],
+        grow: Mapping[str, tuple[int, int]],
+        static: StaticMixture | None = None,
     ) -> None:
         """Write language model (LoRA merged unless `unmerged`), projector and tower as one set of shards.
 
@@ -158,12 +165,16 @@ class _Export:
             rename: (part, name in the part) -> name in the file; the parts are language_model, projector and tower.
             tower: tensors of the tower in Hugging Face's names; may be empty.
             grow: embedding matrices that get more rows: name -> (number of rows, row that the new ones copy).
+            static: a mixture whose attention LoRA is merged and whose experts are written beside the language model.
         """
         own, dtype = self.own, self.options.dtype
         projector = llava_projector(own.projector)
         merged: dict[str, torch.Tensor] = {}
         if self.lora is not None and not self.options.unmerged:
             merged, self.difference = merge_lora(own, self.adapter, dtype)
+
+        if static is not None:
+            merged = dict(static.merged)
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in own.weights.items():
@@ -178,7 +189,8 @@ class _Export:
                     yield rename(part, name), tensor
 
         cast = ((n, t.to(dtype) if dtype is not None and t.is_floating_point() else t) for n, t in tensors())
-        write_shards(self.folder, cast, "merged model" if merged else "model", own.weights.bytes)
+        experts = () if static is None else ((rename("language_model", n), t) for n, t in static.experts.items())
+        write_shards(self.folder, chain(experts, cast), "merged model" if merged else "model", own.weights.bytes)
 
 
 def _write_llava(export: _Export) -> None:
@@ -204,14 +216,32 @@ def _write_llava_hf(export: _Export) -> None:
     own, options = export.own, export.options
     if options.unmerged and export.lora is None:
         raise ConfigError(f"{own.path} has no adapter; leave --unmerged out")
+    _write_hugging_face_llava(export, None)
+    if options.unmerged and export.lora is not None:
+        write_lora(export.lora.renamed(llava_hf_module), export.folder / HF_ADAPTER, str(export.out.resolve()))
+
+
+def _write_vllm(export: _Export) -> None:
+    """llava-hf with the mixture in its static form, for the plug-in of vLLM."""
+    own = export.own
+    if own.method != "mole":
+        raise ConfigError(f"{own.path} is no mixture; vLLM serves what --to llava-hf writes of it, without a plug-in")
+    static = read_static(own, export.options.dtype or next(iter(own.weights.values())).dtype)
+    _write_hugging_face_llava(export, static)
+    config = read_object(export.folder / "config.json")
+    experts = {llava_hf_name("language_model", path): layout for path, layout in static.layout.items()}
+    write_object(export.folder / "config.json", {**config, "architectures": [VLLM_CLASS], "mole_experts": experts})
+
+
+def _write_hugging_face_llava(export: _Export, static: StaticMixture | None) -> None:
+    own, options = export.own, export.options
     tokenizer, image_id = tokenizer_with_image(own)
     config = llava_config(own, image_id)
     config.dtype = options.dtype or next(iter(own.weights.values())).dtype
-    export.write_weights(llava_hf_name, own.tower.hugging_face_state(), embeddings_to_grow(own, tokenizer, image_id))
+    grow = embeddings_to_grow(own, tokenizer, image_id)
+    export.write_weights(llava_hf_name, own.tower.hugging_face_state(), grow, static)
     config.save_pretrained(str(export.folder))
     export.advice += write_processor(own, tokenizer, export.folder)
-    if options.unmerged and export.lora is not None:
-        write_lora(export.lora.renamed(llava_hf_module), export.folder / HF_ADAPTER, str(export.out.resolve()))
 
 
 def _write_peft(export: _Export) -> None:
@@ -240,6 +270,7 @@ LAYOUTS = {
     "llava-lora": Layout("LLaVA-1.5's LoRA layout", _write_llava_lora),
     "llava-hf": Layout("the layout of llava-hf", _write_llava_hf, merges=True),
     "peft": Layout("a PEFT adapter", _write_peft, takes_mixture=True),
+    "vllm": Layout("the layout of llava-hf with static experts, for vLLM", _write_vllm, takes_mixture=True),
 }
 
 
@@ -262,7 +293,7 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
         raise ConfigError(f"--usage {options.usage} is for --expert usage, not {options.expert}")
     if expert is not None and own.method != "mole":
         raise ConfigError(f"--expert is for mixtures of experts; {own.path} has adapter.method {own.method!r}")
-    if own.method == "none" and layout.takes_mixture:
+    if own.method == "none" and layout is LAYOUTS["peft"]:
         raise ConfigError(f"{own.path} has no adapter; export its projector with --to projector")
     if own.method == "mole" and expert is None and not layout.takes_mixture:
         raise ConfigError(

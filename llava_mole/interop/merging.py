@@ -1,6 +1,7 @@
 """LoRA merged into the language model with its effect measured, and a mixture of experts replaced by one LoRA."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,35 @@ def merge_lora(own: OwnCheckpoint, lora: Path, dtype: torch.dtype | None) -> tup
             f"for {written}. Nothing was written; use --dtype float32 if half precision is the reason"
         )
     return {name: state[name] for name in adapted}, difference
+
+
+@dataclass(frozen=True)
+class StaticMixture:
+    """A mixture in the form of `mole.static`, by names of the language model."""
+
+    experts: dict[str, torch.Tensor]
+    merged: dict[str, torch.Tensor]
+    """Weights of the linears with plain LoRA, merged, float32."""
+    layout: dict[str, dict[str, Any]]
+
+
+def read_static(own: OwnCheckpoint, dtype: torch.dtype) -> StaticMixture:
+    """The mixture of a checkpoint in static form, its experts in `dtype`. This loads the language model in float32.
+
+    Raises ConfigError for an adapter without a static form, and WeightsError if it does not fit.
+    """
+    from peft import PeftModel
+
+    from llava_mole.mole.static import is_router, merged_linears, static_layout, static_tensors
+
+    base, _ = load_language_model(str(own.language_model))
+    with value_errors_as(WeightsError):
+        model = PeftModel.from_pretrained(base.float(), str(own.adapter_dir), strict_base=True)
+    with value_errors_as(ConfigError):
+        layout, experts = static_layout(model), dict(static_tensors(model))
+    # Routers stay in float32: rounded logits would choose other experts.
+    experts = {n: t if is_router(n) else t.to(dtype) for n, t in experts.items()}
+    return StaticMixture(experts, dict(merged_linears(model)), layout)
 
 
 def parse_expert(text: str) -> int | str:
