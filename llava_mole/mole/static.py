@@ -178,9 +178,9 @@ def static_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator[
         state = layer.mole_state[adapter_name] if adapter_name in layer.mole_state else None
         prefix = f"{path}.{MODULE}."
         if router is not None:
-            yield f"{prefix}router", router.weight.detach().float()
+            yield f"{prefix}router", router.weight.detach().to(router_dtype(router.weight.dtype))
             if router.bias is not None:
-                yield f"{prefix}router_bias", router.bias.detach().float()
+                yield f"{prefix}router_bias", router.bias.detach().to(router_dtype(router.bias.dtype))
         if state is not None and (bias := state.selection_bias()) is not None:  # type: ignore[operator]
             yield f"{prefix}selection_bias", bias
         for projection in layer.projections:
