@@ -2,6 +2,7 @@
 #   docker build -t llava_mole .                             CPU
 #   docker build --build-arg BASE=cuda -t llava_mole .       CUDA 13, with the compiler that DeepSpeed's kernels need
 #   docker run --rm -it --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/work" llava_mole train configs/finetune_mole.yaml
+#   docker run --rm -it -p 127.0.0.1:8000:8000 -v "$PWD:/work" llava_mole serve RUN --host 0.0.0.0   (keys: docs/serving.md)
 # Data, weights and runs stay outside: /work is the caller's folder. Nothing runs as root.
 ARG BASE=cpu
 
@@ -13,7 +14,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ ninja-bu
     && rm -rf /var/lib/apt/lists/*
 
 FROM base-${BASE}
-ARG EXTRAS=demo,eval,quant,tensorboard
+ARG EXTRAS=demo,eval,quant,serve,tensorboard
 ENV PATH=/opt/venv/bin:$PATH VIRTUAL_ENV=/opt/venv \
     PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false \
     HOME=/home/user TORCH_EXTENSIONS_DIR=/home/user/torch_extensions

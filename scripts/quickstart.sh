@@ -34,10 +34,14 @@ for run in "$stage1" "$mix" "$mole"; do
   step "evaluating $run on the disjoint test split"
   evaluate "$run"
 done
-step "result"
-scores=eval/tiny.score.json
-llava-mole report --out runs/tiny/quickstart/report --overwrite \
-  --runs "stage1=$stage1/$scores" "LLaVA-Mix=$mix/$scores" "LLaVA-MoLE=$mole/$scores"
+step "result: accuracy on the test questions in percent"
+scores=eval/tiny.score.json report=runs/tiny/quickstart/report
+llava-mole report --out "$report" --overwrite \
+  --runs "stage1=$stage1/$scores" "LLaVA-Mix=$mix/$scores" "LLaVA-MoLE=$mole/$scores" >/dev/null
 echo
-echo "done in $((SECONDS - started)) s. Chat with it:"
-echo "  python -m llava_mole.serve.cli --model-path $mole --image-file $data/photos/chelsea.png"
+python scripts/quickstart_summary.py "$report"
+echo
+echo "done in $((SECONDS - started)) s. Next:"
+echo "  llava-mole chat --model-path $mole --image-file $data/photos/chelsea.png"
+echo "  pip install -e '.[serve]' && llava-mole serve $mole $mix"
+echo "  llava-mole plot $mole"

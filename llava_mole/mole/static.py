@@ -181,7 +181,7 @@ def static_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator[
             yield f"{prefix}router", router.weight.detach().to(router_dtype(router.weight.dtype))
             if router.bias is not None:
                 yield f"{prefix}router_bias", router.bias.detach().to(router_dtype(router.bias.dtype))
-        if state is not None and (bias := state.selection_bias()) is not None:  # type: ignore[operator]
+        if state is not None and (bias := state.selection_bias()) is not None:
             yield f"{prefix}selection_bias", bias
         for projection in layer.projections:
             a_KRI, b_KRO = experts.pair(projection)
