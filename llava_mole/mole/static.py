@@ -175,7 +175,7 @@ def static_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator[
     """
     for path, layer in _expert_layers(model, adapter_name):
         experts, router = layer.experts(adapter_name), layer.router(adapter_name)
-        state = layer.mole_state[adapter_name] if adapter_name in layer.mole_state else None
+        state: Any = layer.mole_state[adapter_name] if adapter_name in layer.mole_state else None
         prefix = f"{path}.{MODULE}."
         if router is not None:
             yield f"{prefix}router", router.weight.detach().to(router_dtype(router.weight.dtype))
@@ -205,8 +205,8 @@ def merged_linears(model: nn.Module, adapter_name: str = "default") -> Iterator[
 
 def _base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a PEFT model with their paths in the base model."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    yield from base.named_modules()
+    base: Any = model
+    yield from (base.get_base_model() if hasattr(base, "get_base_model") else base).named_modules()
 
 
 def _expert_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, MoleMlp]]:
