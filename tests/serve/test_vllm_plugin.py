@@ -55,11 +55,11 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Pair(nn.Module):
-    """A linear as vLLM's are: it returns a pair. With tensor parallelism, a part of it."""
+    """A linear as vLLM's are: it returns a pair."""
 
-    def __init__(self, weight: torch.Tensor, total: list[torch.Tensor] | None = None) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.weight, self.total = nn.Parameter(weight, False), total
+        self.weight = nn.Parameter(weight, False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         return x @ self.weight.T, None
