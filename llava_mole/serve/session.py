@@ -140,7 +140,7 @@ class Session:
             self.expert = expert
 
     def routing(self) -> TokenRouting:
-        """The experts of the last answer's tokens. Raises ConfigError or PromptError if there are none."""
+        """The experts of the last question and answer. Raises ConfigError or PromptError if there are none."""
         if not self.rounds or not self.rounds[-1].answer:
             raise ConfigError("there is no answer yet whose routing could be shown")
         images, turns = _prompt(self.rounds)
