@@ -74,9 +74,9 @@ def _write_overlay(arguments: argparse.Namespace) -> int:
         template=arguments.conv_mode,
     )
     language_model = predictor.loaded.model.language_model
-    with contextlib.ExitStack() as forced:
+    with contextlib.ExitStack() as block:
         with value_errors_as(ConfigError):
-            forced.enter_context(force_expert(language_model, arguments.expert))
+            block.enter_context(force_expert(language_model, arguments.expert))
         answer = arguments.answer
         if answer is None:
             (answer,) = predictor.generate(
@@ -89,7 +89,9 @@ def _write_overlay(arguments: argparse.Namespace) -> int:
     if wrong := [n for n in layers if not 0 <= n < len(routing.layers)]:
         raise ConfigError(f"--layers {wrong[0]}: the layers with experts are 0 to {len(routing.layers) - 1}")
     images = [shown_image(predictor.loaded.image_processor, image) for image in arguments.image]
-    figure = draw(routing, images, layers, title=f"{predictor.loaded.path.parent.name}: {arguments.prompt} {answer}")
+    forced = "" if arguments.expert is None else f", expert {arguments.expert} forced"
+    title = f"{predictor.loaded.path.parent.name}{forced}\nprompt: {arguments.prompt}\nanswer: {answer}"
+    figure = draw(routing, images, layers, title=title)
     about = {
         "run": str(predictor.loaded.path),
         "template": predictor.template.name,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image as pil
 from PIL.Image import Image
 
 from llava_mole.common.figures import COLORS, new_figure, tidy
@@ -47,9 +48,12 @@ def shown_image(processor: ImageProcessor, image: OneImage) -> Image:
     """The image as the model sees it, padded or cropped to a square, in a size for people. Raises DataError."""
     larger = ImageProcessor(SHOWN_SIZE, processor.mean, processor.std, processor.aspect_ratio, processor.modes)
     pixels = larger.pixels(open_any(image, processor))
-    from PIL import Image as pil
-
     return pil.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def blend_grey(image: Image, share: float = 0.8) -> Image:
+    """The image with that share of its colour taken out, so that it does not change the colours over it."""
+    return pil.blend(image, image.convert("L").convert("RGB"), share)
 
 
 def as_data(routing: TokenRouting) -> dict[str, Any]:
@@ -101,9 +105,10 @@ def draw(routing: TokenRouting, images: Sequence[Image], layers: Sequence[int], 
     lines = [text[start : start + _ROW] for start in range(0, len(text), _ROW)]
     image_inches = 2.6 * rows * len(images)
     line_inches = 0.75 + 0.2 * len(views)
-    figure = new_figure(2.6 * max(across, 5), 1.0 + image_inches + line_inches * len(lines) + 2.4)
+    figure = new_figure(2.6 * max(across, 5), 1.4 + image_inches + line_inches * len(lines) + 2.4)
     parts = figure.subfigures(3, 1, height_ratios=[max(image_inches, 0.01), line_inches * len(lines), 2.4])
-    figure.suptitle("\n".join(textwrap.wrap(title, 110)), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    wrapped = [line for part in title.split("\n") for line in textwrap.wrap(part, 120)][:6]
+    figure.suptitle("\n".join(wrapped).replace("$", r"\$"), x=0.01, ha="left", fontsize=11, fontweight="bold")
     if images:
         panels = parts[0].subplots(rows * len(images), across, squeeze=False)
         for panel in panels.flat:
@@ -130,7 +135,7 @@ def _draw_patches(panel: Any, patches: TokenRouting, image: Image, layer: int | 
                 (n % grid[1] + 0.5) / grid[1], 1 - (n // grid[1] + 0.5) / grid[0], str(expert), fontsize=7,
                 transform=panel.transAxes, ha="center", va="center", color="white",
             ).set_path_effects(_outline())  # fmt: skip
-    panel.imshow(image, extent=(0, 1, 0, 1))
+    panel.imshow(blend_grey(image), extent=(0, 1, 0, 1))
     panel.imshow(cells, extent=(0, 1, 0, 1), interpolation="nearest")
 
 
