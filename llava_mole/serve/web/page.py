@@ -3,11 +3,12 @@
 Gradio is imported inside `build_page`: it takes seconds, and it is an extra.
 """
 
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ class Visits:
         return len(self._known)
 
 
+_MARKUP = re.compile(r"<(?=[a-zA-Z/!?])|&(?=#?\w+;)")
+_ESCAPED = re.compile("&lt;|&amp;")
+
+
+def as_shown(text: str) -> str:
+    """A text for Gradio's chat, which takes tags and entities as HTML: they become text, all else stays as it is."""
+    return _MARKUP.sub(lambda found: escape(found.group()), text)
+
+
+def as_written(text: str) -> str:
+    """What `as_shown` was made of."""
+    return _ESCAPED.sub(lambda found: unescape(found.group()), text)
+
+
 def messages(visit: Visit, name: str) -> tuple[list[dict[str, Any]], list[int]]:
     """A side's conversation as Gradio's messages, and the number of the round that each belongs to."""
     side = visit.sides[name]
@@ -78,10 +93,10 @@ def messages(visit: Visit, name: str) -> tuple[list[dict[str, Any]], list[int]]:
     places: list[int] = []
     for n, (question, images, answer) in enumerate(rounds):
         content: list[Any] = [{"path": image, "alt_text": "image"} for image in images]
-        for part in (*content, question):
+        for part in (*content, as_shown(question)):
             found.append({"role": "user", "content": part})
             places.append(n)
-        found.append({"role": "assistant", "content": answer})
+        found.append({"role": "assistant", "content": as_shown(answer)})
         places.append(n)
     return found, places
 
@@ -117,8 +132,9 @@ def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Se
                 with gr.Column(min_width=300):
                     chats[name] = gr.Chatbot(
                         label=name,
-                        height=420 if len(models) == 1 else 380,
+                        height=360,
                         render_markdown=False,
+                        latex_delimiters=[],
                         editable="user",
                         layout="bubble",
                         buttons=["copy"],
@@ -169,7 +185,7 @@ def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Se
             panel = gr.HTML(pictures.hint(NO_ANSWER if with_experts else NO_EXPERTS), elem_id="panel")
             with gr.Row(visible=bool(with_experts)):
                 compare = gr.Button("Answer with every expert", size="sm", elem_id="compare")
-                stop_compare = gr.Button("Stop", size="sm", variant="stop", visible=False)
+                stop_compare = gr.Button("Stop", size="sm", variant="stop", visible=False, elem_id="stop_compare")
             compared = gr.HTML(pictures.hint(NOTHING_COMPARED), visible=bool(with_experts), elem_id="compared")
 
         controls = [temperature, top_p, new_tokens, system, expert]
@@ -240,7 +256,7 @@ def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Se
         def on_edit(data: gr.EditData, request: gr.Request, opened: str, *rest: Any) -> Iterator[Any]:
             visit = visit_of(request, opened)
             name, number = place(visit, data)
-            text = str(data.value)
+            text = as_written(str(data.value))
             yield from run(visit, asked(lambda: visit.retry(name, number, settings(*rest[:5]), text)), rest[5:], None)
 
         def place(visit: Visit, data: Any) -> tuple[str, int]:

@@ -14,6 +14,7 @@ from llava_mole.inference.token_routing import TokenRouting
 from llava_mole.serve.overlay.files import ROLES, color_of, ink_on, strength
 from llava_mole.serve.web.visit import Comparison, Shown
 
+NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
 _LEGIBLE = 12
 """Columns of patches up to which each patch shows its expert's number."""
 _NAMES = {"image": "image patches", "prompt": "prompt tokens", "answer": "answer tokens"}
@@ -43,11 +44,11 @@ def routing_panel(shown: Shown, layer: int | None) -> str:
 
 def legend(num_experts: int, layer: int | None) -> str:
     """The experts' colours and what strength means."""
-    sure = "of how many layers agree" if layer is None else "of the router's probability for it (its gate)"
+    sure = "the share of layers that agree" if layer is None else "the router's probability for the expert (its gate)"
     chips = "".join(f'<span class="mole-chip" style="{_style(n)}">expert {n}</span>' for n in range(num_experts))
     return (
-        f'<div class="mole-legend">{chips}<span class="mole-key">A stronger colour is a stronger vote: the share '
-        f"{sure}. Point at a patch or token to see it.</span></div>"
+        f'<div class="mole-legend">{chips}<span class="mole-key">The stronger the colour, the higher '
+        f"{sure}. Point at a patch or token to read it.</span></div>"
     )
 
 
@@ -87,7 +88,7 @@ def tokens(routing: TokenRouting, layer: int | None) -> str:
         share = 100 * strength(sure, routing.num_experts)
         spans.append(
             f'<span class="mole-token" style="{_style(expert)}--s:{share:.0f}%" data-expert="{expert}" '
-            f'title="{title}">{escape(piece)}</span>'
+            f'title="{title}">{escape(piece).replace(chr(10), NEWLINE)}</span>'
         )
     return f'<div class="mole-tokens">{"".join(spans)}</div>'
 
