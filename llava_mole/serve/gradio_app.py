@@ -67,7 +67,9 @@ def build(args: argparse.Namespace, folder: Path) -> Any:
         raise ConfigError(f"--examples {args.examples} is not a folder; give one of `llava-mole prepare`")
     examples = find_examples(args.examples or EXAMPLES)
     if args.examples is not None and not examples:
-        raise ConfigError(f"--examples {args.examples} holds no */test_questions.jsonl with images; prepare the tiny world")
+        raise ConfigError(
+            f"--examples {args.examples} holds no */test_questions.jsonl with images; prepare the tiny world"
+        )
     args.models = [args.model_path, *args.compare]
     models = load(args)
     drawn = folder / "examples"

@@ -130,7 +130,7 @@ class Session:
         return last.question
 
     def set_system(self, text: str | None) -> None:
-        """Replace the system text; None: the template's own. Raises ConfigError if the template has no place for one."""
+        """Replace the system text; None: the template's own. Raises ConfigError if there is no place for one."""
         self.predictor.template = self._own_template if text is None else with_system(self._own_template, text)
         self.system = text
 

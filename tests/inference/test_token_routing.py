@@ -46,7 +46,9 @@ def test_every_token_has_what_its_router_decides(predictor: Predictor) -> None:
         (logits,) = seen[name]
         assert routing.experts[layer].tolist() == logits.argmax(dim=-1).tolist()
         torch.testing.assert_close(routing.probs[layer].double(), logits.softmax(dim=-1), atol=1e-6, rtol=0)
-        torch.testing.assert_close(routing.gates[layer].double(), logits.softmax(dim=-1).amax(dim=-1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            routing.gates[layer].double(), logits.softmax(dim=-1).amax(dim=-1), atol=1e-6, rtol=0
+        )
 
 
 def test_tokens_are_patches_prompt_and_answer(predictor: Predictor) -> None:

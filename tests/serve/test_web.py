@@ -26,8 +26,7 @@ from llava_mole.serve import gradio_app
 from llava_mole.serve.api.images import ImagePolicy
 from llava_mole.serve.web import pictures
 from llava_mole.serve.web.examples import draw_examples, find_examples
-from llava_mole.serve.web.page import Visits, as_shown, as_written, messages
-from llava_mole.serve.web.page import PageLimits
+from llava_mole.serve.web.page import PageLimits, Visits, as_shown, as_written, messages
 from llava_mole.serve.web.visit import Settings, Visit, describe
 
 NEW = 6
@@ -114,7 +113,13 @@ def test_turns_images_retry_and_edit(visit: Visit, predictor: Predictor, photo: 
     ],
 )
 def test_what_is_refused_leaves_the_conversation_as_it_was(
-    question: str, name: str | None, limits: dict[str, int], message: str, predictor: Predictor, mix: Predictor, photo: str
+    question: str,
+    name: str | None,
+    limits: dict[str, int],
+    message: str,
+    predictor: Predictor,
+    mix: Predictor,
+    photo: str,
 ) -> None:
     visit = Visit({"mole": predictor, "mix": mix}, policy(photo))
     ask(visit, "What?", [photo])

@@ -21,7 +21,8 @@ DATA_FILE, FIGURE = "routing_overlay.json", "routing_overlay.png"
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser()
     group = parser.add_argument_group(
-        "one prompt", "with --prompt, only the routing of this prompt and its answer is written, as data and as a figure"
+        "one prompt",
+        "with --prompt, the routing of this prompt and its answer is written, as data and as a figure",
     )
     add = group.add_argument
     add("--prompt", metavar="TEXT", help="the question")

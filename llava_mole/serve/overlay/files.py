@@ -21,6 +21,8 @@ PANELS = 8
 """Layers that the figure shows, unless they are named."""
 FAINTEST, STRONGEST = 0.25, 0.75
 """How strongly a patch's colour covers the image, from an undecided router to a certain one."""
+NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+"""Shows a line break."""
 ROLES: tuple[Role, ...] = ("image", "prompt", "answer")
 _ROW = 60
 """Tokens in a row of the figure."""
@@ -151,9 +153,13 @@ def _draw_line(panel: Any, routing: TokenRouting, line: Sequence[int], views: Se
 
     rows = np.array([[routing.of_layer(layer)[n] for n in line] for layer in views])
     colors = ListedColormap([color_of(expert) for expert in range(max(2, routing.num_experts))])
-    panel.imshow(rows, cmap=colors, vmin=0, vmax=max(2, routing.num_experts) - 1, aspect="auto", interpolation="nearest")
+    panel.imshow(
+        rows, cmap=colors, vmin=0, vmax=max(2, routing.num_experts) - 1, aspect="auto", interpolation="nearest"
+    )
     panel.set_xlim(-0.5, _ROW - 0.5)
-    shown = [routing.pieces[n].replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("$", r"\$") for n in line]
+    shown = [
+        routing.pieces[n].replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("$", r"\$") for n in line
+    ]
     panel.set_xticks(range(len(line)), shown, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     for label, n in zip(panel.get_xticklabels(), line, strict=True):
         label.set_fontweight("bold" if routing.roles[n] == "answer" else "normal")

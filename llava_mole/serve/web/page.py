@@ -101,7 +101,9 @@ def messages(visit: Visit, name: str) -> tuple[list[dict[str, Any]], list[int]]:
     return found, places
 
 
-def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Sequence[Example], start: Decoding) -> Any:
+def build_page(
+    models: Mapping[str, Predictor], limits: PageLimits, examples: Sequence[Example], start: Decoding
+) -> Any:
     """A `gradio.Blocks` for these models; `start` is what the controls show first."""
     import gradio as gr
 
@@ -109,16 +111,6 @@ def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Se
     boot = secrets.token_hex(8)
     with_experts = [name for name, model in models.items() if count_experts(model)]
     experts = min((count_experts(models[name]) for name in with_experts), default=0)
-
-    class Box(gr.MultimodalTextbox):
-        """The question's box; it takes uploaded files only, and opens no address."""
-
-        is_template = True
-
-        async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-            if "://" in str(url_or_file_path):
-                raise gr.Error("Addresses are not opened; upload the image itself.", print_exception=False)
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
 
     with gr.Blocks(title="LLaVA-MoLE", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         page_boot = gr.Textbox(boot, visible=False)
@@ -143,7 +135,7 @@ def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Se
                         elem_classes="chat",
                     )
                     notes[name] = gr.HTML("", elem_classes="mole-note")
-        box = Box(
+        box = gr.MultimodalTextbox(
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
@@ -155,11 +147,23 @@ def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Se
             stop_btn=False,
             elem_id="box",
         )
+        move_upload = box.async_move_resource_to_block_cache
+
+        async def only_uploads(path: Any) -> str | None:
+            """Gradio would fetch an address that a client sends in place of a file."""
+            if "://" in str(path):
+                raise gr.Error("Addresses are not opened; upload the image itself.", print_exception=False)
+            return await move_upload(path)
+
+        # Set on the object: for a subclass of a component Gradio writes a stub file beside this one.
+        box.async_move_resource_to_block_cache = only_uploads
         with gr.Row(elem_id="examples"):
             shown_examples = [gr.Button(each.question, icon=each.image, size="sm") for each in examples]
         with gr.Accordion("Parameters", open=False):
             with gr.Row():
-                temperature = gr.Slider(0, 2, start.temperature, step=0.05, label="Temperature (0: greedy)", min_width=200)
+                temperature = gr.Slider(
+                    0, 2, start.temperature, step=0.05, label="Temperature (0: greedy)", min_width=200
+                )
                 top_p = gr.Slider(0.05, 1, start.top_p or 1.0, step=0.05, label="Top p", min_width=200)
                 new_tokens = gr.Slider(
                     1,
@@ -169,7 +173,9 @@ def build_page(models: Mapping[str, Predictor], limits: PageLimits, examples: Se
                     label="Longest answer in tokens",
                     min_width=200,
                 )
-            system = gr.Textbox("", label="System text (empty: the template's own)", lines=1, max_lines=4, max_length=4000)
+            system = gr.Textbox(
+                "", label="System text (empty: the template's own)", lines=1, max_lines=4, max_length=4000
+            )
             choices = [ROUTER, *(f"expert {n}" for n in range(experts))]
             expert = gr.Radio(choices, value=ROUTER, label="Expert of all tokens", visible=experts > 0)
         with gr.Column(elem_classes="mole-section"):

@@ -11,10 +11,9 @@ from html import escape
 from PIL.Image import Image
 
 from llava_mole.inference.token_routing import TokenRouting
-from llava_mole.serve.overlay.files import ROLES, color_of, ink_on, strength
+from llava_mole.serve.overlay.files import NEWLINE, ROLES, color_of, ink_on, strength
 from llava_mole.serve.web.visit import Comparison, Shown
 
-NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
 _LEGIBLE = 12
 """Columns of patches up to which each patch shows its expert's number."""
 _NAMES = {"image": "image patches", "prompt": "prompt tokens", "answer": "answer tokens"}
@@ -79,16 +78,14 @@ def overlay(patches: TokenRouting, image: Image, layer: int | None, grid: tuple[
 def tokens(routing: TokenRouting, layer: int | None) -> str:
     """A text, each token on the colour of its expert."""
     spans = []
-    for piece, expert, sure in zip(
-        routing.pieces, routing.of_layer(layer), routing.certainty(layer), strict=True
-    ):
+    for piece, expert, sure in zip(routing.pieces, routing.of_layer(layer), routing.certainty(layer), strict=True):
         if not piece:  # it ends within a character, or begins the text
             continue
         title = f"expert {expert}, {100 * sure:.0f}%"
         share = 100 * strength(sure, routing.num_experts)
         spans.append(
             f'<span class="mole-token" style="{_style(expert)}--s:{share:.0f}%" data-expert="{expert}" '
-            f'title="{title}">{escape(piece).replace(chr(10), NEWLINE)}</span>'
+            f'title="{title}">{escape(piece).replace(chr(10), NEWLINE + chr(10))}</span>'
         )
     return f'<div class="mole-tokens">{"".join(spans)}</div>'
 

@@ -1,7 +1,7 @@
 """One open page: the same conversation with every model, step by step, and the routing of its last answer.
 
-Nothing here knows Gradio. A page's computations run one at a time (the queue of `page.py` sees to it); only `stop` may be
-called meanwhile.
+Nothing here knows Gradio. Computations run one at a time, over all pages (the queue of `page.py` sees to it); only `stop`
+may be called meanwhile.
 """
 
 import contextlib
