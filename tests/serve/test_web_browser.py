@@ -184,7 +184,7 @@ def test_a_person_at_the_page(server: Server, browser: Any, photo: str, tmp_path
     page.page.keyboard.press("Tab")
     page.ask("Tell me everything.", wait=False)
     page.page.wait_for_function("document.querySelector('.chat [data-testid=bot]')?.innerText.length > 20")
-    page.page.locator("#box [data-testid=stop-button]").click()
+    page.page.locator("#box button.stop-button").click()
     page.wait_for_routing_of("Tell me everything.")
     page.page.wait_for_selector(".mole-note:has-text('stopped')")
     assert 20 < len(page.texts("bot")[-1]) < 3000

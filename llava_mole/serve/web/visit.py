@@ -1,6 +1,6 @@
 """One open page: the same conversation with every model, step by step, and the routing of its last answer.
 
-Nothing here knows Gradio. Computations run one at a time, over all pages (the queue of `page.py` sees to it); only `stop`
+Nothing here knows Gradio. Computations run one at a time, over all pages (`page.py` queues them); only `stop`
 may be called meanwhile.
 """
 
