@@ -106,6 +106,8 @@ def launch(page: Any, args: argparse.Namespace) -> str:
         block_label_text_color_dark="*body_text_color",
         block_border_width="1px",
         block_shadow="none",
+        checkbox_border_color="*neutral_400",
+        checkbox_border_color_dark="*neutral_400",
     )
     try:
         _, address, _ = page.launch(
