@@ -135,7 +135,7 @@ def build_page(
                         elem_classes="chat",
                     )
                     notes[name] = gr.HTML("", elem_classes="mole-note")
-        box = gr.MultimodalTextbox(
+        box: Any = gr.MultimodalTextbox(
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
