@@ -118,6 +118,16 @@ class Page:
         self.page.wait_for_function("text => document.querySelector('#panel').innerText.includes(text)", arg=question)
         self.page.wait_for_selector("#box [data-testid=submit-button]")
 
+    def set_longest(self, tokens: int) -> None:
+        """Set the longest answer, and wait until the page has taken it over."""
+        number = self.page.get_by_label("number input for Longest answer in tokens")
+        number.fill(str(tokens))
+        number.press("Tab")
+        self.page.wait_for_function(
+            "n => [...document.querySelectorAll('input[type=range]')].some(e => e.value === n)", arg=str(tokens)
+        )
+        self.page.wait_for_timeout(300)
+
     def texts(self, role: str, side: int = 0) -> list[str]:
         """The messages of a role on a side."""
         found = self.page.locator(".chat").nth(side).locator(f"[data-testid={role}]").all_inner_texts()
@@ -180,16 +190,14 @@ def test_a_person_at_the_page(server: Server, browser: Any, photo: str, tmp_path
     page.page.reload()
     page.page.wait_for_selector("#box textarea")
     page.page.get_by_text("Parameters").click()
-    page.page.get_by_label("number input for Longest answer in tokens").fill("420")
-    page.page.keyboard.press("Tab")
+    page.set_longest(420)
     page.ask("Tell me everything.", wait=False)
     page.page.wait_for_function("document.querySelector('.chat [data-testid=bot]')?.innerText.length > 20")
     page.page.locator("#box button.stop-button").click()
     page.wait_for_routing_of("Tell me everything.")
     page.page.wait_for_selector(".mole-note:has-text('stopped')")
     assert 20 < len(page.texts("bot")[-1]) < 3000
-    page.page.get_by_label("number input for Longest answer in tokens").fill("6")
-    page.page.keyboard.press("Tab")
+    page.set_longest(6)
     # Edit and retry.
     page.page.locator(".chat").first.get_by_label("Edit").last.click()
     page.page.locator(".chat").first.locator("textarea").fill("Tell me less.")
@@ -197,8 +205,7 @@ def test_a_person_at_the_page(server: Server, browser: Any, photo: str, tmp_path
     page.wait_for_routing_of("Tell me less.")
     assert page.texts("user", 1) == ["Tell me less."]
     answer = page.texts("bot", 1)[-1]
-    page.page.get_by_label("number input for Longest answer in tokens").fill("2")
-    page.page.keyboard.press("Tab")
+    page.set_longest(2)
     page.page.locator(".chat").first.get_by_label("Retry").last.click()
     page.page.wait_for_selector(".mole-note:has-text('2 tokens in')")
     page.page.wait_for_selector("#compare:not([disabled])")
