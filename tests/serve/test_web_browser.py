@@ -207,7 +207,12 @@ def test_a_person_at_the_page(server: Server, browser: Any, photo: str, tmp_path
     answer = page.texts("bot", 1)[-1]
     page.set_longest(2)
     page.page.locator(".chat").first.get_by_label("Retry").last.click()
-    page.page.wait_for_selector(".mole-note:has-text('2 tokens in')")
+    page.page.wait_for_function(
+        "before => { const now = [...document.querySelectorAll('.chat')[1].querySelectorAll('[data-testid=bot]')].pop();"
+        " return now && now.innerText.trim() !== before && now.innerText.trim() !== '…'; }",
+        arg=answer,
+    )
+    page.page.wait_for_timeout(300)
     page.page.wait_for_selector("#compare:not([disabled])")
     assert len(page.texts("bot", 1)) == 1
     assert len(page.texts("bot", 1)[-1]) < len(answer)
