@@ -208,7 +208,8 @@ def test_a_person_at_the_page(server: Server, browser: Any, photo: str, tmp_path
     page.set_longest(2)
     page.page.locator(".chat").first.get_by_label("Retry").last.click()
     page.page.wait_for_function(
-        "before => { const now = [...document.querySelectorAll('.chat')[1].querySelectorAll('[data-testid=bot]')].pop();"
+        "before => { const side = document.querySelectorAll('.chat')[1];"
+        " const now = [...side.querySelectorAll('[data-testid=bot]')].pop();"
         " return now && now.innerText.trim() !== before && now.innerText.trim() !== '…'; }",
         arg=answer,
     )
