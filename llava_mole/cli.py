@@ -12,6 +12,7 @@ from llava_mole.common.log import quieten_libraries
 SUBCOMMANDS = {
     "train": ("llava_mole.train.cli", "train one stage: CONFIG.yaml [--key value ...]"),
     "chat": ("llava_mole.serve.cli", "chat with a model about an image"),
+    "web": ("llava_mole.serve.gradio_app", "chat in a web page that shows which expert computes which patch and word"),
     "serve": ("llava_mole.serve.api.cli", "serve models to OpenAI clients, many requests at once"),
     "eval": ("llava_mole.eval.evaluate", "answer question files with a model and score the answers"),
     "score": ("llava_mole.eval.scoring.cli", "score existing answers by a benchmark's published rules"),
@@ -20,10 +21,7 @@ SUBCOMMANDS = {
     "continual": ("llava_mole.study.continual_cli", "learn tasks one after another, and report what is kept"),
     "plan": ("llava_mole.analysis.plan.cli", "estimate memory, FLOPs and hours of a run before it starts"),
     "conflict": ("llava_mole.analysis.conflict.cli", "measure whether the sources of a mixture pull weights apart"),
-    "routing": (
-        "llava_mole.analysis.routing.cli",
-        "measure the routers of a mixture of experts, and what they are worth",
-    ),
+    "routing": ("llava_mole.serve.overlay.cli", "measure the routers of a run, or draw those of one image and prompt"),
     "plot": ("llava_mole.train.plot", "plot a run's metrics"),
     "prepare": ("llava_mole.data.prepare.cli", "convert a published data set, or your own, for training"),
     "check-data": ("llava_mole.analysis.check.cli", "check every record and image of a run before it starts"),

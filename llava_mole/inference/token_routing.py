@@ -1,42 +1,117 @@
-"""Which experts the tokens of an answer use, layer by layer."""
+"""Which experts the tokens of a prompt and its answer use, layer by layer: image patches, text and answer.
 
-from dataclasses import dataclass
+`TokenRouting` is the one form of it: the chat colours an answer by it, `llava-mole routing --image` writes it to files,
+and the web page shows it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.conversation import Turn
+from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_mole.conversation import Turn, render
 from llava_mole.inference.batching import batches, encode_prompt, place_images
 from llava_mole.inference.inputs import ImagesLike, Prompt, as_images
 from llava_mole.inference.predictor import Predictor, encode_continuation
 from llava_mole.mole import active_config, collect_routing, set_routing_inputs
 
+Role = Literal["image", "prompt", "answer"]
+
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """The experts of an answer's n tokens in L routers."""
+    """The experts of T tokens in L routers with up to K experts; tensors are on the CPU."""
 
+    layers: tuple[str, ...]
+    """The routers, by the names of their modules."""
     pieces: tuple[str, ...]
-    """The text of each token; joined they are the answer. A token that ends within a character has none."""
+    """The text of each token. Those of the prompt joined are the rendered prompt, those of the answer the answer. An
+    image patch has none, and neither has a token that ends within a character."""
+    roles: tuple[Role, ...]
+    """What each token is."""
+    images: torch.Tensor
+    """int64 [T]: which image a patch belongs to, from 0 in the order of the prompt; -1 for text."""
     experts: torch.Tensor
-    """int64 [L, n], on the CPU: the expert, or the first of several, with which each token is computed."""
-    num_experts: int
-    """The largest number of experts of a layer."""
+    """int64 [L, T]: the expert, or the first of several, with which each token is computed."""
+    probs: torch.Tensor
+    """float32 [L, T, K]: what the router gives each expert; 0 for those that a layer does not have. Rows sum to 1.
+    Under `force_expert` they are the router's own still."""
+
+    @property
+    def num_experts(self) -> int:
+        """K, the largest number of experts of a layer."""
+        return self.probs.shape[-1]
+
+    @property
+    def num_images(self) -> int:
+        """Images of the prompt."""
+        return max(self.images.tolist(), default=-1) + 1
+
+    @property
+    def gates(self) -> torch.Tensor:
+        """float32 [L, T]: what the router gives the expert of each token."""
+        return self.probs.gather(-1, self.experts.unsqueeze(-1)).squeeze(-1)
 
     def of_layer(self, layer: int | None) -> list[int]:
         """The expert of each token in a layer (from 0); None: the one that most layers use, the smaller of equals."""
         if layer is not None:
             return self.experts[layer].tolist()
-        counts = torch.nn.functional.one_hot(self.experts, self.num_experts).sum(dim=0)
-        return counts.argmax(dim=-1).tolist()
+        return self._votes().argmax(dim=-1).tolist()
+
+    def certainty(self, layer: int | None) -> list[float]:
+        """How sure `of_layer` is, from 0 to 1: the gate of each token; with None the share of layers that agree."""
+        if layer is not None:
+            return self.gates[layer].tolist()
+        return (self._votes().max(dim=-1).values / len(self.layers)).tolist()
+
+    def part(self, role: Role) -> "TokenRouting":
+        """The tokens of one role alone."""
+        return self._at([n for n, own in enumerate(self.roles) if own == role])
+
+    def of_image(self, number: int) -> "TokenRouting":
+        """The patches of one image (from 0), row by row."""
+        return self._at((self.images == number).nonzero().flatten().tolist())
+
+    def load(self, layer: int | None) -> list[float]:
+        """Each expert's share of the tokens in a layer, or over all layers; zeros without a token."""
+        chosen = self.experts if layer is None else self.experts[layer]
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts).double()
+        return (counts / counts.sum().clamp(min=1)).tolist()
+
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches of an image. Raises ConfigError if their number is not a square."""
+        count = int((self.images == 0).sum())
+        side = math.isqrt(count)
+        if side * side != count:
+            raise ConfigError(f"an image has {count} tokens, which are no square, so they cannot be drawn over it")
+        return side, side
+
+    def _votes(self) -> torch.Tensor:
+        """int64 [T, K]: how many layers use each expert."""
+        return torch.nn.functional.one_hot(self.experts, self.num_experts).sum(dim=0)
+
+    def _at(self, places: Sequence[int]) -> "TokenRouting":
+        index = torch.tensor(places, dtype=torch.int64)
+        return replace(
+            self,
+            pieces=tuple(self.pieces[n] for n in places),
+            roles=tuple(self.roles[n] for n in places),
+            images=self.images[index],
+            experts=self.experts[:, index],
+            probs=self.probs[:, index],
+        )
 
 
 def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answer: str) -> TokenRouting:
-    """Compute a prompt with its answer in one pass and read the routing of the answer's tokens.
+    """Compute a prompt with its answer in one pass and read the routing of all their tokens.
 
-    The tokens are those of the answer's text. A model may write a text in other tokens than the tokenizer would; what
+    The answer's tokens are those of its text. A model may write a text in other tokens than the tokenizer would; what
     is shown is then the routing of the tokenizer's.
-    Under `force_expert` all of them use that expert.
+    Under `force_expert` all tokens use that expert.
 
     Raises:
         ConfigError: the model has no experts.
@@ -58,11 +133,38 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
             inputs = predictor.embed(batch)
             loaded.model.causal_lm(inputs_embeds=inputs, use_cache=False, logits_to_keep=1)
             routing = collect_routing(model)
+            experts = torch.stack([index[0, :, 0] for index in routing.index]).cpu()
+            probs = routing.stacked_logits()[:, 0].float().softmax(dim=-1).cpu()
     finally:
         if config.granularity == "sequence":
             set_routing_inputs(model)
-    experts = torch.stack([index[0, -count:, 0] for index in routing.index]).cpu()
-    return TokenRouting(_pieces(predictor, ids[-count:]), experts, routing.num_experts)
+    is_image = torch.tensor(ids) == IMAGE_TOKEN_INDEX
+    first = len(ids) - count
+    roles = tuple[Role, ...](
+        "image" if image else "prompt" if n < first else "answer" for n, image in enumerate(is_image.tolist())
+    )
+    return TokenRouting(
+        layers=routing.names,
+        pieces=(*_prompt_pieces(predictor, turns), *_pieces(predictor, ids[first:])),
+        roles=roles,
+        images=torch.where(is_image, (is_image.cumsum(0) - 1) // loaded.model.num_image_tokens, -1),
+        experts=experts.clone(),  # usable outside inference mode
+        probs=probs.clone(),
+    )
+
+
+def _prompt_pieces(predictor: Predictor, turns: list[Turn]) -> list[str]:
+    """The text of every token of `encode_prompt`; joined they are the rendered prompt without its `<image>`."""
+    tokenizer = predictor.loaded.tokenizer
+    pieces = [] if tokenizer.bos_token_id is None else [""]
+    text = render(predictor.template, turns, add_generation_prompt=True).text
+    for n, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN)):
+        pieces += [""] * (predictor.loaded.model.num_image_tokens if n else 0)
+        shown = 0
+        for _, end in tokenizer.encode_with_offsets(chunk)[1] if chunk else ():
+            pieces.append(chunk[shown:end])
+            shown = max(shown, end)
+    return pieces
 
 
 def _tokens(predictor: Predictor, turns: list[Turn], images: int, answer: str) -> tuple[list[int], int]:

@@ -160,7 +160,7 @@ class Chat:
         print("(the router chooses the experts)" if expert is None else f"(every token uses expert {expert})")
 
     def _routing(self, argument: str) -> None:
-        routing = self.session.routing()
+        routing = self.session.routing().part("answer")
         if argument and not (argument.isdecimal() and int(argument) < len(routing.experts)):
             raise ConfigError(f"/routing {argument}: the layers with experts are 0 to {len(routing.experts) - 1}")
         print(paint_routing(routing, int(argument) if argument else None, colors=has_colors()))

@@ -129,9 +129,9 @@ class Session:
         self.pending = [*last.images, *self.pending]
         return last.question
 
-    def set_system(self, text: str) -> None:
-        """Replace the system text. Raises ConfigError if the template has no place for one."""
-        self.predictor.template = with_system(self._own_template, text)
+    def set_system(self, text: str | None) -> None:
+        """Replace the system text; None: the template's own. Raises ConfigError if there is no place for one."""
+        self.predictor.template = self._own_template if text is None else with_system(self._own_template, text)
         self.system = text
 
     def set_expert(self, expert: int | None) -> None:
@@ -140,12 +140,18 @@ class Session:
             self.expert = expert
 
     def routing(self) -> TokenRouting:
-        """The experts of the last answer's tokens. Raises ConfigError or PromptError if there are none."""
+        """The experts of the last question and answer. Raises ConfigError or PromptError if there are none."""
         if not self.rounds or not self.rounds[-1].answer:
             raise ConfigError("there is no answer yet whose routing could be shown")
-        images, turns = _prompt(self.rounds)
+        images, turns = self.last_prompt()
         with force_expert(self.predictor.loaded.model.language_model, self.expert):
             return route_answer(self.predictor, images, turns, self.rounds[-1].answer)
+
+    def last_prompt(self) -> tuple[ImagesLike, list[Turn]]:
+        """What the last question was to the model: images, and the turns up to it. Raises ConfigError without one."""
+        if not self.rounds:
+            raise ConfigError("nothing has been asked yet")
+        return _prompt(self.rounds)
 
     def save(self, path: Path) -> None:
         """Write the conversation as a record of LLaVA's form. Raises ConfigError if the file exists already."""

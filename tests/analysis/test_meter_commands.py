@@ -10,8 +10,8 @@ import pytest
 
 from llava_mole import cli
 from llava_mole.analysis.conflict.cli import _parser as conflict_parser
-from llava_mole.analysis.routing.cli import _parser as routing_parser
 from llava_mole.config import parse_run_config
+from llava_mole.serve.overlay.cli import _parser as routing_parser
 from llava_mole.train.plot import draw_run
 from llava_mole.train.train import train
 

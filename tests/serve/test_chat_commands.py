@@ -231,17 +231,17 @@ def test_the_routing_of_an_answer_is_that_of_decoding(
     prompt = encode_prompt(model.loaded, model.template, "What?", 1, 0)
     ids, count = token_routing._tokens(model, place_images("What?", 1, 0), 1, answer)
     assert ids[:-count] == prompt
-    found = route_answer(model, photo, "What?", answer)
+    found = route_answer(model, photo, "What?", answer).part("answer")
     assert "".join(found.pieces) == answer
     decoded = torch.stack(seen[1:], dim=1)  # the pass after the prompt computes the first token
     # A random model writes its answer in other tokens than the tokenizer would.
     with monkeypatch.context() as patch:
         patch.setattr(token_routing, "_tokens", lambda *_: ([*prompt, *written], len(written)))
         assert len(written) > 3
-        assert torch.equal(route_answer(model, photo, "What?", answer).experts, decoded)
+        assert torch.equal(route_answer(model, photo, "What?", answer).part("answer").experts, decoded)
     assert found.of_layer(1) == found.experts[1].tolist()
     with force_expert(language_model, 1):
-        assert route_answer(model, photo, "What?", answer).of_layer(None) == [1] * len(found.pieces)
+        assert route_answer(model, photo, "What?", answer).part("answer").of_layer(None) == [1] * len(found.pieces)
     painted = paint_routing(found, 0, colors=True)
     assert re.sub(r"\x1b\[[\d;]*m", "", painted).startswith(f"{answer}\nlayer 0:  expert 0 ")
     plain = paint_routing(found, 0, colors=False)

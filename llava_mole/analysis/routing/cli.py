@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_mole.analysis.arguments import ORIGINS, add_subject_arguments, default_out
-from llava_mole.common.errors import CheckpointError, ConfigError, command
+from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.common.files import finite, write_json
 from llava_mole.common.log import get_logger, setup_logging
 
@@ -21,7 +21,8 @@ FORMAT = "llava_mole.routing/1"
 SAMPLES, PERMUTATIONS = 64, 200
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of measuring. `serve/overlay/cli.py`, where the command begins, adds those of a single prompt."""
     parser = argparse.ArgumentParser(
         prog="llava-mole routing",
         allow_abbrev=False,
@@ -43,10 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, and write data and figures."""
-    arguments, overrides = _parser().parse_known_args(argv)
+def measure(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Measure, print the tables, and write data and figures. Raises UserError."""
     for name in ("samples", "permutations"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
