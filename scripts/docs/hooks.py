@@ -1,20 +1,33 @@
 """Hooks of mkdocs.yml: the configuration reference is written from the dataclasses while the site is built."""
 
 import dataclasses
+import re
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from llava_mole.common.keys import ANY
-from llava_mole.config import RANGES, Option, RunConfig, options
+from llava_mole.config import PATHS, RANGES, Option, RunConfig, options
 
 ROOT = Path(__file__).parents[2]
+OPTIONAL = ("web.md",)
 PLACE = "<!-- every key -->"
 """Where docs/configuration.md gets the tables."""
 
 
+def on_config(config: Any, **_: Any) -> Any:
+    """Leave pages out of the navigation that are optional and absent."""
+    absent = [page for page in OPTIONAL if not (ROOT / "docs" / page).is_file()]
+    for section in config.nav:
+        for pages in section.values():
+            if isinstance(pages, list):
+                pages[:] = [page for page in pages if not set(page.values()) & set(absent)]
+    return config
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in the tables, and lead links that leave docs/ to what the site has of it: the file's name."""
+    """Fill in the tables; name the file where a link leads out of docs/, which is not part of the site."""
+    markdown = re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2`)", markdown)
     if page.file.src_uri == "configuration.md":
         if PLACE not in markdown:
             raise ValueError(f"docs/configuration.md lacks {PLACE!r}")
@@ -45,9 +58,10 @@ def _about(section: type) -> str:
 def _cells(option: Option) -> tuple[str, str, str, str]:
     key = option.key.rpartition(".")[2]
     values = _values(option.kind)
-    allowed = RANGES.get(option.key)
-    if allowed:
-        values += f"; {allowed.rule}"
+    if option.key in PATHS:
+        values = values.replace("text", "path")
+    if (allowed := RANGES.get(option.key)) and allowed.rule != "must be a number":
+        values += ", " + allowed.rule.removeprefix("must be ").removeprefix("is a ").replace("must not be", "not")
     return f"`{key}`", _escaped(values), _escaped(_default(option)), _escaped(option.meaning)
 
 
