@@ -48,7 +48,7 @@ def test_named_files_exist() -> None:
         f"{page.name}: {name}"
         for page in PAGES
         for name in pattern.findall(page.read_text(encoding="utf-8"))
-        if not (ROOT / name).exists()
+        if not (ROOT / name).exists() and not name.startswith("scripts/v1_5/")  # LLaVA's
     }
     assert not lost
 

@@ -42,6 +42,7 @@ def link_checkout(folder: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
 
 
+@pytest.mark.slow
 def test_own_data_from_records_to_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

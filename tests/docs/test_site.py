@@ -93,7 +93,7 @@ def _in_item(lines: list[str], number: int) -> bool:
 def test_the_messages_of_the_faq_are_those_of_the_program() -> None:
     """Each part between two … stands in the source, apart from quotes and line breaks."""
     source = "".join(
-        path.read_text(encoding="utf-8") for folder in ("common", "config.py", "data", "model", "train", "mole", "serve", "eval")
+        path.read_text(encoding="utf-8") for folder in ("common", "config.py", "data", "model", "train", "mole", "serve", "eval", "inference")
         for path in ([ROOT / "llava_mole" / folder] if folder.endswith(".py") else (ROOT / "llava_mole" / folder).rglob("*.py"))
     )  # fmt: skip
     joined = re.sub(r'"\s*\n\s*f?"', "", source)
@@ -101,7 +101,7 @@ def test_the_messages_of_the_faq_are_those_of_the_program() -> None:
     assert len(messages) >= 10
     for message in messages:
         for part in re.split(r"…|CUDA out of memory; ", message.strip().removeprefix("llava-mole: error: ")):
-            for piece in re.split(r"'none'|\(fingerprint |\(\)", part):
+            for piece in re.split(r"[()]", part):
                 assert piece.strip() in joined, piece
 
 
