@@ -86,7 +86,14 @@ def _values(kind: Any) -> str:
         return f"list of {_values(get_args(kind)[0])}"
     if get_origin(kind) is dict:
         return f"mapping to {_values(get_args(kind)[1])}"
-    names = {bool: "true, false", int: "whole number", float: "number", str: "text", type(None): "null", Any: "anything"}
+    names = {
+        bool: "true, false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        type(None): "null",
+        Any: "anything",
+    }
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 

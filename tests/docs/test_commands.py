@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from worlds.pages import PAGES, ROOT, Command, check, commands
 
 FOUND = [command for page in PAGES for command in commands(page)]
@@ -22,7 +21,9 @@ ENTRIES = [
 def test_every_command_is_on_one_list() -> None:
     for command in FOUND:
         of_it = [where for where, page, text in ENTRIES if page == command.page and command.text.startswith(text)]
-        assert len(of_it) == 1, f"{command.page}: {command.text!r} is on {of_it or 'no list'} of tests/docs/commands.yaml"
+        assert len(of_it) == 1, (
+            f"{command.page}: {command.text!r} is on {of_it or 'no list'} of tests/docs/commands.yaml"
+        )
 
 
 def test_no_entry_is_stale() -> None:
@@ -43,7 +44,9 @@ def test_the_command_has_these_options(
 
 def test_named_files_exist() -> None:
     """In all text of all pages."""
-    pattern = re.compile(r"(?<![\w/.-])(?:configs|scripts|tests|docs|llava_mole)/[\w./-]+\.(?:yaml|sh|py|md|sbatch|png)\b")
+    pattern = re.compile(
+        r"(?<![\w/.-])(?:configs|scripts|tests|docs|llava_mole)/[\w./-]+\.(?:yaml|sh|py|md|sbatch|png)\b"
+    )
     lost = {
         f"{page.name}: {name}"
         for page in PAGES

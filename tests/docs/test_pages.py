@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
 from worlds.pages import ROOT, Command, blocks, commands, run
 
 SHORTENED = {
