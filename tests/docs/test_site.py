@@ -2,10 +2,10 @@
 
 import html
 import io
+import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from llava_mole.mole import MoleConfig
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. Broken links and anchors, pages outside the navigation and bad docstrings are errors."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -34,7 +34,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         logging.getLogger("mkdocs").removeHandler(handler)
     assert not said.getvalue()
-    yield folder
+    return folder
 
 
 def text_of(page: Path) -> str:
@@ -74,7 +74,7 @@ def test_lists_have_a_blank_line_before_them() -> None:
     for page in PAGES:
         fenced = False
         lines = page.read_text(encoding="utf-8").splitlines()
-        for number, (before, line) in enumerate(zip(lines, lines[1:], strict=False), 2):
+        for number, (before, line) in enumerate(itertools.pairwise(lines), 2):
             fenced ^= before.lstrip().startswith("```")
             if not fenced and re.match(r"([-*]|\d+\.) ", line) and before and not before.startswith("#"):
                 item = re.match(r"([-*]|\d+\.) |\s", before) or _in_item(lines, number - 2)
@@ -92,10 +92,7 @@ def _in_item(lines: list[str], number: int) -> bool:
 
 def test_the_messages_of_the_faq_are_those_of_the_program() -> None:
     """Each part between two … stands in the source, apart from quotes and line breaks."""
-    source = "".join(
-        path.read_text(encoding="utf-8") for folder in ("common", "config.py", "data", "model", "train", "mole", "serve", "eval", "inference")
-        for path in ([ROOT / "llava_mole" / folder] if folder.endswith(".py") else (ROOT / "llava_mole" / folder).rglob("*.py"))
-    )  # fmt: skip
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "llava_mole").rglob("*.py"))
     joined = re.sub(r'"\s*\n\s*f?"', "", source)
     messages = [text for language, text in blocks(ROOT / "docs" / "faq.md") if language == "text"]
     assert len(messages) >= 10
