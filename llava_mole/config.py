@@ -376,7 +376,7 @@ class TrainConfig:
     deepspeed_config: str = "scripts/zero2.json"
     """DeepSpeed's settings; its "auto" values are filled from this configuration."""
     num_workers: int = 4
-    """Data loader processes per rank; 0 loads in the training process."""
+    """Data loader processes per rank, at most the cores of the machine; 0 loads in the training process."""
     seed: int = 42
     """Seed of the initialisation and the sample order."""
     save_every: int = 1000

@@ -3,6 +3,7 @@
 Commands that need no model import this file too, so it does not import PyTorch, which takes seconds.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,11 @@ def _group() -> Any:
     """`torch.distributed` if this process has a process group, else None. Without PyTorch there is none."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def get_rank() -> int:

@@ -12,12 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """A signal asked the run to stop; it saved and can be resumed (sysexits.h: EX_TEMPFAIL)."""
 EXIT_INTERRUPTED = 130
 EXIT_READER_GONE = 141
 """The reader closed the pipe (e.g. `head`); the shell's 128 + SIGPIPE."""
+SPARE_MEMORY = (
+    "in training, use shorter rows (--train.pack_length), --train.activation_checkpointing all or --model.quantization "
+    "4bit; `llava-mole plan` says what fits. Elsewhere, use a smaller --batch-size or --load-4bit"
+)
 
 
 class UserError(Exception):
@@ -109,8 +114,19 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("llava-mole: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
+        except RuntimeError as error:
+            if not _is_full_memory(error):
+                raise
+            print(f"llava-mole: error: {str(error).split('. ')[0]}; {SPARE_MEMORY}", file=sys.stderr)
+            return EXIT_FAILURE
 
     return run
+
+
+def _is_full_memory(error: RuntimeError) -> bool:
+    """Whether this is PyTorch's error for a GPU whose memory is full, without importing PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _reader_is_gone() -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from llava_mole.common.distributed import cores
 from llava_mole.common.errors import DataError
 from llava_mole.common.files import atomic_path
 from llava_mole.common.log import get_logger
@@ -137,7 +138,7 @@ def _map_inherited(start: int) -> npt.NDArray[np.int32]:
 
 
 def _cpus() -> int:
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(16, cores())
 
 
 def lengths_path(records: PreparedRecords, template: Template, tokenizer: TextTokenizer) -> Path | None:

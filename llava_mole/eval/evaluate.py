@@ -1,10 +1,10 @@
 """`llava-mole eval`: answer questions with a model and score the answers.
 
     llava-mole eval RUN --benchmarks tiny,chartqa
-    llava-mole eval RUN --questions general=Q1.jsonl document=Q2.jsonl --image-folder DIR --answers-file answers.jsonl
+    llava-mole eval RUN --questions general=Q1.jsonl document=Q2.jsonl --image-folder DIR
 
 The first form writes `RUN/eval/<benchmark>.jsonl`, `.score.json` and so on. The second is for question files of your
-own and writes the same files beside `answers.jsonl`. `llava-mole report` compares the score files.
+own and writes `RUN/eval/questions.jsonl` and the same files beside it. `llava-mole report` compares the score files.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from llava_mole.eval.answers import lock_answers, read_answers
 from llava_mole.eval.benchmarks.benchmark import (
     DATA_ROOT,
     DEFAULT_VARIANT,
+    OWN,
     BenchmarkQuestions,
     load_questions,
     own_questions,
@@ -29,7 +30,7 @@ from llava_mole.eval.benchmarks.benchmark import (
 from llava_mole.eval.benchmarks.registry import get_benchmark, list_benchmarks
 from llava_mole.eval.benchmarks.submission import SUFFIXES, WRITERS, check_submission
 from llava_mole.eval.model_vqa import answer_questions, check_prompts, describe_run
-from llava_mole.eval.questions import check_images
+from llava_mole.eval.questions import check_images, parse_named_file
 from llava_mole.eval.ranks import joined_ranks
 from llava_mole.eval.report.compare import build_benchmarks
 from llava_mole.eval.report.formats import to_text
@@ -87,13 +88,27 @@ def split_names(names: list[str]) -> list[str]:
     return found
 
 
+def prepared_images(files: Sequence[str]) -> Path:
+    """The image folder of question files (`[GROUP=]FILE` each) that `llava-mole prepare` wrote.
+
+    It lies beside their folder: `DIR/questions/test.jsonl` and `DIR/images`. Of other files it is the working
+    directory.
+    """
+    folders = {parse_named_file(file)[1].absolute().parent for file in files}
+    folder = folders.pop()
+    images = folder.parent / "images"
+    prepared = not folders and folder.name == "questions" and (folder.parent / "report.json").is_file()
+    return images if prepared and images.is_dir() else Path()
+
+
 def plan_jobs(args: argparse.Namespace) -> list[Job]:
     """Return the benchmarks to run, with questions and images checked. Raises UserErrors as the parts do."""
     images = Path(args.image_folder) if args.image_folder else None
-    if not args.benchmarks:
-        loaded = own_questions(args.questions, image_folder=images or Path(), train_files=args.train_file)
-        return [_plan(loaded, Path(args.answers_file), args)]
     folder = Path(args.out) if args.out else output_folder(args.model_path)
+    if not args.benchmarks:
+        answers = Path(args.answers_file) if args.answers_file else folder / f"{OWN}.jsonl"
+        images = images or prepared_images(args.questions)
+        return [_plan(own_questions(args.questions, image_folder=images, train_files=args.train_file), answers, args)]
     jobs = []
     for name in split_names(args.benchmarks):
         benchmark = get_benchmark(name)
@@ -223,14 +238,18 @@ def _current_scores(job: Job, answers_sha256: list[str]) -> dict[str, Any] | Non
 
 def check_forms(args: argparse.Namespace) -> None:
     """Raise ConfigError unless the options belong to one of the two forms."""
-    own = {"--questions": args.questions, "--answers-file": args.answers_file}
+    own = {
+        "--questions": args.questions,
+        "--answers-file": args.answers_file,
+        "--train-file": args.train_file,
+    }
     given = [name for name, value in own.items() if value]
     if args.benchmarks:
-        if given or args.train_file:
-            raise ConfigError(f"--benchmarks and {given[0] if given else '--train-file'} are two forms; give one")
+        if given:
+            raise ConfigError(f"--benchmarks and {given[0]} are two forms; give one")
         return
-    if len(given) < len(own):
-        raise ConfigError("give --benchmarks NAME,..., or --questions FILE... with --answers-file FILE")
+    if not args.questions:
+        raise ConfigError("give --benchmarks NAME,..., or --questions FILE...")
     extra = {"--out": args.out, "--prompt-variant": args.prompt_variant != DEFAULT_VARIANT}
     unused = [name for name, value in extra.items() if value]
     if unused:
@@ -250,9 +269,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data-root", default=str(DATA_ROOT), metavar="DIR", help=f"where benchmark data is (default {DATA_ROOT})")
     add("--out", metavar="DIR", help="where benchmarks' results go (default MODEL_DIR/eval)")
     add("--questions", nargs="+", metavar="[GROUP=]FILE", help="your own question files, with answers")
-    add("--image-folder", default="", metavar="DIR", help="root of the questions' image paths")
+    add(
+        "--image-folder",
+        default="",
+        metavar="DIR",
+        help="root of the questions' image paths (default: what prepare wrote beside them, else this directory)",
+    )
     add("--follow-links", action="store_true", help="let symbolic links lead out of the image folder")
-    add("--answers-file", metavar="FILE", help="answers to --questions; scores are written beside it")
+    add(
+        "--answers-file",
+        metavar="FILE",
+        help=f"answers to --questions; scores are written beside it (default MODEL_DIR/eval/{OWN}.jsonl)",
+    )
     add("--train-file", nargs="+", metavar="[GROUP=]FILE", help="training splits for --questions' majority baseline")
     add(
         "--source-of",

@@ -208,7 +208,8 @@ class Predictor:
         """The likelihood of each continuation as the answer to its prompt.
 
         Args:
-            images, prompts: As for `generate`.
+            images: As for `generate`.
+            prompts: As for `generate`.
             continuations: One answer per prompt; a single text is a list of one.
             with_end: Also score the end marker, that is, that the answer stops there.
             batch_size: Rows per forward pass; rows of similar length share one.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_mole.analysis.probe import Rows
-from llava_mole.common.distributed import all_gather_objects, is_main_process, on_main
+from llava_mole.common.distributed import all_gather_objects, cores, is_main_process, on_main
 from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
 from llava_mole.common.text import format_table
@@ -192,7 +192,7 @@ def build_monitor(
             held_out,
             row_tokens=config.train.pack_length or config.data.max_length,
             pad_token_id=tokenizer.pad_token_id,
-            num_workers=config.train.num_workers,
+            num_workers=min(config.train.num_workers, cores()),
             routes=routes,
         )
         if config.train.validation_answers:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from llava_mole.common.distributed import all_gather_objects, all_reduce_sum
+from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, cores
 from llava_mole.common.errors import ConfigError, UserError, value_errors_as
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
@@ -225,7 +225,7 @@ class Trainer:
             self.progress.consumed_by_source[name] = self.progress.consumed_by_source.get(name, 0) + count
 
     def _loader(self, first: int) -> DataLoader:
-        workers = self.train.num_workers
+        workers = min(self.train.num_workers, cores())
         put_together = collate_packed if self.plan.batching == "packed" else collate
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]  # map-style, without torch's base class

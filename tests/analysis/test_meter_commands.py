@@ -16,7 +16,11 @@ from llava_mole.train.plot import draw_run
 from llava_mole.train.train import train
 
 PAGE = (Path(__file__).parents[2] / "docs" / "meters.md").read_text(encoding="utf-8")
-COMMANDS = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+]
 
 
 @pytest.fixture(scope="module")

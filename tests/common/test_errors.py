@@ -31,6 +31,16 @@ def test_other_errors_are_not_hidden() -> None:
         raising(ZeroDivisionError())()
 
 
+def test_a_full_gpu_is_one_line_with_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    assert raising(full)() == 1
+    assert capsys.readouterr().err.startswith("llava-mole: error: CUDA out of memory; in training, use shorter rows")
+    with pytest.raises(RuntimeError, match="another"):
+        raising(RuntimeError("another"))()
+
+
 def test_success_is_exit_code_0() -> None:
     assert command(lambda: None)() == 0
 

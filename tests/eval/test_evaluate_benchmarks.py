@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from llava_mole import cli
 from llava_mole.common.errors import EXIT_INTERRUPTED, ConfigError
 from llava_mole.eval import evaluate, questions
 from llava_mole.eval.answers import AnswerFile
-from llava_mole.eval.evaluate import output_folder, split_names
+from llava_mole.eval.evaluate import output_folder, prepared_images, split_names
 from llava_mole.inference.predictor import Predictor
 
 ROOT = Path(__file__).parent.parent.parent
@@ -245,9 +246,23 @@ def test_missing_golds_are_found_before_the_model_is_loaded(
 
 def test_the_two_forms(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "run"]) == 2
-    assert "give --benchmarks NAME,..., or --questions FILE... with --answers-file FILE" in capsys.readouterr().err
+    assert "give --benchmarks NAME,..., or --questions FILE..." in capsys.readouterr().err
     assert cli.main(["eval", "run", "--questions", "q", "--answers-file", "a", "--out", "o"]) == 2
     assert "--out needs --benchmarks" in capsys.readouterr().err
+
+
+def test_own_questions_need_no_other_option(mole_run: Path, asked: Path, tmp_path: Path) -> None:
+    """Questions that `prepare` wrote lie beside their images; the answers go where a benchmark's would."""
+    shutil.copytree(asked.parent, tmp_path / "mine" / "images", ignore=shutil.ignore_patterns("*.jsonl"))
+    (tmp_path / "mine" / "questions").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("{}")
+    questions = Path(shutil.copy(asked, tmp_path / "mine" / "questions" / "test.jsonl"))
+    assert prepared_images([f"group={questions}"]) == tmp_path / "mine" / "images"
+    assert prepared_images([str(asked)]) == Path()
+    run = Path(shutil.copytree(mole_run, tmp_path / "run"))
+    assert cli.main(["eval", str(run), "--questions", str(questions), "--device", "cpu", "--max-new-tokens", "2"]) == 0
+    names = {path.name for path in (run / "eval").iterdir()}
+    assert {"questions.jsonl", "questions.score.json", "questions.routing.json"} <= names
 
 
 def test_names_and_folders() -> None:

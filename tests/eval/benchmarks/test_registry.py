@@ -201,7 +201,7 @@ def test_commands_list_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_documentation_has_a_command_for_every_benchmark() -> None:
-    text = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "benchmark_reference.md").read_text(encoding="utf-8")
     for name in EXPECTED:
         assert f"`--benchmarks {name}`" in text, name
         variants = get_benchmark(name).prompt.variants
