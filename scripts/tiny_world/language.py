@@ -54,27 +54,27 @@ QUESTION_WEIGHT = 4.0
 class Recipe:
     """Size of the training run."""
 
-    items: int = 20000
-    steps: int = 2800
+    items: int = 100000
+    steps: int = 14000
     batch_tokens: int = 2048
     """About this many tokens a step, padding included."""
     learning_rate: float = 3e-3
     """Of embeddings and norms (AdamW)."""
-    matrix_learning_rate: float = 5e-3
+    matrix_learning_rate: float = 4e-3
     """Of the blocks' matrices (Muon)."""
     weight_decay: float = 0.05
     warmup_steps: int = 100
     noise: float = 0.1
     """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
-    drills_alone: float = 0.4
+    drills_alone: float = 0.1
     """Share of the steps before the first piece of pre-training text."""
-    drills_later: float = 0.35
+    drills_later: float = 0.15
     """Share of drills among the steps after that."""
     mastered: float = 0.85
     """Share of right tokens in drills above which they become harder."""
     harder: float = 0.01
     """How much harder in such a step, on a scale from 0 to 1."""
-    decay: float = 0.55
+    decay: float = 0.7
     """Share of the steps, the last ones, over which the rates fall linearly."""
     test_items: int = 1200
     report_every: int = 250
