@@ -1,6 +1,6 @@
 """The words that stand in each patch of an image: what the tower learns of its tokens one by one.
 
-CLIP's loss and the pooling head reward a tower whose tokens together tell what an image shows. The names in a document's
+CLIP's loss and the pooling head reward tokens that together tell what an image shows. The names in a document's
 patches then make up 2% of the tokens' variance, and no projector finds them. Here each token is compared with the words
 of its own patch, without a projection in between, so that they become its largest part.
 """
