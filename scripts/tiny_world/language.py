@@ -54,27 +54,27 @@ QUESTION_WEIGHT = 4.0
 class Recipe:
     """Size of the training run."""
 
-    items: int = 20000
-    steps: int = 2800
+    items: int = 100000
+    steps: int = 8000
     batch_tokens: int = 2048
     """About this many tokens a step, padding included."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Of embeddings and norms (AdamW)."""
-    matrix_learning_rate: float = 5e-3
+    matrix_learning_rate: float = 1.5e-3
     """Of the blocks' matrices (Muon)."""
     weight_decay: float = 0.05
     warmup_steps: int = 100
     noise: float = 0.1
     """Standard deviation of the noise on input embeddings, relative to that of the embeddings (as in NEFTune)."""
-    drills_alone: float = 0.4
+    drills_alone: float = 0.1
     """Share of the steps before the first piece of pre-training text."""
-    drills_later: float = 0.35
+    drills_later: float = 0.1
     """Share of drills among the steps after that."""
     mastered: float = 0.85
     """Share of right tokens in drills above which they become harder."""
     harder: float = 0.01
     """How much harder in such a step, on a scale from 0 to 1."""
-    decay: float = 0.55
+    decay: float = 0.8
     """Share of the steps, the last ones, over which the rates fall linearly."""
     test_items: int = 1200
     report_every: int = 250
@@ -149,24 +149,27 @@ class Source:
             rows.append((*to_tokens(item, tokenizer), f"text/{item.skill}"))
         self.rows: list[Row] = sorted(rows, key=lambda row: len(row[0]))
 
-    def batch(self, step: int, level: float) -> list[Row]:
-        """Return the rows of a step: drills of a level alone at first, then drills or text of similar length."""
-        rng = Random(f"{self.seed}-step-{step}")
-        if step < self.recipe.drills_alone * self.recipe.steps or rng.random() < self.recipe.drills_later:
+    def batch(self, step: int, level: float) -> list[list[Row]]:
+        """Return the groups of rows of a step: drills of a level alone at first, then drills or text.
+
+        Text comes in three groups of rows of similar length, one from each third of the order of lengths. Padding stays
+        small, and each step sees short texts and long ones: descriptions, drills and dialogues.
+        """
+        recipe, rng = self.recipe, Random(f"{self.seed}-step-{step}")
+        if step < recipe.drills_alone * recipe.steps or rng.random() < recipe.drills_later:
             drills = [
-                make_drill(self.vocabulary, rng, level) for _ in range(max(1, self.recipe.batch_tokens // MOST_TOKENS))
+                make_drill(self.vocabulary, rng, level) for _ in range(max(1, recipe.batch_tokens // MOST_TOKENS))
             ]
-            return [(drill.ids, drill.labels, f"drill/{drill.skill}") for drill in drills]
-        # A random place in the order of lengths, weighted by length, as every token is to be seen equally often.
-        start = max(rng.randrange(len(self.rows)), rng.randrange(len(self.rows)))
-        count = max(1, self.recipe.batch_tokens // len(self.rows[start][0]))
-        low = max(0, start - 4 * count)
-        return [
-            self.rows[index]
-            for index in sorted(
-                rng.sample(range(low, min(len(self.rows), low + 8 * count)), min(count, len(self.rows) - low))
+            return [[(drill.ids, drill.labels, f"drill/{drill.skill}") for drill in drills]]
+        groups, third = [], len(self.rows) // 3
+        for first in (0, third, 2 * third):
+            start = first + rng.randrange(third)
+            count = min(third, max(1, recipe.batch_tokens // 3 // len(self.rows[start][0])))
+            low = max(0, min(start - 4 * count, len(self.rows) - 8 * count))
+            groups.append(
+                [self.rows[index] for index in rng.sample(range(low, min(len(self.rows), low + 8 * count)), count)]
             )
-        ]
+        return groups
 
 
 def make_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -279,12 +282,15 @@ def train(
         scale = min(1.0, (step + 1) / recipe.warmup_steps, (1 - step / recipe.steps) / recipe.decay + 0.005)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * scale
-        rows = source.batch(step, curriculum.level.item())
-        loss, answer_loss, right = losses(model, rows, recipe, seed * 1_000_003 + step)
-        if rows[0][2].startswith("drill/"):
-            curriculum.record(right)
+        groups = source.batch(step, curriculum.level.item())
         model.zero_grad()
-        loss.backward()
+        answer_loss = 0.0
+        for number, rows in enumerate(groups):
+            loss, of_answers, right = losses(model, rows, recipe, (seed * 1_000_003 + step) * 3 + number)
+            (loss / len(groups)).backward()
+            answer_loss += of_answers / len(groups)
+            if rows[0][2].startswith("drill/"):
+                curriculum.record(right)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

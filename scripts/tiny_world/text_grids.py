@@ -19,12 +19,13 @@ from scripts.tiny_world.text_items import (
     dialogue,
     drill,
     either,
+    look_ups,
     yes_no,
 )
 
 SIDE = 4
 DRILL = 0.5
-"""Share of charts, tables and lists that are followed by a drill."""
+"""Share of readings that are followed by a drill."""
 PLACES = (("upper left", "upper", "upper right"), ("left", "center", "right"), ("lower left", "lower", "lower right"))
 
 
@@ -36,10 +37,15 @@ def grid_item(rng: Random) -> Item:
 
 def finish(skill: str, cells: list[list[str]], caption: str, questions: list[tuple[str, str]], rng: Random) -> Item:
     """Add the grid's description or, twice as often, a conversation about it."""
-    reading = [word for row in cells for word in row]
+    reading = flatten(cells)
     if rng.random() < 1 / 3:
         return Item(f"{skill} description", "description", tuple(reading), (("", caption),))
     return dialogue(skill, reading, questions, rng)
+
+
+def flatten(cells: list[list[str]]) -> list[str]:
+    """Return the cells row by row."""
+    return [word for row in cells for word in row]
 
 
 def blank() -> list[list[str]]:
@@ -59,7 +65,7 @@ def chart_grid(rng: Random) -> Item:
         cells[2][column] = colour
         cells[3][column] = name
     if rng.random() < DRILL:
-        return drill("chart", [word for row in cells for word in row], names, values, colours, rng)
+        return drill("chart", flatten(cells), look_ups(names, values, colours, rng), rng)
     caption = chart_text(names, values, colours, rng)
     return finish("chart", cells, caption, chart_questions(names, values, colours, rng), rng)
 
@@ -114,7 +120,7 @@ def table_grid(rng: Random) -> Item:
     for row in range(3):
         cells[row + 1][0], cells[row + 1][column] = names[row], values[row]
     if rng.random() < DRILL:
-        return drill("table", [word for row in cells for word in row], names, values, (), rng)
+        return drill("table", flatten(cells), [*look_ups(names, values, (), rng), ("title?", title)], rng)
     listed = f"{names[0]} {values[0]}, {names[1]} {values[1]} and {names[2]} {values[2]}"
     caption = rng.choice((f"A table of the {title}: {listed}.", f"The table shows the {title} of {listed}."))
     questions = value_questions(names, values, rng)
@@ -139,8 +145,19 @@ def shape_grid(rng: Random) -> Item:
         cells[row][column] = word
     middle = (top + height / 2, left + width / 2)
     place = PLACES[min(2, int(3 * middle[0] / SIDE))][min(2, int(3 * middle[1] / SIDE))]
+    if rng.random() < DRILL:
+        return drill("shape", flatten(cells), shape_drill(shape, colour, place, rng), rng)
     caption = shape_text(shape, colour, place, rng)
     return finish("shape", cells, caption, shape_questions(shape, colour, place, rng), rng)
+
+
+def shape_drill(shape: str, colour: str, place: str, rng: Random) -> list[tuple[str, str]]:
+    """Ask in few words for colour, shape and place, and for presence and absence."""
+    pool = [("color?", colour), ("shape?", shape), ("where?", place)]
+    for present, words in ((colour, COLOURS), (shape, SHAPES)):
+        for asked in (present, *rng.sample([word for word in words if word != present], 2)):
+            pool += [(f"{asked}?", yes_no(asked == present)), (f"not {asked}?", yes_no(asked != present))]
+    return pool
 
 
 def shape_text(shape: str, colour: str, place: str, rng: Random) -> str:
@@ -212,6 +229,14 @@ def area_grid(rng: Random) -> Item:
         (f"Can {second} be seen?", yes_no(amounts[second] > 0)),
         (f"Is a large part {third}?", yes_no(much)),
     ]
+    short = [
+        (f"{first} size?", size),
+        (f"{second} density?", density),
+        (f"most {first}?", yes_no(amounts[first] > 8)),
+        (f"{first}?", yes_no(amounts[first] > 0)),
+        (f"{second}?", yes_no(amounts[second] > 0)),
+        (f"much {third}?", yes_no(much)),
+    ]
     text = rng.choice(("A tissue patch", "A stained tissue section")) + " with "
     parts = [f"a {size} {first} positive area", f"{density} density of {second}"]
     parts.append(f"a large {third} area" if much else f"little {third} area")
@@ -221,6 +246,7 @@ def area_grid(rng: Random) -> Item:
     if amounts[first] != amounts[second]:
         winner = first if amounts[first] > amounts[second] else second
         out.append((f"Is there more {first} or more {second}?", winner))
+        short.append((f"{first} or {second}?", winner))
         text += f" {winner} covers the larger area."
     quadrants = [
         sum(cells[top + row][left + column] == first for row in range(2) for column in range(2))
@@ -230,6 +256,7 @@ def area_grid(rng: Random) -> Item:
     if sorted(quadrants)[-1] > sorted(quadrants)[-2]:
         where = QUADRANTS[quadrants.index(max(quadrants))]
         out += [(f"In which corner is most {first}?", where)] * 2
+        short.append((f"{first} corner?", where))
         text += f" The {first} staining is strongest in the {where}."
     left, upper = quadrants[0] + quadrants[2], quadrants[0] + quadrants[1]
     right, lower = quadrants[1] + quadrants[3], quadrants[2] + quadrants[3]
@@ -240,7 +267,10 @@ def area_grid(rng: Random) -> Item:
             truth = yes_no((one > other) == (asked == name))
             out.append((f"Has the {asked} half more {first}?", truth))
             out.append((f"Is there more {first} in the {asked} half than in the {unasked} half?", truth))
+            short += [(f"{side} {first}?", yes_no((one > other) == (side == name))) for side in (name, opposite)]
             sides.append(f"{name if one > other else opposite} half")
     if sides:
         text += f" The {' and the '.join(sides)} is browner."
+    if rng.random() < DRILL:
+        return drill("area", flatten(cells), short, rng)
     return finish("area", cells, text, out, rng)

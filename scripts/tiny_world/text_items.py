@@ -14,6 +14,8 @@ THINGS = ("apple", "bird", "boat", "book", "car", "cat", "clock", "cup", "dog", 
 DIGITS = tuple("123456789")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 ORDINALS = ("first", "second", "third", "last")
+DRILL_QUESTIONS = 20
+"""Most questions of a drill about generated text."""
 BLANK = "."
 """Text of an empty cell of a grid."""
 
@@ -45,25 +47,39 @@ def either(rng: Random, present: Sequence[str], all_words: Sequence[str]) -> str
 
 
 def dialogue(skill: str, reading: Sequence[str], pool: list[tuple[str, str]], rng: Random, most: int = 8) -> Item:
-    """Make a conversation of one to `most` questions drawn from `pool`."""
-    count = min(len(pool), rng.randint(1, most))
-    return Item(f"{skill} dialogue", "dialogue", tuple(reading), tuple(rng.sample(pool, count)))
+    """Make a conversation of one to `most` different questions drawn from `pool`."""
+    count = rng.randint(1, most)
+    return Item(f"{skill} dialogue", "dialogue", tuple(reading), draw_questions(pool, count, rng))
 
 
-def drill(
-    skill: str, reading: Sequence[str], names: Sequence[str], values: Sequence[str], colours: Sequence[str], rng: Random
-) -> Item:
-    """Make a row of look-ups and comparisons that are as short as possible: much practice in few tokens."""
-    pool = [("first?", names[0]), ("last?", names[-1])] * 2
+def draw_questions(pool: list[tuple[str, str]], count: int, rng: Random) -> tuple[tuple[str, str], ...]:
+    """Draw up to `count` different questions: the answer to one asked twice could be copied from above."""
+    drawn: dict[str, str] = {}
+    for question, answer in rng.sample(pool, len(pool)):
+        if len(drawn) < count:
+            drawn.setdefault(question, answer)
+    return tuple(drawn.items())
+
+
+def drill(skill: str, reading: Sequence[str], pool: list[tuple[str, str]], rng: Random) -> Item:
+    """Make a row of short questions of `pool`: much practice in few tokens."""
+    return Item(f"{skill} drill", "drill", tuple(reading), draw_questions(pool, DRILL_QUESTIONS, rng))
+
+
+def look_ups(names: Sequence[str], values: Sequence[str], colours: Sequence[str], rng: Random) -> list[tuple[str, str]]:
+    """Return look-ups and comparisons of names, values and colours (of none, if there are none)."""
+    pool = [("first?", names[0]), ("last?", names[-1])]
     for name, value in zip(names, values, strict=True):
-        pool += [(f"{name}?", value), (f"{value}?", name)] * 2
+        pool += [(f"{name}?", value), (f"{value}?", name)]
         pool.append((f"{name} in row?", ORDINALS[list(names).index(name)]))
     for name, colour in zip(names, colours, strict=False):
-        pool += [(f"{name} color?", colour), (f"{colour}?", name)] * 2
+        pool += [(f"{name} color?", colour), (f"{colour}?", name)]
     order = sorted(zip(values, names, strict=True))
-    pool += [("highest?", order[-1][1]), ("lowest?", order[0][1])] * 3
+    pool += [("highest?", order[-1][1]), ("lowest?", order[0][1])]
     for _ in range(4):
         (value, name), (other_value, other) = rng.sample(order, 2)
         pool.append((f"{name} above {other}?", yes_no(value > other_value)))
-    pool += [("first above last?", yes_no(values[0] > values[-1]))] * 3
-    return Item(f"{skill} drill", "drill", tuple(reading), tuple(rng.sample(pool, 12)))
+    pool.append(("first above last?", yes_no(values[0] > values[-1])))
+    asked = either(rng, names, NAMES)
+    pool.append((f"{asked} listed?", yes_no(asked in names)))
+    return pool

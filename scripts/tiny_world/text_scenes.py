@@ -15,6 +15,7 @@ from scripts.tiny_world.text_items import (
     dialogue,
     drill,
     either,
+    look_ups,
     yes_no,
 )
 
@@ -42,7 +43,7 @@ def list_item(rng: Random) -> Item:
     else:
         text = ", ".join(f"{name}: {value}" for name, value in pairs)
     if rng.random() < DRILL:
-        return drill("list", text.split(), names, values, colours if style == 0 else (), rng)
+        return drill("list", text.split(), look_ups(names, values, colours if style == 0 else (), rng), rng)
     questions = value_questions(names, values, rng)
     if style == 0:
         for name, colour in zip(names, colours, strict=True):

@@ -25,6 +25,7 @@ from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
 from llava_mole.data.prepare.sources.tiny.samples import IMAGE_SIZE, Sample
 from llava_mole.data.prepare.sources.tiny.world import progress
 from scripts.tiny_world.checkpoint import Checkpoint
+from scripts.tiny_world.patches import PatchWords
 from scripts.tiny_world.probes import probe
 
 LOG = get_logger("llava_mole.tiny_world")
@@ -56,7 +57,9 @@ class Recipe:
     learning_rate: float = 1e-3
     refining_steps: int = 900
     refining_batch_size: int = 128
-    refining_shape_weight: float = 5.0
+    refining_shape_weight: float = 2.0
+    refining_document_weight: float = 2.0
+    """How much oftener shapes and documents are drawn than tissue while the tokens are refined."""
     refining_learning_rate: float = 6e-4
     weight_decay: float = 0.05
     warmup_steps: int = 50
@@ -170,26 +173,34 @@ class Towers(torch.nn.Module):
     Refining drops the text half for a table of vectors, which starts as the text half's: that is a third faster.
     """
 
-    def __init__(self, sentences: int) -> None:
-        """Create the modules for this many sentences."""
+    def __init__(self, sentences: int, samples: Sequence[Sample]) -> None:
+        """Create the modules for this many sentences and these training images."""
         import open_clip
 
         super().__init__()
         width, embed_dim = OPEN_CLIP_CONFIG["vision_cfg"]["width"], OPEN_CLIP_CONFIG["embed_dim"]
         self.clip = open_clip.CLIP(**OPEN_CLIP_CONFIG)
         self.head = TokenHead(width, embed_dim)
+        self.patch_words = PatchWords(samples, width)
         self.table = torch.nn.Parameter(F.normalize(torch.randn(sentences, embed_dim), dim=-1))
 
-    def loss(self, pixels: torch.Tensor, truth: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-        """Compute the mean of CLIP's loss and the head's; without sentences' `tokens` the table stands for them."""
+    def loss(self, pixels: torch.Tensor, truth: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Compute the mean of CLIP's loss and the head's."""
         features, patches = encode_images(self.clip, pixels)
-        if tokens is None:
-            sentences = F.normalize(self.table, dim=-1)
-        else:
-            sentences = self.clip.encode_text(tokens, normalize=True)
-        temperature = self.clip.logit_scale.exp().clamp(max=60)
-        pooled = contrastive_loss(temperature * features @ sentences.T, truth)
-        return (pooled + contrastive_loss(temperature * self.head(patches) @ sentences.T, truth)) / 2
+        sentences = self.clip.encode_text(tokens, normalize=True)
+        return (self.compare(features, sentences, truth) + self.compare(self.head(patches), sentences, truth)) / 2
+
+    def refining_loss(
+        self, pixels: torch.Tensor, truth: torch.Tensor, rows: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Compute the mean of the head's loss, against the table, and that of the patches' words."""
+        _, patches = encode_images(self.clip, pixels)
+        sentences = F.normalize(self.table, dim=-1)
+        return (self.compare(self.head(patches), sentences, truth) + self.patch_words(patches, rows, generator)) / 2
+
+    def compare(self, images: torch.Tensor, sentences: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Compute InfoNCE between unit vectors of images and of sentences."""
+        return contrastive_loss(self.clip.logit_scale.exp().clamp(max=60) * images @ sentences.T, truth)
 
 
 def train(
@@ -226,7 +237,9 @@ def train(
         ids = [*encode(sentence)[: text["context_length"] - 1], text["vocab_size"] - 1]
         tokens[row, : len(ids)] = torch.tensor(ids)
     torch.manual_seed(seed)
-    towers = Towers(len(sentences))
+    towers = Towers(len(sentences), samples)
+    is_tissue = ~towers.patch_words.truth.any(-1).any(-1)
+    is_document = ~is_shape & ~is_tissue
     steps = recipe.steps
     if start is not None:
         steps = 0
@@ -245,19 +258,26 @@ def train(
         if refining:
             done, all_steps, rate = step - steps, recipe.refining_steps, recipe.refining_learning_rate
             size, shape_weight = recipe.refining_batch_size, recipe.refining_shape_weight
+            document_weight = recipe.refining_document_weight
         else:
             done, all_steps, rate = step, steps, recipe.learning_rate
-            size, shape_weight = recipe.batch_size, recipe.shape_weight
+            size, shape_weight, document_weight = recipe.batch_size, recipe.shape_weight, 1.0
         if step == steps and start is None:
             with torch.no_grad():
                 towers.table.copy_(towers.clip.encode_text(tokens, normalize=True))
         scale = min(1.0, (done + 1) / recipe.warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * done / all_steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * scale
-        weight = torch.where(is_shape, shape_weight / is_shape.sum(), 1 / (~is_shape).sum() * 2)
+        weight = sum(
+            share * which / which.sum()
+            for share, which in ((shape_weight, is_shape), (document_weight, is_document), (1.0, is_tissue))
+        )
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)  # so that a resumed run draws the same
         rows = torch.multinomial(weight, size, replacement=True, generator=generator)
-        loss = towers.loss(pixels[rows], truth[rows], None if refining else tokens)
+        if refining:
+            loss = towers.refining_loss(pixels[rows], truth[rows], rows, generator)
+        else:
+            loss = towers.loss(pixels[rows], truth[rows], tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
