@@ -10,19 +10,8 @@ from llava_mole.common.keys import ANY
 from llava_mole.config import PATHS, RANGES, Option, RunConfig, options
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("web.md",)
 PLACE = "<!-- every key -->"
 """Where docs/configuration.md gets the tables."""
-
-
-def on_config(config: Any, **_: Any) -> Any:
-    """Leave pages out of the navigation that are optional and absent."""
-    absent = [page for page in OPTIONAL if not (ROOT / "docs" / page).is_file()]
-    for section in config.nav:
-        for pages in section.values():
-            if isinstance(pages, list):
-                pages[:] = [page for page in pages if not set(page.values()) & set(absent)]
-    return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
