@@ -34,8 +34,8 @@ def sentence(entry: dict[str, Any]) -> str:
     total = entry["runs"][OURS]["total"]
     return (
         f"On {total:,} test questions: with the other domains mixed in, plain LoRA ({BASELINE}) is {mixed} "
-        f"on documents than trained on documents alone ({ALONE}); the mixture of LoRA experts ({OURS}) is {experts} than plain LoRA "
-        f"({BASELINE}) on average."
+        f"on documents than trained on documents alone ({ALONE}); the mixture of LoRA experts "
+        f"({OURS}) is {experts} than plain LoRA ({BASELINE}) on average."
     )
 
 
