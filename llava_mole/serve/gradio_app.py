@@ -139,9 +139,8 @@ def launch(page: Any, args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Load the models and serve the page until SIGINT or SIGTERM."""
     args = parse_arguments(argv)
-    for package in ("gradio",):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"the web page needs {package}; install it with: pip install 'llava_mole[web]'")
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError("the web page needs gradio; install it with: pip install 'llava_mole[web]'")
     setup_logging()
     with tempfile.TemporaryDirectory(prefix="llava_mole_web_") as name:
         folder = Path(name).resolve()
