@@ -23,6 +23,8 @@ CORE = (CENTRE, Cell(0.0, 32, 1), Cell(1.0, 32, 2), Cell(0.5, 32, 1), Cell(0.0, 
 """The centre and one step along every dial."""
 FULL = tuple(Cell(c, load, r) for r, load, c in product((1, 2, 4), (16, 32, 64), (0.0, 0.5, 1.0)))
 """All combinations."""
+HEAVY = tuple(Cell(c, load, r) for r, load, c in product((1, 2), (64, 96, 128), (1.0, 0.0, 0.5)))
+"""Loads for models that store 32 facts a domain without loss (docs/conflict.md, amendment 6)."""
 FIRST = (
     "single general", "single document", "single biomedicine", "mix", "mix, rank K r", "oracle", "paper", "coupled",
     "lead", "image",
@@ -79,6 +81,11 @@ def full(seeds: Sequence[int]) -> Iterator[Job]:
     return _jobs(FULL, _named(FIRST), seeds)
 
 
+def heavy(seeds: Sequence[int]) -> Iterator[Job]:
+    """Fewer arms at larger loads."""
+    return _jobs(HEAVY, _named(FEW), seeds)
+
+
 def rest(seeds: Sequence[int]) -> Iterator[Job]:
     """The other arms in the core cells."""
     return _jobs(CORE, _named(REST), seeds)
@@ -107,6 +114,7 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "few-half": few_half,
     "core": core,
     "full": full,
+    "heavy": heavy,
     "rest": rest,
     "routers": routers,
     "more-routers": more_routers,
