@@ -32,6 +32,8 @@ FIRST = (
 """The arms that every cell has."""
 FEW = tuple(name for name in FIRST if name not in ("coupled", "lead"))
 """The arms of a cell when time is short."""
+LOADED = Cell(1.0, 64, 1)
+"""The cell with most conflict on the models of amendment 6, where routers are compared on them."""
 REST = ("mix", "oracle", "random", "best", "source")
 """The other arms, with those that they are compared to."""
 
@@ -86,6 +88,18 @@ def heavy(seeds: Sequence[int]) -> Iterator[Job]:
     return _jobs(HEAVY, _named(FEW), seeds)
 
 
+def own_load(seeds: Sequence[int]) -> Iterator[Job]:
+    """The control for load at `LOADED`: as many facts, none of which contradicts another."""
+    return _jobs([dataclasses.replace(LOADED, convention=0.0, agreed="own")], _named(FEW), seeds)
+
+
+def loaded_routers(seeds: Sequence[int]) -> Iterator[Job]:
+    """The arms that `heavy` leaves out, then all router variants, at `LOADED`."""
+    left = {name: arm for name, arm in ARMS.items() if name not in FEW} | {"mix": ARMS["mix"]}
+    for arms in (left, ROUTERS, MORE_ROUTERS):
+        yield from _jobs([LOADED], arms, seeds)
+
+
 def rest(seeds: Sequence[int]) -> Iterator[Job]:
     """The other arms in the core cells."""
     return _jobs(CORE, _named(REST), seeds)
@@ -115,6 +129,8 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "core": core,
     "full": full,
     "heavy": heavy,
+    "own-load": own_load,
+    "loaded-routers": loaded_routers,
     "rest": rest,
     "routers": routers,
     "more-routers": more_routers,
