@@ -18,7 +18,7 @@ from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 from llava_mole.common.files import read_json, write_json
 from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS
-from scripts.conflict.grid import CENTRE, FULL
+from scripts.conflict.grid import FULL
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5% quantiles of Student's t by number of seeds."""
@@ -97,8 +97,9 @@ def show(values: Sequence[float], digits: int = 1) -> str:
 
 
 def tables(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
-    """Markdown: accuracy of every arm, then conflict, healing and share by cell."""
-    arms = list(dict.fromkeys(arm for _, scores in cells.values() for arm in scores))
+    """Markdown: accuracy of every arm of several cells, then conflict, healing and share by cell."""
+    counted = Counter(arm for _, scores in cells.values() for arm in scores)
+    arms = [arm for arm, count in counted.items() if count > 1 or len(cells) == 1]
     moles = [arm for arm in arms if arm not in ("single", "mix", "mix, rank K r", "oracle", "random")]
     lines = ["| cell | seeds | " + " | ".join(arms) + " |", "|---" * (len(arms) + 2) + "|"]
     for name, (_, scores) in cells.items():
@@ -120,6 +121,26 @@ def tables(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
     for name, (_, scores) in cells.items():
         row = [show(share(scores, m), 2) if scores.get(m) else "-" for m in moles]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def richest(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
+    """The cell with the most arms, in which routers are compared."""
+    return max(cells, key=lambda name: len(cells[name][1]))
+
+
+def router_table(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
+    """Markdown: all arms of the richest cell, best first."""
+    name = richest(cells)
+    scores = cells[name][1]
+    columns = ("accuracy", "- Mix", "- rank K r", "share of the way from Mix to oracle")
+    lines = [f"{name}:", "", "| arm | " + " | ".join(columns) + " |", "|---" * 5 + "|"]
+    for arm in sorted(scores, key=lambda arm: -statistics.mean(scores[arm].values())):
+        differences = [
+            show(difference(scores, arm, other)) if scores.get(other) else "-" for other in ("mix", "mix, rank K r")
+        ]
+        part = "-" if arm in ("single", "mix", "oracle") else show(share(scores, arm), 2)
+        lines.append(f"| {arm} | {' | '.join([show(list(scores[arm].values())), *differences, part])} |")
     return "\n".join(lines)
 
 
@@ -213,14 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     world, jobs = read_jobs(given.out, given.world)
     cells = by_cell(jobs)
-    print(f"world {world}, {len(jobs)} jobs\n\n{tables(cells)}")
+    print(f"world {world}, {len(jobs)} jobs\n\n{tables(cells)}\n\n{router_table(cells)}")
     healers = [h for h in given.healers if any(scores.get(h) for _, scores in cells.values())]
     given.to.mkdir(parents=True, exist_ok=True)
     if healers:
         print(f"\n{draw(cells, healers, given.to / 'conflict.png')}")
-    named = cell_name(vars(CENTRE))
-    centre = named if named in cells else next(iter(cells))
-    print(draw_meters(jobs, centre, given.to / "conflict-routers.png"))
+    print(draw_meters(jobs, richest(cells), given.to / "conflict-routers.png"))
     data = [{"cell": cell, "scores": {a: s for a, s in scores.items()}} for cell, scores in cells.values()]
     meta = {"world": world, "recipe": jobs[0]["settings"]["recipe"], "versions": jobs[0]["versions"]}
     write_json(
