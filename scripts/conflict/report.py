@@ -132,7 +132,7 @@ def richest(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
 def router_table(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
     """Markdown: all arms of the richest cell, best first."""
     name = richest(cells)
-    scores = cells[name][1]
+    scores: Scores = defaultdict(dict, {arm: found for arm, found in cells[name][1].items() if found})
     columns = ("accuracy", "- Mix", "- rank K r", "share of the way from Mix to oracle")
     lines = [f"{name}:", "", "| arm | " + " | ".join(columns) + " |", "|---" * 5 + "|"]
     for arm in sorted(scores, key=lambda arm: -statistics.mean(scores[arm].values())):
