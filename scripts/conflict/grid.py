@@ -100,6 +100,20 @@ def loaded_routers(seeds: Sequence[int]) -> Iterator[Job]:
         yield from _jobs([LOADED], arms, seeds)
 
 
+def sourced(seeds: Sequence[int]) -> Iterator[Job]:
+    """The two routers with a source loss that came out best at `LOADED`, in the other cells where Mix is below single."""
+    cells = [
+        dataclasses.replace(LOADED, convention=0.5),
+        dataclasses.replace(LOADED, convention=0.0, agreed="own"),
+        dataclasses.replace(LOADED, load=96),
+        dataclasses.replace(LOADED, rank=2),
+    ]
+    arms = _named(("mix", "mix, rank K r", "oracle")) | {
+        name: ROUTERS[name] for name in ("image, source", "paper, source")
+    }
+    return _jobs(cells, arms, seeds)
+
+
 def rest(seeds: Sequence[int]) -> Iterator[Job]:
     """The other arms in the core cells."""
     return _jobs(CORE, _named(REST), seeds)
@@ -131,6 +145,7 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "heavy": heavy,
     "own-load": own_load,
     "loaded-routers": loaded_routers,
+    "sourced": sourced,
     "rest": rest,
     "routers": routers,
     "more-routers": more_routers,
