@@ -101,7 +101,7 @@ def loaded_routers(seeds: Sequence[int]) -> Iterator[Job]:
 
 
 def sourced(seeds: Sequence[int]) -> Iterator[Job]:
-    """The two routers with a source loss that came out best at `LOADED`, in the other cells where Mix is below single."""
+    """The two routers with a source loss that came out best at `LOADED`, in other cells."""
     cells = [
         dataclasses.replace(LOADED, convention=0.5),
         dataclasses.replace(LOADED, convention=0.0, agreed="own"),
