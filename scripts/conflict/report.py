@@ -23,7 +23,7 @@ from scripts.conflict.grid import FULL
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5% quantiles of Student's t by number of seeds."""
 SMALLEST_GAP = 3.0
-"""Points between oracle and Mix below which a share of the way says nothing."""
+"""Points between oracle and Mix, in any seed, below which a share of the way says nothing."""
 
 Scores = dict[str, dict[int, float]]
 """Arm -> seed -> mean accuracy of the domains; singles are one arm, `single`, each on its own domain."""
@@ -82,7 +82,7 @@ def difference(scores: Scores, left: str, right: str) -> list[float]:
 def share(scores: Scores, arm: str) -> list[float]:
     """Share of the way from Mix to oracle, by seed; empty where the gap is too small to say."""
     gaps = difference(scores, "oracle", "mix")
-    if not gaps or statistics.mean(gaps) < SMALLEST_GAP:
+    if not gaps or min(gaps) < SMALLEST_GAP:
         return []
     seeds = [s for s in sorted(scores[arm]) if s in scores["mix"] and s in scores["oracle"]]
     return [(scores[arm][s] - scores["mix"][s]) / (scores["oracle"][s] - scores["mix"][s]) for s in seeds]
@@ -150,7 +150,7 @@ def draw(cells: dict[str, tuple[dict[str, Any], Scores]], healers: Sequence[str]
     planned = [vars(cell) for cell in FULL] + [cell for cell, _ in grid]
     ranks, loads, conventions = (sorted({cell[key] for cell in planned}) for key in ("rank", "load", "convention"))
     panels = [("conflict: single - Mix", "single", "mix"), *((f"{h} - Mix", h, "mix") for h in healers)]
-    panels += [(f"{h} - rank K r", h, "mix, rank K r") for h in healers if h == "image"]
+    panels += [(f"{h} - rank K r", h, "mix, rank K r") for h in healers if h.startswith("image")]
     figure = new_figure(2.6 * len(panels) + 0.8, 2.4 * len(ranks) + 0.6)
     axes = figure.subplots(len(ranks), len(panels), squeeze=False)
     found = {(c["rank"], c["load"], c["convention"]): s for c, s in grid}
@@ -187,8 +187,8 @@ def _mean(scores: Scores | None, left: str, right: str) -> float:
     return statistics.mean(values) if values else float("nan")
 
 
-def draw_meters(jobs: Sequence[dict[str, Any]], cell: str, path: Path) -> Path:
-    """What the routers of one cell learn along training: mean over layers and seeds of each meter."""
+def draw_meters(jobs: Sequence[dict[str, Any]], cell: str, arms: Sequence[str], path: Path) -> Path:
+    """What the routers of `arms` learn along training in one cell: mean over layers and seeds of each meter."""
     keys = (
         ("information_image", "information about the source, image"),
         ("information_last", "the same, answering position"),
@@ -204,10 +204,10 @@ def draw_meters(jobs: Sequence[dict[str, Any]], cell: str, path: Path) -> Path:
                     lines[name][meter["step"]].append(meter)
     for place, (key, title) in enumerate(keys):
         ax = figure.add_subplot(1, len(keys), place + 1)
-        for number, (name, steps) in enumerate(lines.items()):
+        for number, name in enumerate(name for name in arms if name in lines):
+            steps = lines[name]
             means = [statistics.mean(statistics.mean(m[key]) for m in steps[s]) for s in sorted(steps)]
-            style = "-" if number < len(COLORS) else "--"
-            ax.plot(sorted(steps), means, style, color=COLORS[number % len(COLORS)], label=name)
+            ax.plot(sorted(steps), means, color=COLORS[number % len(COLORS)], label=name)
         tidy(ax, title, "step")
         ax.title.set_fontsize(9)
         if place == len(keys) - 1:
@@ -229,7 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--world", help="digest of the world; default: the one with the most jobs")
     parser.add_argument(
-        "--healers", nargs="+", default=["paper", "coupled", "image", "oracle"], help="methods in the diagram"
+        "--healers", nargs="+", default=["paper", "image", "image, source", "oracle"], help="methods in the diagram"
+    )
+    parser.add_argument(
+        "--routers",
+        nargs="+",
+        default=["paper", "coupled", "lead", "image", "source", "image, source", "paper, source"],
+        help="arms in the figure of routers",
     )
     given = parser.parse_args(arguments)
     world, jobs = read_jobs(given.out, given.world)
@@ -239,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.to.mkdir(parents=True, exist_ok=True)
     if healers:
         print(f"\n{draw(cells, healers, given.to / 'conflict.png')}")
-    print(draw_meters(jobs, richest(cells), given.to / "conflict-routers.png"))
+    print(draw_meters(jobs, richest(cells), given.routers, given.to / "conflict-routers.png"))
     data = [{"cell": cell, "scores": {a: s for a, s in scores.items()}} for cell, scores in cells.values()]
     meta = {"world": world, "recipe": jobs[0]["settings"]["recipe"], "versions": jobs[0]["versions"]}
     write_json(
