@@ -144,7 +144,7 @@ def test_other_formats_are_refused_with_the_command_that_converts_them(record: d
 def test_a_question_is_not_asked_without_its_image(key: str, tmp_path: Path) -> None:
     question = {"question_id": 1, "text": "What is it?", "answer": "photo.jpg", "image_id": 4}
     raw_sets.write_lines(tmp_path / "q.jsonl", [question])
-    assert read_questions([str(tmp_path / "q.jsonl")])[0].image is None
+    assert read_questions([str(tmp_path / "q.jsonl")])[0].images == ()
     raw_sets.write_lines(tmp_path / "q.jsonl", [question | {key: "a.png"}])
     with pytest.raises(DataError, match=f"q.jsonl:1: '{key}' is 'a.png', but the image of a question is read from"):
         read_questions([str(tmp_path / "q.jsonl")])
