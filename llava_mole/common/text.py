@@ -1,11 +1,19 @@
 """Text that people read: tables, sizes, times and lists, written one way everywhere."""
 
+import argparse
 from collections.abc import Collection, Sequence
 
 HELP_WIDTH = 100
 """Columns of a command's help."""
 UNPAIRED_SURROGATE = "unpaired surrogate; remove it"
 """Ends a message about a text that fails `is_text`."""
+
+
+def whole_number(text: str) -> int:
+    """Read an option's value, a whole number of at least 1; argparse reports the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
 
 
 def is_text(text: str) -> bool:

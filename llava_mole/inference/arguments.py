@@ -4,8 +4,10 @@ Importing this file takes milliseconds, so that `--help` does not wait for PyTor
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llava_mole.common.text import whole_number
 from llava_mole.inference.decoding import DEVICES, DTYPES
 
 if TYPE_CHECKING:
@@ -45,12 +47,29 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, temperature: float
         group.add_argument(f"--load-{name}", dest="quantization", action="store_const", const=value, help=text)
 
 
+def add_listening_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add the address that a server listens at, with its own default port."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=port, metavar="N", help=f"port to listen at (default {port}; 0: any free one)"
+    )
+
+
+def add_limits(parser: argparse.ArgumentParser, limits: Sequence[tuple[str, int, str]]) -> None:
+    """Add a group of limits, each a name, its default and what it bounds."""
+    group = parser.add_argument_group("limits")
+    for name, value, text in limits:
+        group.add_argument(f"--{name}", type=whole_number, default=value, metavar="N", help=f"{text} (default {value})")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `add_loading_arguments` and the options of commands that answer many questions and write files."""
     add_loading_arguments(parser, temperature=0.0, max_new_tokens=128)
     add = parser.add_argument
     add("--num-beams", "--num_beams", type=int, default=1, metavar="N", help="beams of beam search (default 1: none)")
-    add("--batch-size", type=_batch_size, default=16, metavar="N", help="questions per forward pass (default 16)")
+    add("--batch-size", type=whole_number, default=16, metavar="N", help="questions per forward pass (default 16)")
     add("--overwrite", action="store_true", help="replace existing output files")
     add("--break-lock", action="store_true", help="take over the answers file's lock of a process on another machine")
 
@@ -68,9 +87,3 @@ def load_predictor(model_path: str, args: argparse.Namespace) -> "Predictor":
         quantization=args.quantization,
         template=args.conv_mode,
     )
-
-
-def _batch_size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)

@@ -19,7 +19,7 @@ from typing import Any
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.common.text import HELP_WIDTH
-from llava_mole.inference.arguments import add_loading_arguments
+from llava_mole.inference.arguments import add_limits, add_listening_arguments, add_loading_arguments
 
 EXAMPLES = Path("playground/data/tiny")
 
@@ -36,17 +36,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--compare", action="append", default=[], metavar="[NAME=]RUN", help="another run beside it; repeatable")
     add("--examples", type=Path, metavar="DIR", help=f"prepared folder whose test questions are offered as examples "
         f"(default: {EXAMPLES} if it is there, else drawn images)")  # fmt: skip
-    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)")
-    add("--port", type=int, default=7860, metavar="N", help="port to listen at (default 7860; 0: any free one)")
-    group = parser.add_argument_group("limits")
-    for name, value, text in (
+    add_listening_arguments(parser, 7860)
+    limits = (
         ("max-image-mb", 15, "size of an image file in megabytes"),
         ("max-image-megapixels", 50, "width times height of an image, in millions"),
         ("max-images", 8, "images of a question"),
         ("max-tokens-limit", 1024, "longest answer that the page offers, in tokens"),
         ("max-waiting", 32, "questions that may wait for others; more are refused"),
-    ):
-        group.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (default {value})")
+    )
+    add_limits(parser, limits)
     add_loading_arguments(parser, temperature=0.0, max_new_tokens=256)
     return parser.parse_args(argv)
 
@@ -157,12 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop.wait()
         page.close()
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

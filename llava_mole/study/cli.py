@@ -20,7 +20,7 @@ import yaml
 from llava_mole.common.errors import ConfigError, DataError, command
 from llava_mole.common.files import write_errors
 from llava_mole.common.log import setup_logging
-from llava_mole.common.text import count_of, format_table, shorten
+from llava_mole.common.text import count_of, format_table, shorten, whole_number
 
 ACTIONS = ("run", "status", "report")
 
@@ -122,17 +122,11 @@ def base_parser(name: str, text: str, *, folder: str, arms: str, cells: str) -> 
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration keys to set in all runs of stage 2")
     add("--cells", metavar="DIR", help="where cells and reports go (default: runs/studies/BASE)")
     add("--out", metavar="DIR", help="report: where it goes (default: CELLS/reports/STUDY)")
-    add("--jobs", type=positive, default=1, metavar="N", help="run: commands at a time on this machine (default 1)")
+    add("--jobs", type=whole_number, default=1, metavar="N", help="run: commands at a time on this machine (default 1)")
     add("--no-wait", action="store_true", help=f"run: end instead of waiting for {cells} that other processes run")
     add("--break-lock", action="store_true", help=f"run: take over {cells} of processes that ended on another machine")
     add("--dry-run", action="store_true", help="run: print the commands that are left")
     return parser
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
 
 
 def settings_of(given: Sequence[str]) -> dict[str, object]:

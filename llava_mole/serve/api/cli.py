@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.log import setup_logging
 from llava_mole.common.text import HELP_WIDTH
-from llava_mole.inference.arguments import add_loading_arguments
+from llava_mole.inference.arguments import add_limits, add_listening_arguments, add_loading_arguments
 
 if TYPE_CHECKING:
     from llava_mole.inference.predictor import Predictor
@@ -36,16 +36,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="[NAME=]RUN", help="run directory or checkpoint; NAME is what clients call it")
-    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)")
-    add("--port", type=int, default=8000, metavar="N", help="port to listen at (default 8000; 0: any free one)")
+    add_listening_arguments(parser, 8000)
     add(
         "--api-key-file",
         type=Path,
         metavar="FILE",
         help=f"file with the keys that clients may use, one a line (or one key in ${KEY_VARIABLE})",
     )
-    group = parser.add_argument_group("limits")
-    for name, value, text in (
+    limits = (
         ("max-batch", 16, "answers that are decoded together"),
         ("max-waiting", 64, "answers that may wait for a place; more are refused with status 429"),
         ("max-requests", 128, "requests at the same time, those that still send their bodies included"),
@@ -57,8 +55,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("max-image-mb", 15, "size of an image file in megabytes"),
         ("max-image-megapixels", 50, "width times height of an image, in millions"),
         ("drain-seconds", 30, "how long answers may go on when the server is stopped"),
-    ):
-        group.add_argument(f"--{name}", type=_count, default=value, metavar="N", help=f"{text} (default {value})")
+    )
+    add_limits(parser, limits)
     group = parser.add_argument_group("images by address (refused by default)")
     group.add_argument(
         "--allow-image-host", action="append", default=[], metavar="HOST", help="open http addresses of it; repeatable"
@@ -221,12 +219,6 @@ def _serve(app: Any, bound: socket.socket, args: argparse.Namespace, *, open_to_
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":
