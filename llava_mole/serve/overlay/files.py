@@ -120,7 +120,7 @@ def draw(routing: TokenRouting, images: Sequence[Image], layers: Sequence[int], 
                 panel = panels[number * rows + n // across][n % across]
                 _draw_patches(panel, routing.of_image(number), image, layer, routing.grid())
                 name = "all layers" if layer is None else f"layer {layer}"
-                panel.set_title(f"image {number + 1}, {name}" if len(images) > 1 else name, fontsize=9, loc="left")
+                tidy(panel, f"image {number + 1}, {name}" if len(images) > 1 else name)
     for panel, line in zip(parts[1].subplots(len(lines), 1, squeeze=False)[:, 0], lines, strict=True):
         _draw_line(panel, routing, line, views)
     _draw_loads(parts[2], routing)
