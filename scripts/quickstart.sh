@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # quickstart.sh: installs the package, then runs both training stages, evaluation and chat on the tiny world:
-# real images, small models, two ranks with DeepSpeed ZeRO-2 on the CPU; about ten minutes on two cores.
+# real images, small models, two ranks with DeepSpeed ZeRO-2 on the CPU; about eleven minutes on two cores.
 # What exists already is used again; delete runs/tiny to train anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
