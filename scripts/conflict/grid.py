@@ -34,8 +34,22 @@ FEW = tuple(name for name in FIRST if name not in ("coupled", "lead"))
 """The arms of a cell when time is short."""
 LOADED = Cell(1.0, 64, 1)
 """The cell with most conflict on the models of amendment 6, where routers are compared on them."""
+RATES = (1 / 3, 1 / 2, 1.0, 3 / 2)
+"""Factors on the recipe's learning rate of which every arm gets its own (docs/conflict.md, amendment 9)."""
+RANKS = tuple(dataclasses.replace(LOADED, rank=r) for r in (1, 2, 4))
+"""The cells in which the learning rate of an arm is chosen, one for each rank."""
 REST = ("mix", "oracle", "random", "best", "source")
 """The other arms, with those that they are compared to."""
+
+SECOND: dict[str, Arm] = {
+    **{name: ARMS[name] for name in (*FIRST[:6], "paper", "coupled", "best", "image")},
+    **{name: ROUTERS[name] for name in ("image, source", "paper, source")},
+    "image, source 0.3": dataclasses.replace(
+        ROUTERS["image, source"], training={"image_only": True, "source_coef": 0.3}
+    ),
+    "image, source 1": dataclasses.replace(ROUTERS["image, source"], training={"image_only": True, "source_coef": 1.0}),
+}
+"""The arms of the second round: those of the first that came out best, with the ones that they are compared to."""
 
 
 def _jobs(cells: Sequence[Cell], arms: dict[str, Arm], seeds: Sequence[int]) -> Iterator[Job]:
@@ -114,6 +128,17 @@ def sourced(seeds: Sequence[int]) -> Iterator[Job]:
     return _jobs(cells, arms, seeds)
 
 
+def with_rate(arm: Arm, factor: float) -> Arm:
+    """The arm at a multiple of the recipe's learning rate."""
+    return dataclasses.replace(arm, training={**arm.training, "rate": factor})
+
+
+def rates(seeds: Sequence[int]) -> Iterator[Job]:
+    """All arms of the second round at every learning rate, at `RANKS`; `name @ factor` is an arm at a rate."""
+    arms = {f"{name} @ {f:.2g}": with_rate(arm, f) for name, arm in SECOND.items() for f in RATES}
+    return _jobs(RANKS, arms, seeds)
+
+
 def rest(seeds: Sequence[int]) -> Iterator[Job]:
     """The other arms in the core cells."""
     return _jobs(CORE, _named(REST), seeds)
@@ -147,6 +172,7 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "loaded-routers": loaded_routers,
     "sourced": sourced,
     "rest": rest,
+    "rates": rates,
     "routers": routers,
     "more-routers": more_routers,
     "routers-rank-2": routers_rank_2,

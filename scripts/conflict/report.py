@@ -29,12 +29,18 @@ Scores = dict[str, dict[int, float]]
 """Arm -> seed -> mean accuracy of the domains; singles are one arm, `single`, each on its own domain."""
 
 
-def read_jobs(out: Path, world: str | None) -> tuple[str, list[dict[str, Any]]]:
-    """The digest of a world and its finished jobs of the commonest recipe. Raises DataError if there are none."""
+def read_jobs(out: Path, world: str | None, seeds: Sequence[int] | None = None) -> tuple[str, list[dict[str, Any]]]:
+    """The digest of a world and its finished jobs of the commonest recipe, of these `seeds` or of all.
+
+    Raises:
+        DataError: there are none.
+    """
     found = [read_json(path) for path in sorted((out / "jobs").glob("*.json"))]
+    found = [job for job in found if seeds is None or job["settings"]["seed"] in seeds]
     worlds = Counter(job["settings"]["world"] for job in found)
     if not worlds or (world is not None and world not in worlds):
-        raise DataError(f"{out}: no finished jobs{f' of world {world}' if world else ''}; there are {dict(worlds)}")
+        wanted = f"{f' of world {world}' if world else ''}{f' with the seeds {list(seeds)}' if seeds else ''}"
+        raise DataError(f"{out}: no finished jobs{wanted}; there are {dict(worlds)}")
     chosen = world or worlds.most_common(1)[0][0]
     found = [job for job in found if job["settings"]["world"] == chosen]
     recipes = Counter(str(job["settings"]["recipe"]) for job in found)
@@ -228,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--to", type=Path, default=Path("docs/images"), help="folder for figures and data (%(default)s)"
     )
     parser.add_argument("--world", help="digest of the world; default: the one with the most jobs")
+    parser.add_argument("--seeds", type=int, nargs="+", help="read the jobs of these seeds only; default: of all")
     parser.add_argument(
         "--healers", nargs="+", default=["paper", "image", "image, source", "oracle"], help="methods in the diagram"
     )
@@ -238,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="arms in the figure of routers",
     )
     given = parser.parse_args(arguments)
-    world, jobs = read_jobs(given.out, given.world)
+    world, jobs = read_jobs(given.out, given.world, given.seeds)
     cells = by_cell(jobs)
     print(f"world {world}, {len(jobs)} jobs\n\n{tables(cells)}\n\n{router_table(cells)}")
     healers = [h for h in given.healers if any(scores.get(h) for _, scores in cells.values())]
