@@ -51,6 +51,27 @@ SECOND: dict[str, Arm] = {
 }
 """The arms of the second round: those of the first that came out best, with the ones that they are compared to."""
 
+CHOSEN: dict[str, tuple[float, float, float]] = {
+    "single": (1.0, 1.0, 1 / 2),
+    "mix": (3 / 2, 1.0, 1.0),
+    "mix, rank K r": (1.0, 1 / 2, 1 / 2),
+    "oracle": (3 / 2, 1.0, 1 / 2),
+    "paper": (1.0, 1.0, 1 / 2),
+    "coupled": (1.0, 1.0, 1 / 2),
+    "best": (1 / 2, 1 / 2, 1 / 2),
+    "image": (1.0, 1 / 2, 1 / 2),
+    "image, source 1": (1.0, 1 / 2, 1 / 2),
+    "paper, source": (1.0, 1.0, 1 / 2),
+}
+"""Factor on the recipe's learning rate of an arm at `RANKS`, chosen on validation (docs/conflict.md, amendment 10)."""
+FINAL: dict[str, tuple[Arm, str]] = {
+    **{name: (SECOND[name], name) for name in CHOSEN if name != "single"},
+    **{name: (ARMS[name], "single") for name in FIRST[:3]},
+    "random": (ARMS["random"], "mix"),
+    "paper, source 1": (Arm({}, training={"source_coef": 1.0}), "paper, source"),
+}
+"""The arms of the second round's results, each with the entry of `CHOSEN` that gives its rate."""
+
 
 def _jobs(cells: Sequence[Cell], arms: dict[str, Arm], seeds: Sequence[int]) -> Iterator[Job]:
     for cell in cells:
@@ -139,6 +160,24 @@ def rates(seeds: Sequence[int]) -> Iterator[Job]:
     return _jobs(RANKS, arms, seeds)
 
 
+def second(seeds: Sequence[int]) -> Iterator[Job]:
+    """The second round: every arm at its own learning rate, in the order of amendment 9."""
+    cells = [
+        LOADED,
+        dataclasses.replace(LOADED, convention=0.0),
+        dataclasses.replace(LOADED, convention=0.5),
+        dataclasses.replace(LOADED, convention=0.0, agreed="own"),
+        *RANKS[1:],
+        dataclasses.replace(LOADED, load=96),
+        dataclasses.replace(LOADED, load=96, rank=2),
+        dataclasses.replace(LOADED, load=32),
+    ]
+    for cell in cells:
+        place = [known.rank for known in RANKS].index(cell.rank)
+        arms = {name: with_rate(arm, CHOSEN[entry][place]) for name, (arm, entry) in FINAL.items()}
+        yield from _jobs([cell], arms, seeds)
+
+
 def rest(seeds: Sequence[int]) -> Iterator[Job]:
     """The other arms in the core cells."""
     return _jobs(CORE, _named(REST), seeds)
@@ -173,6 +212,7 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "sourced": sourced,
     "rest": rest,
     "rates": rates,
+    "second": second,
     "routers": routers,
     "more-routers": more_routers,
     "routers-rank-2": routers_rank_2,
