@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs lmms-eval's own command line on a checkpoint of this project and the tiny world's task, and compares its answers
-# with ours: bash scripts/test_lmms_eval.sh [RUN]. LIMIT=24 questions of it (-1: all 2,390). lmms-eval pins and drags in a lot, so it has
+# with ours: bash scripts/test_lmms_eval.sh [RUN]. LIMIT=24 questions of it (-1: all 6,289). lmms-eval pins and drags in a lot, so it has
 # an environment of its own, .venv-lmms-eval (or the one LMMS_EVAL_PYTHON names). Not part of the test suite.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
