@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Runs lmms-eval's own command line on a checkpoint of this project and the tiny world's task, and compares its answers
-# with ours: bash scripts/test_lmms_eval.sh [RUN]. LIMIT=24 questions of it (-1: all 2,390). lmms-eval pins and drags in a lot, so it has
+# with ours: bash scripts/test_lmms_eval.sh [RUN]. LIMIT=24 questions of it (-1: all 6,289). lmms-eval pins and drags in a lot, so it has
 # an environment of its own, .venv-lmms-eval (or the one LMMS_EVAL_PYTHON names). Not part of the test suite.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=${1:-runs/tiny/quickstart/llava_mole} limit=${LIMIT:-24} out=runs/lmms_eval
 python=${LMMS_EVAL_PYTHON:-.venv-lmms-eval/bin/python}
-if [ ! -x "$python" ]; then
+# lmms-eval 0.7 imports filelock._api, which filelock 4 no longer has.
+if [ -z "${LMMS_EVAL_PYTHON:-}" ] && ! "$python" -c 'import lmms_eval, filelock._api' 2>/dev/null; then
   echo "== making the environment .venv-lmms-eval with lmms-eval (about 7 GB, some minutes)"
   python3 -m venv .venv-lmms-eval
-  "$python" -m pip install --quiet --disable-pip-version-check --editable ".[demo]" "lmms-eval>=0.7.3,<0.8"
+  "$python" -m pip install --quiet --disable-pip-version-check --editable ".[demo]" "lmms-eval>=0.7.3,<0.8" "filelock<4"
 fi
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=disabled
 [ -d playground/data/tiny ] || "$python" -m llava_mole.cli prepare tiny --out playground/data/tiny
