@@ -216,8 +216,8 @@ class ModelConfig:
 
 
 Preset = Literal[
-    "paper", "released", "coupled", "best", "by-image", "hydralora", "asymlora", "coin-moelora", "moelora-task",
-    "loramoe", "mocle", "octavius", "mixlora", "mola", "molora",
+    "paper", "released", "coupled", "best", "by-image", "by-source", "hydralora", "asymlora", "coin-moelora",
+    "moelora-task", "loramoe", "mocle", "octavius", "mixlora", "mola", "molora",
 ]  # fmt: skip
 """Names of `PRESETS` of `llava_mole.mole`, which takes too long to import for a command's options."""
 ROUTED_BY_TASK: tuple[Preset, ...] = ("moelora-task", "mocle")

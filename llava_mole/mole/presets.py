@@ -31,6 +31,10 @@ PRESETS["by-image"] = {
 """Ours: `y = W x + s K p_k B_k A_k x`, k = argmax p, p of the mean logits over the sample's image (its prompt without
 one): one decision for a sample in each FFN. For vision-language models; docs/conflict.md."""
 
+PRESETS["by-source"] = {**PRESETS["by-image"], "source_coef": 1.0}
+"""Ours: `by-image` with the cross-entropy between p and the sample's source added to the loss. It needs the source of
+each sample in training, which a run knows from its mixture, and nothing in inference; docs/conflict.md."""
+
 _TOP_2 = {"top_k": 2, "expert_scale": "topk_renorm"}
 _DENSE_LINEAR = {"router_scope": "linear", "mode": "dense"}
 _SWITCH = {"balance_scale": "switch", "balance_group": "micro_batch"}

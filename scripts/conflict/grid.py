@@ -1,7 +1,7 @@
 """The grids of the search: which cells, which arms, in which order. docs/conflict.md says why."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -172,6 +172,16 @@ def second(seeds: Sequence[int]) -> Iterator[Job]:
         dataclasses.replace(LOADED, load=96, rank=2),
         dataclasses.replace(LOADED, load=32),
     ]
+    yield from _tuned(cells, seeds)
+
+
+def second_full(seeds: Sequence[int]) -> Iterator[Job]:
+    """The second round in all combinations of convention, load and rank."""
+    cells = (Cell(c, load, r) for load, r, c in product((96, 64, 32), (1, 2, 4), (1.0, 0.5, 0.0)))
+    yield from _tuned(cells, seeds)
+
+
+def _tuned(cells: Iterable[Cell], seeds: Sequence[int]) -> Iterator[Job]:
     for cell in cells:
         place = [known.rank for known in RANKS].index(cell.rank)
         arms = {name: with_rate(arm, CHOSEN[entry][place]) for name, (arm, entry) in FINAL.items()}
@@ -213,6 +223,7 @@ GRIDS: dict[str, Callable[[Sequence[int]], Iterator[Job]]] = {
     "rest": rest,
     "rates": rates,
     "second": second,
+    "second-full": second_full,
     "routers": routers,
     "more-routers": more_routers,
     "routers-rank-2": routers_rank_2,

@@ -18,7 +18,6 @@ from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
 from llava_mole.common.files import read_json, write_json
 from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS
-from scripts.conflict.grid import FULL
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5% quantiles of Student's t by number of seeds."""
@@ -130,14 +129,8 @@ def tables(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
     return "\n".join(lines)
 
 
-def richest(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
-    """The cell with the most arms, in which routers are compared."""
-    return max(cells, key=lambda name: len(cells[name][1]))
-
-
-def router_table(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
-    """Markdown: all arms of the richest cell, best first."""
-    name = richest(cells)
+def router_table(cells: dict[str, tuple[dict[str, Any], Scores]], name: str) -> str:
+    """Markdown: all arms of the cell `name`, best first."""
     scores: Scores = defaultdict(dict, {arm: found for arm, found in cells[name][1].items() if found})
     columns = ("accuracy", "- Mix", "- rank K r", "share of the way from Mix to oracle")
     lines = [f"{name}:", "", "| arm | " + " | ".join(columns) + " |", "|---" * 5 + "|"]
@@ -153,8 +146,7 @@ def router_table(cells: dict[str, tuple[dict[str, Any], Scores]]) -> str:
 def draw(cells: dict[str, tuple[dict[str, Any], Scores]], healers: Sequence[str], path: Path) -> Path:
     """The phase diagram: a row of panels for each rank; conflict, and healing by each method, over c and load."""
     grid = [(cell, scores) for cell, scores in cells.values() if cell["agreed"] == "common"]
-    planned = [vars(cell) for cell in FULL] + [cell for cell, _ in grid]
-    ranks, loads, conventions = (sorted({cell[key] for cell in planned}) for key in ("rank", "load", "convention"))
+    ranks, loads, conventions = (sorted({cell[key] for cell, _ in grid}) for key in ("rank", "load", "convention"))
     panels = [("conflict: single - Mix", "single", "mix"), *((f"{h} - Mix", h, "mix") for h in healers)]
     panels += [(f"{h} - rank K r", h, "mix, rank K r") for h in healers if h.startswith("image")]
     figure = new_figure(2.6 * len(panels) + 0.8, 2.4 * len(ranks) + 0.6)
@@ -234,6 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--to", type=Path, default=Path("docs/images"), help="folder for figures and data (%(default)s)"
     )
     parser.add_argument("--world", help="digest of the world; default: the one with the most jobs")
+    parser.add_argument(
+        "--cell",
+        help="the cell in which routers are compared, e.g. 'c 1, n 64, r 1'; default: the one with the most arms",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="read the jobs of these seeds only; default: of all")
     parser.add_argument(
         "--healers", nargs="+", default=["paper", "image", "image, source", "oracle"], help="methods in the diagram"
@@ -247,12 +243,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     world, jobs = read_jobs(given.out, given.world, given.seeds)
     cells = by_cell(jobs)
-    print(f"world {world}, {len(jobs)} jobs\n\n{tables(cells)}\n\n{router_table(cells)}")
+    if given.cell is not None and given.cell not in cells:
+        raise DataError(f"--cell {given.cell!r}: not among the finished cells: {'; '.join(cells)}")
+    compared = given.cell or max(cells, key=lambda name: len(cells[name][1]))
+    print(f"world {world}, {len(jobs)} jobs\n\n{tables(cells)}\n\n{router_table(cells, compared)}")
     healers = [h for h in given.healers if any(scores.get(h) for _, scores in cells.values())]
     given.to.mkdir(parents=True, exist_ok=True)
     if healers:
         print(f"\n{draw(cells, healers, given.to / 'conflict.png')}")
-    print(draw_meters(jobs, richest(cells), given.routers, given.to / "conflict-routers.png"))
+    print(draw_meters(jobs, compared, given.routers, given.to / "conflict-routers.png"))
     data = [{"cell": cell, "scores": {a: s for a, s in scores.items()}} for cell, scores in cells.values()]
     meta = {"world": world, "recipe": jobs[0]["settings"]["recipe"], "versions": jobs[0]["versions"]}
     write_json(

@@ -21,7 +21,7 @@ TASKS = torch.tensor([2, 0])
 KINDS = torch.tensor([1, 0])
 OWN = ("paper", "released", "coupled", "best")
 """Presets of ours that any causal LM can use."""
-NOT_RELATED = (*OWN, "by-image")
+NOT_RELATED = (*OWN, "by-image", "by-source")
 SMALL: dict[str, dict[str, Any]] = {
     "hydralora": {},
     "asymlora": {},

@@ -65,6 +65,7 @@ def test_presets_and_their_names() -> None:
     by_image = MoleConfig.from_preset("by-image")
     assert (by_image.granularity, by_image.sequence_tokens, by_image.top_k) == ("sequence", "image", 1)
     assert by_image.counts_load
+    assert MoleConfig.from_preset("by-source") == MoleConfig.from_preset("by-image", source_coef=1.0)
     with pytest.raises(ValueError, match="unknown MoLE preset 'nature'; there are paper, released, coupled, best"):
         MoleConfig.from_preset("nature")
     with pytest.raises(ValueError, match="unknown MoLE option 'rang'"):
