@@ -26,6 +26,7 @@ from llava_mole.mole.kernels import (
     expand,
     group_by_expert,
     inverse,
+    lora_on_frozen,
     masked,
     permute,
     shrink,
@@ -132,6 +133,8 @@ class ExpertStack(nn.Module):
 
 def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scaling: float, dropout: float) -> Tensor:
     """`base(x) + s B A dropout(x)`: plain LoRA, with one pass over x and one over the output."""
+    if torch.is_grad_enabled() and not dropout and _is_frozen_linear(base, x_TI, a_RI, b_RO):
+        return lora_on_frozen(x_TI, base.weight, base.bias, a_RI, b_RO, scaling)  # type: ignore[arg-type]
     y_TO = base(x_TI)
     x_TI = (F.dropout(x_TI, dropout) if dropout else x_TI).to(y_TO.dtype)
     a_1RI, b_1RO = a_RI.unsqueeze(0), b_RO.unsqueeze(0)
@@ -143,9 +146,25 @@ def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scali
     return expand(DENSE, y_TO, h_T1R, b_1RO)
 
 
+def _is_frozen_linear(base: nn.Module, *operands: Tensor) -> bool:
+    """Whether `base` is torch's own linear, without hooks or gradients, and computes in the dtype of the operands."""
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or torch.compiler.is_compiling():
+        return False
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(base):  # accelerate puts its own forward there
+        return False
+    own = [base.weight] if base.bias is None else [base.weight, base.bias]
+    weight = base.weight
+    return (
+        not any(parameter.requires_grad for parameter in own)
+        and all(t.dtype == weight.dtype and t.device == weight.device for t in (*own, *operands))
+        and not torch.is_autocast_enabled(weight.device.type)
+    )
+
+
 MASKED_WIDTH_LIMIT = 256
 """Largest K R for which a GPU computes all experts: plain LoRA waits for memory there, so arithmetic is free."""
-CPU_WIDTH_LIMIT = 64
+CPU_WIDTH_LIMIT = 32
 """The same for a CPU, where a product of few columns costs nearly as much as one of so many."""
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llava_mole.mole import kernels
-from llava_mole.mole.experts import build_backend, choose_backend
+from llava_mole.mole.experts import build_backend, choose_backend, lora_linear
 from llava_mole.mole.kernels import Backend, expand, shrink
 from llava_mole.mole.router import ExpertWeights
 
@@ -88,13 +88,36 @@ def test_gradients_equal_those_of_the_definition(top_k: int, name: str) -> None:
     assert (gradients[-1][-1] == 0).all(), "an expert without tokens gets a whole gradient of zeros"
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_on_a_frozen_linear_equals_its_definition(bias: bool) -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Linear(IN, OUT, bias=bias, dtype=torch.float64).requires_grad_(False)
+    x, a, b = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((T, IN), (R, IN), (R, OUT)))
+    own = lora_linear(base, x, a, b, 2.0, 0.0)
+    assert own.grad_fn is not None
+    assert own.grad_fn.name() == "_LoraOnFrozenBackward"
+    hooked = torch.nn.Linear(IN, OUT, bias=bias, dtype=torch.float64).requires_grad_(False)
+    hooked.load_state_dict(base.state_dict())
+    called = []
+    hooked.register_forward_hook(lambda *_: called.append(1))
+    other = lora_linear(hooked, x, a, b, 2.0, 0.0)  # a linear with hooks is called
+    assert called
+    definition = base(x) + 2.0 * x @ a.T @ b
+    probe = torch.randn(T, OUT, dtype=torch.float64)
+    wanted = torch.autograd.grad(definition, (x, a, b), probe)
+    for result in (own, other):
+        torch.testing.assert_close(result, definition, rtol=0, atol=1e-12)
+        for got, want in zip(torch.autograd.grad(result, (x, a, b), probe), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
 def test_the_rule_of_auto() -> None:
     cpu = torch.zeros(5, IN)
     weights = ExpertWeights(torch.zeros(5, 1, dtype=torch.int64), None)
     assert choose_backend("auto", None, 1, R, cpu) == "dense"
     assert choose_backend("auto", ExpertWeights(None, torch.ones(5, K)), K, R, cpu) == "dense"
-    assert choose_backend("auto", weights, 8, 8, cpu) == "masked"
-    assert choose_backend("auto", weights, 9, 8, cpu) == "grouped"
+    assert choose_backend("auto", weights, 4, 8, cpu) == "masked"
+    assert choose_backend("auto", weights, 5, 8, cpu) == "grouped"
     assert choose_backend("masked", weights, K, R, cpu) == "masked"
     device = torch.zeros(5, IN, device="meta", dtype=torch.bfloat16)  # stands for a GPU: only its type is read
     assert choose_backend("auto", weights, 8, 32, device) == "masked"
