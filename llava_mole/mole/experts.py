@@ -224,13 +224,12 @@ def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: Expe
         x_TD = permute(x_TD, order)
 
     inputs = [layout.up] if layout.gate is None else [layout.gate, layout.up]
-    outputs = [getattr(base, projection)(x_TD) for projection in inputs]
-    outputs = projections.add_experts(inputs, outputs, x_TD, source)
+    outputs = projections.project([getattr(base, projection) for projection in inputs], inputs, x_TD, source)
     assert layout.activation is not None
     act = getattr(base, layout.activation)
     if layout.fused or mix.dropout or config.shared_r or _owns_parameters(act):
         hidden = activate(layout, base, outputs[-1], outputs[0] if layout.gate is not None else None)
-        (y_TD,) = projections.add_experts([layout.down], [getattr(base, layout.down)(hidden)], hidden, None)
+        (y_TD,) = projections.project([getattr(base, layout.down)], [layout.down], hidden, None)
     else:
         y_TD = projections.down(base, layout.down, act, *outputs)
     return y_TD if order is None else permute(y_TD, inverse(order))
@@ -264,7 +263,9 @@ def _wide_projections(mix: ExpertMix, x_TI: Tensor) -> "_Projections":
         weight = mask[:, : config.num_experts] if weight is None else weight
         own = mask[:, config.num_experts :] if shared_weight is None else shared_weight.to(weight.dtype)
         weight = torch.cat([weight, own], dim=1)
-    return _Projections(Backend(wide, (mask,)), mix, weight, shared_weight, joins_shared=joins)
+    complete = joins or not config.shared_r
+    mask_TN = mask.repeat_interleave(mix.experts.rank, dim=1) if weight is None and complete else None
+    return _Projections(Backend(wide, (mask,)), mix, weight, shared_weight, joins_shared=joins, mask_TN=mask_TN)
 
 
 def mixed_ffns(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
@@ -297,6 +298,22 @@ class _Projections:
     shared_weight_T1: Tensor | None
     joins_shared: bool = False
     """Whether the shared expert is one more expert of the backend, which every token uses."""
+    mask_TN: Tensor | None = None
+    """For `wide` without weights: 1 at the ranks of a token's experts, all experts side by side."""
+
+    def project(self, linears: list[nn.Module], names: list[str], x: Tensor, source: Tensor | None) -> list[Tensor]:
+        """The projections `names` of x, with their experts, given the base linears. See `shrink` for `source`."""
+        mask_TN = self.mask_TN
+        if mask_TN is not None and torch.is_grad_enabled() and not self.mix.dropout:
+            pairs = [self._pair(name) for name in names]
+            if all(_is_frozen_linear(base, x, mask_TN, *pair) for base, pair in zip(linears, pairs, strict=True)):
+                return [
+                    lora_on_frozen(
+                        x, base.weight, base.bias, a.flatten(0, 1), b.flatten(0, 1), self.mix.scaling, mask_TN
+                    )  # type: ignore[arg-type]
+                    for base, (a, b) in zip(linears, pairs, strict=True)
+                ]
+        return self.add_experts(names, [base(x) for base in linears], x, source)
 
     def add_experts(self, names: list[str], outputs: list[Tensor], x: Tensor, source: Tensor | None) -> list[Tensor]:
         """The outputs of the projections `names`, which all read `x`, plus their experts. See `shrink` for `source`."""
@@ -372,7 +389,7 @@ def adapted_linear(base: nn.Module, name: str, x_TI: Tensor, mix: ExpertMix) -> 
         return linear_with_experts(base, name, x_TI, mix)
     projections, order = _projections(backend_name, mix, x_TI)
     x_TI = x_TI if order is None else permute(x_TI, order)
-    (y_TO,) = projections.add_experts([name], [base(x_TI)], x_TI, None)
+    (y_TO,) = projections.project([base], [name], x_TI, None)
     return y_TO if order is None else permute(y_TO, inverse(order))
 
 

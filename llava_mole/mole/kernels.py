@@ -213,13 +213,19 @@ def expand(backend: Backend, y_TO: Tensor, h_TJR: Tensor, b_KRO: Tensor) -> Tens
 
 
 def lora_on_frozen(
-    x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_RO: Tensor, scaling: float
+    x_TI: Tensor,
+    w_OI: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_RO: Tensor,
+    scaling: float,
+    mask_TR: Tensor | None = None,
 ) -> Tensor:
-    """`x W^T + bias + s x A^T B`, `[T, O]`, for W and bias that do not train; all of one dtype.
+    """`x W^T + bias + s (mask * x A^T) B`, `[T, O]`, for W, bias and mask that do not train; all of one dtype.
 
     One function instead of three: the backward pass adds the adapter's share of the input's gradient in place.
     """
-    return _LoraOnFrozen.apply(x_TI, w_OI, bias_O, a_RI, b_RO, scaling)
+    return _LoraOnFrozen.apply(x_TI, w_OI, bias_O, a_RI, b_RO, scaling, mask_TR)
 
 
 def activate_and_shrink(
@@ -294,20 +300,29 @@ class _Expand(torch.autograd.Function):
 class _LoraOnFrozen(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_OI: Tensor, bias: Tensor | None, a_RI: Tensor, b_RO: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        w_OI: Tensor,
+        bias: Tensor | None,
+        a_RI: Tensor,
+        b_RO: Tensor,
+        scaling: float,
+        mask_TR: Tensor | None,
     ) -> Tensor:
         h_TR = (x @ a_RI.T).mul_(scaling)
+        h_TR = h_TR if mask_TR is None else h_TR.mul_(mask_TR)
         ctx.scaling = scaling
-        ctx.save_for_backward(x, w_OI, a_RI, b_RO, h_TR)
+        ctx.save_for_backward(x, w_OI, a_RI, b_RO, h_TR, mask_TR)
         return linear(x, w_OI, bias).addmm_(h_TR, b_RO)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, w_OI, a_RI, b_RO, h_TR = ctx.saved_tensors
+        x, w_OI, a_RI, b_RO, h_TR, mask_TR = ctx.saved_tensors
         dh_TR = (dy @ b_RO.T).mul_(ctx.scaling)
+        dh_TR = dh_TR if mask_TR is None else dh_TR.mul_(mask_TR)
         dx = (dy @ w_OI).addmm_(dh_TR, a_RI) if ctx.needs_input_grad[0] else None
-        return dx, None, None, dh_TR.T @ x, h_TR.T @ dy, None
+        return dx, None, None, dh_TR.T @ x, h_TR.T @ dy, None, None
 
 
 class _ActivateAndShrink(torch.autograd.Function):
