@@ -59,24 +59,20 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     window = kwargs.get("sliding_window")
-    outputs, start = [], 0
-    for length in row_layout.sample_lengths:
-        part = slice(start, start + length)
+    lengths, outputs = row_layout.sample_lengths, []
+    # Slices instead of this split would cost a tensor of the whole row for each sample in the backward pass.
+    for length, *parts in zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         band = _band(length, window, query.device) if window is not None and length > window else None
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, part],
-                key[:, :, part],
-                value[:, :, part],
-                attn_mask=band,
-                dropout_p=dropout,
-                is_causal=band is None,
-                scale=scaling,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )
+        output = scaled_dot_product_attention(
+            *parts,
+            attn_mask=band,
+            dropout_p=dropout,
+            is_causal=band is None,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
-        start += length
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:

@@ -26,9 +26,11 @@ from llava_mole.mole.kernels import (
     expand,
     group_by_expert,
     inverse,
+    lora_on_frozen,
     masked,
     permute,
     shrink,
+    wide,
 )
 from llava_mole.mole.router import ExpertWeights, trained_part
 
@@ -104,7 +106,7 @@ class ExpertStack(nn.Module):
     ) -> None:
         super().__init__()
         init = a_start(config)
-        self.frozen = config.frozen_experts
+        self.rank, self.frozen = r, config.frozen_experts
         for name, (in_width, out_width) in widths.items():
             a, b = _pair((config.num_experts, r), in_width, out_width, init, device, dtype, config.shared_a)
             self.register_parameter(f"{name}_A", a)
@@ -131,6 +133,8 @@ class ExpertStack(nn.Module):
 
 def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scaling: float, dropout: float) -> Tensor:
     """`base(x) + s B A dropout(x)`: plain LoRA, with one pass over x and one over the output."""
+    if torch.is_grad_enabled() and not dropout and _is_frozen_linear(base, x_TI, a_RI, b_RO):
+        return lora_on_frozen(x_TI, base.weight, base.bias, a_RI, b_RO, scaling)  # type: ignore[arg-type]
     y_TO = base(x_TI)
     x_TI = (F.dropout(x_TI, dropout) if dropout else x_TI).to(y_TO.dtype)
     a_1RI, b_1RO = a_RI.unsqueeze(0), b_RO.unsqueeze(0)
@@ -142,23 +146,41 @@ def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scali
     return expand(DENSE, y_TO, h_T1R, b_1RO)
 
 
+def _is_frozen_linear(base: nn.Module, *operands: Tensor) -> bool:
+    """Whether `base` is torch's own linear, without hooks or gradients, and computes in the dtype of the operands."""
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or torch.compiler.is_compiling():
+        return False
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(base):  # accelerate puts its own forward there
+        return False
+    own = [base.weight] if base.bias is None else [base.weight, base.bias]
+    weight = base.weight
+    return (
+        not any(parameter.requires_grad for parameter in own)
+        and all(t.dtype == weight.dtype and t.device == weight.device for t in (*own, *operands))
+        and not torch.is_autocast_enabled(weight.device.type)
+    )
+
+
 MASKED_WIDTH_LIMIT = 256
 """Largest K R for which a GPU computes all experts: plain LoRA waits for memory there, so arithmetic is free."""
+CPU_WIDTH_LIMIT = 32
+"""The same for a CPU, where a product of few columns costs nearly as much as one of so many."""
 
 
 def choose_backend(requested: str, weights: ExpertWeights | None, num_experts: int, r: int, x_TD: Tensor) -> str:
     """The name of the backend for the tokens `x_TD`: the one requested, or for `auto` the documented rule.
 
-    If every token uses all experts (mode `dense`, K = 1): `dense`. CPU: `grouped`, because products of rank size are
-    bound by arithmetic there. GPU: `masked` while K R is at most `MASKED_WIDTH_LIMIT`, `grouped` above (in bfloat16
-    with top 1 and a rank in multiples of 8; else `masked`).
+    If every token uses all experts (mode `dense`, K = 1): `dense`. CPU: `masked` while K R is at most
+    `CPU_WIDTH_LIMIT`, else `grouped`, because larger products are bound by arithmetic there. GPU: `masked` while K R is
+    at most `MASKED_WIDTH_LIMIT`, `grouped` above (in bfloat16 with top 1 and a rank in multiples of 8; else `masked`).
     """
     if weights is None or weights.index is None:
         return "loop" if requested == "loop" else "dense"
     if requested != "auto":
         return requested
     if x_TD.device.type == "cpu":
-        return "grouped"
+        return "masked" if num_experts * r <= CPU_WIDTH_LIMIT else "grouped"
     fits = weights.index.shape[-1] == 1 and x_TD.dtype == torch.bfloat16 and r % 8 == 0
     return "grouped" if num_experts * r > MASKED_WIDTH_LIMIT and fits else "masked"
 
@@ -192,31 +214,58 @@ class ExpertMix:
 def ffn_with_experts(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
     """`down(act(gate(x)) * up(x))`, `[T, D]`, where each projection adds the experts of its own input (Eq. 5)."""
     config = mix.config
-    rank = mix.experts.pair(layout.up)[0].shape[1]
-    name = choose_backend(config.backend, mix.weights, config.num_experts, rank, x_TD)
+    name = choose_backend(config.backend, mix.weights, config.num_experts, mix.experts.rank, x_TD)
     if name == "loop" or torch.compiler.is_compiling():
         return _composed_ffn(base, layout, x_TD, mix)
-    backend = build_backend(name, mix.weights, config.num_experts)
-    weight, shared_weight = None if mix.weights is None else mix.weights.weight, mix.shared_weight
-    source, order = None, backend.order if x_TD.shape[0] > 1 else None  # one token needs no sorting
+    projections, order = _projections(name, mix, x_TD)
+    source = None
     if order is not None:
         source = None if mix.dropout else x_TD
         x_TD = permute(x_TD, order)
-        weight = None if weight is None else permute(weight, order)
-        shared_weight = None if shared_weight is None else permute(shared_weight, order)
-    projections = _Projections(backend, mix, weight, shared_weight)
 
     inputs = [layout.up] if layout.gate is None else [layout.gate, layout.up]
-    outputs = [getattr(base, projection)(x_TD) for projection in inputs]
-    outputs = projections.add_experts(inputs, outputs, x_TD, source)
+    outputs = projections.project([getattr(base, projection) for projection in inputs], inputs, x_TD, source)
     assert layout.activation is not None
     act = getattr(base, layout.activation)
     if layout.fused or mix.dropout or config.shared_r or _owns_parameters(act):
         hidden = activate(layout, base, outputs[-1], outputs[0] if layout.gate is not None else None)
-        (y_TD,) = projections.add_experts([layout.down], [getattr(base, layout.down)(hidden)], hidden, None)
+        (y_TD,) = projections.project([getattr(base, layout.down)], [layout.down], hidden, None)
     else:
         y_TD = projections.down(base, layout.down, act, *outputs)
     return y_TD if order is None else permute(y_TD, inverse(order))
+
+
+def _projections(name: str, mix: ExpertMix, x_TI: Tensor) -> tuple["_Projections", Tensor | None]:
+    """What adds the experts by the backend `name`, and the order in which it needs the tokens `x_TI` (None: any)."""
+    config, weights, shared_weight = mix.config, mix.weights, mix.shared_weight
+    if name == "masked" and x_TI.device.type == "cpu" and not config.shared_a:
+        return _wide_projections(mix, x_TI), None
+    backend = build_backend(name, weights, config.num_experts)
+    weight = None if weights is None else weights.weight
+    order = backend.order if x_TI.shape[0] > 1 else None  # one token needs no sorting
+    if order is not None:
+        weight = None if weight is None else permute(weight, order)
+        shared_weight = None if shared_weight is None else permute(shared_weight, order)
+    return _Projections(backend, mix, weight, shared_weight), order
+
+
+def _wide_projections(mix: ExpertMix, x_TI: Tensor) -> "_Projections":
+    """`masked` on a CPU: a row of weights for all experts, of which a shared expert of their rank is one more."""
+    config, weights, shared_weight = mix.config, mix.weights, mix.shared_weight
+    assert weights is not None
+    assert weights.index is not None
+    joins = config.shared_r == mix.experts.rank
+    mask = x_TI.new_zeros(x_TI.shape[0], config.num_experts + joins)
+    mask[:, config.num_experts :] = 1
+    mask.scatter_(1, weights.index, 1)
+    weight = None if weights.weight is None else weight_matrix(weights, config.num_experts, x_TI)
+    if joins and (weight is not None or shared_weight is not None):
+        weight = mask[:, : config.num_experts] if weight is None else weight
+        own = mask[:, config.num_experts :] if shared_weight is None else shared_weight.to(weight.dtype)
+        weight = torch.cat([weight, own], dim=1)
+    complete = joins or not config.shared_r
+    mask_TN = mask.repeat_interleave(mix.experts.rank, dim=1) if weight is None and complete else None
+    return _Projections(Backend(wide, (mask,)), mix, weight, shared_weight, joins_shared=joins, mask_TN=mask_TN)
 
 
 def mixed_ffns(base: nn.Module, layout: FfnLayout, x_TD: Tensor, mix: ExpertMix) -> Tensor:
@@ -247,6 +296,24 @@ class _Projections:
     mix: ExpertMix
     weight_TJ: Tensor | None
     shared_weight_T1: Tensor | None
+    joins_shared: bool = False
+    """Whether the shared expert is one more expert of the backend, which every token uses."""
+    mask_TN: Tensor | None = None
+    """For `wide` without weights: 1 at the ranks of a token's experts, all experts side by side."""
+
+    def project(self, linears: list[nn.Module], names: list[str], x: Tensor, source: Tensor | None) -> list[Tensor]:
+        """The projections `names` of x, with their experts, given the base linears. See `shrink` for `source`."""
+        mask_TN = self.mask_TN
+        if mask_TN is not None and torch.is_grad_enabled() and not self.mix.dropout:
+            pairs = [self._pair(name) for name in names]
+            if all(_is_frozen_linear(base, x, mask_TN, *pair) for base, pair in zip(linears, pairs, strict=True)):
+                return [
+                    lora_on_frozen(
+                        x, base.weight, base.bias, a.flatten(0, 1), b.flatten(0, 1), self.mix.scaling, mask_TN
+                    )  # type: ignore[arg-type]
+                    for base, (a, b) in zip(linears, pairs, strict=True)
+                ]
+        return self.add_experts(names, [base(x) for base in linears], x, source)
 
     def add_experts(self, names: list[str], outputs: list[Tensor], x: Tensor, source: Tensor | None) -> list[Tensor]:
         """The outputs of the projections `names`, which all read `x`, plus their experts. See `shrink` for `source`."""
@@ -254,12 +321,10 @@ class _Projections:
         x = F.dropout(x, self.mix.dropout) if self.mix.dropout else x
         x = x.to(outputs[0].dtype)
         source = None if source is None or self.mix.config.shared_a else source.to(x.dtype)
-        hs = shrink(self._reader(), scaling, x, [experts.pair(name)[0] for name in names], source)
-        outputs = [
-            expand(self.backend, y, self._weigh(h), experts.pair(name)[1])
-            for name, y, h in zip(names, outputs, hs, strict=True)
-        ]
-        if not self.mix.config.shared_r:
+        stacks = [self._pair(name) for name in names]
+        hs = shrink(self._reader(), scaling, x, [a for a, _ in stacks], source)
+        outputs = [expand(self.backend, y, self._weigh(h), b) for y, h, (_, b) in zip(outputs, hs, stacks, strict=True)]
+        if not self.mix.config.shared_r or self.joins_shared:
             return outputs
         pairs = [experts.shared_pair(name) for name in names]
         hs = shrink(DENSE, scaling, x, [a.unsqueeze(0) for a, _ in pairs])
@@ -267,11 +332,20 @@ class _Projections:
             hs = tuple(h * self.shared_weight_T1.to(h.dtype).unsqueeze(-1) for h in hs)
         return [expand(DENSE, y, h, b.unsqueeze(0)) for y, h, (_, b) in zip(outputs, hs, pairs, strict=True)]
 
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of a projection's experts, with the shared one last if it joins them."""
+        pair = self.mix.experts.pair(name)
+        if not self.joins_shared:
+            return pair
+        both = zip(pair, self.mix.experts.shared_pair(name), strict=True)
+        a, b = (torch.cat([experts, shared.unsqueeze(0)]) for experts, shared in both)
+        return a, b
+
     def down(
         self, base: nn.Module, name: str, act: Callable[[Tensor], Tensor], first: Tensor, up: Tensor | None = None
     ) -> Tensor:
         """The down projection of `act(first) * up`, plus its experts, without keeping the activation in memory."""
-        a_KRI, b_KRO = self.mix.experts.pair(name)
+        a_KRI, b_KRO = self._pair(name)
         hidden, h = activate_and_shrink(self._reader(), self.mix.scaling, act, first, up, a_KRI)
         return expand(self.backend, getattr(base, name)(hidden), self._weigh(h), b_KRO)
 
@@ -310,18 +384,12 @@ def linear_with_experts(base: nn.Module, name: str, x_TI: Tensor, mix: ExpertMix
 def adapted_linear(base: nn.Module, name: str, x_TI: Tensor, mix: ExpertMix) -> Tensor:
     """What `linear_with_experts` computes, by the backend of the configuration and with less memory."""
     config = mix.config
-    rank = mix.experts.pair(name)[0].shape[1]
-    backend_name = choose_backend(config.backend, mix.weights, config.num_experts, rank, x_TI)
+    backend_name = choose_backend(config.backend, mix.weights, config.num_experts, mix.experts.rank, x_TI)
     if backend_name == "loop" or torch.compiler.is_compiling():
         return linear_with_experts(base, name, x_TI, mix)
-    backend = build_backend(backend_name, mix.weights, config.num_experts)
-    weight, shared_weight = None if mix.weights is None else mix.weights.weight, mix.shared_weight
-    order = backend.order if x_TI.shape[0] > 1 else None
-    if order is not None:
-        x_TI = permute(x_TI, order)
-        weight = None if weight is None else permute(weight, order)
-        shared_weight = None if shared_weight is None else permute(shared_weight, order)
-    (y_TO,) = _Projections(backend, mix, weight, shared_weight).add_experts([name], [base(x_TI)], x_TI, None)
+    projections, order = _projections(backend_name, mix, x_TI)
+    x_TI = x_TI if order is None else permute(x_TI, order)
+    (y_TO,) = projections.project([base], [name], x_TI, None)
     return y_TO if order is None else permute(y_TO, inverse(order))
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, linear
 
 
 class Products(NamedTuple):
@@ -32,7 +32,7 @@ class Products(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A backend for the tokens of one FFN: one of `dense`, `masked`, `grouped`, and what it knows of the choice."""
+    """A backend for the tokens of one FFN: `dense`, `masked`, `wide` or `grouped`, and what it knows of the choice."""
 
     function: Callable[..., Products]
     tensors: tuple[Tensor, ...] = ()
@@ -86,6 +86,26 @@ def masked(index_Tk: Tensor, *, num_experts: int) -> Products:
         return all_experts.outer(place(h_TkR), x_TI)
 
     return Products(shrink, expand, outer)
+
+
+def wide(mask_TK: Tensor) -> Products:
+    """What `masked` computes, with rank activations of all K experts (J = K) instead of a gather and scatters.
+
+    `mask_TK` is 1 for the experts that a token uses, else 0. Small products of all experts at once are faster on a CPU
+    than narrow ones for each, and they need no sorting.
+    """
+    all_experts, mask_TK1 = dense(), mask_TK.unsqueeze(-1)
+
+    def own(h_TKR: Tensor) -> Tensor:
+        return h_TKR * mask_TK1.to(h_TKR.dtype)
+
+    def expand(h_TKR: Tensor, b_KRO: Tensor, onto_TO: Tensor | None) -> Tensor:
+        return all_experts.expand(own(h_TKR), b_KRO, onto_TO)
+
+    def outer(h_TKR: Tensor, x_TI: Tensor) -> Tensor:
+        return all_experts.outer(own(h_TKR), x_TI)
+
+    return Products(all_experts.shrink, expand, outer)
 
 
 def grouped(order_P: Tensor, ends_K: Tensor, *, picks: int) -> Products:
@@ -192,6 +212,22 @@ def expand(backend: Backend, y_TO: Tensor, h_TJR: Tensor, b_KRO: Tensor) -> Tens
     return _Expand.apply(backend, y_TO, h_TJR, b_KRO)
 
 
+def lora_on_frozen(
+    x_TI: Tensor,
+    w_OI: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_RO: Tensor,
+    scaling: float,
+    mask_TR: Tensor | None = None,
+) -> Tensor:
+    """`x W^T + bias + s (mask * x A^T) B`, `[T, O]`, for W, bias and mask that do not train; all of one dtype.
+
+    One function instead of three: the backward pass adds the adapter's share of the input's gradient in place.
+    """
+    return _LoraOnFrozen.apply(x_TI, w_OI, bias_O, a_RI, b_RO, scaling, mask_TR)
+
+
 def activate_and_shrink(
     backend: Backend, scaling: float, act: Callable, gate_TF: Tensor, up_TF: Tensor | None, a_KRF: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -259,6 +295,34 @@ class _Expand(torch.autograd.Function):
         h, b, *tensors = ctx.saved_tensors
         products = ctx.function(*tensors)
         return None, dy, products.shrink(dy, [b]), products.outer(h, dy).to(b.dtype)
+
+
+class _LoraOnFrozen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_OI: Tensor,
+        bias: Tensor | None,
+        a_RI: Tensor,
+        b_RO: Tensor,
+        scaling: float,
+        mask_TR: Tensor | None,
+    ) -> Tensor:
+        h_TR = (x @ a_RI.T).mul_(scaling)
+        h_TR = h_TR if mask_TR is None else h_TR.mul_(mask_TR)
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, w_OI, a_RI, b_RO, h_TR, mask_TR)
+        return linear(x, w_OI, bias).addmm_(h_TR, b_RO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, w_OI, a_RI, b_RO, h_TR, mask_TR = ctx.saved_tensors
+        dh_TR = (dy @ b_RO.T).mul_(ctx.scaling)
+        dh_TR = dh_TR if mask_TR is None else dh_TR.mul_(mask_TR)
+        dx = (dy @ w_OI).addmm_(dh_TR, a_RI) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dh_TR.T @ x, h_TR.T @ dy, None, None
 
 
 class _ActivateAndShrink(torch.autograd.Function):

@@ -146,6 +146,8 @@ ROUTING_RULES: dict[str, dict[str, Any]] = {
     "hash": {"router": "hash", **NO_ROUTER},
     "oracle": {"router": "oracle", **NO_ROUTER},
     "shared": {"shared_r": 2, "expert_scale": "prob"},
+    "shared of the same rank": {"shared_r": 3, "top_k": 2},
+    "shared complement of the same rank": {"shared_r": 3, "shared_scale": "complement", "expert_scale": "prob"},
     "shared complement": {"shared_r": 2, "shared_scale": "complement", "expert_scale": "prob"},
 }
 WEIGHTS = torch.rand(B, K, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
