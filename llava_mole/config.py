@@ -464,7 +464,6 @@ class TrainConfig:
                 f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}"
             )
 
-
     def _check_sharded(self) -> None:
         """Raise ConfigError for options that read whole weights outside of a step's forward pass."""
         if self.distributed == "zero3" and self.deepspeed_config == ZERO2_FILE:
@@ -556,8 +555,8 @@ class RunConfig:
 
     def _check_trained_parts(self) -> None:
         parts, adapter, train = self.model.train, self.adapter, self.train
-        if parts.projector is not None and _checks.get():
-            if parts.projector and not self.train_projector:
+        if parts.projector is not None:
+            if parts.projector and not self.train_projector and _checks.get():
                 raise ConfigError("model.train.projector is true and train_projector is false; leave one of them out")
             self.train_projector = parts.projector
         if parts.language_model == "none" and adapter.method != "none":
@@ -812,7 +811,9 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
             )
     for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
         if zero.get(key, False) not in (False, 1):
-            raise ConfigError(f"{path}: zero_optimization.{key} is {zero[key]!r}; leave it out (ZeRO++ is not supported)")
+            raise ConfigError(
+                f"{path}: zero_optimization.{key} is {zero[key]!r}; leave it out (ZeRO++ is not supported)"
+            )
     # DeepSpeed requires consistent batch sizes, but these scale nothing: the trainer marks the last micro-batch of a
     # step itself, because the number of micro-batches differs between packed steps.
     values = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}

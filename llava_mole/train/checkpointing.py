@@ -116,7 +116,7 @@ class CheckpointWriter:
                 self._write_adapter(model, weights, directory / ADAPTER_DIR)
             (directory / TRAINER_DIR).mkdir()
             if pieces is None or write_pieces is None:
-                written = write_parts(directory, optimizer_state, Origin.of(self.config))
+                written = write_parts(directory, optimizer_state, Origin.of(self.config, fields["paths"]))
                 fields["fingerprints"] = {**fields["fingerprints"], **written["fingerprints"]}
                 fields["paths"] = {**fields["paths"], **written["paths"]}
                 save_file(dict(optimizer_state), directory / OPTIMIZER_FILE)

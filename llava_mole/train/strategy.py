@@ -66,7 +66,11 @@ def start_strategy(train: TrainConfig, device: str) -> "Strategy":
 
     if on_cpu:
         PartialState(cpu=True)  # joins with gloo; must come before the Accelerator, which would ignore DeepSpeed
-    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(train, launched or 1)) if uses_deepspeed else None
+    plugin = None
+    if uses_deepspeed:
+        # Without the flag ZeRO-3 would spread the weights while transformers reads them, before their fingerprint is
+        # taken and adapters are placed.
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(train, launched or 1), zero3_init_flag=False)
     accelerator = Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision="no" if uses_deepspeed or train.precision == "fp32" else "bf16",
@@ -395,6 +399,7 @@ class Fsdp2(_Sharded):
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
         frozen_tower = set() if model.vision_tower.trains else set(model.vision_tower.parameters())
         blocks = [] if frozen_tower else list(model.vision_tower.blocks)
+        model.always_runs_tower = not frozen_tower
         for layer in [*blocks, *decoder_layers(model.causal_lm)]:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy, ignored_params=frozen_tower)

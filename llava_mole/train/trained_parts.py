@@ -36,15 +36,13 @@ class Origin:
     """That of training's forward passes."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Origin":
-        """Of a complete configuration as plain values."""
-        model, precision = config["model"], config["train"]["precision"]
-        tower = model["vision_tower"]
+    def of(cls, config: Mapping[str, Any], paths: Mapping[str, str]) -> "Origin":
+        """Of a complete configuration as plain values, and the paths of a manifest, which are absolute."""
         return cls(
-            Path(model["language_model"]).resolve(),
-            Path(tower["weights"]).resolve(),
-            str(Path(tower["name"]).resolve()) if tower["name"].endswith(".json") else tower["name"],
-            torch.float32 if precision == "fp32" else torch.bfloat16,
+            Path(paths["language_model"]),
+            Path(paths["vision_tower_weights"]),
+            paths["vision_tower_config"],
+            torch.float32 if config["train"]["precision"] == "fp32" else torch.bfloat16,
         )
 
 

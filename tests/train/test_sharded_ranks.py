@@ -1,0 +1,115 @@
+"""Full fine-tuning on two CPU ranks under every strategy does what one process does, and moves between numbers of ranks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from worlds.processes import fork_python
+from worlds.tiny_models import make_world
+
+from llava_mole.config import parse_run_config
+from llava_mole.train.tracker import read_metrics
+from llava_mole.train.train import train
+from llava_mole.train.trainer_state import TrainerState
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+STRATEGIES = ("zero2", "zero3", "fsdp2")
+OPTIONS = ["--train.max_steps", str(STEPS), "--train.save_every", "2", "--train.keep_checkpoints", "3",
+           "--data.validation_samples", "3", "--train.validate_every", "3", "--train.learning_rate", "1e-3",
+           "--model.train.language_model", "full", "--adapter.preset", "paper"]  # fmt: skip
+"""The language model trains with experts, in packed rows; some rows of a rank have no image."""
+TOWER = ["--model.train.tower", "last_n", "--model.train.tower_blocks", "1", "--train.tower_layer_decay", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("world")
+    make_world(directory, samples=15, text_only_every=3)
+    return directory
+
+
+def arguments(world: Path, name: str, *more: str) -> list[str]:
+    return [str(world / "config.yaml"), "--train.output_dir", str(world / name), *OPTIONS, *more]
+
+
+def run_ranks(world: Path, name: str, strategy: str, *more: str) -> list[dict]:
+    """Train on two forked ranks; returns what each of them reported."""
+    worker = str(Path(__file__).with_name("ranks_worker.py"))
+    file = ["--train.deepspeed_config", "scripts/zero3.json"] if strategy == "zero3" else []
+    options = arguments(world, name, "--train.distributed", strategy, *file, *more)
+    done = fork_python(worker, *options, ranks=2, timeout_s=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads((world / name / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def differences(world: Path, name: str, other: str) -> dict[str, float]:
+    """Largest absolute difference of two runs' losses, validation losses, masters and moments at the end."""
+    ours, theirs = (read_metrics(world / run / "metrics.jsonl") for run in (name, other))
+    assert len(ours) == len(theirs) == STEPS
+    pairs = list(zip(ours, theirs, strict=True))
+    found = {"loss": max(abs(a["loss"] - b["loss"]) for a, b in pairs)}
+    found["grad_norm"] = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs)
+    found["validation"] = max(
+        abs(a["validation_loss"][k] - v)
+        for a, b in pairs if "validation_loss" in b for k, v in b["validation_loss"].items()
+    )  # fmt: skip
+    mine, expected = (TrainerState(world / run / f"checkpoint-{STEPS}") for run in (name, other))
+    assert mine.shapes == expected.shapes
+    for key in expected:
+        kind = key.partition("/")[0]
+        found[kind] = max(found.get(kind, 0.0), float((mine[key] - expected[key]).abs().max()))
+    return found
+
+
+LIMITS = {"loss": 2e-5, "grad_norm": 2e-4, "validation": 1e-4, "master": 5e-5, "exp_avg": 1e-4, "exp_avg_sq": 1e-4}
+
+
+def assert_same(world: Path, name: str, other: str) -> None:
+    found = differences(world, name, other)
+    assert all(found[key] <= limit for key, limit in LIMITS.items()), found
+
+
+@pytest.fixture(scope="module")
+def single(world: Path) -> str:
+    train(parse_run_config(arguments(world, "single", *TOWER)))
+    return "single"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_equal_one_process(world: Path, single: str, strategy: str) -> None:
+    reports = run_ranks(world, strategy, strategy, *TOWER)
+    engines = {"zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDPLlavaMole"}
+    for report in reports:
+        assert report["engine"] == engines[strategy]
+        assert report["zero_stage"] == {"zero2": 2, "zero3": 3}.get(strategy)
+    assert_same(world, strategy, single)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_two_ranks_then_one_then_two_again(world: Path, single: str, strategy: str) -> None:
+    run = world / f"chain-{strategy}"
+    shutil.copytree(world / strategy, run)
+    for step in (4, 6):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    train(parse_run_config(arguments(world, run.name, *TOWER, "--train.resume", "auto")))
+    shutil.rmtree(run / f"checkpoint-{STEPS}")
+    run_ranks(world, run.name, strategy, *TOWER, "--train.resume", "auto")
+    assert_same(world, run.name, single)
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_a_frozen_language_model_with_experts_can_be_spread_too(world: Path, strategy: str) -> None:
+    frozen = ["--model.train.language_model", "adapters"]
+    if not (world / "experts").exists():
+        train(parse_run_config(arguments(world, "experts", *frozen)))
+    run_ranks(world, f"experts-{strategy}", strategy, *frozen)
+    assert_same(world, f"experts-{strategy}", "experts")
+    states = [load_file(world / run / f"checkpoint-{STEPS}" / "adapter" / "adapter_model.safetensors")
+              for run in ("experts", f"experts-{strategy}")]  # fmt: skip
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.allclose(value, states[1][key], atol=5e-5) for key, value in states[0].items())
