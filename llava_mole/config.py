@@ -117,7 +117,8 @@ MAY_CHANGE = (
     "train.output_dir", "train.resume", "train.accept_changed", "train.break_lock", "train.num_workers",
     "train.batching", "train.pack_length", "train.micro_batch_size", "train.distributed", "train.deepspeed_config",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every_n", "train.save_every",
-    "train.checkpoint_files", "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
+    "train.checkpoint_files",
+    "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
     "train.conflict_every", "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device",
     "tracker.*", "check.*",
     # Paths: their contents are compared. Those that a run starts from are not read again.

@@ -92,8 +92,8 @@ class CheckpointWriter:
     ) -> Path:
         """Write `checkpoint-<step>`. Weights are taken from the float32 masters in `optimizer_state`.
 
-        With `pieces` that state has adapter and projector only, and `write_pieces` lets all ranks write theirs; language
-        model and tower are then left to `llava-mole consolidate`.
+        With `pieces` that state has adapter and projector only, and `write_pieces` lets all ranks write theirs;
+        language model and tower are then left to `llava-mole consolidate`.
 
         Raises:
             Exception: it could not be written (OSError, or what safetensors and PEFT make of one). Nothing is left

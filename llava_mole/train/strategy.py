@@ -176,10 +176,10 @@ class Strategy:
                 yield name, parameter.grad
 
     def gather_state(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
-        """`{"<kind>/<parameter>": float32 CPU tensor}` for master, exp_avg and exp_avg_sq; other ranks than 0 may get {}.
+        """`{"<kind>/<parameter>": float32 CPU tensor}` for master, exp_avg and exp_avg_sq; all of it on rank 0.
 
-        A collective where gradients are sharded. Before the first update the moments are zeros. `wanted` says by name
-        which parameters are taken; it must say the same on all ranks.
+        Other ranks may get {}. A collective where gradients are sharded. Before the first update the moments are zeros.
+        `wanted` says by name which parameters are taken, the same on all ranks.
         """
         state = {}
         for name, parameter in self.parameters.items():

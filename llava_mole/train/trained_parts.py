@@ -67,8 +67,8 @@ def write_parts(directory: Path, state: Mapping[str, torch.Tensor], origin: Orig
 
     Args:
         directory: Of a checkpoint that is being written.
-        state: `{"master/<parameter>": float32 tensor}`; other keys are ignored. A `TrainerState` is read one tensor at a
-            time.
+        state: `{"master/<parameter>": float32 tensor}`; other keys are ignored. A `TrainerState` is read one tensor
+            at a time.
         origin: Configuration, tokenizer and frozen weights come from there.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Full fine-tuning on two CPU ranks under every strategy does what one process does, and moves between numbers of ranks."""
+"""Full fine-tuning on two CPU ranks does what one process does, under every strategy, also from 2 to 1 to 2 ranks."""
 
 import json
 import shutil
