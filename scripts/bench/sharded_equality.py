@@ -28,6 +28,7 @@ LIMITS = {"loss": 1e-4, "grad_norm": 1e-3, "master": 1e-4, "exp_avg": 1e-3, "exp
 def train(config: str, run: Path, ranks: int, strategy: str, steps: int) -> float:
     """Run `finetune.sh`; returns the seconds. Ends the program if the run fails."""
     options = {"train.output_dir": str(run), "train.max_steps": str(steps), "train.distributed": strategy}
+    options["projector_weights"] = "null"  # a random projector: nothing has to be trained before
     if strategy in ("zero2", "zero3"):
         options["train.deepspeed_config"] = f"scripts/{strategy}.json"
     words = [word for key, value in options.items() for word in (f"--{key}", value)]

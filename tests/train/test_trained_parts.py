@@ -1,6 +1,5 @@
 """Which parts train, in one process: rates, checkpoints that load by themselves, pieces, and what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from worlds.tiny_models import make_world
 
 from llava_mole.cli import main
 from llava_mole.common.errors import CheckpointError, ConfigError
-from llava_mole.config import TrainConfig, parse_run_config
+from llava_mole.config import TrainConfig, config_to_dict, parse_run_config
 from llava_mole.inference.predictor import Predictor
 from llava_mole.interop.cli import main as convert
 from llava_mole.model.adapters import parameter_part
@@ -108,15 +107,10 @@ def test_a_checkpoint_has_the_trained_parts_and_loads_by_itself(world: Path, run
     assert {base_name(name) for name in seen if name.startswith("language_model.")} == {
         name for name, _ in original.language_model.named_parameters()
     }
-    untouched = dict(original.vision_tower.named_parameters())["visual.transformer.resblocks.0.ln_1.weight"]
-    assert torch.equal(
-        dict(loaded.vision_tower.named_parameters())["visual.transformer.resblocks.0.ln_1.weight"], untouched
-    )
-    # The checkpoint needs nothing of the run's inputs any more.
+    frozen = "visual.conv1.weight"
+    assert torch.equal(loaded.vision_tower.get_parameter(frozen), original.vision_tower.get_parameter(frozen))
     moved = world / "moved" / "checkpoint-4"
     shutil.copytree(checkpoint, moved)
-    config = (moved / "config.yaml").read_text().replace(str(world), "/nowhere")
-    assert "/nowhere" in config
     ask = [[str(world / "red" / "images" / "red-1.png")]], ["What color is this?"]
     assert Predictor.from_pretrained(moved, device="cpu").generate(*ask, max_new_tokens=4) == Predictor.from_pretrained(
         run, device="cpu"
@@ -154,9 +148,7 @@ def test_pieces_are_made_whole(world: Path, plain: Path, capsys: pytest.CaptureF
     assert not pieces.is_whole
     assert pieces.shapes == expected.shapes
     assert all(torch.equal(pieces[key], expected[key]) for key in expected)
-    with pytest.raises(
-        CheckpointError, match="language model and vision tower in the pieces .* `llava-mole consolidate"
-    ):
+    with pytest.raises(CheckpointError, match="model and vision tower in the pieces .* `llava-mole consolidate"):
         load_pretrained_model(plain, device="cpu")
     assert main(["consolidate", str(plain), "--out", str(world / "made")]) == 0
     assert "language model, vision tower, adapter and projector, optimizer" in capsys.readouterr().out
@@ -195,9 +187,7 @@ def test_exports_hold_the_trained_weights(world: Path, layout: str) -> None:
     assert convert([str(source), "--to", layout, "--out", str(out)]) == 0
     expected = load_pretrained_model(source, device="cpu").model.causal_lm
     if layout == "inference":
-        assert json.loads((out / "manifest.json").read_text())["paths"]["vision_tower_weights"].startswith(
-            "vision_tower/"
-        )
+        assert read_manifest(out)["paths"]["vision_tower_weights"] == "vision_tower/model.safetensors"
         found = load_pretrained_model(out, device="cpu").model.causal_lm
     else:
         back = world / f"from-{layout}"
@@ -216,15 +206,13 @@ def test_old_configurations_mean_what_they_meant(world: Path, run: Path) -> None
     )  # fmt: skip
     frozen = parse_run_config(arguments(world, "x", "--model.train.projector", "false"))
     assert not frozen.train_projector
-    from llava_mole.config import config_to_dict
-
     same = parse_run_config(arguments(world, "full", *FULL, "--model.train.projector", "true"))
     assert changed_keys(run / "checkpoint-4", config_to_dict(same)) == {}
 
 
 REFUSED = {
     "quantised": (["--model.train.language_model", "full", "--model.quantization", "4bit"],
-                  "model.train.language_model is 'full' and model.quantization is '4bit': quantised weights are frozen"),
+                  "language_model is 'full' and model.quantization is '4bit': quantised weights are frozen"),
     "no blocks": (["--model.train.tower", "last_n"], "tower is 'last_n' and model.train.tower_blocks is None"),
     "blocks of all": (["--model.train.tower", "all", "--model.train.tower_blocks", "2"], "'last_n' needs the number"),
     "none": (["--model.train.language_model", "none"], "is 'none' and adapter.method is 'mole': use 'adapters'"),
