@@ -68,14 +68,18 @@ def start_strategy(train: TrainConfig, device: str) -> "Strategy":
         PartialState(cpu=True)  # joins with gloo; must come before the Accelerator, which would ignore DeepSpeed
     plugin = None
     if uses_deepspeed:
-        # Without the flag ZeRO-3 would spread the weights while transformers reads them, before their fingerprint is
-        # taken and adapters are placed.
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(train, launched or 1), zero3_init_flag=False)
     accelerator = Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision="no" if uses_deepspeed or train.precision == "fp32" else "bf16",
         cpu=None if uses_deepspeed else on_cpu,
     )
+    if uses_deepspeed:
+        # transformers must not know of ZeRO-3 while it reads the weights: it would spread them at once, before their
+        # fingerprint is taken and adapters are placed. accelerate's flag alone does not prevent it.
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     kinds = {"zero2": Zero2, "zero3": Zero3, "fsdp2": Fsdp2, "ddp": Strategy}
     return Strategy(accelerator) if launched is None else kinds[train.distributed](accelerator)
 

@@ -11,6 +11,7 @@ from worlds.processes import fork_python
 from worlds.tiny_models import make_world
 
 from llava_mole.config import parse_run_config
+from llava_mole.train.consolidate import consolidate
 from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 from llava_mole.train.trainer_state import TrainerState
@@ -82,12 +83,24 @@ def single(world: Path) -> str:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_equal_one_process(world: Path, single: str, strategy: str) -> None:
-    reports = run_ranks(world, strategy, strategy, *TOWER)
+    """With `fsdp2` both ranks write their own pieces, which are made whole afterwards."""
+    files = ["--train.checkpoint_files", "sharded"] if strategy == "fsdp2" else []
+    reports = run_ranks(world, strategy, strategy, *TOWER, *files)
     engines = {"zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDPLlavaMole"}
     for report in reports:
         assert report["engine"] == engines[strategy]
         assert report["zero_stage"] == {"zero2": 2, "zero3": 3}.get(strategy)
     assert_same(world, strategy, single)
+    whole = world / strategy / f"checkpoint-{STEPS}"
+    if files:
+        assert len(list((whole / "trainer").glob("optimizer-*-of-00002.safetensors"))) == 2
+        consolidate(whole, world / "whole", inference=True)
+        whole = world / "whole"
+    for file in ("language_model/model.safetensors", "vision_tower/model.safetensors", "mm_projector.safetensors",
+                 "adapter/adapter_model.safetensors"):  # fmt: skip
+        found, expected = load_file(whole / file), load_file(world / single / f"checkpoint-{STEPS}" / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(value, expected[key], atol=5e-5) for key, value in found.items()), file
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
@@ -113,3 +126,20 @@ def test_a_frozen_language_model_with_experts_can_be_spread_too(world: Path, str
               for run in ("experts", f"experts-{strategy}")]  # fmt: skip
     assert states[0].keys() == states[1].keys()
     assert all(torch.allclose(value, states[1][key], atol=5e-5) for key, value in states[0].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_bfloat16_on_a_gpu_is_near_ddp(world: Path, strategy: str) -> None:
+    """One rank: the casts of each engine, not its communication. The CPU form of it is in float32, above."""
+    options = ["--device", "cuda", "--train.precision", "bf16", "--model.train.language_model", "full"]
+    worker = str(Path(__file__).with_name("ranks_worker.py"))
+    for name in ("ddp", strategy):
+        if not (world / f"bf16-{name}").exists():
+            file = ["--train.deepspeed_config", "scripts/zero3.json"] if name == "zero3" else []
+            given = arguments(world, f"bf16-{name}", *options, "--train.distributed", name, *file)
+            done = fork_python(worker, *given, ranks=1, timeout_s=600, CUDA_VISIBLE_DEVICES="0", DS_ACCELERATOR="cuda")
+            assert done.returncode == 0, done.stderr[-6000:]
+    found, expected = ([e["loss"] for e in read_metrics(world / f"bf16-{name}" / "metrics.jsonl")]
+                       for name in (strategy, "ddp"))  # fmt: skip
+    assert found == pytest.approx(expected, rel=0.03)
