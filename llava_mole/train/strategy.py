@@ -21,6 +21,7 @@ from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.common.text import count_of
 from llava_mole.config import TrainConfig, check_batch, deepspeed_config
 from llava_mole.model.adapters import parameter_part, trainable_parameters
+from llava_mole.model.flops import whole_shape
 from llava_mole.model.language_model import decoder_layers
 from llava_mole.model.llava_arch import LlavaMole
 
@@ -221,7 +222,7 @@ class Strategy:
             CheckpointError: parameters are missing, unexpected or of another shape; the message names the first ones.
         """
         kinds = (MASTER, *MOMENTS)
-        expected = {f"{kind}/{name}": _shape(p) for name, p in self.parameters.items() for kind in kinds}
+        expected = {f"{kind}/{name}": whole_shape(p) for name, p in self.parameters.items() for kind in kinds}
         found = getattr(state, "shapes", None) or {key: tuple(value.shape) for key, value in state.items()}
         if expected != found:
             wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
@@ -364,7 +365,9 @@ class Zero3(Zero2):
             start = min(size * self.rank, parameter.ds_numel)  # type: ignore[attr-defined]  # set by DeepSpeed
             stop = min(size * (self.rank + 1), parameter.ds_numel)  # type: ignore[attr-defined]
             place = slice(offset, offset + stop - start)
-            yield Fragment(name, _shape(parameter), slice(start, stop), zero.fp32_partitioned_groups_flat[group], place)
+            yield Fragment(
+                name, whole_shape(parameter), slice(start, stop), zero.fp32_partitioned_groups_flat[group], place
+            )
 
     def _load_parameters(self, state: Mapping[str, torch.Tensor]) -> None:
         """Nothing yet: the weights are copied from the masters, which `_load_optimizer` reads."""
@@ -458,11 +461,6 @@ def _flat(tensor: Any) -> torch.Tensor:
     """The values that this rank holds of a tensor, flat; they share its memory."""
     tensor = tensor.detach()
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).reshape(-1)
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    """The shape of a whole parameter; ZeRO-3 leaves none in the parameter itself."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class GradientNorms:

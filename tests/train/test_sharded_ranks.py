@@ -31,6 +31,9 @@ TOWER = ["--model.train.tower", "last_n", "--model.train.tower_blocks", "1", "--
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
     make_world(directory, samples=15, text_only_every=3)
+    settings = json.loads((Path(__file__).parents[2] / "scripts" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 500  # or all weights would stay whole
+    (directory / "zero3.json").write_text(json.dumps(settings))
     return directory
 
 
@@ -41,7 +44,7 @@ def arguments(world: Path, name: str, *more: str) -> list[str]:
 def run_ranks(world: Path, name: str, strategy: str, *more: str) -> list[dict]:
     """Train on two forked ranks; returns what each of them reported."""
     worker = str(Path(__file__).with_name("ranks_worker.py"))
-    file = ["--train.deepspeed_config", "scripts/zero3.json"] if strategy == "zero3" else []
+    file = ["--train.deepspeed_config", str(world / "zero3.json")] if strategy == "zero3" else []
     options = arguments(world, name, "--train.distributed", strategy, *file, *more)
     done = fork_python(worker, *options, ranks=2, timeout_s=600)
     assert done.returncode == 0, done.stderr[-6000:]
