@@ -810,10 +810,11 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
                 f"{path}: zero_optimization.{key} is set; leave it out. The check for gradients that are not finite "
                 "and the checkpoints look for weights and optimizer state on the GPU; more ranks hold less each"
             )
-    for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
-        if zero.get(key, False) not in (False, 1):
+    plain = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
+    for key, allowed in plain.items():
+        if zero.get(key, allowed) != allowed:
             raise ConfigError(
-                f"{path}: zero_optimization.{key} is {zero[key]!r}; leave it out (ZeRO++ is not supported)"
+                f"{path}: zero_optimization.{key} is {zero[key]!r}; leave it out: ZeRO++ is not supported"
             )
     # DeepSpeed requires consistent batch sizes, but these scale nothing: the trainer marks the last micro-batch of a
     # step itself, because the number of micro-batches differs between packed steps.

@@ -283,12 +283,10 @@ class _Sharded(Strategy):
 
     def _load_optimizer(self, state: Mapping[str, torch.Tensor], step: torch.Tensor) -> None:
         moments = self.stepping_optimizer().state
+        for holder in {id(fragment.holder): fragment.holder for fragment in self.fragments()}.values():
+            moments[holder] = {"step": step.clone(), **{kind: torch.zeros_like(holder) for kind in MOMENTS}}
         for fragment in self.fragments():
-            if fragment.holder not in moments or "exp_avg" not in moments[fragment.holder]:
-                zeros = {kind: torch.zeros_like(fragment.holder) for kind in MOMENTS}
-                moments[fragment.holder] = {"step": step.clone(), **zeros}
-        for fragment in self.fragments():
-            for kind, held in self.values(fragment):
+            for kind, held in self.values(fragment) if fragment.inside.stop > fragment.inside.start else ():
                 held.copy_(state[f"{kind}/{fragment.name}"].reshape(-1)[fragment.inside])
 
 
