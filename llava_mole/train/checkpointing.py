@@ -104,7 +104,7 @@ class CheckpointWriter:
         weights = {**self.frozen, **masters}
         fields = self._manifest_fields(progress)
 
-        def write_files(directory: Path) -> None:
+        def write_files(directory: Path) -> dict[str, Any]:
             save_config(self.config, directory / CONFIG_FILE)
             self.hf_tokenizer.save_pretrained(directory / TOKENIZER_DIR)
             projector = {
@@ -116,14 +116,13 @@ class CheckpointWriter:
                 self._write_adapter(model, weights, directory / ADAPTER_DIR)
             (directory / TRAINER_DIR).mkdir()
             if pieces is None or write_pieces is None:
-                written = write_parts(directory, optimizer_state, Origin.of(self.config, fields["paths"]))
-                fields["fingerprints"] = {**fields["fingerprints"], **written["fingerprints"]}
-                fields["paths"] = {**fields["paths"], **written["paths"]}
+                changed = write_parts(directory, optimizer_state, Origin.of(self.config, fields["paths"]), fields)
                 save_file(dict(optimizer_state), directory / OPTIMIZER_FILE)
             else:
                 write_pieces(directory)
-                fields["in_pieces"] = pieces.parts
+                changed = {"in_pieces": pieces.parts}
             write_json(directory / STATE_FILE, vars(progress), indent=1)
+            return changed
 
         path = checkpoint_path(self.run_dir, progress.step)
         # Masters and two moments of everything trainable, the masters again as weights, and the tokenizer's files.

@@ -7,8 +7,9 @@ everywhere and resumes as any other. One tensor is in memory at a time, beside w
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_mole.common.errors import CheckpointError, command
 from llava_mole.common.log import setup_logging
@@ -80,18 +81,16 @@ def consolidate(source: Path, out: Path, *, overwrite: bool = False, inference: 
     left_out = {"format", "files", "run", "in_pieces", SELF_HASH}
     fields = {key: value for key, value in manifest.items() if key not in left_out}
 
-    def write_files(folder: Path) -> None:
+    def write_files(folder: Path) -> Mapping[str, Any]:
         pieces = {file.relative_to(checkpoint).as_posix() for file in state.files}
         for name in manifest["files"]:
             dropped = name == OWNER_FILE or name in pieces or (inference and name.startswith(f"{TRAINER_DIR}/"))
             if not dropped:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(checkpoint / name, folder / name)
-        written = write_parts(folder, state, origin)
-        fields["fingerprints"] = {**fields["fingerprints"], **written["fingerprints"]}
-        fields["paths"] = {**fields["paths"], **written["paths"]}
         if not inference:
             save_file({key: state[key] for key in state}, folder / OPTIMIZER_FILE)
+        return write_parts(folder, state, origin, fields)
 
     with publish(out, overwrite=overwrite, inputs=[source, checkpoint]) as temporary:
         write_checkpoint(temporary, write_files, fields)

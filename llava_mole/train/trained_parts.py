@@ -62,7 +62,9 @@ def base_name(name: str) -> str:
     return name.removeprefix("language_model.").removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def write_parts(directory: Path, state: Mapping[str, torch.Tensor], origin: Origin) -> dict[str, Any]:
+def write_parts(
+    directory: Path, state: Mapping[str, torch.Tensor], origin: Origin, fields: Mapping[str, Any]
+) -> dict[str, Any]:
     """Write the trained parts below `directory`.
 
     Args:
@@ -70,17 +72,17 @@ def write_parts(directory: Path, state: Mapping[str, torch.Tensor], origin: Orig
         state: `{"master/<parameter>": float32 tensor}`; other keys are ignored. A `TrainerState` is read one tensor
             at a time.
         origin: Configuration, tokenizer and frozen weights come from there.
+        fields: Of the manifest.
 
     Returns:
-        `fingerprints` and `paths` of the manifest for the parts that were written, relative to the checkpoint.
+        `fingerprints` and `paths` of the manifest; those of the parts that were written are relative to the checkpoint.
 
     Raises:
         WeightsError: a weight is not finite, or the original files are gone or do not fit.
     """
     prefix = f"{MASTER}/"
     names = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
-    fingerprints: dict[str, str] = {}
-    paths: dict[str, str] = {}
+    fingerprints, paths = dict(fields["fingerprints"]), dict(fields["paths"])
     if LANGUAGE_MODEL in trained_parts(set(names)):
         folder = directory / LANGUAGE_MODEL
         folder.mkdir()
