@@ -425,7 +425,7 @@ class TrainConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     checkpoint_files: Literal["whole", "sharded"] = "whole"
     """`whole`: rank 0 gathers everything and writes files that load anywhere. `sharded`: every rank writes what it
-    holds, where the whole (16 bytes a trained parameter) does not fit into the memory of rank 0's machine; the run
+    holds, where the whole (12 bytes a trained parameter) does not fit into the memory of rank 0's machine; the run
     resumes on any number of ranks, and `llava-mole consolidate` makes the checkpoint whole."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; an older one is deleted after a newer one is complete."""

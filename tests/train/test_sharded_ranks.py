@@ -86,9 +86,9 @@ def single(world: Path) -> str:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_equal_one_process(world: Path, single: str, strategy: str) -> None:
-    """With `fsdp2` both ranks write their own pieces, which are made whole afterwards."""
+    """The ranks recompute activations. With `fsdp2` both write their own pieces, which are made whole afterwards."""
     files = ["--train.checkpoint_files", "sharded"] if strategy == "fsdp2" else []
-    reports = run_ranks(world, strategy, strategy, *TOWER, *files)
+    reports = run_ranks(world, strategy, strategy, *TOWER, *files, "--train.activation_checkpointing", "all")
     engines = {"zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDPLlavaMole"}
     for report in reports:
         assert report["engine"] == engines[strategy]
