@@ -72,6 +72,9 @@ class TrainerState(Mapping[str, torch.Tensor]):
             flat[start : start + piece.numel()] = piece
         return flat.reshape(self.shapes[key])
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
