@@ -406,9 +406,9 @@ def locate_parts(
     the ranks wrote a part in pieces.
     """
     if manifest.get("in_pieces"):
-        parts = " and ".join(part.replace("_", " ") for part in manifest["in_pieces"])
+        lacking = " and ".join(part.replace("_", " ") for part in manifest["in_pieces"])
         raise CheckpointError(
-            f"{checkpoint} holds its {parts} in the pieces that the ranks wrote; make it whole with `llava-mole "
+            f"{checkpoint} holds its {lacking} in the pieces that the ranks wrote; make it whole with `llava-mole "
             f"consolidate {checkpoint} --out DIR` and give DIR"
         )
 

@@ -92,7 +92,7 @@ class Validator:
         own = len(batches)
         if together:
             batches += [[0]] * (max(all_gather_objects(own)) - own)
-        loader = DataLoader(
+        loader: DataLoader = DataLoader(
             self._dataset,  # type: ignore[arg-type]  # map-style, without torch's base class
             batch_sampler=batches,
             collate_fn=partial(collate, pad_token_id=self._pad_token_id),
