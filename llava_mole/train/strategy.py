@@ -345,6 +345,7 @@ class Zero3(Zero2):
     shards_weights = True
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        check_routers(model)
         super().prepare(model, optimizer)
         model.always_runs_tower = True  # type: ignore[assignment]  # of LlavaMole
         if type(self.optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3":
@@ -395,6 +396,7 @@ class Fsdp2(_Sharded):
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         assert isinstance(model, LlavaMole)
+        check_routers(model)
         if self.world_size != (launched_world_size() or 1):
             raise RuntimeError(f"accelerate sees {count_of(self.world_size, 'rank')}, the launcher started others")
         model.to(self.device)
@@ -453,6 +455,18 @@ class Fsdp2(_Sharded):
 
     def _load_parameters(self, state: Mapping[str, torch.Tensor]) -> None:
         """Nothing: parameters are the masters, which `_load_optimizer` reads."""
+
+
+def check_routers(model: nn.Module) -> None:
+    """Raise ConfigError if the adapter's router is read outside of the layer that gathers its weights."""
+    configs = getattr(getattr(model, "language_model", None), "peft_config", {}).values()
+    if any(getattr(config, "router_scope", None) == "model" for config in configs):
+        error = ConfigError(
+            "the adapter has router_scope 'model', one router for all layers, which train.distributed 'zero3' and "
+            "'fsdp2' do not gather in time; use 'zero2' or 'ddp', or another preset"
+        )
+        error.on_every_rank = True
+        raise error
 
 
 def _flat(tensor: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from llava_mole.model.adapters import parameter_part
 from llava_mole.model.builder import build_parts, load_pretrained_model
 from llava_mole.model.checkpoint import read_manifest
 from llava_mole.model.trainable import unfreeze
+from llava_mole.mole import MoleConfig
 from llava_mole.train.optim import build_optimizer, set_learning_rates
 from llava_mole.train.resume import changed_keys
+from llava_mole.train.strategy import check_routers
 from llava_mole.train.train import train
 from llava_mole.train.trained_parts import base_name
 from llava_mole.train.trainer_state import TrainerState
@@ -208,6 +211,14 @@ def test_old_configurations_mean_what_they_meant(world: Path, run: Path) -> None
     assert not frozen.train_projector
     same = parse_run_config(arguments(world, "full", *FULL, "--model.train.projector", "true"))
     assert changed_keys(run / "checkpoint-4", config_to_dict(same)) == {}
+
+
+def test_one_router_for_all_layers_is_refused_where_weights_are_spread() -> None:
+    model = SimpleNamespace(language_model=SimpleNamespace(peft_config={"default": MoleConfig(router_scope="ffn")}))
+    check_routers(model)
+    model.language_model.peft_config["default"] = MoleConfig.from_preset("mocle")
+    with pytest.raises(ConfigError, match="router_scope 'model', .*; use 'zero2' or 'ddp'"):
+        check_routers(model)
 
 
 REFUSED = {
