@@ -216,7 +216,7 @@ def test_old_configurations_mean_what_they_meant(world: Path, run: Path) -> None
 def test_one_router_for_all_layers_is_refused_where_weights_are_spread() -> None:
     model = SimpleNamespace(language_model=SimpleNamespace(peft_config={"default": MoleConfig(router_scope="ffn")}))
     check_routers(model)
-    model.language_model.peft_config["default"] = MoleConfig.from_preset("mocle")
+    model.language_model.peft_config["default"] = MoleConfig.from_preset("octavius")
     with pytest.raises(ConfigError, match="router_scope 'model', .*; use 'zero2' or 'ddp'"):
         check_routers(model)
 
