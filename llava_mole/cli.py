@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "check-data": ("llava_mole.analysis.check.cli", "check every record and image of a run before it starts"),
     "prepare-benchmark": ("llava_mole.eval.prepare", "convert a benchmark's official files to questions"),
     "convert": ("llava_mole.interop.cli", "import LLaVA and Hugging Face checkpoints, or export ours"),
+    "consolidate": ("llava_mole.train.consolidate", "make one checkpoint of the pieces that ranks wrote"),
     "compose": ("llava_mole.interop.compose.cli", "make one LoRA of several, by a search on a few examples"),
     "inspect": ("llava_mole.interop.inspect.cli", "show what a directory or weight file is and contains"),
     "completion": ("llava_mole.common.completion", "print a script that lets Tab complete commands: bash, zsh, fish"),

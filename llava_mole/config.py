@@ -34,17 +34,15 @@ from llava_mole.common.text import HELP_WIDTH, count_of
 AspectRatio = Literal["pad", "square"]
 ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
-SHARDED = ("zero3", "fsdp")
+SHARDED = ("zero3", "fsdp2")
+"""Values of `train.distributed` that spread every weight over the ranks, frozen ones included."""
 _SECTIONS = ("train", "model", "adapter", "data", "tracker", "check")
-SHARDED_REASON = (
-    "ZeRO stage 3 and FSDP shard the frozen model too, which this trainer's checkpoints do not gather; all that trains "
-    "takes about 2 GB of memory, which ZeRO-2 shards"
-)
 
 logger = get_logger(__name__)
 
 
 DEFAULT_WARMUP = 500
+ZERO2_FILE, ZERO3_FILE = "scripts/zero2.json", "scripts/zero3.json"
 
 
 class Range(NamedTuple):
@@ -64,6 +62,7 @@ _BELOW_1 = Range("must be at least 0 and below 1", 0, math.nextafter(1, 0))
 
 RANGES: dict[str, Range] = {
     "model.vision_tower.select_layer": _ANY,  # the tower knows how many blocks it has
+    "model.train.tower_blocks": _FROM_1,
     "adapter.rank": _FROM_1,
     "adapter.alpha": _ABOVE_0,
     "adapter.dropout": _BELOW_1,
@@ -80,6 +79,9 @@ RANGES: dict[str, Range] = {
     "train.learning_rate": _FROM_0,
     "train.projector_learning_rate": _FROM_0,
     "train.router_learning_rate": _FROM_0,
+    "train.language_model_learning_rate": _FROM_0,
+    "train.tower_learning_rate": _FROM_0,
+    "train.tower_layer_decay": Range("must be above 0 and at most 1", math.nextafter(0, 1), 1),
     "train.min_learning_rate": _FROM_0,
     "train.warmup_steps": _FROM_0,
     "train.warmup_ratio": _SHARE,
@@ -115,6 +117,7 @@ MAY_CHANGE = (
     "train.output_dir", "train.resume", "train.accept_changed", "train.break_lock", "train.num_workers",
     "train.batching", "train.pack_length", "train.micro_batch_size", "train.distributed", "train.deepspeed_config",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every_n", "train.save_every",
+    "train.checkpoint_files",
     "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
     "train.conflict_every", "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device",
     "tracker.*", "check.*",
@@ -197,6 +200,30 @@ class VisionTowerConfig:
 
 
 @dataclass(kw_only=True)
+class TrainedPartsConfig:
+    """Which parts of the model train, beside what `adapter` adds to it."""
+
+    language_model: Literal["full", "adapters", "none"] = "adapters"
+    """`adapters`: only what `adapter` adds, the language model itself is frozen; `full`: all its weights, as in LLaVA's
+    finetune.sh, together with the adapter if there is one; `none`: nothing, and an adapter is refused."""
+    tower: Literal["none", "last_n", "all"] = "none"
+    """The vision tower: frozen, its last `tower_blocks` blocks, or all of it. Blocks above
+    model.vision_tower.select_layer do not run and do not count."""
+    tower_blocks: int | None = None
+    """n of `tower: last_n`."""
+    projector: bool | None = None
+    """Whether the projector trains; null takes train_projector."""
+
+    def __post_init__(self) -> None:
+        _check_section(self, "model.train.")
+        if (self.tower == "last_n") != (self.tower_blocks is not None):
+            raise ConfigError(
+                f"model.train.tower is {self.tower!r} and model.train.tower_blocks is {self.tower_blocks}: 'last_n' "
+                "needs the number of blocks, and nothing else takes one"
+            )
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The parts of the multimodal model."""
 
@@ -210,9 +237,15 @@ class ModelConfig:
     quantization: Quantization = "none"
     """Keep the language model's frozen linears (not its head) in 8 bits, or in 4 bits (NF4 with double quantisation, as
     in QLoRA and LLaVA), with bitsandbytes (extra `quant`). The directory holds the unquantised weights."""
+    train: TrainedPartsConfig = field(default_factory=TrainedPartsConfig)
 
     def __post_init__(self) -> None:
         _check_section(self, "model.")
+        if self.train.language_model == "full" and self.quantization != "none":
+            raise ConfigError(
+                f"model.train.language_model is 'full' and model.quantization is {self.quantization!r}: quantised "
+                "weights are frozen; set --model.quantization none, or train an adapter (language_model 'adapters')"
+            )
 
 
 Preset = Literal[
@@ -348,6 +381,13 @@ class TrainConfig:
     """Peak learning rate of the projector; its floor scales with it. None takes learning_rate."""
     router_learning_rate: float | None = None
     """Peak learning rate of the routers; its floor scales with it. None takes learning_rate."""
+    language_model_learning_rate: float | None = None
+    """Peak learning rate of the language model's own weights (`model.train.language_model: full`). None takes
+    learning_rate."""
+    tower_learning_rate: float | None = None
+    """Peak learning rate of the vision tower's last block (`model.train.tower`). None takes learning_rate."""
+    tower_layer_decay: float = 1.0
+    """Factor between the rates of a tower block and the one above it (layer-wise decay); 1 gives all the same rate."""
     min_learning_rate: float = 2e-6
     """Floor of the cosine schedule (paper, Table 1)."""
     warmup_steps: int | None = None
@@ -370,17 +410,23 @@ class TrainConfig:
     """n of `activation_checkpointing: every_n`."""
     compile: bool = False
     """Compile each decoder layer with torch.compile; the first steps take minutes."""
-    distributed: Literal["zero2", "ddp", "zero3", "fsdp"] = "zero2"
-    """DeepSpeed ZeRO stage 2 or torch DDP; `zero3` and `fsdp` are refused with the reason. One process without a
-    launcher uses neither."""
-    deepspeed_config: str = "scripts/zero2.json"
-    """DeepSpeed's settings; its "auto" values are filled from this configuration."""
+    distributed: Literal["zero2", "ddp", "zero3", "fsdp2"] = "zero2"
+    """How ranks share the work. `zero2` (DeepSpeed) and `ddp` (torch) keep the whole model on every rank; `zero3`
+    (DeepSpeed) and `fsdp2` (torch) spread its weights too, for a language model that trains as a whole. One process
+    without a launcher uses none of them."""
+    deepspeed_config: str = ZERO2_FILE
+    """DeepSpeed's settings for `zero2` and `zero3` (scripts/zero3.json, which `zero3` takes by itself); "auto" values
+    are filled from this configuration."""
     num_workers: int = 4
     """Data loader processes per rank, at most the cores of the machine; 0 loads in the training process."""
     seed: int = 42
     """Seed of the initialisation and the sample order."""
     save_every: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
+    checkpoint_files: Literal["whole", "sharded"] = "whole"
+    """`whole`: rank 0 gathers everything and writes files that load anywhere. `sharded`: every rank writes what it
+    holds, where the whole (12 bytes a trained parameter) does not fit into the memory of rank 0's machine; the run
+    resumes on any number of ranks, and `llava-mole consolidate` makes the checkpoint whole."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; an older one is deleted after a newer one is complete."""
     validate_every: int = 0
@@ -404,9 +450,9 @@ class TrainConfig:
     """Optimizer steps between comparisons of the ranks' trainable parameters; 0 compares only before saving."""
 
     def __post_init__(self) -> None:
-        if self.distributed in SHARDED:
-            raise ConfigError(f"train.distributed is {self.distributed!r}; use 'zero2' or 'ddp'. {SHARDED_REASON}")
         _check_section(self, "train.")
+        if self.distributed in SHARDED:
+            self._check_sharded()
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ConfigError(
                 f"train.warmup_steps is {self.warmup_steps} and train.warmup_ratio is {self.warmup_ratio}: give one, "
@@ -418,6 +464,22 @@ class TrainConfig:
             raise ConfigError(
                 f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}"
             )
+
+    def _check_sharded(self) -> None:
+        """Raise ConfigError for options that read whole weights outside of a step's forward pass."""
+        if self.distributed == "zero3" and self.deepspeed_config == ZERO2_FILE:
+            self.deepspeed_config = ZERO3_FILE
+        reasons = {
+            "train.validation_answers": (self.validation_answers, 0, "ranks would wait for each other at every token"),
+            "train.conflict_every": (self.conflict_every, 0, "the meter differentiates the model beside the engine"),
+            "train.compile": (self.compile, False, "compiled layers would not gather their weights"),
+        }
+        for key, (value, allowed, reason) in reasons.items():
+            if value != allowed:
+                raise ConfigError(
+                    f"{key} is {str(value).lower()} and train.distributed is {self.distributed!r}, which spreads the "
+                    f"weights over the ranks: {reason}; set --{key} {str(allowed).lower()}, or use 'zero2' or 'ddp'"
+                )
 
 
 @dataclass(kw_only=True)
@@ -451,7 +513,8 @@ class RunConfig:
     """A complete run."""
 
     stage: Literal["pretrain", "finetune"]
-    """`pretrain` trains the projector only; `finetune` trains adapters and projector."""
+    """`pretrain` trains the projector on captions; `finetune` trains adapters and projector on conversations. Both
+    train what else `model.train` names."""
     train: TrainConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     projector_weights: str | None = None
@@ -473,11 +536,9 @@ class RunConfig:
         check_lambdas(self.data.sources, self.data.mixture)
         if self.stage == "pretrain" and self.adapter.method != "none":
             raise ConfigError(
-                f"adapter.method is {self.adapter.method!r} in stage 'pretrain', which trains the projector only; "
-                "use 'none'"
+                f"adapter.method is {self.adapter.method!r} in stage 'pretrain', which has no adapter; use 'none'"
             )
-        if self.stage == "pretrain" and not self.train_projector:
-            raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
+        self._check_trained_parts()
         if self.init_from is not None and self.projector_weights is not None:
             raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
         if self.train.pack_length is not None and self.train.pack_length < self.data.max_length:
@@ -492,6 +553,40 @@ class RunConfig:
                 "there is nothing to compare; set it to 0"
             )
         self._check_validation()
+
+    def _check_trained_parts(self) -> None:
+        parts, adapter, train = self.model.train, self.adapter, self.train
+        if parts.projector is not None:
+            if parts.projector and not self.train_projector and _checks.get():
+                raise ConfigError("model.train.projector is true and train_projector is false; leave one of them out")
+            self.train_projector = parts.projector
+        if parts.language_model == "none" and adapter.method != "none":
+            raise ConfigError(
+                f"model.train.language_model is 'none' and adapter.method is {adapter.method!r}: use 'adapters', or "
+                "leave the adapter out"
+            )
+        own = parts.language_model == "full" or parts.tower != "none"
+        if self.stage == "pretrain" and not self.train_projector and not own:
+            raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
+        if parts.language_model == "full" and adapter.options.get("modules_to_save"):
+            raise ConfigError(
+                f"adapter.options.modules_to_save is {adapter.options['modules_to_save']} and "
+                "model.train.language_model is 'full', which trains these modules already; leave the option out"
+            )
+        for key, part, trains in (
+            ("language_model_learning_rate", "language_model", parts.language_model == "full"),
+            ("tower_learning_rate", "tower", parts.tower != "none"),
+        ):
+            if getattr(train, key) is not None and not trains and _checks.get():
+                raise ConfigError(
+                    f"train.{key} is {getattr(train, key)}, but model.train.{part} is {getattr(parts, part)!r}, so "
+                    "nothing would use it; leave it out"
+                )
+        if train.distributed in SHARDED and self.model.quantization != "none":
+            raise ConfigError(
+                f"train.distributed is {train.distributed!r} and model.quantization is {self.model.quantization!r}: "
+                "quantised weights cannot be spread over ranks; use 'zero2' or 'ddp', which hold them once a rank"
+            )
 
     def _check_validation(self) -> None:
         held_out = self.data.validation_samples
@@ -688,7 +783,7 @@ def check_batch(batching: str, global_batch_size: int, micro_batch_size: int, wo
 
 
 def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
-    """`train.deepspeed_config` with every "auto" replaced by the run's own value.
+    """The file `train.deepspeed_config` with every "auto" replaced by the run's own value.
 
     Raises:
         ConfigError: the file is missing or not JSON, asks for another ZeRO stage or offload, or contradicts the run.
@@ -703,17 +798,24 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    zero = settings.get("zero_optimization", {})
-    if zero.get("stage") not in (1, 2):
+    zero, stages = settings.get("zero_optimization", {}), (3,) if train.distributed == "zero3" else (1, 2)
+    if zero.get("stage") not in stages:
         raise ConfigError(
-            f"{path}: zero_optimization.stage is {zero.get('stage')!r}; allowed are 1 and 2 (without ZeRO: "
-            f"train.distributed 'ddp'). {SHARDED_REASON}"
+            f"{path}: zero_optimization.stage is {zero.get('stage')!r}; train.distributed {train.distributed!r} takes "
+            f"{' and '.join(map(str, stages))} ('zero2' 1 and 2, 'zero3' 3; without ZeRO: 'ddp' or 'fsdp2')"
         )
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        raise ConfigError(
-            f"{path}: zero_optimization.offload_optimizer is set; leave it out. The optimizer's state takes about 2 GB "
-            "over all GPUs, and the check for gradients that are not finite looks for them on the GPU"
-        )
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") != "none":
+            raise ConfigError(
+                f"{path}: zero_optimization.{key} is set; leave it out. The check for gradients that are not finite "
+                "and the checkpoints look for weights and optimizer state on the GPU; more ranks hold less each"
+            )
+    plain = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zero_quantized_gradients": False}
+    for key, allowed in plain.items():
+        if zero.get(key, allowed) != allowed:
+            raise ConfigError(
+                f"{path}: zero_optimization.{key} is {zero[key]!r}; leave it out: ZeRO++ is not supported"
+            )
     # DeepSpeed requires consistent batch sizes, but these scale nothing: the trainer marks the last micro-batch of a
     # step itself, because the number of micro-batches differs between packed steps.
     values = {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}

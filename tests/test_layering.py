@@ -122,7 +122,7 @@ def test_the_house_stays_small(graph: Graph) -> None:
     homes = {name: ".".join(name.split(".")[:2]) for name in graph if name != "llava_mole"}
     arrows = {(homes[name], homes[t]) for name, targets in graph.items() if name in homes for t in targets}
     assert len(set(homes.values())) <= 16
-    assert len({(one, other) for one, other in arrows if one != other}) <= 66
+    assert len({(one, other) for one, other in arrows if one != other}) <= 67
 
 
 @pytest.mark.parametrize(

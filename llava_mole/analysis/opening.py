@@ -81,7 +81,12 @@ class Subject:
     def rates(self) -> dict[str, float]:
         """Parameter name -> the run's peak learning rate."""
         train = self.config.train
-        own = {"projector": train.projector_learning_rate, "router": train.router_learning_rate}
+        own = {
+            "projector": train.projector_learning_rate,
+            "router": train.router_learning_rate,
+            "language model": train.language_model_learning_rate,
+            "vision tower": train.tower_learning_rate,
+        }
         rates = {name: own.get(parameter_part(name)) for name in self.parameters}
         return {name: train.learning_rate if rate is None else rate for name, rate in rates.items()}
 
@@ -157,6 +162,7 @@ def _start_of_run(path: Path, overrides: Sequence[str], options: argparse.Namesp
         precision="fp32" if options.dtype == "float32" else "bf16",
         packed=config.train.batching == "packed",
         train_projector=config.train_projector,
+        parts=config.model.train,
         projector_weights=config.projector_weights,
         init_from=config.init_from,
     )

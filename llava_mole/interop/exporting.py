@@ -114,8 +114,10 @@ def export_inference(path: Path, out: Path, options: ExportOptions) -> list[str]
     checkpoint = resolve_checkpoint(path)
     manifest = read_manifest(checkpoint)
     fields = {key: value for key, value in manifest.items() if key not in ("format", "files", "run", SELF_HASH)}
+    inside = {name for file in manifest["files"] for name in (file, *map(str, Path(file).parents))}
     fields["paths"] = {
-        key: str((checkpoint / value).resolve()) if "/" in value else value for key, value in manifest["paths"].items()
+        key: str((checkpoint / value).resolve()) if "/" in value and value not in inside else value
+        for key, value in manifest["paths"].items()
     }
 
     def write_files(folder: Path) -> None:

@@ -88,7 +88,7 @@ _CONTAINERS = {
     ".mole_lora.": "attention LoRA",
 }
 """Container that PEFT or MoLE keeps a parameter in -> its part."""
-DECAYED = ("projector", "attention LoRA", "FFN LoRA")
+DECAYED = ("projector", "attention LoRA", "FFN LoRA", "language model", "vision tower")
 """Parts whose matrices weight decay may pull towards zero. Experts and routers have steps without a gradient, and
 `modules_to_save` are trained copies of the base, for which zero is not a neutral value."""
 _ATTENTION = re.compile(r"attn|attention")

@@ -402,8 +402,15 @@ def locate_parts(
     the present working directory, at the path that the manifest records. A relative path in the manifest is relative
     to the checkpoint and is tried first, so that such a directory can be moved.
 
-    Raises WeightsError, which names the option, if a part is not there.
+    Raises WeightsError, which names the option, if a part is not there, and CheckpointError for a checkpoint of which
+    the ranks wrote a part in pieces.
     """
+    if manifest.get("in_pieces"):
+        lacking = " and ".join(part.replace("_", " ") for part in manifest["in_pieces"])
+        raise CheckpointError(
+            f"{checkpoint} holds its {lacking} in the pieces that the ranks wrote; make it whole with `llava-mole "
+            f"consolidate {checkpoint} --out DIR` and give DIR"
+        )
 
     def where(configured: str, key: str) -> str:
         recorded = manifest["paths"][key]

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def check_free_space(directory: Path, expected_bytes: int) -> None:
 
 def write_checkpoint(
     directory: Path,
-    write_files: Callable[[Path], None],
+    write_files: Callable[[Path], Mapping[str, Any] | None],
     fields: dict[str, Any],
     expected_bytes: int = 0,
     run: str | None = None,
@@ -75,7 +75,8 @@ def write_checkpoint(
 
     Args:
         directory: Final path; replaced if it exists and, where `run` is given, is that run's own.
-        write_files: Writes every file of the checkpoint into the temporary directory it is given.
+        write_files: Writes every file of the checkpoint into the temporary directory it is given. What it returns
+            replaces fields of the manifest that depend on the files.
         fields: Stored in the manifest beside the list of files (stage, step, template, fingerprints, ...).
         expected_bytes: Approximate size; the free space is checked against it before anything is written.
         run: Identifier of the run that owns the checkpoint; None for one that no run wrote.
@@ -95,7 +96,7 @@ def write_checkpoint(
             owner = json.dumps({"run": run, "checkpoint": directory.name})
             (temporary / OWNER_FILE).write_text(owner + "\n", encoding="utf-8")
             fields = {**fields, "run": run}
-        write_files(temporary)
+        fields = {**fields, **(write_files(temporary) or {})}
         files = {
             path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(temporary.rglob("*"))

@@ -5,6 +5,7 @@ also needs the gradient of its weight, 6 in all. Recomputation and padding are e
 `training_flops` are comparable between runs that recompute, pad or pack differently.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.model.adapters import parameter_part
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import VisionTower
 
@@ -34,7 +36,7 @@ class ModelShape:
     key_value_width: int
     vocab_size: int
     linear_parameters: int
-    """Frozen weights of all decoder layers' linears; each is used once per token."""
+    """Weights of all decoder layers' linears without adapters; each is used once per token."""
     head_parameters: int
     adapter_parameters: float
     """Adapter weights that one token uses, including only the experts it is routed to."""
@@ -47,12 +49,19 @@ class ModelShape:
     image_tokens: int
     """Positions that an image takes in the sequence."""
     tower_flops: float
-    """Forward pass of the vision tower on one image; it has no backward pass."""
+    """Forward pass of the vision tower on one image, and the backward pass of its blocks that train."""
+    language_model_trains: bool = False
+    """Whether linears and head train themselves, not only adapters."""
+
+    @property
+    def per_weight(self) -> float:
+        """FLOPs per weight and token of linears and head."""
+        return 6.0 if self.language_model_trains else 4.0
 
     @property
     def quadratic_length(self) -> float:
         """Length at which attention costs as much as everything else in the decoder layers."""
-        per_token = 4.0 * self.linear_parameters + 6.0 * self.adapter_parameters
+        per_token = self.per_weight * self.linear_parameters + 6.0 * self.adapter_parameters
         return per_token / (6.0 * self.layers * self.attention_width)
 
 
@@ -68,10 +77,10 @@ def training_flops(
         supervised: Positions whose logits are computed.
         images: Images encoded.
     """
-    language_model = (4.0 * shape.linear_parameters + 6.0 * shape.adapter_parameters) * tokens
+    language_model = (shape.per_weight * shape.linear_parameters + 6.0 * shape.adapter_parameters) * tokens
     # Scores and their product with the values take 4 s^2 w FLOPs, half of it under a causal mask; backward twice that.
     attention = 3.0 * 2.0 * shape.layers * shape.attention_width * squared_tokens
-    head = 4.0 * shape.head_parameters * supervised
+    head = shape.per_weight * shape.head_parameters * supervised
     projector = (6.0 if shape.projector_trains else 2.0) * shape.projector_parameters * shape.image_tokens
     return language_model + attention + head + (shape.tower_flops + projector) * images
 
@@ -104,21 +113,35 @@ def model_shape(model: LlavaMole) -> ModelShape:
         adapter_parameters=_adapter_parameters(model.language_model),
         experts_used=_experts_used(model.language_model),
         has_router=any(".mole_router" in name for name, _ in model.language_model.named_parameters()),
-        projector_parameters=sum(p.numel() for p in projector if p.ndim == 2),
+        projector_parameters=sum(math.prod(whole_shape(p)) for p in projector if len(whole_shape(p)) == 2),
         projector_trains=any(p.requires_grad for p in projector),
         tower_width=model.vision_tower.hidden_size,
         image_tokens=model.num_image_tokens,
         tower_flops=tower_flops(model.vision_tower),
+        language_model_trains=any(
+            p.requires_grad and parameter_part(f"language_model.{name}") == "language model"
+            for name, p in model.language_model.named_parameters()
+        ),
     )
 
 
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of a parameter, also of one that ZeRO-3 has spread over the ranks, which leaves none in itself."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def tower_flops(tower: VisionTower) -> float:
-    """Forward FLOPs of the tower on one image: patch embedding and the blocks up to the selected one."""
+    """FLOPs of the tower on one image: patch embedding and the blocks up to the selected one, forward and, where they
+    train, backward."""
     tokens = tower.num_patches + 1  # with the class token
     blocks = tower.visual.transformer.resblocks
-    weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
-    attention = 4.0 * tokens * tokens * tower.hidden_size * len(blocks)
-    return 2.0 * tower.visual.conv1.weight.numel() * tower.num_patches + 2.0 * weights * tokens + attention
+    trained = sum(any(p.requires_grad for p in block.parameters()) for block in blocks)
+    passes = 1.0 + 2.0 * trained / len(blocks)
+    weights = passes * sum(math.prod(whole_shape(p)) for p in blocks.parameters() if len(whole_shape(p)) == 2)
+    attention = passes * 4.0 * tokens * tokens * tower.hidden_size * len(blocks)
+    return (
+        2.0 * math.prod(whole_shape(tower.visual.conv1.weight)) * tower.num_patches + 2.0 * weights * tokens + attention
+    )
 
 
 def _weights(linear: Any) -> int:
@@ -146,8 +169,9 @@ def _adapter_parameters(language_model: nn.Module) -> float:
     total = 0.0
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name or ".mole_" in name:
-            stacked = ".mole_experts." in name and parameter.ndim == 3
-            total += parameter.numel() * (min(1.0, used / len(parameter)) if stacked else 1.0)
+            shape = whole_shape(parameter)
+            stacked = ".mole_experts." in name and len(shape) == 3
+            total += math.prod(shape) * (min(1.0, used / shape[0]) if stacked else 1.0)
     return total
 
 

@@ -29,6 +29,9 @@ class LlavaMole(nn.Module):
         self.vision_tower = vision_tower
         self.projector = projector
         self.language_model = language_model
+        self.always_runs_tower = False
+        """Whether the tower runs on a blank image where a batch has none: every rank has to where its weights are
+        spread over them. While the tower trains, this is so in every training pass."""
 
     @property
     def num_image_tokens(self) -> int:
@@ -91,7 +94,12 @@ class LlavaMole(nn.Module):
             if image_index is not None:
                 features_NPD = features_NPD[image_index]
             return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
-        if self.training and torch.is_grad_enabled() and self._first_linear.weight.requires_grad:
+        in_training = self.training and torch.is_grad_enabled()
+        if self.always_runs_tower or (in_training and self.vision_tower.trains):
+            side = self.vision_tower.image_size
+            blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=ids_BL.device)
+            return text_BLD + 0.0 * self.encode_images(blank).sum().to(text_BLD.dtype)
+        if in_training and self._first_linear.weight.requires_grad:
             # Without an image, a rank must still give the projector a (zero) gradient at the same place of the graph as
             # other ranks: gradient buckets are reduced by position, and a missing one would corrupt them or hang.
             zeros = self._first_linear.weight.new_zeros(1, 1, self._first_linear.in_features)

@@ -1,4 +1,4 @@
-"""The frozen vision tower: an open_clip ViT whose block `select_layer` gives the patch features.
+"""The vision tower: an open_clip ViT whose block `select_layer` gives the patch features.
 
 `select_layer` counts as Hugging Face's `hidden_states` does: with L blocks, -1 is the output of the last block and
 LLaVA-1.5's -2 that of block L-2. The class token is dropped and no final norm is applied, so the features equal
@@ -24,7 +24,7 @@ _VIT_KEYS = {"image_size", "patch_size", "width", "layers"}
 
 
 class VisionTower(nn.Module):
-    """Images [N, 3, S, S] -> patch features [N, P, W], never with gradients, always in eval mode."""
+    """Images [N, 3, S, S] -> patch features [N, P, W], always in eval mode; frozen unless a run lets it train."""
 
     visual: Any  # open_clip's VisionTransformer
 
@@ -52,15 +52,29 @@ class VisionTower(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "VisionTower":
-        """Stay in eval mode, whatever `mode` is: the tower is frozen."""
+        """Stay in eval mode, whatever `mode` is: a tower has nothing that differs in training."""
         return super().train(False)
 
-    @torch.no_grad()
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that run, from below."""
+        return list(self.visual.transformer.resblocks)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its weights train."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Patch features [N, P, W], in the tower's dtype, of uint8 pixels or normalised floats [N, 3, S, S]."""
         if images_NCHW.dtype == torch.uint8:
             images_NCHW = normalise_pixels(images_NCHW, self.image_mean, self.image_std)
         images_NCHW = images_NCHW.to(self.visual.conv1.weight.dtype)
+        # A frozen tower needs no graph; in one that trains, the graph begins at the first weight that does.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
+            return self._features(images_NCHW)
+
+    def _features(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         out = self.visual.forward_intermediates(
             images_NCHW, indices=[self.block], stop_early=True, intermediates_only=True, output_fmt="NLC"
         )

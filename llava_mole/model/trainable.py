@@ -5,7 +5,10 @@ from typing import Literal
 
 import torch
 
-from llava_mole.config import AdapterConfig, Quantization
+from llava_mole.common.errors import ConfigError
+from llava_mole.common.text import count_of
+from llava_mole.config import AdapterConfig, Quantization, TrainedPartsConfig
+from llava_mole.model.adapters import parameter_part
 from llava_mole.model.builder import (
     attach_adapter,
     load_adapter_state,
@@ -28,6 +31,7 @@ def let_train(
     precision: Literal["bf16", "fp32"],
     packed: bool,
     train_projector: bool,
+    parts: TrainedPartsConfig,
     projector_weights: str | None = None,
     init_from: str | None = None,
     checkpoint: Path | None = None,
@@ -42,11 +46,13 @@ def let_train(
         quantization: Of the language model.
         precision: Compute precision.
         packed: Whether rows will hold several samples; the model is tested for it.
+        parts: Section `model.train`.
         train_projector, projector_weights, init_from: As in `RunConfig`.
         checkpoint: A checkpoint of the same run, whose adapter replaces the others.
 
     Raises:
-        ConfigError: wrong options of the adapter, or the model lets packed samples see each other.
+        ConfigError: wrong options of the adapter, the model lets packed samples see each other, or the tower has fewer
+            blocks than are to train.
         WeightsError: the projector's weights are missing or do not fit.
         CheckpointError: `init_from` or `checkpoint` does not fit.
     """
@@ -61,7 +67,31 @@ def let_train(
     if checkpoint is not None:
         load_adapter_state(model, checkpoint)
     model.projector.requires_grad_(train_projector)
+    unfreeze(model, parts)
     cast_for_training(model, precision)
+
+
+def unfreeze(model: LlavaMole, parts: TrainedPartsConfig) -> None:
+    """Let language model and tower train as `parts` says, in place; adapters are there already.
+
+    Raises ConfigError if the tower has fewer blocks than `parts.tower_blocks`.
+    """
+    if parts.language_model == "full":
+        for name, parameter in model.language_model.named_parameters():
+            if parameter_part(f"language_model.{name}") == "language model":
+                parameter.requires_grad_(True)
+    blocks = model.vision_tower.blocks
+    if parts.tower == "all":
+        model.vision_tower.requires_grad_(True)
+    elif parts.tower == "last_n":
+        assert parts.tower_blocks is not None  # `TrainedPartsConfig` has checked it
+        if parts.tower_blocks > len(blocks):
+            raise ConfigError(
+                f"model.train.tower_blocks is {parts.tower_blocks}, but {count_of(len(blocks), 'block')} of the tower "
+                "run (model.vision_tower.select_layer); give at most that many"
+            )
+        for block in blocks[-parts.tower_blocks :]:
+            block.requires_grad_(True)
 
 
 def frozen_dtype(precision: str) -> torch.dtype:

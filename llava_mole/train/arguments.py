@@ -41,7 +41,7 @@ LLAVA_FLAGS = {
         "mm_projector.bin --to projector --out FILE.safetensors`"),
     "tune_mm_mlp_adapter": Flag("stage: pretrain"),
     "freeze_mm_mlp_adapter": Flag("train_projector: false"),
-    "freeze_backbone": Flag("", "the language model is always frozen; adapters train"),
+    "freeze_backbone": Flag("model.train.language_model", "true is `adapters`, the default; false is `full`"),
     "mpt_attn_impl": Flag("model.attn_implementation"),
     "attn_implementation": Flag("model.attn_implementation"),
     "cache_dir": Flag("", "models are local directories"),
@@ -82,7 +82,8 @@ LLAVA_FLAGS = {
     "optim": Flag("", "always AdamW"),
     "seed": Flag("train.seed"),
     # Hardware
-    "deepspeed": Flag("train.deepspeed_config", "ZeRO 1 or 2, such as scripts/zero2.json; there is no ZeRO 3"),
+    "deepspeed": Flag("train.deepspeed_config", "such as scripts/zero2.json, or with `train.distributed: "
+        "zero3` scripts/zero3.json"),
     "local_rank": Flag("", "the launcher sets it; see scripts/_launch.sh"),
     "bf16": Flag("train.precision: bf16", "the default"),
     "fp16": Flag("", "`train.precision` is `bf16` or `fp32`"),

@@ -4,14 +4,14 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from llava_mole import __version__
 from llava_mole.common.distributed import all_gather_objects, get_rank
@@ -23,12 +23,15 @@ from llava_mole.model.builder import ADAPTER_DIR, CONFIG_FILE, PROJECTOR_FILE, P
 from llava_mole.model.checkpoint import (
     OPTIMIZER_FILE,
     STATE_FILE,
+    TRAINER_DIR,
     checkpoint_path,
     rotate_checkpoints,
     write_checkpoint,
 )
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.strategy import MASTER
+from llava_mole.train.trained_parts import Origin, write_parts
+from llava_mole.train.trainer_state import Pieces, write_together
 
 logger = get_logger(__name__)
 
@@ -76,9 +79,21 @@ class CheckpointWriter:
     """Digests of everything else the run reads, by configuration key."""
     run: str
     """Identifier of the run."""
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Weights of adapter and projector that do not train, by parameter name."""
 
-    def write(self, model: LlavaMole, optimizer_state: Mapping[str, torch.Tensor], progress: Progress) -> Path:
+    def write(
+        self,
+        model: LlavaMole,
+        optimizer_state: Mapping[str, torch.Tensor],
+        progress: Progress,
+        pieces: Pieces | None = None,
+        write_pieces: Callable[[Path], None] | None = None,
+    ) -> Path:
         """Write `checkpoint-<step>`. Weights are taken from the float32 masters in `optimizer_state`.
+
+        With `pieces` that state has adapter and projector only, and `write_pieces` lets all ranks write theirs;
+        language model and tower are then left to `llava-mole consolidate`.
 
         Raises:
             Exception: it could not be written (OSError, or what safetensors and PEFT make of one). Nothing is left
@@ -86,25 +101,33 @@ class CheckpointWriter:
         """
         prefix = f"{MASTER}/"
         masters = {key[len(prefix) :]: value for key, value in optimizer_state.items() if key.startswith(prefix)}
+        weights = {**self.frozen, **masters}
+        fields = self._manifest_fields(progress)
 
-        def write_files(directory: Path) -> None:
+        def write_files(directory: Path) -> dict[str, Any]:
             save_config(self.config, directory / CONFIG_FILE)
             self.hf_tokenizer.save_pretrained(directory / TOKENIZER_DIR)
             projector = {
-                PROJECTOR_PREFIX + key: masters.get(f"projector.{key}", value).detach().float().cpu().contiguous()
+                PROJECTOR_PREFIX + key: weights.get(f"projector.{key}", value).detach().float().cpu().contiguous()
                 for key, value in model.projector.state_dict().items()
             }
             save_file(projector, directory / PROJECTOR_FILE)
             if self.config["adapter"]["method"] != "none":
-                self._write_adapter(model, masters, directory / ADAPTER_DIR)
-            (directory / "trainer").mkdir()
-            save_file(dict(optimizer_state), directory / OPTIMIZER_FILE)
+                self._write_adapter(model, weights, directory / ADAPTER_DIR)
+            (directory / TRAINER_DIR).mkdir()
+            if pieces is None or write_pieces is None:
+                changed = write_parts(directory, optimizer_state, Origin.of(self.config, fields["paths"]), fields)
+                save_file(dict(optimizer_state), directory / OPTIMIZER_FILE)
+            else:
+                write_pieces(directory)
+                changed = {"in_pieces": pieces.parts}
             write_json(directory / STATE_FILE, vars(progress), indent=1)
+            return changed
 
         path = checkpoint_path(self.run_dir, progress.step)
         # Masters and two moments of everything trainable, the masters again as weights, and the tokenizer's files.
-        expected = sum(value.nbytes for value in optimizer_state.values()) * 4 // 3 + TOKENIZER_BYTES
-        write_checkpoint(path, write_files, self._manifest_fields(progress), expected, self.run)
+        trained = sum(value.nbytes for value in optimizer_state.values()) if pieces is None else 12 * pieces.elements
+        write_checkpoint(path, write_files, fields, trained * 4 // 3 + TOKENIZER_BYTES, self.run)
         return path
 
     def _write_adapter(self, model: LlavaMole, masters: Mapping[str, torch.Tensor], directory: Path) -> None:
@@ -141,8 +164,9 @@ def save_together(
     progress: Progress,
     keep: int,
     final: bool,
+    pieces: Pieces | None = None,
 ) -> None:
-    """Write a checkpoint on rank 0 and delete all but the newest `keep`; a collective.
+    """Write a checkpoint on rank 0, or `pieces` of it on all ranks, and delete all but the newest `keep`; a collective.
 
     A failure is logged and training continues; earlier checkpoints are untouched. The last checkpoint is the result of
     the run, so it is tried again for some minutes, in which somebody may free disk space.
@@ -153,8 +177,12 @@ def save_together(
     problem = None
     for wait_s in FINAL_SAVE_WAITS_S if final else (0.0,):
         time.sleep(wait_s)
-        if get_rank() == 0:
-            problem = _try_to_write(writer, model, optimizer_state, progress, keep)
+        problem = write_together(
+            pieces,
+            lambda write_pieces: _try_to_write(
+                writer, model, optimizer_state, progress, keep, *((pieces, write_pieces) if pieces is not None else ())
+            ),
+        )
         problem = all_gather_objects(problem)[0]
         if problem is None:
             return
@@ -180,10 +208,11 @@ def _try_to_write(
     optimizer_state: Mapping[str, torch.Tensor],
     progress: Progress,
     keep: int,
+    *pieces: Any,
 ) -> str | None:
     """Write one checkpoint and delete old ones. Returns the error text, or None on success."""
     try:
-        path = writer.write(model, optimizer_state, progress)
+        path = writer.write(model, optimizer_state, progress, *pieces)
     except Exception as error:  # OSError, or what safetensors, PEFT and tokenizers make of it; must not end the run
         return " ".join(f"{type(error).__name__}: {error}".split())
     logger.info("saved %s", path)
@@ -197,11 +226,6 @@ def _try_to_write(
 def read_progress(checkpoint: Path) -> Progress:
     """Progress of a verified checkpoint."""
     return Progress(**read_json(checkpoint / STATE_FILE))
-
-
-def read_optimizer_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Trainable parameters and optimizer state of a verified checkpoint."""
-    return load_file(checkpoint / OPTIMIZER_FILE)
 
 
 def write_summary(

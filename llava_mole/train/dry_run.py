@@ -46,7 +46,7 @@ def dry_run(config: RunConfig, make_trainable: Callable[..., None] | None) -> st
         projector_weights=config.projector_weights,
         init_from=config.init_from,
     )
-    if train.distributed == "zero2" and world_size > 1:
+    if train.distributed in ("zero2", "zero3") and world_size > 1:
         deepspeed_config(train, world_size)
     start = find_start(train, config_to_dict(config), read_only=True)
     if make_trainable is not None:

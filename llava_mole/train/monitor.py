@@ -69,7 +69,9 @@ class Monitor:
             entry["mfu"] = entry["flops_per_s"] / (self._peak * self._strategy.world_size)
         if self._validator is not None and self._validates(entry["step"]):
             started = time.perf_counter()
-            entry["validation_loss"] = self._validator.losses(self._model)
+            entry["validation_loss"] = self._validator.losses(
+                self._model, self._strategy.engine if self._strategy.shards_weights else None
+            )
             if self._answer_check is not None:
                 scores = self._answer_check.scores()
                 entry |= {"validation_exact": scores["exact"], "validation_f1": scores["f1"]}

@@ -1,6 +1,7 @@
 """Optimizer groups and the learning-rate schedule."""
 
 import math
+import re
 from collections.abc import Mapping
 
 import torch
@@ -17,25 +18,50 @@ LONG_WARMUP = 0.2
 logger = get_logger(__name__)
 
 
+OWN_RATES = {
+    "projector_learning_rate": "projector",
+    "router_learning_rate": "router",
+    "language_model_learning_rate": "language model",
+    "tower_learning_rate": "vision tower",
+}
+"""Key of `train` -> the part of the model, and group of the optimizer, that has a rate of its own."""
+_BLOCK = re.compile(r"\.resblocks\.(\d+)\.")
+
+
+def own_rate(part: str, config: TrainConfig) -> float:
+    """The peak rate of a part of the model (`parameter_part`)."""
+    rate = next((getattr(config, key) for key, owner in OWN_RATES.items() if owner == part), None)
+    return config.learning_rate if rate is None else rate
+
+
 def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over named parameters in up to three groups: `adapter`, `projector`, `router`.
+    """AdamW over named parameters in groups: `adapter`, and the parts of `OWN_RATES`.
 
     Each group stores its peak rate under `peak_lr`. Weight decay applies only to matrices of the parts in `DECAYED`.
+    With `tower_layer_decay` every block of the tower has a group, whose peak is that of the block above times the
+    decay; what comes before the blocks counts as one more below.
     """
-    own_rates = {"projector": config.projector_learning_rate, "router": config.router_learning_rate}
-    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
+    depths = {name: _depth(name) for name in parameters if parameter_part(name) == "vision tower"}
+    top = max(depths.values(), default=0)
+    groups: dict[tuple[str, bool, int], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         part = parameter_part(name)
-        group = part if part in ("projector", "router") else "adapter"
+        group = part if part in OWN_RATES.values() else "adapter"
         decays = parameter.ndim >= 2 and part in DECAYED
-        groups.setdefault((group, decays and config.weight_decay > 0), []).append(parameter)
+        below = top - depths[name] if name in depths and config.tower_layer_decay < 1 else 0
+        groups.setdefault((group, decays and config.weight_decay > 0, below), []).append(parameter)
     settings = []
-    for (group, decays), members in groups.items():
-        rate = own_rates.get(group)
-        peak = config.learning_rate if rate is None else rate
+    for (group, decays, below), members in groups.items():
+        peak = own_rate(group, config) * config.tower_layer_decay**below
         decay = config.weight_decay if decays else 0.0
         settings.append({"params": members, "name": group, "lr": peak, "peak_lr": peak, "weight_decay": decay})
     return torch.optim.AdamW(settings, betas=(0.9, 0.999), eps=1e-8)
+
+
+def _depth(name: str) -> int:
+    """The block of a tower's parameter, from 0; -1 below the blocks."""
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else -1
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
@@ -64,12 +90,15 @@ def floor_factor(config: TrainConfig) -> float:
 
 
 def set_learning_rates(optimizer, step: int, total_steps: int, config: TrainConfig) -> dict[str, float]:
-    """Set every group's rate for `step` and return the rates by group. The floor scales with a group's own peak."""
+    """Set every group's rate for `step` and return the rates by name, of the tower that of its last block.
+
+    The floor scales with a group's own peak.
+    """
     factor = schedule_factor(step, total_steps, warmup_steps(config, total_steps), floor_factor(config))
-    rates = {}
+    rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-        rates[group["name"]] = group["lr"]
+        rates[group["name"]] = max(group["lr"], rates.get(group["name"], 0.0))
     return rates
 
 
@@ -85,7 +114,7 @@ def announce_schedule(config: TrainConfig, total_steps: int, *, begun: bool) -> 
     highest, last = (
         schedule_factor(step, total_steps, warmup, floor) for step in (min(warmup, total_steps - 1), total_steps - 1)
     )
-    own = {"projector": config.projector_learning_rate, "router": config.router_learning_rate}
+    own = {part: getattr(config, key) for key, part in OWN_RATES.items()}
     peaks = {"": config.learning_rate, **{f"{name} ": rate for name, rate in own.items() if rate is not None}}
     rates = ", ".join(f"{name}{peak * highest:.3g} down to {peak * last:.3g}" for name, peak in peaks.items())
     steps = count_of(total_steps, "step")

@@ -36,6 +36,7 @@ from llava_mole.model.checkpoint import (
     resolve_checkpoint,
 )
 from llava_mole.train.checkpointing import ENVIRONMENT_FILE, SUMMARY_FILE, Progress
+from llava_mole.train.optim import OWN_RATES
 from llava_mole.train.tracker import CONFLICT_FILE, METRICS_FILE, read_metrics
 from llava_mole.train.validation import ANSWERS_FILE
 
@@ -349,11 +350,14 @@ def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     adapter, train, data = dict(values["adapter"]), dict(values["train"]), dict(values["data"])
     if adapter["alpha"] is None:
         adapter["alpha"] = 2 * adapter["rank"]
-    for key in ("projector_learning_rate", "router_learning_rate"):
+    for key in OWN_RATES:
         if train[key] is None:
             train[key] = train["learning_rate"]
+    model, parts = dict(values["model"]), dict(values["model"]["train"])
+    parts["projector"] = values["train_projector"] if parts["projector"] is None else parts["projector"]
+    model["train"] = parts
     data["mixture"] = {name: float(data["mixture"].get(name, 1.0)) for name in data["sources"]}
-    return {**values, "adapter": adapter, "train": train, "data": data}
+    return {**values, "model": model, "adapter": adapter, "train": train, "data": data}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

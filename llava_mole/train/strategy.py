@@ -1,23 +1,29 @@
-"""Everything that differs between DeepSpeed ZeRO-2, DDP and one process.
+"""Everything that differs between DeepSpeed ZeRO-2 and ZeRO-3, FSDP2, DDP and one process.
 
 On CPU ranks two combinations of accelerate's switches train without DeepSpeed, or with every rank believing it is
 alone, and neither reports it; `start_strategy` uses the one order that works, and `prepare` checks it at every start.
+
+Shards of a parameter are slices of its flat values under every strategy (`Fragment`), so that gathering, loading and
+writing them is the same code.
 """
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from llava_mole.common.distributed import all_reduce_sum
+from llava_mole.common.distributed import all_reduce_sum, is_main_process
 from llava_mole.common.errors import CheckpointError, ConfigError
 from llava_mole.common.text import count_of
-from llava_mole.config import SHARDED_REASON, TrainConfig, check_batch, deepspeed_config
+from llava_mole.config import TrainConfig, check_batch, deepspeed_config
 from llava_mole.model.adapters import parameter_part, trainable_parameters
+from llava_mole.model.flops import whole_shape
+from llava_mole.model.language_model import decoder_layers
+from llava_mole.model.llava_arch import LlavaMole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +43,7 @@ def check_launcher() -> None:
         if os.environ.get(key, "false").lower() in ("1", "true", "yes"):
             raise ConfigError(
                 f"{key} is set in the environment; unset it, start with scripts/*.sh or torchrun, and choose "
-                f"train.distributed 'zero2' or 'ddp'. {SHARDED_REASON}"
+                "train.distributed 'zero2', 'ddp', 'zero3' or 'fsdp2'"
             )
 
 
@@ -51,7 +57,7 @@ def start_strategy(train: TrainConfig, device: str) -> "Strategy":
     launched = launched_world_size()
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, launched or 1)
     on_cpu = check_device(device, train.precision)
-    uses_deepspeed = launched is not None and train.distributed == "zero2"
+    uses_deepspeed = launched is not None and train.distributed in ("zero2", "zero3")
     if uses_deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         if on_cpu:
@@ -61,13 +67,22 @@ def start_strategy(train: TrainConfig, device: str) -> "Strategy":
 
     if on_cpu:
         PartialState(cpu=True)  # joins with gloo; must come before the Accelerator, which would ignore DeepSpeed
-    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(train, launched or 1)) if uses_deepspeed else None
+    plugin = None
+    if uses_deepspeed:
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(train, launched or 1), zero3_init_flag=False)
     accelerator = Accelerator(
         deepspeed_plugin=plugin,
         mixed_precision="no" if uses_deepspeed or train.precision == "fp32" else "bf16",
         cpu=None if uses_deepspeed else on_cpu,
     )
-    return Zero2(accelerator) if uses_deepspeed else Strategy(accelerator)
+    if uses_deepspeed:
+        # transformers must not know of ZeRO-3 while it reads the weights: it would spread them at once, before their
+        # fingerprint is taken and adapters are placed. accelerate's flag alone does not prevent it.
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+    kinds = {"zero2": Zero2, "zero3": Zero3, "fsdp2": Fsdp2, "ddp": Strategy}
+    return Strategy(accelerator) if launched is None else kinds[train.distributed](accelerator)
 
 
 def check_device(device: str, precision: str) -> bool:
@@ -81,6 +96,20 @@ def check_device(device: str, precision: str) -> bool:
     return on_cpu
 
 
+class Fragment(NamedTuple):
+    """What a rank holds of a parameter; both slices are empty if that is nothing."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    inside: slice
+    """Of the flat parameter."""
+    holder: torch.Tensor
+    """The float32 tensor that the torch optimizer steps; it may hold several parameters."""
+    place: slice
+    """Of the holder's flat local values."""
+
+
 class Strategy:
     """One process, or DDP: every rank has all reduced gradients and the whole optimizer state.
 
@@ -89,6 +118,8 @@ class Strategy:
 
     shards_gradients = False
     """Whether a rank keeps the reduced gradients of its own partition only."""
+    shards_weights = False
+    """Whether every forward pass gathers weights, so that all ranks must make the same passes of `engine`."""
 
     def __init__(self, accelerator: "Accelerator") -> None:
         self._accelerator = accelerator
@@ -149,32 +180,50 @@ class Strategy:
             if parameter.grad is not None:
                 yield name, parameter.grad
 
-    def gather_state(self) -> dict[str, torch.Tensor]:
-        """`{"<kind>/<parameter>": float32 CPU tensor}` for master, exp_avg and exp_avg_sq, complete on every rank.
+    def gather_state(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+        """`{"<kind>/<parameter>": float32 CPU tensor}` for master, exp_avg and exp_avg_sq; all of it on rank 0.
 
-        A collective under ZeRO. Before the first update the moments are zeros.
+        Other ranks may get {}. A collective where gradients are sharded. Before the first update the moments are zeros.
+        `wanted` says by name which parameters are taken, the same on all ranks.
         """
         state = {}
         for name, parameter in self.parameters.items():
+            if not wanted(name):
+                continue
             moments = self.optimizer.state[parameter]
             values = {MASTER: parameter, **{k: moments.get(k, torch.zeros_like(parameter)) for k in MOMENTS}}
             for kind, value in values.items():
                 state[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True)
         return state
 
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank would write of every trained parameter if all ranks write their own: rank 0 has it all."""
+        for name, parameter in self.parameters.items():
+            own = slice(0, parameter.numel() if self.rank == 0 else 0)
+            yield Fragment(name, tuple(parameter.shape), own, parameter, own)
+
+    def values(self, fragment: Fragment) -> Iterator[tuple[str, torch.Tensor]]:
+        """`(kind, flat float32 values)` of a fragment for master, exp_avg and exp_avg_sq."""
+        moments = self.stepping_optimizer().state[fragment.holder]
+        flat = _flat(fragment.holder)
+        yield MASTER, flat[fragment.place]
+        for kind in MOMENTS:
+            held = _flat(moments[kind]) if kind in moments else torch.zeros_like(flat)
+            yield kind, held[fragment.place]
+
     def load_state(self, state: Mapping[str, torch.Tensor], updates: int) -> None:
         """Put a gathered state into parameters and optimizer; the number of ranks may have changed.
 
         Args:
-            state: From `gather_state`.
+            state: From `gather_state`, or a `TrainerState`, which reads one tensor at a time.
             updates: Updates done, Adam's bias-correction count.
 
         Raises:
             CheckpointError: parameters are missing, unexpected or of another shape; the message names the first ones.
         """
         kinds = (MASTER, *MOMENTS)
-        expected = {f"{kind}/{name}": tuple(p.shape) for name, p in self.parameters.items() for kind in kinds}
-        found = {key: tuple(value.shape) for key, value in state.items()}
+        expected = {f"{kind}/{name}": whole_shape(p) for name, p in self.parameters.items() for kind in kinds}
+        found = getattr(state, "shapes", None) or {key: tuple(value.shape) for key, value in state.items()}
         if expected != found:
             wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
             raise CheckpointError(
@@ -182,9 +231,8 @@ class Strategy:
                 f"{wrong[:3]}); resume with the configuration the checkpoint was written with"
             )
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state[f"{MASTER}/{name}"])
-        self._load_optimizer(state, torch.tensor(float(updates)))
+            self._load_parameters(state)
+            self._load_optimizer(state, torch.tensor(float(updates)))
 
     def _engine_name(self) -> str | None:
         return "DistributedDataParallel" if self.world_size > 1 else None
@@ -194,16 +242,56 @@ class Strategy:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.nn.utils.get_total_norm(gradients).double().square()
 
+    def _load_parameters(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"{MASTER}/{name}"])
+
     def _load_optimizer(self, state: Mapping[str, torch.Tensor], step: torch.Tensor) -> None:
         for name, parameter in self.parameters.items():
             moments = {kind: state[f"{kind}/{name}"].to(parameter.device, copy=True) for kind in MOMENTS}
             self.optimizer.state[parameter] = {"step": step.clone(), **moments}
 
 
-class Zero2(Strategy):
-    """DeepSpeed ZeRO: a rank keeps reduced gradients, float32 masters and moments of its own partition only."""
+class _Sharded(Strategy):
+    """A rank keeps reduced gradients, float32 masters and moments of its own fragments only."""
 
     shards_gradients = True
+
+    def fragments(self) -> Iterator[Fragment]:
+        raise NotImplementedError
+
+    def gather_state(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+        state = {}
+        for fragment in self.fragments():
+            for kind, held in self.values(fragment) if wanted(fragment.name) else ():
+                # Every element is in the fragment of exactly one rank, so the sum over ranks is the whole, exactly.
+                whole = torch.zeros(math.prod(fragment.shape), dtype=torch.float32, device=held.device)
+                whole[fragment.inside] = held.detach()
+                all_reduce_sum(whole)
+                if is_main_process():
+                    state[f"{kind}/{fragment.name}"] = whole.reshape(fragment.shape).cpu()
+        return state
+
+    def stepping_gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for fragment in self.fragments():
+            # DeepSpeed steps one group at a time.
+            if id(fragment.holder) in stepping and fragment.place.stop > fragment.place.start:
+                gradient = fragment.holder.grad
+                if gradient is not None:
+                    yield fragment.name, _flat(gradient)[fragment.place]
+
+    def _load_optimizer(self, state: Mapping[str, torch.Tensor], step: torch.Tensor) -> None:
+        moments = self.stepping_optimizer().state
+        for holder in {id(fragment.holder): fragment.holder for fragment in self.fragments()}.values():
+            moments[holder] = {"step": step.clone(), **{kind: torch.zeros_like(holder) for kind in MOMENTS}}
+        for fragment in self.fragments():
+            for kind, held in self.values(fragment) if fragment.inside.stop > fragment.inside.start else ():
+                held.copy_(state[f"{kind}/{fragment.name}"].reshape(-1)[fragment.inside])
+
+
+class Zero2(_Sharded):
+    """DeepSpeed ZeRO-1 or 2: every rank has the whole model, and the optimizer's part of its own partition."""
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         # ZeRO-2 reduces in every micro-batch, because it keeps only its own partition.
@@ -236,46 +324,8 @@ class Zero2(Strategy):
     def stepping_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
 
-    def stepping_gradients(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    def fragments(self) -> Iterator[Fragment]:
         masters = self.optimizer.single_partition_of_fp32_groups
-        stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, _, group, _, partition in self._fragments():
-            # DeepSpeed steps one group at a time.
-            if id(masters[group]) in stepping and partition.stop > partition.start:
-                yield name, masters[group].grad[partition]
-
-    def gather_state(self) -> dict[str, torch.Tensor]:
-        state = {}
-        for name, parameter, group, inside, partition in self._fragments():
-            master = self.optimizer.single_partition_of_fp32_groups[group]
-            moments = self.stepping_optimizer().state[master]
-            for kind in (MASTER, *MOMENTS):
-                held = master if kind == MASTER else moments.get(kind, torch.zeros_like(master))
-                # Every element is in the partition of exactly one rank, so the sum over ranks is the whole, exactly.
-                whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=master.device)
-                whole[inside] = held.detach()[partition]
-                state[f"{kind}/{name}"] = all_reduce_sum(whole).reshape(parameter.shape).cpu()
-        return state
-
-    def _engine_name(self) -> str:
-        return "DeepSpeedEngine"
-
-    def _load_optimizer(self, state: Mapping[str, torch.Tensor], step: torch.Tensor) -> None:
-        masters, moments = self.optimizer.single_partition_of_fp32_groups, self.stepping_optimizer().state
-        for master in masters:
-            moments[master] = {"step": step.clone(), **{kind: torch.zeros_like(master) for kind in MOMENTS}}
-        with torch.no_grad():
-            for name, _, group, inside, partition in self._fragments():
-                for kind in (MASTER, *MOMENTS):
-                    held = masters[group] if kind == MASTER else moments[masters[group]][kind]
-                    held[partition] = state[f"{kind}/{name}"].reshape(-1)[inside].to(held.device)
-
-    def _fragments(self) -> Iterator[tuple[str, nn.Parameter, int, slice, slice]]:
-        """Yield every parameter's place in this rank's partition.
-
-        As `(name, parameter, group, slice of the flat parameter, slice of this rank's flat partition of the group)`.
-        Both slices are empty if the partition holds nothing of the parameter.
-        """
         group_of = {id(p): index for index, group in enumerate(self.optimizer.bit16_groups) for p in group}
         for name, parameter in self.parameters.items():
             mapping, inside, partition = getattr(parameter, "_hp_mapping"), slice(0, 0), slice(0, 0)  # noqa: B009  set by DeepSpeed
@@ -283,7 +333,146 @@ class Zero2(Strategy):
                 source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
                 inside = slice(source.start, source.start + source.numel)
                 partition = slice(target.start, target.start + target.numel)
-            yield name, parameter, group_of[id(parameter)], inside, partition
+            yield Fragment(name, tuple(parameter.shape), inside, masters[group_of[id(parameter)]], partition)
+
+    def _engine_name(self) -> str:
+        return "DeepSpeedEngine"
+
+
+class Zero3(Zero2):
+    """DeepSpeed ZeRO-3: the model's weights are spread too; its hooks gather those of a module while it computes."""
+
+    shards_weights = True
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        check_routers(model)
+        super().prepare(model, optimizer)
+        model.always_runs_tower = True  # type: ignore[assignment]  # of LlavaMole
+        if type(self.optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+            raise RuntimeError(f"ZeRO-3 needs its own optimizer, but DeepSpeed made {type(self.optimizer).__name__}")
+
+    def drop_gradients(self) -> None:
+        zero = self.optimizer
+        zero.zero_grad(set_to_none=True)
+        zero.averaged_gradients = {}
+
+    def fragments(self) -> Iterator[Fragment]:
+        zero = self.optimizer
+        for name, parameter in self.parameters.items():
+            # Every parameter is cut into equal pieces, of which the last ones are padded.
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = min(size * self.rank, parameter.ds_numel)  # type: ignore[attr-defined]  # set by DeepSpeed
+            stop = min(size * (self.rank + 1), parameter.ds_numel)  # type: ignore[attr-defined]
+            place = slice(offset, offset + stop - start)
+            yield Fragment(
+                name, whole_shape(parameter), slice(start, stop), zero.fp32_partitioned_groups_flat[group], place
+            )
+
+    def _load_parameters(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing yet: the weights are copied from the masters, which `_load_optimizer` reads."""
+
+    def _load_optimizer(self, state: Mapping[str, torch.Tensor], step: torch.Tensor) -> None:
+        super()._load_optimizer(state, step)
+        # What DeepSpeed does after a step: copy the masters to the pieces of the weights, and gather the small weights
+        # that every rank keeps.
+        zero = self.optimizer
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+class Fsdp2(_Sharded):
+    """torch's `fully_shard`: decoder layers and trained tower blocks gather their weights while they compute.
+
+    Embedding, head, norm and projector are one group, which stays gathered from the forward to the backward pass. A
+    frozen vision tower is not spread.
+    """
+
+    shards_weights = True
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        assert isinstance(model, LlavaMole)
+        check_routers(model)
+        if self.world_size != (launched_world_size() or 1):
+            raise RuntimeError(f"accelerate sees {count_of(self.world_size, 'rank')}, the launcher started others")
+        model.to(self.device)
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        name_of = {id(parameter): name for name, parameter in named.items()}
+        low = torch.bfloat16 if self._accelerator.mixed_precision == "bf16" else None
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+        frozen_tower = set() if model.vision_tower.trains else set(model.vision_tower.parameters())
+        blocks = [] if frozen_tower else list(model.vision_tower.blocks)
+        model.always_runs_tower = not frozen_tower
+        for layer in [*blocks, *decoder_layers(model.causal_lm)]:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy, ignored_params=frozen_tower)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo adds where it is asked for the average (pytorch issue 162338). Sums are right everywhere, and
+                # `backward` does not multiply by the number of ranks.
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+        self.parameters = trainable_parameters(model)
+        if self.parameters.keys() != named.keys():
+            raise RuntimeError("fully_shard has renamed parameters")
+        for group in optimizer.param_groups:
+            group["params"] = [self.parameters[name_of[id(parameter)]] for parameter in group["params"]]
+        self.engine, self.optimizer = model, optimizer
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        # Gradients are reduced in every micro-batch: a whole copy of them would be as large as the model.
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def squared_gradients(self) -> torch.Tensor:
+        return self._squared_norm(self._gradients())
+
+    def apply_gradients(self, max_norm: float) -> float:
+        norm = float(all_reduce_sum(self.squared_gradients()).sqrt())
+        if max_norm:
+            for gradient in self._gradients():
+                gradient.mul_(min(1.0, max_norm / (norm + 1e-6)))  # as torch's clip_grad_norm_
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self.parameters.items():
+            # `fully_shard` cuts the first dimension as torch.chunk does, so that a rank's rows are one slice.
+            rows, width = parameter.shape[0], math.prod(parameter.shape[1:])
+            size = -(-rows // self.world_size)
+            start, stop = (min(size * rank, rows) * width for rank in (self.rank, self.rank + 1))
+            yield Fragment(name, tuple(parameter.shape), slice(start, stop), parameter, slice(0, stop - start))
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [_flat(p.grad) for p in self.parameters.values() if p.grad is not None]
+
+    def _load_parameters(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing: parameters are the masters, which `_load_optimizer` reads."""
+
+
+def check_routers(model: nn.Module) -> None:
+    """Raise ConfigError if the adapter's router is read outside of the layer that gathers its weights."""
+    configs = getattr(getattr(model, "language_model", None), "peft_config", {}).values()
+    if any(getattr(config, "router_scope", None) == "model" for config in configs):
+        error = ConfigError(
+            "the adapter has router_scope 'model', one router for all layers, which train.distributed 'zero3' and "
+            "'fsdp2' do not gather in time; use 'zero2' or 'ddp', or another preset"
+        )
+        error.on_every_rank = True
+        raise error
+
+
+def _flat(tensor: Any) -> torch.Tensor:
+    """The values that this rank holds of a tensor, flat; they share its memory."""
+    tensor = tensor.detach()
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).reshape(-1)
 
 
 class GradientNorms:

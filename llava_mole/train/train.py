@@ -27,7 +27,6 @@ from llava_mole.train.arguments import DRY_RUN, DRY_RUN_LOAD, parse_arguments
 from llava_mole.train.checkpointing import (
     CheckpointWriter,
     Progress,
-    read_optimizer_state,
     read_progress,
     write_environment,
 )
@@ -47,7 +46,9 @@ from llava_mole.train.resume import (
 )
 from llava_mole.train.strategy import Strategy, start_strategy
 from llava_mole.train.tracker import Tracker
+from llava_mole.train.trained_parts import is_of_base
 from llava_mole.train.trainer import Trainer
+from llava_mole.train.trainer_state import TrainerState
 from llava_mole.train.validation import AnswerCheck, AnswerLog, Validator
 
 logger = get_logger("llava_mole.train.train")  # not __name__, which is __main__ under `python -m`
@@ -87,9 +88,10 @@ def train(config: RunConfig) -> Path:
                 logger.info("%s is complete: nothing to do", start.checkpoint)
                 return run_dir
             make_trainable(config, model, strategy.device, fingerprints, start.checkpoint)
+            frozen = small_frozen_weights(model)
             strategy.prepare(model, build_optimizer(trainable_parameters(model), config.train))
             if start.checkpoint is not None:
-                strategy.load_state(read_optimizer_state(start.checkpoint), progress.updates)
+                strategy.load_state(TrainerState(start.checkpoint), progress.updates)
             record_start(run_dir, values, strategy)
             most_bad = config.train.max_bad_steps, config.data.max_bad_image_share
             trainer = Trainer(
@@ -102,7 +104,7 @@ def train(config: RunConfig) -> Path:
                 model=model,
                 dataset=dataset,
                 pad_token_id=tokenizer.pad_token_id,
-                writer=CheckpointWriter(run_dir, values, hf_tokenizer, fingerprints, contents, start.run),
+                writer=CheckpointWriter(run_dir, values, hf_tokenizer, fingerprints, contents, start.run, frozen),
                 tracker=Tracker(config.tracker, run_dir, progress.step, run=values, enabled=is_main_process()),
                 monitor=build_monitor(config, strategy, model, dataset, tokenizer, steps),
                 guard=StepGuard(progress, dataset.source_names, stop, strategy.device, *most_bad),
@@ -165,6 +167,7 @@ def make_trainable(
         precision=config.train.precision,
         packed=config.train.batching == "packed",
         train_projector=config.train_projector,
+        parts=config.model.train,
         projector_weights=config.projector_weights,
         init_from=config.init_from,
         checkpoint=checkpoint,
@@ -174,6 +177,15 @@ def make_trainable(
         compile_layers(model.causal_lm)
     if is_main_process():
         print(trainable_table(model), file=sys.stderr, flush=True)
+
+
+def small_frozen_weights(model: LlavaMole) -> dict[str, torch.Tensor]:
+    """Copies of what does not train in adapter and projector; a strategy may leave nothing of it in one place."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and not is_of_base(name)
+    }
 
 
 def build_monitor(

@@ -53,6 +53,8 @@ from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import set_learning_rates
 from llava_mole.train.strategy import Strategy
 from llava_mole.train.tracker import METRICS_FILE, Tracker, read_metrics
+from llava_mole.train.trained_parts import is_of_base
+from llava_mole.train.trainer_state import Pieces
 
 logger = get_logger(__name__)
 
@@ -136,7 +138,8 @@ class Trainer:
             final = step + 1 == self.total_steps
             saves = final or (step + 1) % train.save_every == 0 or self.guard.stop_requested
             if saves or (train.check_ranks_every and (step + 1) % train.check_ranks_every == 0):
-                check_ranks_agree(self.strategy.parameters, step + 1)
+                # Where weights are spread, ranks have nothing in common that could drift apart.
+                check_ranks_agree({} if self.strategy.shards_weights else self.strategy.parameters, step + 1)
             if saves:
                 self.save(final)
             if self.guard.stop_requested and not final:
@@ -156,11 +159,16 @@ class Trainer:
 
     def save(self, final: bool) -> None:
         """Write a checkpoint; a collective. A failure is logged, and raised for the last one."""
-        state = self.strategy.gather_state()
+        strategy, pieces = self.strategy, None
+        if self.train.checkpoint_files == "sharded":
+            pieces = Pieces(strategy)
+            state = strategy.gather_state(lambda name: not is_of_base(name))
+        else:
+            state = strategy.gather_state()
         self.tracker.sync()
         if self.conflict is not None:
             self.conflict.sync()
-        save_together(self.writer, self.model, state, self.progress, self.train.keep_checkpoints, final)
+        save_together(self.writer, self.model, state, self.progress, self.train.keep_checkpoints, final, pieces)
 
     def _close_logs(self) -> None:
         self.tracker.close()

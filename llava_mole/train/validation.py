@@ -59,8 +59,10 @@ class Validator:
         self._routes = routes
 
     @torch.no_grad()
-    def losses(self, model: LlavaMole) -> dict[str, float]:
+    def losses(self, model: LlavaMole, engine: torch.nn.Module | None = None) -> dict[str, float]:
         """Mean loss of each source's samples, all with the same weight; a collective.
+
+        Where weights are spread over the ranks, `engine` computes, and all ranks make the same number of passes.
 
         Nothing that training depends on changes: the model's mode is restored, there are no gradients or counts, and
         every step seeds its own generators.
@@ -69,10 +71,13 @@ class Validator:
         sums = torch.zeros(2, len(names), dtype=torch.float64, device=model.device)  # losses, samples
         was_training = model.training
         model.eval()
+        batches, own = self._batches(together=engine is not None)
         try:
-            for batch in self._batches():
+            for number, batch in enumerate(batches):
                 source_B = batch["source_index"].to(model.device)
-                losses_B = self._sample_losses(model, batch)
+                losses_B = self._sample_losses(model, batch, engine or model)
+                if number >= own:  # only for the other ranks, which have more
+                    continue
                 sums[0].index_add_(0, source_B, losses_B.double())
                 sums[1].index_add_(0, source_B, torch.ones_like(losses_B, dtype=torch.float64))
         finally:
@@ -80,22 +85,28 @@ class Validator:
         totals, counts = all_reduce_sum(sums).tolist()
         return _means(names, totals, counts)
 
-    def _batches(self) -> DataLoader:
+    def _batches(self, together: bool) -> tuple[DataLoader, int]:
+        """This rank's batches and their number; `together` adds others, up to the largest number of any rank."""
         mine = list(range(get_rank(), len(self._dataset), get_world_size()))
-        return DataLoader(
+        batches = padded_batches(mine, self._dataset.lengths(mine), self._row_tokens)
+        own = len(batches)
+        if together:
+            batches += [[0]] * (max(all_gather_objects(own)) - own)
+        loader: DataLoader = DataLoader(
             self._dataset,  # type: ignore[arg-type]  # map-style, without torch's base class
-            batch_sampler=padded_batches(mine, self._dataset.lengths(mine), self._row_tokens),
+            batch_sampler=batches,
             collate_fn=partial(collate, pad_token_id=self._pad_token_id),
             num_workers=self._num_workers,
         )
+        return loader, own
 
-    def _sample_losses(self, model: LlavaMole, batch: dict) -> torch.Tensor:
+    def _sample_losses(self, model: LlavaMole, batch: dict, engine: torch.nn.Module) -> torch.Tensor:
         """Token mean of the loss of every sample, float32 [B]."""
         batch = to_device(batch, model.device)
         if self._routes:
             with value_errors_as(ConfigError):
                 set_routing_inputs(model.language_model, **routing_inputs(batch))
-        sums_B, counts_B, _ = forward_losses(model, batch)
+        sums_B, counts_B, _ = forward_losses(engine, batch)
         return sums_B / counts_B.clamp(min=1.0)
 
 

@@ -1,6 +1,6 @@
 """The fault campaign: a small run on two CPU ranks is killed, starved of disk, damaged and resumed until it ends.
 
-    python scripts/bench/faults.py [--quick] [--kills N] [--seed N] [--distributed ddp|zero2] [--json FILE]
+    python scripts/bench/faults.py [--quick] [--kills N] [--seed N] [--distributed NAME] [--json FILE]
 
 Each run starts with `--train.resume auto`, has something done to it at a random moment, and starts again, until it is
 complete. Then its weights, its optimizer, its counters and the losses of all its steps must equal, bit for bit, those
@@ -42,6 +42,12 @@ CALLS_IN_A_SAVE = 48
 FOREIGN = ("checkpoint-500", "checkpoint-998", "checkpoint-999", "checkpoint-1000", "checkpoint-notes",
            ".tmp-checkpoint-7-1")  # fmt: skip
 MOST_RESTARTS = 60
+FULL = {"model.train.language_model": "full", "model.train.tower": "all", "train.learning_rate": "1e-3"}
+SPREAD = {
+    "zero3": {**FULL, "train.deepspeed_config": str(Path(__file__).parents[1] / "zero3.json")},
+    "fsdp2": {**FULL, "train.checkpoint_files": "sharded"},
+}
+"""Further options of strategies that spread weights: everything trains, and with `fsdp2` every rank writes."""
 
 
 @dataclass
@@ -89,6 +95,7 @@ class Campaign:
         options = {
             "train.output_dir": str(self.directory / name),
             "train.distributed": self.distributed,
+            **SPREAD.get(self.distributed, {}),
             "train.resume": "auto",
             "train.epochs": "3",
             "train.max_steps": str(STEPS),
@@ -114,15 +121,14 @@ class Campaign:
 
     def result(self, name: str) -> dict[str, Any]:
         """Everything that must not depend on faults: tensors as bytes, counters, losses."""
-        from safetensors.torch import load_file
-
         from llava_mole.model.checkpoint import verify_checkpoint
         from llava_mole.train.tracker import read_metrics
+        from llava_mole.train.trainer_state import TrainerState
 
         run_dir = self.directory / name
         newest = self.checkpoints(name)[0]
         verify_checkpoint(newest)
-        tensors = load_file(newest / "trainer" / "optimizer.safetensors")
+        tensors = TrainerState(newest)
         entries = read_metrics(run_dir / "metrics.jsonl")
         return {
             "checkpoint": newest.name,
@@ -343,7 +349,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="12 kills, under a minute once the imports are cached")
     parser.add_argument("--kills", type=int, default=None, help="how many kill -9 (default 100; 12 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds of faults")
-    parser.add_argument("--distributed", choices=["ddp", "zero2"], default="ddp")
+    parser.add_argument("--distributed", choices=["ddp", "zero2", "zero3", "fsdp2"], default="ddp")
     parser.add_argument("--keep", type=Path, default=None, help="directory for runs and logs (default: temporary)")
     parser.add_argument("--json", type=Path, default=None, help="write the table to this file")
     options = parser.parse_args()

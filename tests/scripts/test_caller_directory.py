@@ -43,7 +43,7 @@ def call(elsewhere: Path, script: str, *arguments: str, **environment: str) -> l
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune_lora", "finetune_mole", "finetune_task", "_launch"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune_lora", "finetune_mole", "finetune_task", "finetune", "_launch"])
 def test_a_configuration_of_the_caller_is_his(elsewhere: Path, name: str) -> None:
     preflight, training = call(elsewhere, f"{name}.sh", "my.yaml", "--train.epochs", "2")
     assert preflight == f"in {elsewhere}: -m llava_mole.train.preflight 1 my.yaml --train.epochs 2"

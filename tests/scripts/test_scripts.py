@@ -13,7 +13,7 @@ SCRIPTS = [
     ROOT / ".ci" / "run",
 ]
 TOPOLOGY = ("NNODES", "NODE_RANK", "GPUS_PER_NODE", "LAUNCHER", "DRY_RUN", "MAX_RESTARTS", "MASTER_ADDR", "MASTER_PORT")
-TRAINING = ["pretrain", "finetune_mole", "finetune_lora", "finetune_task"]
+TRAINING = ["pretrain", "finetune_mole", "finetune_lora", "finetune_task", "finetune"]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -121,7 +121,7 @@ def test_launcher_mistakes_are_named() -> None:
     assert "NODE_RANK is needed" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune_mole", "finetune_lora"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune_mole", "finetune_lora", "finetune"])
 def test_paper_configurations_name_what_is_missing(name: str) -> None:
     done = run("bash", f"scripts/{name}.sh")
     assert done.returncode == 2

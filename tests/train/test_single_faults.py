@@ -235,17 +235,30 @@ def test_ranks_in_the_minority_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 # Refusals
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_sharded_strategies_are_refused_with_the_reason(world: Path, strategy: str) -> None:
-    reason = f"train.distributed is '{strategy}'; use 'zero2' or 'ddp'. ZeRO stage 3 and FSDP shard the frozen model"
-    with pytest.raises(ConfigError, match=reason):
-        parse_run_config(arguments(world, "x", "--train.distributed", strategy))
+UNSUPPORTED = {
+    "answers": (["--data.validation_samples", "2", "--train.validate_every", "1", "--train.validation_answers", "1"],
+                "train.validation_answers is 1 and train.distributed is '{}', which spreads"),
+    "compile": (["--train.compile", "true"], "train.compile is true and .* set --train.compile false, or use 'zero2'"),
+    "conflict": (["--train.conflict_every", "2"], "train.conflict_every is 2 and train.distributed is '{}'"),
+    "quantised": (["--model.quantization", "4bit"], "model.quantization is '4bit': quantised weights cannot be spread"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_spread_weights_do_not_support_is_refused(world: Path, strategy: str, name: str) -> None:
+    options, message = UNSUPPORTED[name]
+    with pytest.raises(ConfigError, match=message.format(strategy)) as refused:
+        parse_run_config(arguments(world, "x", "--train.distributed", strategy, *options))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("zero", "message"),
     [
-        ({"stage": 3}, "stage is 3; allowed are 1 and 2 .* ZeRO stage 3 and FSDP shard the frozen model"),
+        ({"stage": 3}, "stage is 3; train.distributed 'zero2' takes 1 and 2 .*'zero3' 3"),
+        ({"stage": 2, "offload_param": {"device": "nvme"}}, "offload_param is set; leave it out"),
+        ({"stage": 2, "zero_quantized_weights": True}, "zero_quantized_weights is True; leave it out"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer is set; leave it out"),
     ],
 )

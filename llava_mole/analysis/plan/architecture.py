@@ -15,6 +15,7 @@ from llava_mole.data.tokenization import load_tokenizer
 from llava_mole.model.builder import attach_adapter
 from llava_mole.model.language_model import check_vocabulary, load_errors, read_config
 from llava_mole.model.llava_arch import LlavaMole
+from llava_mole.model.trainable import unfreeze
 
 _LLAMA = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000}
 KNOWN_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
@@ -73,6 +74,7 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
             check_vocabulary(language_model, load_tokenizer(config.language_model), config.language_model)
         attach_adapter(model, adapter)
     model.projector.requires_grad_(train_projector)
+    unfreeze(model, config.train)
     return MetaModel(model, tuple(assumptions))
 
 
