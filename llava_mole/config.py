@@ -30,6 +30,7 @@ from llava_mole.common.files import write_text
 from llava_mole.common.keys import ANY, explained
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
+from llava_mole.constants import TOWER_FILES
 
 AspectRatio = Literal["pad", "square"]
 ImageModes = Literal["strict", "rescale", "llava"]
@@ -45,6 +46,7 @@ logger = get_logger(__name__)
 
 
 DEFAULT_WARMUP = 500
+_OPENAI_TOWER = "playground/models/clip-vit-large-patch14-336/open_clip_model.safetensors"
 
 
 class Range(NamedTuple):
@@ -64,6 +66,7 @@ _BELOW_1 = Range("must be at least 0 and below 1", 0, math.nextafter(1, 0))
 
 RANGES: dict[str, Range] = {
     "model.vision_tower.select_layer": _ANY,  # the tower knows how many blocks it has
+    "model.vision_tower.image_size": _FROM_1,
     "adapter.rank": _FROM_1,
     "adapter.alpha": _ABOVE_0,
     "adapter.dropout": _BELOW_1,
@@ -181,19 +184,34 @@ def _check_number(key: str, value: Any, allowed: Range, *, whole: bool) -> None:
 
 @dataclass(kw_only=True)
 class VisionTowerConfig:
-    """The frozen image encoder, an open_clip model."""
+    """The frozen image encoder: a ViT of open_clip (its own or timm's) or of Hugging Face, see docs/models.md."""
 
     name: str = "ViT-L-14-336-quickgelu"
-    """An open_clip model name, or the path of an open_clip JSON config (`*.json`)."""
-    weights: str = "playground/models/clip-vit-large-patch14-336/open_clip_model.safetensors"
-    """State dict of the whole CLIP model or of its visual part (`.safetensors`, or `.pt` with plain tensors)."""
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """An open_clip model name, a JSON config of open_clip or Hugging Face (`*.json`), or the directory of a tower."""
+    weights: str = _OPENAI_TOWER
+    """State dict of the whole model or of its visual part (`.safetensors`, or `.pt` with plain tensors). Where `name` is
+    a directory, the default is the weight file in it."""
+    activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "swiglu"] = "quick_gelu"
     """The activation the weights were trained with (OpenAI: quick_gelu); a model with another one is refused."""
     select_layer: int = -2
     """The block whose output is used, counted as in Hugging Face's `hidden_states` (LLaVA-1.5: -2)."""
+    image_size: int | None = None
+    """Side of an image in pixels. None takes the tower's own. DINOv2 takes any size, all others only their own."""
+    image_mean: list[float] | None = None
+    """Mean of the pixels (0 to 1) by colour. None takes what the tower's files say; a value that differs from theirs is
+    refused."""
+    image_std: list[float] | None = None
+    """Standard deviation of the pixels, likewise."""
 
     def __post_init__(self) -> None:
         _check_section(self, "model.vision_tower.")
+        folder = Path(self.name)
+        if _checks.get() and folder.is_dir():
+            for config, weights in TOWER_FILES:
+                if (folder / config).is_file() and (folder / weights).is_file():
+                    self.name = str(folder / config)
+                    self.weights = str(folder / weights) if self.weights == _OPENAI_TOWER else self.weights
+                    break
 
 
 @dataclass(kw_only=True)
@@ -204,7 +222,8 @@ class ModelConfig:
     """Directory of a Hugging Face causal LM with its tokenizer."""
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
-    """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`); `+ends` adds learned vectors around an image."""
+    """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`). `pixel_shuffle+` before it joins 2 x 2 patches to one, which
+    quarters the tokens of an image; `+ends` behind it adds learned vectors around an image."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel of the language model. Packed rows cannot use `eager`."""
     quantization: Quantization = "none"

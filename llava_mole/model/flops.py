@@ -44,6 +44,7 @@ class ModelShape:
     projector_parameters: int
     projector_trains: bool
     tower_width: int
+    """Width of the projector's input: the tower's, or four times that behind a pixel shuffle."""
     image_tokens: int
     """Positions that an image takes in the sequence."""
     tower_flops: float
@@ -106,7 +107,7 @@ def model_shape(model: LlavaMole) -> ModelShape:
         has_router=any(".mole_router" in name for name, _ in model.language_model.named_parameters()),
         projector_parameters=sum(p.numel() for p in projector if p.ndim == 2),
         projector_trains=any(p.requires_grad for p in projector),
-        tower_width=model.vision_tower.hidden_size,
+        tower_width=model.projector_input_width,
         image_tokens=model.num_image_tokens,
         tower_flops=tower_flops(model.vision_tower),
     )
@@ -114,11 +115,11 @@ def model_shape(model: LlavaMole) -> ModelShape:
 
 def tower_flops(tower: VisionTower) -> float:
     """Forward FLOPs of the tower on one image: patch embedding and the blocks up to the selected one."""
-    tokens = tower.num_patches + 1  # with the class token
-    blocks = tower.visual.transformer.resblocks
+    tokens = tower.num_patches + tower.spec.prefix_tokens
+    blocks = tower.blocks
     weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
     attention = 4.0 * tokens * tokens * tower.hidden_size * len(blocks)
-    return 2.0 * tower.visual.conv1.weight.numel() * tower.num_patches + 2.0 * weights * tokens + attention
+    return 2.0 * tower.patch_embedding.weight.numel() * tower.num_patches + 2.0 * weights * tokens + attention
 
 
 def _weights(linear: Any) -> int:
