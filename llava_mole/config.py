@@ -189,8 +189,8 @@ class VisionTowerConfig:
     name: str = "ViT-L-14-336-quickgelu"
     """An open_clip model name, a JSON config of open_clip or Hugging Face (`*.json`), or the directory of a tower."""
     weights: str = _OPENAI_TOWER
-    """State dict of the whole model or of its visual part (`.safetensors`, or `.pt` with plain tensors). Where `name` is
-    a directory, the default is the weight file in it."""
+    """State dict of the whole model or of its visual part (`.safetensors`, or `.pt` with plain tensors). Where `name`
+    is a directory, the default is the weight file in it."""
     activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "swiglu"] = "quick_gelu"
     """The activation the weights were trained with (OpenAI: quick_gelu); a model with another one is refused."""
     select_layer: int = -2
@@ -222,8 +222,8 @@ class ModelConfig:
     """Directory of a Hugging Face causal LM with its tokenizer."""
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
-    """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`). `pixel_shuffle+` before it joins 2 x 2 patches to one, which
-    quarters the tokens of an image; `+ends` behind it adds learned vectors around an image."""
+    """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`). `pixel_shuffle+` before it joins 2 x 2 patches to one token,
+    which quarters the tokens of an image; `+ends` behind it adds learned vectors around an image."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel of the language model. Packed rows cannot use `eager`."""
     quantization: Quantization = "none"

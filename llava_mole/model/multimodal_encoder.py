@@ -5,6 +5,7 @@ LLaVA-1.5's -2 that of block L-2. Class and register tokens are dropped and no f
 a CLIP tower equal `CLIPVisionModel(...).hidden_states[-2][:, 1:]`.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,20 @@ def build_vision_tower(
             f"(model.vision_tower.activation){hint}"
         )
     state = read_visual_state(Path(weights))
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{weights}: {key} has values that are not finite; download or build the file again")
+    identity = fingerprint(state.items())
+    load = _load_transformers if spec.layout == "hugging_face" else _load_open_clip
+    visual, problems = load(spec, state)
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        raise WeightsError(f"{weights} does not fit vision tower {name!r}: {len(problems)} problems: {shown}")
+    return VisionTower(visual, spec, select_layer, identity)
+
+
+def _load_open_clip(spec: TowerSpec, state: dict[str, torch.Tensor]) -> tuple[Any, list[str]]:
+    """The module of open_clip with these tensors, and what does not fit."""
     with torch.device("meta"):
         visual: Any = spec.make()
     if spec.layout == "open_clip" and "proj" not in state:
@@ -155,21 +170,39 @@ def build_vision_tower(
     problems = [f"missing {key}" for key in expected.keys() - state.keys()]
     problems += [f"unexpected {key}" for key in state.keys() - expected.keys()]
     problems += [
-        f"{key} is {tuple(state[key].shape)}, the model needs {tuple(expected[key].shape)}"
+        _mismatch(key, state[key].shape, expected[key].shape)
         for key in expected.keys() & state.keys()
         if state[key].shape != expected[key].shape
     ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5])
-        raise WeightsError(f"{weights} does not fit vision tower {name!r}: {len(problems)} problems: {shown}")
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{weights}: {key} has values that are not finite; download or build the file again")
-    identity = fingerprint(state.items())
-    if any(name not in expected for name, _ in visual.named_buffers()):
-        visual = spec.make()  # its buffers that no file holds have values only on a real device
-    visual.load_state_dict(state, strict=True, assign=True)
-    return VisionTower(visual, spec, select_layer, identity)
+    if not problems:
+        if any(name not in expected for name, _ in visual.named_buffers()):
+            visual = spec.make()  # its buffers that no file holds have values only on a real device
+        visual.load_state_dict(state, strict=True, assign=True)
+    return visual, problems
+
+
+def _load_transformers(spec: TowerSpec, state: dict[str, torch.Tensor]) -> tuple[Any, list[str]]:
+    """The same of transformers, which maps the names of files to those of its present version."""
+    import transformers
+
+    dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
+    loaded: Any = getattr(transformers, spec.kind).from_pretrained(
+        None,
+        config=copy.deepcopy(spec.config),
+        state_dict=dict(state),
+        dtype=dtypes[0] if dtypes else torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported, with their names
+    )
+    model, info = loaded
+    problems = [f"missing {name}" for name in info["missing_keys"]]
+    problems += [f"unexpected {name}" for name in info["unexpected_keys"]]
+    problems += [_mismatch(*entry) for entry in info["mismatched_keys"]]
+    return getattr(model, "vision_model", model), problems
+
+
+def _mismatch(key: str, found: Any, needed: Any) -> str:
+    return f"{key} is {tuple(found)}, the model needs {tuple(needed)}"
 
 
 def read_visual_state(path: Path) -> dict[str, torch.Tensor]:

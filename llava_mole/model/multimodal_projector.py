@@ -93,8 +93,8 @@ def build_projector(
 
     Args:
         kind: `linear`, or `mlp<N>x_gelu`: N linear layers with exact GELU in between. The state keys are LLaVA's
-            (`0.weight`, `0.bias`, `2.weight`, ...). The prefix `pixel_shuffle+` puts `PixelShuffle` before them, so that
-            the keys begin with `1.`; the suffix `+ends` appends `ImageEnds`.
+            (`0.weight`, `0.bias`, `2.weight`, ...). The prefix `pixel_shuffle+` puts `PixelShuffle` before them, so
+            that the keys begin with `1.`; the suffix `+ends` appends `ImageEnds`.
         grid: rows and columns of the tower's patches, for `pixel_shuffle+` alone; without it only shapes are of use.
 
     Raises:

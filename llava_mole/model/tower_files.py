@@ -230,10 +230,10 @@ def _open_clip(name: str, config: dict[str, Any], said: dict[str, Any]) -> tuple
     kind = vision["timm_model_name"] if is_timm else "VisionTransformer"
     make = _timm_maker(name, config) if is_timm else _vit_maker(name, config)
     with torch.device("meta"):
-        visual = make()
+        visual: Any = make()
     if is_timm:
-        trunk = visual.trunk
-        stem = getattr(trunk, "patch_embed", None)
+        trunk: Any = visual.trunk
+        stem: Any = getattr(trunk, "patch_embed", None)
         if not hasattr(trunk, "blocks") or getattr(stem, "grid_size", None) is None:
             raise ConfigError(
                 f"{_KEY}.name {name!r}: timm's {kind} has no patch tokens (it is no ViT); choose a ViT, such as "
@@ -369,6 +369,8 @@ def _hugging_face(name: str, content: Mapping[str, Any], wanted_size: int | None
     family = FAMILIES[config.model_type]
     said = _read_preprocessor(Path(name).parent / PREPROCESSOR_FILE)
     patch = config.patch_size
+    if not isinstance(patch, int) or patch < 1:
+        raise ConfigError(f"{name}: patch_size is {patch!r}; it must be a whole number above 0")
     if config.model_type == "siglip2_vision_model":  # NaFlex: patches of any shape; used here at its square
         side = round(config.num_patches**0.5)
         if side * side != config.num_patches:

@@ -120,9 +120,7 @@ def image_tokens(config: RunConfig) -> int:
     from llava_mole.model.tower_files import read_tower
 
     tower = config.model.vision_tower
-    spec = read_tower(
-        tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std
-    )
+    spec = read_tower(tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std)
     return image_positions(config.model.projector, spec.grid)
 
 

@@ -53,9 +53,7 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
     lm_config, assumption = language_model_config(config.language_model)
     assumptions = [assumption] if assumption else []
     tower = config.vision_tower
-    spec = read_tower(
-        tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std
-    )
+    spec = read_tower(tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std)
     if not Path(tower.weights).is_file():
         definer = "its config.json" if spec.layout == "hugging_face" else "open_clip"
         assumptions.append(f"vision tower {tower.name} as {definer} defines it; {tower.weights} is absent")
