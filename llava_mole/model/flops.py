@@ -49,6 +49,8 @@ class ModelShape:
     """Positions that an image takes in the sequence."""
     tower_flops: float
     """Forward pass of the vision tower on one image; it has no backward pass."""
+    image_size: int = 336
+    """Side of an image in pixels."""
 
     @property
     def quadratic_length(self) -> float:
@@ -110,6 +112,7 @@ def model_shape(model: LlavaMole) -> ModelShape:
         tower_width=model.projector_input_width,
         image_tokens=model.num_image_tokens,
         tower_flops=tower_flops(model.vision_tower),
+        image_size=model.vision_tower.image_size,
     )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.data.images import normalise_pixels
 from llava_mole.model.checkpoint import fingerprint
-from llava_mole.model.tower_files import FAMILIES, TowerSpec, read_tower
+from llava_mole.model.tower_files import FAMILIES, TowerSpec, read_tower, vit_spec
 
 OPEN_CLIP_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TEXT_PART = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.", "classifier.")
@@ -32,8 +32,10 @@ class VisionTower(nn.Module):
 
     visual: Any  # a vision model of open_clip or transformers
 
-    def __init__(self, visual: Any, spec: TowerSpec, select_layer: int, weights_fingerprint: str):
+    def __init__(self, visual: Any, select_layer: int, weights_fingerprint: str, spec: TowerSpec | None = None):
+        """`spec` is what `read_tower` says; None stands for open_clip's own ViT with CLIP's pixels."""
         super().__init__()
+        spec = spec or vit_spec(visual)
         block = spec.blocks + select_layer if select_layer < 0 else select_layer - 1
         if not 0 <= block < spec.blocks:
             raise ConfigError(
@@ -157,7 +159,7 @@ def build_vision_tower(
     if problems:
         shown = "; ".join(sorted(problems)[:5])
         raise WeightsError(f"{weights} does not fit vision tower {name!r}: {len(problems)} problems: {shown}")
-    return VisionTower(visual, spec, select_layer, identity)
+    return VisionTower(visual, select_layer, identity, spec)
 
 
 def _load_open_clip(spec: TowerSpec, state: dict[str, torch.Tensor]) -> tuple[Any, list[str]]:

@@ -12,7 +12,7 @@ No code of a directory is run, and nothing is downloaded.
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,7 +148,7 @@ def read_tower(
             )
         values[key] = _channels(f"{_KEY}.{key}", wanted, above_0=key == "image_std")
     pixels = Pixels(values["image_mean"], values["image_std"], said.get("resample", RESAMPLING["bicubic"]))
-    return TowerSpec(**{**vars(spec), "pixels": pixels})
+    return replace(spec, pixels=pixels)
 
 
 def read_tower_config(name: str) -> dict[str, Any]:
@@ -227,44 +227,62 @@ def _open_clip(name: str, config: dict[str, Any], said: dict[str, Any]) -> tuple
     """The tower of an open_clip configuration, and what its files say about pixels."""
     vision = config["vision_cfg"]
     is_timm = "timm_model_name" in vision
-    kind = vision["timm_model_name"] if is_timm else "VisionTransformer"
     make = _timm_maker(name, config) if is_timm else _vit_maker(name, config)
     with torch.device("meta"):
         visual: Any = make()
-    if is_timm:
-        trunk: Any = visual.trunk
-        stem: Any = getattr(trunk, "patch_embed", None)
-        if not hasattr(trunk, "blocks") or getattr(stem, "grid_size", None) is None:
-            raise ConfigError(
-                f"{_KEY}.name {name!r}: timm's {kind} has no patch tokens (it is no ViT); choose a ViT, such as "
-                "ViT-SO400M-14-SigLIP-384"
-            )
-        built, grid, width = _square(name, stem.img_size), tuple(stem.grid_size), trunk.embed_dim
-        blocks, prefix, activation = len(trunk.blocks), trunk.num_prefix_tokens, _timm_activation(trunk)
-    else:
-        built, grid, width = _square(name, visual.image_size), tuple(visual.grid_size), visual.conv1.out_channels
-        blocks, prefix = len(visual.transformer.resblocks), 1
-        activation = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
+    spec = _timm_spec(name, visual, vision["timm_model_name"]) if is_timm else vit_spec(visual, name)
     stated = {"vision_cfg.image_size": vision.get("image_size"), "preprocess_cfg.size": said.get("size")}
     for key, value in stated.items():
         side = None if value is None else _square(f"{name}: {key}", value)
-        if side not in (None, built):
-            raise ConfigError(f"{name}: {key} is {side}, but the tower is built for {built} pixels; correct the file")
-    spec = TowerSpec(
-        name=name,
-        layout="timm" if is_timm else "open_clip",
-        kind=kind,
-        activation=activation,
-        image_size=built,
-        grid=(int(grid[0]), int(grid[1])),
-        width=width,
-        blocks=blocks,
-        prefix_tokens=prefix,
-        pixels=Pixels(CLIP_MEAN, CLIP_STD),
-        make=make,
-        config=config,
-    )
+        if side not in (None, spec.image_size):
+            raise ConfigError(
+                f"{name}: {key} is {side}, but the tower is built for {spec.image_size} pixels; correct the file"
+            )
+    activation = spec.activation if is_timm else "quick_gelu" if config.get("quick_gelu", False) else "gelu"
+    spec = replace(spec, activation=activation, make=make, config=config)
     return spec, _open_clip_pixels(name, said, visual)
+
+
+def vit_spec(visual: Any, name: str = "open_clip") -> TowerSpec:
+    """The specification of open_clip's own ViT, a module that exists, with CLIP's pixels."""
+    return TowerSpec(
+        name=name,
+        layout="open_clip",
+        kind="VisionTransformer",
+        activation="gelu",
+        image_size=_square(name, visual.image_size),
+        grid=(int(visual.grid_size[0]), int(visual.grid_size[1])),
+        width=visual.conv1.out_channels,
+        blocks=len(visual.transformer.resblocks),
+        prefix_tokens=1,
+        pixels=Pixels(CLIP_MEAN, CLIP_STD),
+        make=lambda: visual,
+        config={},
+    )
+
+
+def _timm_spec(name: str, visual: Any, kind: str) -> TowerSpec:
+    trunk = visual.trunk
+    stem: Any = getattr(trunk, "patch_embed", None)
+    if not hasattr(trunk, "blocks") or getattr(stem, "grid_size", None) is None:
+        raise ConfigError(
+            f"{_KEY}.name {name!r}: timm's {kind} has no patch tokens (it is no ViT); choose a ViT, such as "
+            "ViT-SO400M-14-SigLIP-384"
+        )
+    return TowerSpec(
+        name=name,
+        layout="timm",
+        kind=kind,
+        activation=_timm_activation(trunk),
+        image_size=_square(name, stem.img_size),
+        grid=(int(stem.grid_size[0]), int(stem.grid_size[1])),
+        width=trunk.embed_dim,
+        blocks=len(trunk.blocks),
+        prefix_tokens=trunk.num_prefix_tokens,
+        pixels=Pixels(CLIP_MEAN, CLIP_STD),
+        make=lambda: visual,
+        config={},
+    )
 
 
 def _open_clip_pixels(name: str, said: dict[str, Any], visual: Any) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def test_learned_vectors_stand_around_an_image() -> None:
     assert all(parameter.grad is not None for parameter in projector.parameters())
 
 
-@pytest.mark.parametrize("kind", ["mlp", "+ends", "mlp2x_gelu+end", "mlp0x_gelu", "MLP2x_gelu", "mlp2x_relu", "pixel_shuffle+", ""])
+@pytest.mark.parametrize(
+    "kind", ["mlp", "+ends", "mlp2x_gelu+end", "mlp0x_gelu", "MLP2x_gelu", "mlp2x_relu", "pixel_shuffle+", ""]
+)
 def test_unknown_kinds_are_errors(kind: str) -> None:
     with pytest.raises(ConfigError, match="mlp2x_gelu"):
         build_projector(kind, 5, 7)

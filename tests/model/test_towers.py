@@ -123,9 +123,7 @@ def test_dinov2_takes_any_size(worlds: dict[str, World]) -> None:
         ("siglip2", {"select_layer": -4}, "3 blocks; allowed are -3..-1 and 1..3"),
     ],
 )
-def test_settings_against_the_files_are_errors(
-    worlds: dict[str, World], name: str, change: dict, message: str
-) -> None:
+def test_settings_against_the_files_are_errors(worlds: dict[str, World], name: str, change: dict, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         worlds[name].build(**change)
     assert message in str(error.value)

@@ -61,7 +61,7 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
         with load_errors(config.language_model):
             language_model = AutoModelForCausalLM.from_config(lm_config)
         language_model.requires_grad_(False)
-        vision = VisionTower(spec.make(), spec, tower.select_layer, "")
+        vision = VisionTower(spec.make(), tower.select_layer, "", spec)
         width = language_model.config.get_text_config().hidden_size
         projector = build_projector(config.projector, vision.hidden_size, width, vision.grid)
         model = LlavaMole(vision, projector, language_model)
