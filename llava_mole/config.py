@@ -30,11 +30,17 @@ from llava_mole.common.files import write_text
 from llava_mole.common.keys import ANY, explained
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
-from llava_mole.constants import TOWER_FILES
 
 AspectRatio = Literal["pad", "square"]
 ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
+TOWER_FILES = (
+    ("config.json", "model.safetensors"),
+    ("open_clip_config.json", "open_clip_model.safetensors"),
+    ("open_clip_config.json", "open_clip_pytorch_model.bin"),
+    ("config.json", "open_clip_model.safetensors"),
+)
+"""Configuration and weights in the directory of a vision tower; the first pair that is there counts."""
 SHARDED = ("zero3", "fsdp")
 _SECTIONS = ("train", "model", "adapter", "data", "tracker", "check")
 SHARDED_REASON = (
@@ -192,7 +198,8 @@ class VisionTowerConfig:
     """State dict of the whole model or of its visual part (`.safetensors`, or `.pt` with plain tensors). Where `name`
     is a directory, the default is the weight file in it."""
     activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "swiglu"] = "quick_gelu"
-    """The activation the weights were trained with (OpenAI: quick_gelu); a model with another one is refused."""
+    """The activation the weights were trained with: `quick_gelu` (OpenAI), `gelu`, `gelu_pytorch_tanh` (SigLIP of
+    Hugging Face) or `swiglu`. A model with another one is refused."""
     select_layer: int = -2
     """The block whose output is used, counted as in Hugging Face's `hidden_states` (LLaVA-1.5: -2)."""
     image_size: int | None = None
@@ -206,7 +213,7 @@ class VisionTowerConfig:
     def __post_init__(self) -> None:
         _check_section(self, "model.vision_tower.")
         folder = Path(self.name)
-        if _checks.get() and folder.is_dir():
+        if folder.is_dir():
             for config, weights in TOWER_FILES:
                 if (folder / config).is_file() and (folder / weights).is_file():
                     self.name = str(folder / config)
@@ -612,7 +619,8 @@ def parse_run_config(
     parser.add_class_arguments(RunConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
         actions = {action.dest: action for action in parser._actions}
-        actions["adapter.preset"].metavar = "NAME"  # its text lists the names
+        for key in ("adapter.preset", "model.vision_tower.activation"):
+            actions[key].metavar = "NAME"  # its text lists the names
         keys = [f"--data.sources.NAME.{option.key}: {option.meaning}" for option in options(SourceConfig)]
         actions["data.sources"].help = " ".join([f"{actions['data.sources'].help}", *keys])
     try:

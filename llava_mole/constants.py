@@ -11,11 +11,3 @@ DEFAULT_IMAGE_TOKEN = "<image>"
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-TOWER_FILES = (
-    ("config.json", "model.safetensors"),
-    ("open_clip_config.json", "open_clip_model.safetensors"),
-    ("open_clip_config.json", "open_clip_pytorch_model.bin"),
-    ("config.json", "open_clip_model.safetensors"),
-)
-"""Configuration and weights in the directory of a vision tower; the first pair that is there counts."""

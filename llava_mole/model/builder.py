@@ -266,6 +266,18 @@ def check_base(checkpoint: Path, fingerprints: dict[str, str], options: Mapping[
             )
 
 
+def check_pixels(checkpoint: Path, tower: VisionTower) -> None:
+    """Raise CheckpointError unless images become the tower's input as in training; older checkpoints do not say how."""
+    now = tower.spec.pixels.described(tower.image_size)
+    then = read_manifest(checkpoint).get("pixels") or now
+    different = [f"{key} {then.get(key)} there, {value} now" for key, value in now.items() if then.get(key) != value]
+    if different:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other pixels: {'; '.join(different)}; correct the files of the tower "
+            f"{tower.spec.name}"
+        )
+
+
 def load_pretrained_model(
     model_path: str | Path,
     *,
@@ -346,6 +358,7 @@ def load_pretrained_models(
             quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
             if len(model_paths) > 1:
                 bases[key] = model.vision_tower, _share(model.language_model)
+        check_pixels(path, model.vision_tower)
         load_projector(model.projector, path / PROJECTOR_FILE)
         model.requires_grad_(False)
         model.projector.requires_grad_(trainable and config.train_projector)

@@ -21,7 +21,8 @@ from torch import nn
 
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.common.files import read_json
-from llava_mole.constants import CLIP_MEAN, CLIP_STD, TOWER_FILES
+from llava_mole.config import TOWER_FILES
+from llava_mole.constants import CLIP_MEAN, CLIP_STD
 
 Layout = Literal["open_clip", "timm", "hugging_face"]
 OPEN_CLIP_CONFIGS = ("config.json", "open_clip_config.json")
@@ -67,6 +68,10 @@ class Pixels:
     std: tuple[float, ...]
     resample: int = RESAMPLING["bicubic"]
     """Filter of the resize, as a value of `RESAMPLING`."""
+
+    def described(self, image_size: int) -> dict[str, Any]:
+        """All of it as plain values, which a checkpoint records."""
+        return {"size": image_size, "mean": list(self.mean), "std": list(self.std), "resample": self.resample}
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,9 @@ class CheckpointWriter:
         path = checkpoint_path(self.run_dir, progress.step)
         # Masters and two moments of everything trainable, the masters again as weights, and the tokenizer's files.
         expected = sum(value.nbytes for value in optimizer_state.values()) * 4 // 3 + TOKENIZER_BYTES
-        write_checkpoint(path, write_files, self._manifest_fields(progress), expected, self.run)
+        tower = model.vision_tower
+        fields = {**self._manifest_fields(progress), "pixels": tower.spec.pixels.described(tower.image_size)}
+        write_checkpoint(path, write_files, fields, expected, self.run)
         return path
 
     def _write_adapter(self, model: LlavaMole, masters: Mapping[str, torch.Tensor], directory: Path) -> None:

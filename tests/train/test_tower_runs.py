@@ -16,7 +16,7 @@ from worlds.towers import SIZE, dinov2, siglip
 
 from llava_mole.analysis.check.cli import image_tokens
 from llava_mole.analysis.plan.architecture import build_meta_model
-from llava_mole.common.errors import WeightsError
+from llava_mole.common.errors import CheckpointError, WeightsError
 from llava_mole.config import parse_run_config
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.inference.predictor import Predictor
@@ -80,6 +80,10 @@ def test_a_tower_that_has_moved_is_named_by_its_directory(run: Path, world: Path
     loaded = load_pretrained_model(run, vision_tower=str(tmp_path / "elsewhere"), device="cpu")
     assert loaded.model.vision_tower.spec.name == str(tmp_path / "elsewhere" / "config.json")
     assert loaded.image_processor.mean == (0.5, 0.5, 0.5)
+    file = tmp_path / "elsewhere" / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": [0.4, 0.5, 0.5]}))
+    with pytest.raises(CheckpointError, match=r"mean \[0.5, 0.5, 0.5\] there, \[0.4, 0.5, 0.5\] now"):
+        load_pretrained_model(run, vision_tower=str(tmp_path / "elsewhere"), device="cpu")
 
 
 def test_what_a_layout_cannot_hold_is_refused_by_name(
