@@ -435,7 +435,7 @@ def locate_parts(
     if vision_tower is None:
         tower.weights = where(tower.weights, "vision_tower_weights")
     else:
-        weights, own_config = _find_tower(Path(vision_tower))
+        weights, own_config = _find_tower(Path(vision_tower), hugging_face=has_file)
         tower.weights = str(weights)
     if has_file:
         tower.name = str(own_config or where(tower.name, "vision_tower_config"))
@@ -448,10 +448,13 @@ def locate_parts(
             )
 
 
-def _find_tower(path: Path) -> tuple[Path, Path | None]:
-    """Weights and configuration (None if there is none) of the tower that `--vision-tower` names."""
+def _find_tower(path: Path, *, hugging_face: bool) -> tuple[Path, Path | None]:
+    """Weights and configuration (None if there is none) of the tower that `--vision-tower` names.
+
+    `hugging_face` allows that layout. It does not fit a run whose tower is an open_clip model name.
+    """
     beside = path / "config.json" if path.is_dir() else path.parent / "config.json"
-    is_other = is_hugging_face(str(beside))
+    is_other = hugging_face and is_hugging_face(str(beside))
     if not path.is_dir():
         if not path.is_file():
             raise WeightsError(f"--vision-tower {path} does not exist; give a tower's directory or weight file")

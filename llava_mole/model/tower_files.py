@@ -292,14 +292,15 @@ def _timm_spec(name: str, visual: Any, kind: str) -> TowerSpec:
 
 def _open_clip_pixels(name: str, said: dict[str, Any], visual: Any) -> dict[str, Any]:
     """Mean, std and filter: of the file, of open_clip's table of weights, of timm's, or CLIP's as an assumption."""
-    from open_clip.pretrained import _PRETRAINED
+    from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
 
     found: dict[str, Any]
     if {"mean", "std"} <= said.keys():
         found = {key: said[key] for key in ("mean", "std", "interpolation") if key in said}
     else:
         keys = ("mean", "std", "interpolation")
-        published = {tuple(entry[key] for key in keys) for entry in _PRETRAINED.get(name, {}).values()}
+        entries = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
+        published = {tuple(entry[key] for key in keys) for entry in entries}
         defaults = getattr(getattr(visual, "trunk", None), "default_cfg", {})
         if len(published) == 1:
             found = dict(zip(keys, published.pop(), strict=True))
