@@ -34,6 +34,13 @@ from llava_mole.common.text import HELP_WIDTH, count_of
 AspectRatio = Literal["pad", "square"]
 ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
+TOWER_FILES = (
+    ("config.json", "model.safetensors"),
+    ("open_clip_config.json", "open_clip_model.safetensors"),
+    ("open_clip_config.json", "open_clip_pytorch_model.bin"),
+    ("config.json", "open_clip_model.safetensors"),
+)
+"""Configuration and weights in the directory of a vision tower; the first pair that is there counts."""
 SHARDED = ("zero3", "fsdp2")
 """Values of `train.distributed` that spread every weight over the ranks, frozen ones included."""
 _SECTIONS = ("train", "model", "adapter", "data", "tracker", "check")
@@ -43,6 +50,7 @@ logger = get_logger(__name__)
 
 DEFAULT_WARMUP = 500
 ZERO2_FILE, ZERO3_FILE = "scripts/zero2.json", "scripts/zero3.json"
+_OPENAI_TOWER = "playground/models/clip-vit-large-patch14-336/open_clip_model.safetensors"
 
 
 class Range(NamedTuple):
@@ -63,6 +71,7 @@ _BELOW_1 = Range("must be at least 0 and below 1", 0, math.nextafter(1, 0))
 RANGES: dict[str, Range] = {
     "model.vision_tower.select_layer": _ANY,  # the tower knows how many blocks it has
     "model.train.tower_blocks": _FROM_1,
+    "model.vision_tower.image_size": _FROM_1,
     "adapter.rank": _FROM_1,
     "adapter.alpha": _ABOVE_0,
     "adapter.dropout": _BELOW_1,
@@ -184,19 +193,35 @@ def _check_number(key: str, value: Any, allowed: Range, *, whole: bool) -> None:
 
 @dataclass(kw_only=True)
 class VisionTowerConfig:
-    """The frozen image encoder, an open_clip model."""
+    """The frozen image encoder: a ViT of open_clip (its own or timm's) or of Hugging Face, see docs/models.md."""
 
     name: str = "ViT-L-14-336-quickgelu"
-    """An open_clip model name, or the path of an open_clip JSON config (`*.json`)."""
-    weights: str = "playground/models/clip-vit-large-patch14-336/open_clip_model.safetensors"
-    """State dict of the whole CLIP model or of its visual part (`.safetensors`, or `.pt` with plain tensors)."""
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """The activation the weights were trained with (OpenAI: quick_gelu); a model with another one is refused."""
+    """An open_clip model name, a JSON config of open_clip or Hugging Face (`*.json`), or the directory of a tower."""
+    weights: str = _OPENAI_TOWER
+    """State dict of the whole model or of its visual part (`.safetensors`, or `.pt` with plain tensors). Where `name`
+    is a directory, the default is the weight file in it."""
+    activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh", "swiglu"] = "quick_gelu"
+    """The activation the weights were trained with: `quick_gelu` (OpenAI), `gelu`, `gelu_pytorch_tanh` (SigLIP of
+    Hugging Face) or `swiglu`. A model with another one is refused."""
     select_layer: int = -2
     """The block whose output is used, counted as in Hugging Face's `hidden_states` (LLaVA-1.5: -2)."""
+    image_size: int | None = None
+    """Side of an image in pixels. None takes the tower's own. DINOv2 takes any size, all others only their own."""
+    image_mean: list[float] | None = None
+    """Mean of the pixels (0 to 1) by colour. None takes what the tower's files say; a value that differs from theirs is
+    refused."""
+    image_std: list[float] | None = None
+    """Standard deviation of the pixels, likewise."""
 
     def __post_init__(self) -> None:
         _check_section(self, "model.vision_tower.")
+        folder = Path(self.name)
+        if folder.is_dir():
+            for config, weights in TOWER_FILES:
+                if (folder / config).is_file() and (folder / weights).is_file():
+                    self.name = str(folder / config)
+                    self.weights = str(folder / weights) if self.weights == _OPENAI_TOWER else self.weights
+                    break
 
 
 @dataclass(kw_only=True)
@@ -231,7 +256,8 @@ class ModelConfig:
     """Directory of a Hugging Face causal LM with its tokenizer."""
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
-    """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`); `+ends` adds learned vectors around an image."""
+    """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`). `pixel_shuffle+` before it makes one token of 2 x 2
+    patches, a quarter of the tokens of an image; `+ends` behind it adds learned vectors around an image."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel of the language model. Packed rows cannot use `eager`."""
     quantization: Quantization = "none"
@@ -688,7 +714,8 @@ def parse_run_config(
     parser.add_class_arguments(RunConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
         actions = {action.dest: action for action in parser._actions}
-        actions["adapter.preset"].metavar = "NAME"  # its text lists the names
+        for key in ("adapter.preset", "model.vision_tower.activation"):
+            actions[key].metavar = "NAME"  # its text lists the names
         keys = [f"--data.sources.NAME.{option.key}: {option.meaning}" for option in options(SourceConfig)]
         actions["data.sources"].help = " ".join([f"{actions['data.sources'].help}", *keys])
     try:

@@ -82,6 +82,7 @@ class ImageProcessor:
         std: Per channel, from 0 to 1.
         aspect_ratio: `pad` centres the image on a square (LLaVA stage 2); `square` crops the centre (LLaVA stage 1).
         modes: How unusual images become RGB, see `DataConfig.image_modes`.
+        resample: Filter of the resize, one of Pillow's.
 
     Raises:
         ConfigError: the aspect ratio or `modes` is unknown, or the size is below 1.
@@ -94,6 +95,7 @@ class ImageProcessor:
         std: Sequence[float] = CLIP_STD,
         aspect_ratio: AspectRatio = "pad",
         modes: ImageModes = "llava",
+        resample: int = Image.Resampling.BICUBIC,
     ) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
             raise ConfigError(f"image aspect ratio {aspect_ratio!r} does not exist; choose one of {ASPECT_RATIOS}")
@@ -106,6 +108,7 @@ class ImageProcessor:
         self.std = tuple(std)
         self.aspect_ratio = aspect_ratio
         self.modes: ImageModes = modes
+        self.resample = resample
         self._warned = False
 
     def load(self, image: Image.Image | str | os.PathLike[str], name: str = "given") -> Image.Image:
@@ -151,13 +154,13 @@ class ImageProcessor:
         if width > height:
             # Pillow resizes the rows one by one and then the columns. Adding the rows of the padding between the two
             # passes gives identical pixels.
-            image = image.resize((size, height), Image.Resampling.BICUBIC)
+            image = image.resize((size, height), self.resample)
         if width != height:
             red, green, blue = (int(255 * value) for value in self.mean)
             square = Image.new("RGB", (image.width if width > height else side, side), (red, green, blue))
             square.paste(image, ((square.width - image.width) // 2, (side - height) // 2))
             image = square
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return image.resize((size, size), self.resample)
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
         """The shorter side resized to S, then the central S x S."""
@@ -165,7 +168,7 @@ class ImageProcessor:
         width, height = image.size
         shorter = min(width, height)
         resized = (int(size * width / shorter), int(size * height / shorter))
-        image = image.resize(resized, Image.Resampling.BICUBIC)
+        image = image.resize(resized, self.resample)
         left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
         return image.crop((left, top, left + size, top + size))
 

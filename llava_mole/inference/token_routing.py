@@ -4,7 +4,6 @@
 and the web page shows it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -37,6 +36,8 @@ class TokenRouting:
     """int64 [T]: which image a patch belongs to, from 0 in the order of the prompt; -1 for text."""
     experts: torch.Tensor
     """int64 [L, T]: the expert, or the first of several, with which each token is computed."""
+    patch_grid: tuple[int, int]
+    """Rows and columns of the tokens of an image."""
     probs: torch.Tensor
     """float32 [L, T, K]: what the router gives each expert; 0 for those that a layer does not have. Rows sum to 1.
     Under `force_expert` they are the router's own still."""
@@ -83,12 +84,13 @@ class TokenRouting:
         return (counts / counts.sum().clamp(min=1)).tolist()
 
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patches of an image. Raises ConfigError if their number is not a square."""
-        count = int((self.images == 0).sum())
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ConfigError(f"an image has {count} tokens, which are no square, so they cannot be drawn over it")
-        return side, side
+        """Rows and columns of the tokens of an image. Raises ConfigError if an image has other tokens beside them."""
+        count, (rows, columns) = int((self.images == 0).sum()), self.patch_grid
+        if rows * columns != count:
+            raise ConfigError(
+                f"an image has {count} tokens, which are no grid of {rows} x {columns}, so they cannot be drawn over it"
+            )
+        return rows, columns
 
     def _votes(self) -> torch.Tensor:
         """int64 [T, K]: how many layers use each expert."""
@@ -148,6 +150,7 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
         pieces=(*_prompt_pieces(predictor, turns), *_pieces(predictor, ids[first:])),
         roles=roles,
         images=torch.where(is_image, (is_image.cumsum(0) - 1) // loaded.model.num_image_tokens, -1),
+        patch_grid=loaded.model.image_grid,
         experts=experts.clone(),  # usable outside inference mode
         probs=probs.clone(),
     )

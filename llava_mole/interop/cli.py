@@ -40,8 +40,9 @@ USED_BY = {
 FOREIGN = ("llava", "llava-lora", "llava-projector", "projector", "llava-hf", "released-mole")
 HINTS = {
     "language-model": "it needs no conversion: name it as model.language_model",
-    "clip": "convert it with --to open-clip",
+    "clip": "name it as model.vision_tower.name, or convert it with --to open-clip",
     "open_clip": "it needs no conversion: name it as model.vision_tower",
+    "vision-tower": "it needs no conversion: name it as model.vision_tower.name",
     "peft": "it has no projector; train from it with mole.surgery, or give the whole LLaVA directory",
 }
 """What to do with a source that cannot become a checkpoint."""

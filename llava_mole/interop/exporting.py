@@ -93,7 +93,7 @@ def export_tower(path: Path, out: Path, options: ExportOptions, *, open_clip: bo
 def _find_tower(path: Path, name: str | None, options: ExportOptions) -> tuple[Tower, str]:
     """The tower of `path`, and how its images become square."""
     found = find_kind(path)
-    if found.kind in ("clip", "open_clip"):
+    if found.kind in ("clip", "open_clip", "vision-tower"):
         return open_tower(path, name), "square"
     if found.kind in ("run", "checkpoint"):
         own = open_own(path, options.model_base, options.vision_tower)
@@ -350,6 +350,8 @@ def _write_llava_config(export: _Export) -> None:
         raise ConfigError(
             f"{own.language_model} is a {config.get('model_type')!r}; LLaVA's layout has {', '.join(types)}"
         )
+    if own.tower.kind != "clip_vision_model":
+        raise ConfigError(f"the vision tower of {own.path} is {own.tower.kind!r}; LLaVA's layout has CLIP towers only")
     model_type, architecture = types[config["model_type"]]
     tower_name = options.mm_vision_tower
     if tower_name is None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
@@ -12,9 +12,11 @@ from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.tokenization import HFTextTokenizer, end_ids, load_tokenizer
 from llava_mole.interop.causal_lm import base_end_ids
 from llava_mole.interop.own import OwnCheckpoint
-from llava_mole.interop.towers import clip_vision_config, image_processor
+from llava_mole.interop.towers import image_processor
 from llava_mole.model.builder import TOKENIZER_DIR
 
+SELECT_STRATEGY: dict[str, Literal["default", "full"]] = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+"""Kind of tower -> transformers' name for "all patches": `default` drops the first token, CLIP's class token."""
 JINJA = """
 {%- for message in messages -%}
   {%- set parts = namespace(image='', text='') -%}
@@ -68,22 +70,30 @@ def embeddings_to_grow(own: OwnCheckpoint, tokenizer: Any, image_id: int) -> dic
 
 
 def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
-    """`LlavaConfig` of a checkpoint, with the image token. Raises ConfigError for other projectors than mlp2x_gelu."""
+    """`LlavaConfig` of a checkpoint, with the image token.
+
+    Raises ConfigError for other projectors than mlp2x_gelu and other towers than CLIP's and SigLIP's.
+    """
     from transformers import LlavaConfig
 
     model = own.config.model
     if model.projector != "mlp2x_gelu":
         raise ConfigError(f"model.projector is {model.projector!r}; the layout of llava-hf has 'mlp2x_gelu' only")
-    vision = clip_vision_config(own.tower.config, own.path)
+    if own.tower.kind not in SELECT_STRATEGY:
+        raise ConfigError(
+            f"the vision tower of {own.path} is {own.tower.kind!r}; the layout of llava-hf has "
+            f"{' and '.join(SELECT_STRATEGY)} only"
+        )
+    vision = own.tower.transformers_config(own.path)
     text = own.skeleton.config.to_dict()
     text["vocab_size"] = max(own.skeleton.config.get_text_config().vocab_size, image_id + 1)
     return LlavaConfig(
-        vision_config={**vision, "model_type": "clip_vision_model"},
+        vision_config=vision,
         text_config=text,
         image_token_index=image_id,
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         vision_feature_layer=model.vision_tower.select_layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=SELECT_STRATEGY[own.tower.kind],
         projector_hidden_act="gelu",
         architectures=["LlavaForConditionalGeneration"],
     )
@@ -102,9 +112,9 @@ def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> list
     processor = LlavaProcessor(
         image_processor=image_processor(own.tower, own.aspect_ratio),
         tokenizer=tokenizer,
-        patch_size=own.tower.config["vision_cfg"]["patch_size"],
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        patch_size=own.tower.transformers_config(own.path)["patch_size"],
+        vision_feature_select_strategy=SELECT_STRATEGY[own.tower.kind],
+        num_additional_image_tokens=int(SELECT_STRATEGY[own.tower.kind] == "default"),
         chat_template=tokenizer.chat_template if by_tokenizer else chat_template(template, after_image(tokenizer)),
     )
     processor.save_pretrained(str(directory))

@@ -151,7 +151,7 @@ def _tower(source: Source, options: ImportOptions) -> Tower:
             f"directory of the tower it started from with --vision-tower ({source.tower_hint or 'a CLIP directory'})"
         )
     own = tower_from_hugging_face(source.tower, config, source.found.path)
-    if given is None or given.state is not None or given.config["vision_cfg"] != own.config["vision_cfg"]:
+    if given is None or given.state is not None or given.config.get("vision_cfg") != own.config["vision_cfg"]:
         return own
     in_place = given.visual_state()
     is_same = all(n in in_place and torch.equal(value, in_place[n]) for n, value in own.visual_state().items())
@@ -168,7 +168,7 @@ def _check_projector(source: Source, tower: Tower, skeleton: Skeleton) -> None:
 
 def _select_layer(source: Source, tower: Tower, options: ImportOptions) -> int:
     recorded = source.select_layer if options.select_layer is None else options.select_layer
-    layer, blocks = -2 if recorded is None else recorded, tower.config["vision_cfg"]["layers"]
+    layer, blocks = -2 if recorded is None else recorded, tower.blocks
     if type(layer) is not int or not 1 <= abs(layer) <= blocks:
         raise WeightsError(
             f"{source.found.path}: vision tower layer {layer!r}; allowed are -{blocks}..-1 and 1..{blocks}; give it "

@@ -10,10 +10,10 @@ from llava_mole.interop.causal_lm import LLAVA_MODEL_TYPES
 from llava_mole.interop.lora import ADAPTER_CONFIG, ADAPTER_FILES
 from llava_mole.interop.names import split_llava
 from llava_mole.interop.tensors import SUFFIXES, Weights, find_weights, open_weights, read_object
-from llava_mole.interop.towers import CLIP_TYPES
+from llava_mole.interop.towers import CLIP_TYPES, OTHER_TYPES
 from llava_mole.model.checkpoint import FORMAT as CHECKPOINT_FORMAT
 from llava_mole.model.checkpoint import MANIFEST, list_checkpoints
-from llava_mole.model.multimodal_encoder import find_open_clip_config
+from llava_mole.model.tower_files import find_open_clip_config
 
 NON_LORA_FILE = "non_lora_trainables.bin"
 LLAVA_PROJECTOR_FILE = "mm_projector.bin"
@@ -32,6 +32,7 @@ KINDS = {
     "peft": "a PEFT adapter",
     "clip": "a CLIP vision tower in Hugging Face's layout",
     "open_clip": "a vision tower of open_clip",
+    "vision-tower": "a SigLIP or DINOv2 vision tower in Hugging Face's layout",
     "language-model": "a language model in Hugging Face's layout",
 }
 
@@ -118,6 +119,8 @@ def _find_directory(path: Path) -> Found:
         return Found("open_clip", path, config)
     if model_type in CLIP_TYPES:
         return Found("clip", path, config)
+    if model_type in OTHER_TYPES:
+        return Found("vision-tower", path, config)
     if config and find_weights(path):
         return Found("language-model", path, config)
     if has_projector:

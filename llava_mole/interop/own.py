@@ -56,7 +56,9 @@ def open_own(path: Path, model_base: Path | None = None, vision_tower: Path | No
     config = load_config(checkpoint / CONFIG_FILE)
     locate_parts(config.model, manifest, checkpoint, model_base, vision_tower)
     directory = Path(config.model.language_model)
-    tower = open_tower(Path(config.model.vision_tower.weights), config.model.vision_tower.name)
+    asked = config.model.vision_tower
+    tower = open_tower(Path(asked.weights), asked.name)
+    tower.settings = {key: getattr(asked, key) for key in ("image_size", "image_mean", "image_std")}
     found = {"language_model": fingerprint_language_model(directory), "vision_tower": tower.fingerprint()}
     check_base(checkpoint, found, INFERENCE_OPTIONS)
     weights, skeleton = open_language_model(directory), Skeleton.of_directory(directory)

@@ -193,6 +193,8 @@ def read_projector(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def llava_projector(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The projector in LLaVA's names, without prefix. Raises ConfigError for a kind that LLaVA lacks."""
+    if "0.weight" not in state:
+        raise ConfigError("the projector shuffles pixels (pixel_shuffle+), for which LLaVA has no place")
     if any(not name.endswith((".weight", ".bias")) for name in state):
         raise ConfigError("the projector has learned vectors around an image, for which LLaVA has no place")
     is_linear = set(state) == {"0.weight", "0.bias"}

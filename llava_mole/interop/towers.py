@@ -1,7 +1,7 @@
-"""CLIP vision towers on disk: Hugging Face's or open_clip's, read, converted into each other, and written."""
+"""Vision towers on disk: Hugging Face's or open_clip's, read and written; CLIP's also converted into each other."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,22 @@ from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.interop.names import BUFFERS
 from llava_mole.interop.tensors import check_names, open_weights, read_object, save_tensors, write_object
 from llava_mole.model.checkpoint import fingerprint
-from llava_mole.model.multimodal_encoder import (
-    build_vision_tower,
+from llava_mole.model.multimodal_encoder import build_vision_tower, find_open_clip_weights, read_visual_state
+from llava_mole.model.tower_files import (
+    FAMILIES,
+    WHOLE_MODELS,
+    Pixels,
+    TowerSpec,
     find_open_clip_config,
-    find_open_clip_weights,
+    is_hugging_face,
+    read_tower,
     read_tower_config,
-    read_visual_state,
+    vision_config,
 )
 
 CLIP_TYPES = ("clip", "clip_vision_model")
+OTHER_TYPES = tuple(sorted({*FAMILIES, *WHOLE_MODELS} - set(CLIP_TYPES)))
+"""`model_type`s of the towers that open_clip's own ViT cannot hold."""
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 PROJECTION = "visual_projection.weight"
@@ -55,28 +62,77 @@ CONFIG_NAMES = {
 
 @dataclass
 class Tower:
-    """A tower in open_clip's layout: either a file on disk (`name`, `weights`), or tensors in memory (`state`)."""
+    """A tower: either a file on disk (`name`, `weights`), or tensors of open_clip in memory (`state`)."""
 
     config: dict[str, Any]
-    """open_clip's configuration."""
+    """open_clip's configuration, or that of a vision model of transformers, which has a `model_type`."""
     name: str | None = None
     """Value for `model.vision_tower.name`."""
     weights: Path | None = None
     state: dict[str, Tensor] | None = None
     """Converted tensors that have not been written yet."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What a run's configuration says of image size, mean and std, as for `read_tower`."""
+
+    @property
+    def kind(self) -> str:
+        """A `model_type` of transformers, or `timm ...`. open_clip's own ViT is a `clip_vision_model`."""
+        timm = self.config.get("vision_cfg", {}).get("timm_model_name")
+        return f"timm {timm}" if timm else self.config.get("model_type", "clip_vision_model")
+
+    @property
+    def is_plain_clip(self) -> bool:
+        """Whether it is open_clip's own ViT, which has a twin in transformers."""
+        return "vision_cfg" in self.config and "timm_model_name" not in self.config["vision_cfg"]
+
+    def spec(self) -> TowerSpec:
+        """What `read_tower` says of a tower on disk."""
+        assert self.name is not None
+        return read_tower(self.name, **self.settings)
 
     @property
     def activation(self) -> str:
-        """`quick_gelu` or `gelu`."""
+        """As `TowerSpec.activation`."""
+        if not self.is_plain_clip:
+            return self.spec().activation
         return "quick_gelu" if self.config.get("quick_gelu", False) else "gelu"
 
     @property
     def width(self) -> int:
         """Hidden size."""
-        return self.config["vision_cfg"]["width"]
+        return self.config["vision_cfg"]["width"] if self.is_plain_clip else self.spec().width
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.config["vision_cfg"]["layers"] if self.is_plain_clip else self.spec().blocks
+
+    def pixels(self) -> tuple[int, Pixels]:
+        """Side of an image and how its pixels are normalised."""
+        if self.name is None:
+            return self.config["vision_cfg"]["image_size"], Pixels(CLIP_MEAN, CLIP_STD)
+        spec = self.spec()
+        return spec.image_size, spec.pixels
+
+    def transformers_config(self, where: object) -> dict[str, Any]:
+        """Configuration of the vision model of transformers, `model_type` included. Raises WeightsError for timm's."""
+        if self.is_plain_clip:
+            return {**clip_vision_config(self.config, where), "model_type": "clip_vision_model"}
+        if self.kind.startswith("timm "):
+            raise WeightsError(f"{where}: the vision tower is {self.kind!r}, for which transformers has no class here")
+        return self.config
+
+    def as_open_clip(self) -> "Tower":
+        """The tower as open_clip's own ViT. Raises WeightsError if it is no CLIP."""
+        if self.is_plain_clip:
+            return self
+        if self.kind != "clip_vision_model":
+            raise WeightsError(f"{self.name}: a tower of kind {self.kind!r} cannot be converted; use it as it is")
+        config = vision_config(self.config, self.name)
+        return tower_from_hugging_face(self.visual_state(), open_clip_config(config, self.name), self.name)
 
     def visual_state(self) -> dict[str, Tensor]:
-        """The tensors in open_clip's names."""
+        """The tensors as stored, named as in `read_visual_state`."""
         if self.state is not None:
             return self.state
         assert self.weights is not None
@@ -84,6 +140,8 @@ class Tower:
 
     def hugging_face_state(self) -> dict[str, Tensor]:
         """The tensors in Hugging Face's names, without prefix and without the projection of the image feature."""
+        if not self.is_plain_clip:
+            return self.visual_state()
         state = {name: value for name, value in self.visual_state().items() if name != "proj"}
         pairs = _name_pairs(_count_layers(state, "transformer.resblocks."))
         check_names("vision tower", state, pairs)
@@ -99,10 +157,10 @@ class Tower:
 
 
 def open_tower(path: Path, name: str | None = None) -> Tower:
-    """A tower from an open_clip directory or weight file, or from a Hugging Face CLIP directory (converted in memory).
+    """A tower from a directory or weight file. A directory with a CLIP of Hugging Face is converted in memory.
 
     Args:
-        path: directory with a configuration and weights, or an open_clip weight file.
+        path: directory with a configuration and weights, or a weight file.
         name: open_clip model name or JSON file; needed for a weight file without a configuration beside it.
 
     Raises:
@@ -110,6 +168,8 @@ def open_tower(path: Path, name: str | None = None) -> Tower:
     """
     if path.is_file() or name is not None:
         config_file = path.parent / CONFIG_FILE
+        if is_hugging_face(name or str(config_file)):
+            return _open_hugging_face(Path(name or config_file), path if path.is_file() else path / WEIGHTS_FILE)
         if name is None and not (config_file.is_file() and find_open_clip_config(path.parent)):
             raise WeightsError(
                 f"{path} is a weight file without a configuration beside it; name the open_clip model with "
@@ -122,7 +182,10 @@ def open_tower(path: Path, name: str | None = None) -> Tower:
         raise WeightsError(f"vision tower {path} does not exist (--vision-tower)")
     if found := find_open_clip_config(path):
         return Tower(read_tower_config(str(found)), str(found), find_open_clip_weights(path))
-    if not (path / CONFIG_FILE).is_file() or read_object(path / CONFIG_FILE).get("model_type") not in CLIP_TYPES:
+    model_type = read_object(path / CONFIG_FILE).get("model_type") if (path / CONFIG_FILE).is_file() else None
+    if model_type in OTHER_TYPES:
+        return _open_hugging_face(path / CONFIG_FILE, path / WEIGHTS_FILE)
+    if model_type not in CLIP_TYPES:
         raise WeightsError(f"{path} is not a vision tower: it has neither a CLIP config.json nor an open_clip one")
     from transformers import CLIPVisionConfig
 
@@ -132,6 +195,13 @@ def open_tower(path: Path, name: str | None = None) -> Tower:
     except Exception as error:  # transformers raises many types for an unusable value
         raise WeightsError(f"{path} has no CLIP configuration: {' '.join(str(error).split())[:200]}") from None
     return tower_from_hugging_face(weights, open_clip_config(config, path), path)
+
+
+def _open_hugging_face(config: Path, weights: Path) -> Tower:
+    """A tower that stays in Hugging Face's layout."""
+    if not weights.is_file():
+        raise WeightsError(f"vision tower {config.parent} has no {weights.name}")
+    return Tower(vision_config(read_object(config), config).to_dict(), str(config), weights)
 
 
 def tower_from_hugging_face(state: Mapping[str, Tensor], config: dict[str, Any], where: object) -> Tower:
@@ -210,6 +280,7 @@ def clip_vision_config(config: Mapping[str, Any], where: object) -> dict[str, An
 
 def write_open_clip(tower: Tower, directory: Path) -> None:
     """Write `config.json` and `model.safetensors` for `model.vision_tower`. Raises WeightsError if they do not load."""
+    tower = tower.as_open_clip()
     directory.mkdir(parents=True)
     write_object(directory / CONFIG_FILE, tower.config)
     save_tensors(tower.visual_state(), directory / WEIGHTS_FILE, "visual.")
@@ -217,11 +288,17 @@ def write_open_clip(tower: Tower, directory: Path) -> None:
 
 
 def write_hugging_face(tower: Tower, directory: Path, aspect_ratio: str) -> None:
-    """Write a tower as a Hugging Face `CLIPVisionModel` with its image processor, without open_clip's projection."""
-    from transformers import CLIPVisionConfig
+    """Write a tower as a Hugging Face `CLIPVisionModel` with its image processor, without open_clip's projection.
 
+    Raises WeightsError if it is no CLIP.
+    """
+    if tower.kind != "clip_vision_model":
+        raise WeightsError(
+            f"a tower of kind {tower.kind!r} cannot become a CLIPVisionModel; its own directory is usable"
+        )
+    config = vision_config(tower.transformers_config(directory), directory)
     directory.mkdir(parents=True)
-    config = CLIPVisionConfig(**clip_vision_config(tower.config, directory), architectures=["CLIPVisionModel"])
+    config.architectures = ["CLIPVisionModel"]
     config.save_pretrained(str(directory))
     save_tensors(tower.hugging_face_state(), directory / WEIGHTS_FILE, "vision_model.")
     image_processor(tower, aspect_ratio).save_pretrained(str(directory))
@@ -231,7 +308,7 @@ def image_processor(tower: Tower, aspect_ratio: str) -> Any:
     """CLIP's image processor, or for `pad` LLaVA's, which first pads the image to a square."""
     from transformers import CLIPImageProcessor, LlavaImageProcessor
 
-    size = tower.config["vision_cfg"]["image_size"]
+    size, pixels = tower.pixels()
     values: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    values |= {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+    values |= {"image_mean": list(pixels.mean), "image_std": list(pixels.std), "resample": pixels.resample}
     return LlavaImageProcessor(do_pad=True, **values) if aspect_ratio == "pad" else CLIPImageProcessor(**values)

@@ -30,11 +30,11 @@ from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import (
     VisionTower,
     build_vision_tower,
-    find_open_clip_config,
     find_open_clip_weights,
 )
 from llava_mole.model.multimodal_projector import build_projector
 from llava_mole.model.quantization import quantize_linears, require_bitsandbytes
+from llava_mole.model.tower_files import find_open_clip_config, is_hugging_face
 
 PROJECTOR_FILE = "mm_projector.safetensors"
 PROJECTOR_PREFIX = "mm_projector."
@@ -110,6 +110,9 @@ def build_parts(config: ModelConfig, tokenizer_dir: Path | None = None) -> tuple
         config.vision_tower.weights,
         config.vision_tower.activation,
         config.vision_tower.select_layer,
+        image_size=config.vision_tower.image_size,
+        image_mean=config.vision_tower.image_mean,
+        image_std=config.vision_tower.image_std,
     )
     language_model, lm_fingerprint = load_language_model(config.language_model, config.attn_implementation)
     model, tokenizer = _assemble(config, tower, language_model, tokenizer_dir)
@@ -124,7 +127,8 @@ def _assemble(
     tokenizer = load_tokenizer(where)
     check_vocabulary(language_model, tokenizer, where)
     text_config: Any = language_model.config
-    projector = build_projector(config.projector, tower.hidden_size, text_config.get_text_config().hidden_size)
+    width = text_config.get_text_config().hidden_size
+    projector = build_projector(config.projector, tower.hidden_size, width, tower.grid)
     return LlavaMole(tower, projector, language_model), tokenizer
 
 
@@ -262,6 +266,18 @@ def check_base(checkpoint: Path, fingerprints: dict[str, str], options: Mapping[
             )
 
 
+def check_pixels(checkpoint: Path, tower: VisionTower) -> None:
+    """Raise CheckpointError unless images become the tower's input as in training; older checkpoints do not say how."""
+    now = tower.spec.pixels.described(tower.image_size)
+    then = read_manifest(checkpoint).get("pixels") or now
+    different = [f"{key} {then.get(key)} there, {value} now" for key, value in now.items() if then.get(key) != value]
+    if different:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other pixels: {'; '.join(different)}; correct the files of the tower "
+            f"{tower.spec.name}"
+        )
+
+
 def load_pretrained_model(
     model_path: str | Path,
     *,
@@ -342,6 +358,7 @@ def load_pretrained_models(
             quantize_linears(model.causal_lm, config.model.quantization, where, float_type)
             if len(model_paths) > 1:
                 bases[key] = model.vision_tower, _share(model.language_model)
+        check_pixels(path, model.vision_tower)
         load_projector(model.projector, path / PROJECTOR_FILE)
         model.requires_grad_(False)
         model.projector.requires_grad_(trainable and config.train_projector)
@@ -369,7 +386,7 @@ def load_pretrained_models(
 def _base_key(config: ModelConfig, fingerprints: Mapping[str, str]) -> str:
     """What two checkpoints must have in common to share their frozen parts."""
     tower = config.vision_tower
-    settings = [config.quantization, config.attn_implementation, tower.activation, tower.select_layer]
+    settings = [config.quantization, config.attn_implementation, tower.activation, tower.select_layer, tower.image_size]
     return json.dumps([sorted(fingerprints.items()), settings])
 
 
@@ -386,7 +403,8 @@ def context_length(model: LlavaMole, default: int) -> int:
 def build_image_processor(model: LlavaMole, aspect_ratio: AspectRatio, modes: ImageModes = "llava") -> ImageProcessor:
     """The image preprocessing that the model's tower expects."""
     tower = model.vision_tower
-    return ImageProcessor(tower.image_size, tower.image_mean, tower.image_std, aspect_ratio, modes)
+    pixels = tower.spec.pixels
+    return ImageProcessor(tower.image_size, pixels.mean, pixels.std, aspect_ratio, modes, resample=pixels.resample)
 
 
 def locate_parts(
@@ -424,7 +442,7 @@ def locate_parts(
     if vision_tower is None:
         tower.weights = where(tower.weights, "vision_tower_weights")
     else:
-        weights, own_config = _find_tower(Path(vision_tower))
+        weights, own_config = _find_tower(Path(vision_tower), hugging_face=has_file)
         tower.weights = str(weights)
     if has_file:
         tower.name = str(own_config or where(tower.name, "vision_tower_config"))
@@ -437,12 +455,19 @@ def locate_parts(
             )
 
 
-def _find_tower(path: Path) -> tuple[Path, Path | None]:
-    """Weights and configuration (None if there is none) of the open_clip tower that `--vision-tower` names."""
+def _find_tower(path: Path, *, hugging_face: bool) -> tuple[Path, Path | None]:
+    """Weights and configuration (None if there is none) of the tower that `--vision-tower` names.
+
+    `hugging_face` allows that layout. It does not fit a run whose tower is an open_clip model name.
+    """
+    beside = path / "config.json" if path.is_dir() else path.parent / "config.json"
+    is_other = hugging_face and is_hugging_face(str(beside))
     if not path.is_dir():
         if not path.is_file():
-            raise WeightsError(f"--vision-tower {path} does not exist; give an open_clip directory or weight file")
-        return path, find_open_clip_config(path.parent)
+            raise WeightsError(f"--vision-tower {path} does not exist; give a tower's directory or weight file")
+        return path, beside if is_other else find_open_clip_config(path.parent)
+    if is_other and (path / "model.safetensors").is_file():
+        return path / "model.safetensors", beside
     config = find_open_clip_config(path)
     if config is None and (path / "config.json").is_file():
         raise WeightsError(

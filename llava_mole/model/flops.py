@@ -46,6 +46,7 @@ class ModelShape:
     projector_parameters: int
     projector_trains: bool
     tower_width: int
+    """Width of the projector's input: the tower's, or four times that behind a pixel shuffle."""
     image_tokens: int
     """Positions that an image takes in the sequence."""
     tower_flops: float
@@ -57,6 +58,8 @@ class ModelShape:
     def per_weight(self) -> float:
         """FLOPs per weight and token of linears and head."""
         return 6.0 if self.language_model_trains else 4.0
+    image_size: int = 336
+    """Side of an image in pixels."""
 
     @property
     def quadratic_length(self) -> float:
@@ -115,13 +118,14 @@ def model_shape(model: LlavaMole) -> ModelShape:
         has_router=any(".mole_router" in name for name, _ in model.language_model.named_parameters()),
         projector_parameters=sum(math.prod(whole_shape(p)) for p in projector if len(whole_shape(p)) == 2),
         projector_trains=any(p.requires_grad for p in projector),
-        tower_width=model.vision_tower.hidden_size,
+        tower_width=model.projector_input_width,
         image_tokens=model.num_image_tokens,
         tower_flops=tower_flops(model.vision_tower),
         language_model_trains=any(
             p.requires_grad and parameter_part(f"language_model.{name}") == "language model"
             for name, p in model.language_model.named_parameters()
         ),
+        image_size=model.vision_tower.image_size,
     )
 
 
@@ -133,15 +137,13 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
 def tower_flops(tower: VisionTower) -> float:
     """FLOPs of the tower on one image: patch embedding and the blocks up to the selected one, forward and, where they
     train, backward."""
-    tokens = tower.num_patches + 1  # with the class token
-    blocks = tower.visual.transformer.resblocks
+    tokens, blocks = tower.num_patches + tower.spec.prefix_tokens, tower.blocks
     trained = sum(any(p.requires_grad for p in block.parameters()) for block in blocks)
     passes = 1.0 + 2.0 * trained / len(blocks)
     weights = passes * sum(math.prod(whole_shape(p)) for p in blocks.parameters() if len(whole_shape(p)) == 2)
     attention = passes * 4.0 * tokens * tokens * tower.hidden_size * len(blocks)
-    return (
-        2.0 * math.prod(whole_shape(tower.visual.conv1.weight)) * tower.num_patches + 2.0 * weights * tokens + attention
-    )
+    patches = 2.0 * math.prod(whole_shape(tower.patch_embedding.weight)) * tower.num_patches
+    return patches + 2.0 * weights * tokens + attention
 
 
 def _weights(linear: Any) -> int:

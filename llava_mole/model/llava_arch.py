@@ -15,6 +15,7 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.model import packed_attention
 from llava_mole.model.head_loss import head_losses
 from llava_mole.model.multimodal_encoder import VisionTower
+from llava_mole.model.multimodal_projector import PixelShuffle, half_grid
 
 
 class LlavaMole(nn.Module):
@@ -36,7 +37,17 @@ class LlavaMole(nn.Module):
     @property
     def num_image_tokens(self) -> int:
         """Positions an image takes in the sequence (P)."""
-        return self.vision_tower.num_patches + getattr(self.projector[-1], "extra_positions", 0)
+        rows, columns = self.image_grid
+        return rows * columns + getattr(self.projector[-1], "extra_positions", 0)
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image, learned vectors around it excluded."""
+        return half_grid(self.vision_tower.grid) if self._shuffles else self.vision_tower.grid
+
+    @property
+    def _shuffles(self) -> bool:
+        return isinstance(self.projector[0], PixelShuffle)
 
     @property
     def causal_lm(self) -> Any:
@@ -49,8 +60,13 @@ class LlavaMole(nn.Module):
         return self._first_linear.weight.device
 
     @property
+    def projector_input_width(self) -> int:
+        """Width of the features that the projector's first layer takes."""
+        return self._first_linear.in_features
+
+    @property
     def _first_linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.projector[0])
+        return cast(nn.Linear, self.projector[int(self._shuffles)])
 
     def encode_images(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """Projected features [N, P, D] of images [N, 3, S, S], uint8 pixels or normalised floats."""
@@ -103,7 +119,8 @@ class LlavaMole(nn.Module):
             # Without an image, a rank must still give the projector a (zero) gradient at the same place of the graph as
             # other ranks: gradient buckets are reduced by position, and a missing one would corrupt them or hang.
             zeros = self._first_linear.weight.new_zeros(1, 1, self._first_linear.in_features)
-            return text_BLD + 0.0 * self.projector(zeros).sum().to(text_BLD.dtype)
+            layers = self.projector[int(self._shuffles) :]  # one token is enough, and no grid to shuffle
+            return text_BLD + 0.0 * layers(zeros).sum().to(text_BLD.dtype)
         return text_BLD
 
     def forward(

@@ -1,11 +1,12 @@
-"""The vision tower: an open_clip ViT whose block `select_layer` gives the patch features.
+"""The vision tower: a ViT of open_clip or transformers whose block `select_layer` gives the patch features.
 
 `select_layer` counts as Hugging Face's `hidden_states` does: with L blocks, -1 is the output of the last block and
-LLaVA-1.5's -2 that of block L-2. The class token is dropped and no final norm is applied, so the features equal
-`CLIPVisionModel(...).hidden_states[-2][:, 1:]`.
+LLaVA-1.5's -2 that of block L-2. Class and register tokens are dropped and no final norm is applied, so the features of
+a CLIP tower equal `CLIPVisionModel(...).hidden_states[-2][:, 1:]`.
 """
 
-import json
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +14,76 @@ import torch
 from torch import nn
 
 from llava_mole.common.errors import ConfigError, WeightsError
-from llava_mole.common.files import read_json
-from llava_mole.constants import CLIP_MEAN, CLIP_STD
 from llava_mole.data.images import normalise_pixels
 from llava_mole.model.checkpoint import fingerprint
+from llava_mole.model.tower_files import FAMILIES, TowerSpec, read_tower, vit_spec
 
 OPEN_CLIP_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-OPEN_CLIP_CONFIGS = ("config.json", "open_clip_config.json")
-_VIT_KEYS = {"image_size", "patch_size", "width", "layers"}
+_TEXT_PART = ("text_model.", "text_projection.", "logit_scale", "logit_bias", "visual_projection.", "classifier.")
+"""Tensors of a whole model of Hugging Face that are not the tower's."""
+_PREFIXES = ("vision_model.", "dinov2.", "dinov2_with_registers.")
 
 
 class VisionTower(nn.Module):
-    """Images [N, 3, S, S] -> patch features [N, P, W], always in eval mode; frozen unless a run lets it train."""
+    """Images [N, 3, S, S] -> patch features [N, P, W], always in eval mode; frozen unless a run lets it train.
 
-    visual: Any  # open_clip's VisionTransformer
+    `blocks` are those that run. Class and register tokens are dropped.
+    """
 
-    def __init__(self, visual: Any, select_layer: int, weights_fingerprint: str):
+    visual: Any  # a vision model of open_clip or transformers
+
+    def __init__(self, visual: Any, select_layer: int, weights_fingerprint: str, spec: TowerSpec | None = None):
+        """`spec` is what `read_tower` says; None stands for open_clip's own ViT with CLIP's pixels."""
         super().__init__()
-        num_blocks = len(visual.transformer.resblocks)
-        block = num_blocks + select_layer if select_layer < 0 else select_layer - 1
-        if not 0 <= block < num_blocks:
+        spec = spec or vit_spec(visual)
+        block = spec.blocks + select_layer if select_layer < 0 else select_layer - 1
+        if not 0 <= block < spec.blocks:
             raise ConfigError(
-                f"model.vision_tower.select_layer {select_layer}: the tower has {num_blocks} blocks; "
-                f"allowed are -{num_blocks}..-1 and 1..{num_blocks}"
+                f"model.vision_tower.select_layer {select_layer}: the tower has {spec.blocks} blocks; "
+                f"allowed are -{spec.blocks}..-1 and 1..{spec.blocks}"
             )
-        # Blocks above the selected one never run; deleting them saves memory and start-up time.
-        del visual.transformer.resblocks[block + 1 :]
-        visual.ln_post = nn.Identity()
-        visual.proj = None
         self.visual = visual
+        self.spec = spec
         self.block = block
-        self.image_size: int = visual.image_size[0]
-        self.num_patches: int = visual.grid_size[0] * visual.grid_size[1]
-        self.hidden_size: int = visual.conv1.out_channels
-        self.image_mean, self.image_std = CLIP_MEAN, CLIP_STD
+        self._drop_what_never_runs()
+        self.image_size, self.grid, self.num_patches = spec.image_size, spec.grid, spec.num_patches
+        self.hidden_size = spec.width
+        self.image_mean, self.image_std = spec.pixels.mean, spec.pixels.std
         self.weights_fingerprint = weights_fingerprint
         self.requires_grad_(False)
         self.eval()
 
+    def _drop_what_never_runs(self) -> None:
+        """Delete blocks above the selected one, norms and heads behind them: it saves memory and start-up time."""
+        visual = self.visual
+        del self.blocks[self.block + 1 :]
+        if self.spec.layout == "open_clip":
+            visual.ln_post, visual.proj = nn.Identity(), None
+        elif self.spec.layout == "timm":
+            visual.trunk.prune_intermediate_layers([self.block], prune_norm=True, prune_head=True)
+            visual.head = nn.Identity()
+        else:
+            setattr(visual, FAMILIES[self.spec.config.model_type].norm, nn.Identity())
+            if hasattr(visual, "head"):  # SigLIP's pooling
+                visual.use_head, visual.head = False, None
+
+    @property
+    def blocks(self) -> Any:
+        """The transformer blocks that run, from below: a list module."""
+        if self.spec.layout == "open_clip":
+            return self.visual.transformer.resblocks
+        if self.spec.layout == "timm":
+            return self.visual.trunk.blocks
+        return self.visual.get_submodule(FAMILIES[self.spec.config.model_type].layers)
+
+    @property
+    def patch_embedding(self) -> Any:
+        """The convolution or linear layer that makes tokens of patches."""
+        return next(module for module in self.visual.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+
     def train(self, mode: bool = True) -> "VisionTower":
         """Stay in eval mode, whatever `mode` is: a tower has nothing that differs in training."""
         return super().train(False)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks that run, from below."""
-        return list(self.visual.transformer.resblocks)
 
     @property
     def trains(self) -> bool:
@@ -69,52 +94,31 @@ class VisionTower(nn.Module):
         """Patch features [N, P, W], in the tower's dtype, of uint8 pixels or normalised floats [N, 3, S, S]."""
         if images_NCHW.dtype == torch.uint8:
             images_NCHW = normalise_pixels(images_NCHW, self.image_mean, self.image_std)
-        images_NCHW = images_NCHW.to(self.visual.conv1.weight.dtype)
+        images_NCHW = images_NCHW.to(self.patch_embedding.weight.dtype)
         # A frozen tower needs no graph; in one that trains, the graph begins at the first weight that does.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
             return self._features(images_NCHW)
 
     def _features(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        if self.spec.layout == "hugging_face":
+            inputs = self._naflex(images_NCHW) if "Siglip2" in self.spec.kind else {"pixel_values": images_NCHW}
+            # The norm behind the blocks is gone, so this is the output of the selected block.
+            return self.visual(**inputs).last_hidden_state[:, self.spec.prefix_tokens :]
         out = self.visual.forward_intermediates(
             images_NCHW, indices=[self.block], stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
         return out["image_intermediates"][0]
 
-
-def read_tower_config(name: str) -> dict[str, Any]:
-    """The open_clip model configuration called `name`, or read from the JSON file of that path."""
-    import open_clip
-
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise WeightsError(f"vision tower config {name!r} does not exist (model.vision_tower.name)")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{name}:{error.lineno}: not valid JSON: {error.msg}") from None
-    else:
-        config = open_clip.get_model_config(name)
-        if config is None:
-            raise ConfigError(
-                f"model.vision_tower.name {name!r} is no open_clip model; see open_clip.list_models(), "
-                "or give a JSON file"
-            )
-    if isinstance(config, dict):
-        config = config.get("model_cfg", config)  # nested in open_clip_config.json of the Hugging Face hub
-    vision = config.get("vision_cfg") if isinstance(config, dict) and "embed_dim" in config else None
-    if not isinstance(vision, dict) or not _VIT_KEYS <= vision.keys() or "timm_model_name" in vision:
-        raise ConfigError(f"model.vision_tower.name {name!r}: only open_clip's own ViT towers are supported")
-    return config
-
-
-def find_open_clip_config(directory: Path) -> Path | None:
-    """The open_clip configuration in a directory, or None. Raises DataError if a file there is not JSON."""
-    for file in (directory / name for name in OPEN_CLIP_CONFIGS):
-        content = read_json(file) if file.is_file() else None
-        if isinstance(content, dict) and "vision_cfg" in content.get("model_cfg", content):
-            return file
-    return None
+    def _naflex(self, images_NCHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images as SigLIP2's NaFlex models take them: patches [N, P, p * p * 3] of a full grid."""
+        count, (rows, columns), side = len(images_NCHW), self.grid, self.spec.config.patch_size
+        cut = images_NCHW.reshape(count, 3, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
+        device = images_NCHW.device
+        return {
+            "pixel_values": cut.reshape(count, rows * columns, -1),
+            "pixel_attention_mask": torch.ones(count, rows * columns, dtype=torch.int64, device=device),
+            "spatial_shapes": torch.tensor([[rows, columns]], device=device).expand(count, 2),
+        }
 
 
 def find_open_clip_weights(directory: Path) -> Path:
@@ -125,67 +129,114 @@ def find_open_clip_weights(directory: Path) -> Path:
     raise WeightsError(f"{directory} holds no open_clip weights; looked for {', '.join(OPEN_CLIP_WEIGHTS)}")
 
 
-def build_vision_tower(name: str, weights: str, activation: str, select_layer: int = -2) -> VisionTower:
+def build_vision_tower(
+    name: str,
+    weights: str,
+    activation: str,
+    select_layer: int = -2,
+    *,
+    image_size: int | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+) -> VisionTower:
     """Build the tower `name` and load `weights` into it, in the dtype they are stored in.
 
     Args:
-        name: open_clip model name or JSON config path.
-        weights: `.safetensors` or `.pt`/`.bin` state dict of the CLIP model or of its visual part.
-        activation: `quick_gelu` or `gelu`, as the weights were trained.
+        name, image_size, image_mean, image_std: as for `read_tower`.
+        weights: `.safetensors` or `.pt`/`.bin` state dict of the whole model or of its visual part.
+        activation: as the weights were trained, see `TowerSpec.activation`.
         select_layer: see the module docstring.
 
     Raises:
         WeightsError: The file is missing, its keys or shapes do not fit, or a value is not finite.
-        ConfigError: The model of this name does not exist or uses another activation.
+        ConfigError: The model uses another activation, or as `read_tower`.
     """
-    import open_clip
-
-    config = read_tower_config(name)
-    built_with = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
-    if built_with != activation:
+    spec = read_tower(name, image_size=image_size, image_mean=image_mean, image_std=image_std)
+    if spec.activation != activation:
+        hint = "; for OpenAI's weights take the name ending in '-quickgelu'" if spec.layout == "open_clip" else ""
         raise ConfigError(
-            f"vision tower {name!r} is built with {built_with}, but its weights need {activation} "
-            f"(model.vision_tower.activation); for OpenAI's weights take the name ending in '-quickgelu'"
+            f"vision tower {name!r} is built with {spec.activation}, but its weights need {activation} "
+            f"(model.vision_tower.activation){hint}"
         )
     state = read_visual_state(Path(weights))
-    try:
-        with torch.device("meta"):
-            clip = open_clip.CLIP(
-                embed_dim=config["embed_dim"],
-                vision_cfg=config["vision_cfg"],
-                text_cfg=open_clip.CLIPTextCfg(),
-                quick_gelu=built_with == "quick_gelu",
-            )
-    except Exception as error:  # open_clip does not check its values: a wrong type or a zero can raise anything
-        raise ConfigError(f"model.vision_tower.name {name!r}: no ViT can be built of it: {error}") from None
-    visual: Any = clip.visual
-    if "proj" not in state:
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{weights}: {key} has values that are not finite; download or build the file again")
+    identity = fingerprint(state.items())
+    load = _load_transformers if spec.layout == "hugging_face" else _load_open_clip
+    visual, problems = load(spec, state)
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        raise WeightsError(f"{weights} does not fit vision tower {name!r}: {len(problems)} problems: {shown}")
+    return VisionTower(visual, select_layer, identity, spec)
+
+
+def _load_open_clip(spec: TowerSpec, state: dict[str, torch.Tensor]) -> tuple[Any, list[str]]:
+    """The module of open_clip with these tensors, and what does not fit."""
+    with torch.device("meta"):
+        visual: Any = spec.make()
+    if spec.layout == "open_clip" and "proj" not in state:
         visual.proj = None  # never used here, and Hugging Face's CLIPVisionModel has none
     expected = visual.state_dict()
     problems = [f"missing {key}" for key in expected.keys() - state.keys()]
     problems += [f"unexpected {key}" for key in state.keys() - expected.keys()]
     problems += [
-        f"{key} is {tuple(state[key].shape)}, the model needs {tuple(expected[key].shape)}"
+        _mismatch(key, state[key].shape, expected[key].shape)
         for key in expected.keys() & state.keys()
         if state[key].shape != expected[key].shape
     ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5])
-        raise WeightsError(f"{weights} does not fit vision tower {name!r}: {len(problems)} problems: {shown}")
-    for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{weights}: {key} has values that are not finite; download or build the file again")
-    identity = fingerprint(state.items())
-    visual.load_state_dict(state, strict=True, assign=True)
-    return VisionTower(visual, select_layer, identity)
+    if not problems:
+        if any(name not in expected for name, _ in visual.named_buffers()):
+            visual = spec.make()  # its buffers that no file holds have values only on a real device
+        visual.load_state_dict(state, strict=True, assign=True)
+    return visual, problems
+
+
+def _load_transformers(spec: TowerSpec, state: dict[str, torch.Tensor]) -> tuple[Any, list[str]]:
+    """The same of transformers, which maps the names of files to those of its present version."""
+    import transformers
+
+    dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
+    loaded: Any = getattr(transformers, spec.kind).from_pretrained(
+        None,
+        config=copy.deepcopy(spec.config),
+        state_dict=dict(state),
+        dtype=dtypes[0] if dtypes else torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported, with their names
+    )
+    model, info = loaded
+    problems = [f"missing {name}" for name in info["missing_keys"]]
+    problems += [f"unexpected {name}" for name in info["unexpected_keys"]]
+    problems += [_mismatch(*entry) for entry in info["mismatched_keys"]]
+    return getattr(model, "vision_model", model), problems
+
+
+def _mismatch(key: str, found: Any, needed: Any) -> str:
+    return f"{key} is {tuple(found)}, the model needs {tuple(needed)}"
 
 
 def read_visual_state(path: Path) -> dict[str, torch.Tensor]:
-    """The visual part of an open_clip state dict, names without `visual.`. Raises WeightsError, see above."""
+    """The visual part of a state dict of open_clip or Hugging Face, named as inside the vision model.
+
+    Raises WeightsError, see `build_vision_tower`.
+    """
     state = _read_state(path)
     if any(key.startswith("visual.") for key in state):
-        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    return state
+        return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    return hugging_face_state(state)
+
+
+def hugging_face_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a vision model of transformers without their prefix, without text tensors and constant buffers."""
+    own = {}
+    for name, value in state.items():
+        short = name
+        for prefix in _PREFIXES:
+            short = short.removeprefix(prefix)
+        if not short.startswith(_TEXT_PART) and not short.endswith("position_ids"):
+            own[short] = value
+    return own
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:

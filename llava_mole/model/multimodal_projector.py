@@ -3,11 +3,66 @@
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from llava_mole.common.errors import ConfigError
 
 ENDS = "+ends"
+SHUFFLE = "pixel_shuffle+"
+
+
+class PixelShuffle(nn.Module):
+    """Joins 2 x 2 neighbouring patches to one token: [N, P, W] -> [N, P', 4 W].
+
+    The four stand in the order top left, top right, bottom left, bottom right, as in Qwen2-VL. A grid with an odd side
+    (SigLIP at 384 pixels: 27 x 27) first gets a last row or column of zeros, as in VILA.
+    """
+
+    def __init__(self, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, features_NPW: torch.Tensor) -> torch.Tensor:
+        count, _, width = features_NPW.shape
+        rows, columns = self.grid
+        grid_NRCW = features_NPW.reshape(count, rows, columns, width)
+        if rows % 2 or columns % 2:
+            grid_NRCW = F.pad(grid_NRCW, (0, 0, 0, columns % 2, 0, rows % 2))
+        rows, columns = half_grid(self.grid)
+        blocks = grid_NRCW.reshape(count, rows, 2, columns, 2, width).transpose(2, 3)
+        return blocks.reshape(count, rows * columns, 4 * width)
+
+
+def half_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns after `PixelShuffle`."""
+    return -(-grid[0] // 2), -(-grid[1] // 2)
+
+
+def split_kind(kind: str) -> tuple[bool, str, bool]:
+    """Whether a kind of projector shuffles, its layers (`linear` or `mlp<N>x_gelu`), and whether it has `ImageEnds`.
+
+    Raises ConfigError if there is no such kind.
+    """
+    layers = kind.removeprefix(SHUFFLE).removesuffix(ENDS)
+    if layers != "linear" and re.fullmatch(r"mlp[1-9]\d?x_gelu", layers) is None:
+        raise ConfigError(
+            f"model.projector {kind!r}: allowed are 'linear' and 'mlp<N>x_gelu', as in 'mlp2x_gelu', either with "
+            f"{SHUFFLE!r} before it, which quarters the tokens of an image, and with {ENDS!r} behind it for learned "
+            "vectors around an image"
+        )
+    return kind.startswith(SHUFFLE), layers, kind.endswith(ENDS)
+
+
+def image_grid(kind: str, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of an image's tokens behind a projector, for the grid of the tower's patches."""
+    return half_grid(grid) if split_kind(kind)[0] else grid
+
+
+def image_positions(kind: str, grid: tuple[int, int]) -> int:
+    """Positions that an image takes in the sequence, for the grid of the tower's patches."""
+    rows, columns = image_grid(kind, grid)
+    return rows * columns + (ImageEnds.extra_positions if split_kind(kind)[2] else 0)
 
 
 class ImageEnds(nn.Module):
@@ -31,26 +86,25 @@ class ImageEnds(nn.Module):
         return torch.cat([start_N1D, features_NPD, end_N1D], dim=1)
 
 
-def build_projector(kind: str, vision_size: int, hidden_size: int) -> nn.Sequential:
-    """Projector [.., vision_size] -> [.., hidden_size].
+def build_projector(
+    kind: str, vision_size: int, hidden_size: int, grid: tuple[int, int] | None = None
+) -> nn.Sequential:
+    """Projector [N, P, vision_size] -> [N, P', hidden_size].
 
     Args:
         kind: `linear`, or `mlp<N>x_gelu`: N linear layers with exact GELU in between. The state keys are LLaVA's
-            (`0.weight`, `0.bias`, `2.weight`, ...). The suffix `+ends` appends `ImageEnds`.
+            (`0.weight`, `0.bias`, `2.weight`, ...). The prefix `pixel_shuffle+` puts `PixelShuffle` before them, so
+            that the keys begin with `1.`; the suffix `+ends` appends `ImageEnds`.
+        grid: rows and columns of the tower's patches, for `pixel_shuffle+` alone; without it only shapes are of use.
 
     Raises:
         ConfigError: `kind` is neither.
     """
-    plain = kind.removesuffix(ENDS)
-    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", plain)
-    if match is None and plain != "linear":
-        raise ConfigError(
-            f"model.projector {kind!r}: allowed are 'linear' and 'mlp<N>x_gelu', as in 'mlp2x_gelu', and either with "
-            f"{ENDS!r} for learned vectors around an image"
-        )
-    layers: list[nn.Module] = [nn.Linear(vision_size, hidden_size)]
-    for _ in range(int(match[1]) - 1 if match else 0):
+    shuffles, plain, has_ends = split_kind(kind)
+    layers: list[nn.Module] = [PixelShuffle(grid or (2, 2))] if shuffles else []
+    layers.append(nn.Linear(vision_size * (4 if shuffles else 1), hidden_size))
+    for _ in range(0 if plain == "linear" else int(plain[3:].partition("x")[0]) - 1):
         layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
-    if kind.endswith(ENDS):
+    if has_ends:
         layers.append(ImageEnds(hidden_size))
     return nn.Sequential(*layers)

@@ -102,7 +102,8 @@ class CheckpointWriter:
         prefix = f"{MASTER}/"
         masters = {key[len(prefix) :]: value for key, value in optimizer_state.items() if key.startswith(prefix)}
         weights = {**self.frozen, **masters}
-        fields = self._manifest_fields(progress)
+        tower = model.vision_tower
+        fields = {**self._manifest_fields(progress), "pixels": tower.spec.pixels.described(tower.image_size)}
 
         def write_files(directory: Path) -> dict[str, Any]:
             save_config(self.config, directory / CONFIG_FILE)

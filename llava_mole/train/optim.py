@@ -25,7 +25,7 @@ OWN_RATES = {
     "tower_learning_rate": "vision tower",
 }
 """Key of `train` -> the part of the model, and group of the optimizer, that has a rate of its own."""
-_BLOCK = re.compile(r"\.resblocks\.(\d+)\.")
+_BLOCK = re.compile(r"\.(?:resblocks|blocks|layers?)\.(\d+)\.")
 
 
 def own_rate(part: str, config: TrainConfig) -> float:

@@ -1,5 +1,6 @@
 """Checks of a run that need neither the model nor a process group, and take a second."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,9 @@ def missing_inputs(
         ("model.language_model", model.language_model, Path(model.language_model).is_dir()),
         ("model.vision_tower.weights", model.vision_tower.weights, Path(model.vision_tower.weights).is_file()),
     ]
+    if model.vision_tower.name.endswith(".json") or os.sep in model.vision_tower.name:
+        name = model.vision_tower.name
+        wanted.append(("model.vision_tower.name", name, Path(name).exists()))
     if projector_weights is not None:
         wanted.append(("projector_weights", projector_weights, Path(projector_weights).exists()))
     if init_from is not None:

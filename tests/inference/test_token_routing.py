@@ -103,5 +103,5 @@ def test_patches_that_are_no_square_cannot_be_drawn(predictor: Predictor) -> Non
     routing = route_answer(predictor, PHOTO, "What?", "red")
     places = [n for n, own in enumerate(routing.images.tolist()) if own == 0][:3]
     broken: TokenRouting = routing._at(places)
-    with pytest.raises(ConfigError, match="3 tokens, which are no square"):
+    with pytest.raises(ConfigError, match="3 tokens, which are no grid of 2 x 2"):
         broken.grid()

@@ -138,3 +138,15 @@ def test_shapes_of_other_families(family: str) -> None:
     assert (shape.projector_parameters, shape.image_tokens, shape.has_router) == (24 * 32, 4, False)
     # two of three blocks: attention 4 w^2 and FFN 8 w^2 weights, 5 tokens with the class token
     assert shape.tower_flops == 2 * 3 * 64 * 24 * 4 + 2 * (2 * 12 * 24 * 24 * 5 + 4 * 5 * 5 * 24)
+
+
+def test_a_pixel_shuffle_quarters_the_tokens_and_widens_the_projector() -> None:
+    config = LlamaConfig(**SIZES)
+    vision = open_clip.CLIPVisionCfg(image_size=32, layers=2, width=24, head_width=12, patch_size=8)
+    with torch.device("meta"):
+        clip = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=open_clip.CLIPTextCfg(layers=1))
+        tower = VisionTower(clip.visual, -1, "")
+        projector = build_projector("pixel_shuffle+mlp2x_gelu+ends", 24, 32, tower.grid)
+        shape = model_shape(LlavaMole(tower, projector, LlamaForCausalLM(config)))
+    assert (shape.image_tokens, shape.tower_width, shape.image_size) == (4 + 2, 96, 32)
+    assert shape.projector_parameters == 96 * 32 + 32 * 32

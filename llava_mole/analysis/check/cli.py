@@ -115,13 +115,13 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
 
 
 def image_tokens(config: RunConfig) -> int:
-    """Tokens of one image: the patches of the vision tower, from its configuration. Raises WeightsError."""
-    from llava_mole.model.multimodal_encoder import read_tower_config
+    """Tokens of one image, from the configuration of the vision tower and the projector. Raises WeightsError."""
+    from llava_mole.model.multimodal_projector import image_positions
+    from llava_mole.model.tower_files import read_tower
 
-    vision = read_tower_config(config.model.vision_tower.name)["vision_cfg"]
-    side, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
-    width, height = (side, side) if isinstance(side, int) else side
-    return (width // patch) * (height // patch)
+    tower = config.model.vision_tower
+    spec = read_tower(tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std)
+    return image_positions(config.model.projector, spec.grid)
 
 
 def _size(annotations: str) -> int:

@@ -45,30 +45,26 @@ def build_meta_model(config: ModelConfig, adapter: AdapterConfig, *, train_proje
     Raises:
         ConfigError, WeightsError: The architecture is neither on disk nor known, or an option is wrong.
     """
-    import open_clip
     from transformers import AutoModelForCausalLM
 
-    from llava_mole.model.multimodal_encoder import VisionTower, read_tower_config
+    from llava_mole.model.multimodal_encoder import VisionTower
     from llava_mole.model.multimodal_projector import build_projector
+    from llava_mole.model.tower_files import read_tower
 
     lm_config, assumption = language_model_config(config.language_model)
     assumptions = [assumption] if assumption else []
     tower = config.vision_tower
-    tower_config = read_tower_config(tower.name)
+    spec = read_tower(tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std)
     if not Path(tower.weights).is_file():
-        assumptions.append(f"vision tower {tower.name} as open_clip defines it; {tower.weights} is absent")
+        definer = "its config.json" if spec.layout == "hugging_face" else "open_clip"
+        assumptions.append(f"vision tower {tower.name} as {definer} defines it; {tower.weights} is absent")
     with torch.device("meta"):
         with load_errors(config.language_model):
             language_model = AutoModelForCausalLM.from_config(lm_config)
         language_model.requires_grad_(False)
-        clip = open_clip.CLIP(
-            embed_dim=tower_config["embed_dim"],
-            vision_cfg=tower_config["vision_cfg"],
-            text_cfg=open_clip.CLIPTextCfg(width=8, layers=1, heads=1, vocab_size=8, context_length=8),
-        )
-        vision = VisionTower(clip.visual, tower.select_layer, "")
+        vision = VisionTower(spec.make(), tower.select_layer, "", spec)
         width = language_model.config.get_text_config().hidden_size
-        projector = build_projector(config.projector, vision.hidden_size, width)
+        projector = build_projector(config.projector, vision.hidden_size, width, vision.grid)
         model = LlavaMole(vision, projector, language_model)
         if (Path(config.language_model) / "tokenizer_config.json").is_file():
             check_vocabulary(language_model, load_tokenizer(config.language_model), config.language_model)

@@ -151,7 +151,7 @@ def memory_items(
         "logits": logits + 2.0 * e * width * row.supervised,
         # Gradients passing through one layer, the optimizer's temporaries, pixels as bytes and normalised.
         "workspace": max(e * tokens * (5.0 * shape.ffn_size + 4.0 * width) + expanded, 8 * shard)
-        + 5.0 * 3 * 336**2 * row.images,
+        + 5.0 * 3 * shape.image_size**2 * row.images,
         "buckets": buckets,
     }
     items["reserve"] = RESERVE_BYTES + FRAGMENTATION * sum(items.values())

@@ -25,6 +25,7 @@ NEXT = {
     "released-mole": "use it: llava-mole convert FILE --to checkpoint --model-base LLM --vision-tower CLIP --out RUN",
     "clip": "use it: llava-mole convert DIR --to open-clip --out TOWER (model.vision_tower)",
     "open_clip": "use it as model.vision_tower",
+    "vision-tower": "use it as model.vision_tower.name",
     "language-model": "use it as model.language_model",
     "projector": "use it as projector_weights",
     "peft": "use it: peft.PeftModel.from_pretrained on its base",
@@ -167,7 +168,7 @@ def _facts(found: Found, *, template_is_known: bool) -> list[str]:
         lines.append(_line("base", "not recorded; vicuna-7b-v1.5 in the authors' code"))
     if found.kind == "language-model":
         lines.append(_line("fingerprint", fingerprint_language_model(found.path)))
-    if found.kind == "clip" or (found.kind == "open_clip" and found.path.is_dir()):
+    if found.kind in ("clip", "vision-tower") or (found.kind == "open_clip" and found.path.is_dir()):
         tower = open_tower(found.path)
         lines += [_line("activation", tower.activation), _line("fingerprint", tower.fingerprint())]
     return lines
