@@ -14,7 +14,7 @@ import torch
 from llava_mole.common.errors import ConfigError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, render
-from llava_mole.inference.batching import batches, encode_prompt, place_images
+from llava_mole.inference.batching import batches, encode_prompt, image_layouts, image_tokens, place_images
 from llava_mole.inference.inputs import ImagesLike, Prompt, as_images
 from llava_mole.inference.predictor import Predictor, encode_continuation
 from llava_mole.mole import active_config, collect_routing, set_routing_inputs
@@ -22,73 +22,47 @@ from llava_mole.mole import active_config, collect_routing, set_routing_inputs
 Role = Literal["image", "prompt", "answer"]
 
 
+Part = Literal["whole", "tiles"]
+
+
 @dataclass(frozen=True)
-class TokenRouting:
-    """The experts of T tokens in L routers with up to K experts; tensors are on the CPU."""
+class View:
+    """A picture that patches lie on: an image, or with tiles the whole of it or its enlarged part."""
 
-    layers: tuple[str, ...]
-    """The routers, by the names of their modules."""
-    pieces: tuple[str, ...]
-    """The text of each token. Those of the prompt joined are the rendered prompt, those of the answer the answer. An
-    image patch has none, and neither has a token that ends within a character."""
-    roles: tuple[Role, ...]
-    """What each token is."""
-    images: torch.Tensor
-    """int64 [T]: which image a patch belongs to, from 0 in the order of the prompt; -1 for text."""
-    experts: torch.Tensor
-    """int64 [L, T]: the expert, or the first of several, with which each token is computed."""
-    probs: torch.Tensor
-    """float32 [L, T, K]: what the router gives each expert; 0 for those that a layer does not have. Rows sum to 1.
-    Under `force_expert` they are the router's own still."""
+    image: int
+    """Of the prompt, from 0."""
+    part: Part
+    rows: int
+    columns: int
+    patches: tuple[int, ...]
+    """Its tokens, row by row, as positions in the sequence."""
 
     @property
-    def num_experts(self) -> int:
-        """K, the largest number of experts of a layer."""
-        return self.probs.shape[-1]
+    def views(self) -> list[View]:
+        """The pictures that the patches lie on: one of each image; with tiles two, the whole image and its tiles.
 
-    @property
-    def num_images(self) -> int:
-        """Images of the prompt."""
-        return max(self.images.tolist(), default=-1) + 1
-
-    @property
-    def gates(self) -> torch.Tensor:
-        """float32 [L, T]: what the router gives the expert of each token."""
-        return self.probs.gather(-1, self.experts.unsqueeze(-1)).squeeze(-1)
-
-    def of_layer(self, layer: int | None) -> list[int]:
-        """The expert of each token in a layer (from 0); None: the one that most layers use, the smaller of equals."""
-        if layer is not None:
-            return self.experts[layer].tolist()
-        return self._votes().argmax(dim=-1).tolist()
-
-    def certainty(self, layer: int | None) -> list[float]:
-        """How sure `of_layer` is, from 0 to 1: the gate of each token; with None the share of layers that agree."""
-        if layer is not None:
-            return self.gates[layer].tolist()
-        return (self._votes().max(dim=-1).values / len(self.layers)).tolist()
-
-    def part(self, role: Role) -> "TokenRouting":
-        """The tokens of one role alone."""
-        return self._at([n for n, own in enumerate(self.roles) if own == role])
-
-    def of_image(self, number: int) -> "TokenRouting":
-        """The patches of one image (from 0), row by row."""
-        return self._at((self.images == number).nonzero().flatten().tolist())
-
-    def load(self, layer: int | None) -> list[float]:
-        """Each expert's share of the tokens in a layer, or over all layers; zeros without a token."""
-        chosen = self.experts if layer is None else self.experts[layer]
-        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts).double()
-        return (counts / counts.sum().clamp(min=1)).tolist()
-
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patches of an image. Raises ConfigError if their number is not a square."""
-        count = int((self.images == 0).sum())
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ConfigError(f"an image has {count} tokens, which are no square, so they cannot be drawn over it")
-        return side, side
+        Raises:
+            ConfigError: an image without tiles has patches that form no square.
+        """
+        found = []
+        for number in range(self.num_images):
+            places = (self.images == number).nonzero().flatten().tolist()
+            layout = self.layouts[number] if self.layouts else None
+            if layout is None:
+                side = math.isqrt(len(places))
+                if side * side != len(places):
+                    raise ConfigError(
+                        f"an image has {len(places)} tokens, which are no square, so they cannot be drawn over it"
+                    )
+                found.append(View(number, "whole", side, side, tuple(places)))
+                continue
+            parts: dict[Part, list[int]] = {"whole": [], "tiles": []}
+            for token, place in zip(places, layout.places(), strict=True):
+                if place is not None:
+                    parts["tiles" if place[0] else "whole"].append(token)
+            found.append(View(number, "whole", layout.side, layout.side, tuple(parts["whole"])))
+            found.append(View(number, "tiles", layout.shown_rows, layout.shown_columns, tuple(parts["tiles"])))
+        return found
 
     def _votes(self) -> torch.Tensor:
         """int64 [T, K]: how many layers use each expert."""
@@ -123,7 +97,8 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
     if config is None:
         raise ConfigError(f"{loaded.path} has no experts (its adapter is {loaded.adapter}), so there is no routing")
     turns = place_images(prompt, len(as_images(images)), 0)
-    ids, count = _tokens(predictor, turns, len(as_images(images)), answer)
+    layouts, shown = image_layouts(loaded, images, 0), image_tokens(loaded, images, 0)
+    ids, count = _tokens(predictor, turns, shown, answer)
     (batch,) = batches(loaded, [ids], [images], 1)
     if config.granularity == "sequence":  # decided by the prompt alone, as in decoding
         prompt_mask = torch.arange(len(ids), device=batch.input_ids.device)[None] < len(ids) - count
@@ -145,21 +120,24 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
     )
     return TokenRouting(
         layers=routing.names,
-        pieces=(*_prompt_pieces(predictor, turns), *_pieces(predictor, ids[first:])),
+        pieces=(*_prompt_pieces(predictor, turns, shown), *_pieces(predictor, ids[first:])),
         roles=roles,
-        images=torch.where(is_image, (is_image.cumsum(0) - 1) // loaded.model.num_image_tokens, -1),
+        images=torch.full((len(ids),), -1).masked_scatter(
+            is_image, torch.arange(len(shown)).repeat_interleave(torch.tensor(shown, dtype=torch.int64))
+        ),
         experts=experts.clone(),  # usable outside inference mode
         probs=probs.clone(),
+        layouts=tuple(layouts),
     )
 
 
-def _prompt_pieces(predictor: Predictor, turns: list[Turn]) -> list[str]:
+def _prompt_pieces(predictor: Predictor, turns: list[Turn], shown: Sequence[int]) -> list[str]:
     """The text of every token of `encode_prompt`; joined they are the rendered prompt without its `<image>`."""
     tokenizer = predictor.loaded.tokenizer
     pieces = [] if tokenizer.bos_token_id is None else [""]
     text = render(predictor.template, turns, add_generation_prompt=True).text
     for n, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN)):
-        pieces += [""] * (predictor.loaded.model.num_image_tokens if n else 0)
+        pieces += [""] * (shown[n - 1] if n else 0)
         shown = 0
         for _, end in tokenizer.encode_with_offsets(chunk)[1] if chunk else ():
             pieces.append(chunk[shown:end])
@@ -167,14 +145,14 @@ def _prompt_pieces(predictor: Predictor, turns: list[Turn]) -> list[str]:
     return pieces
 
 
-def _tokens(predictor: Predictor, turns: list[Turn], images: int, answer: str) -> tuple[list[int], int]:
+def _tokens(predictor: Predictor, turns: list[Turn], shown: Sequence[int], answer: str) -> tuple[list[int], int]:
     """Ids of a prompt with its answer, and how many are the answer's. Those of the prompt are what decoding sees.
 
     Some tokenizers merge the end of a prompt with the beginning of the answer; the answer is then tokenized alone.
     """
     loaded, template = predictor.loaded, predictor.template
-    prompt = encode_prompt(loaded, template, turns, images, 0)
-    ids, count = encode_continuation(loaded, template, turns, answer, 0, with_end=False)
+    prompt = encode_prompt(loaded, template, turns, shown, 0)
+    ids, count = encode_continuation(loaded, template, turns, answer, shown, 0, with_end=False)
     if ids[: len(prompt)] == prompt:
         return ids, count
     alone, _ = loaded.tokenizer.encode_with_offsets(answer)
