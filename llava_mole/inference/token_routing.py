@@ -14,6 +14,7 @@ import torch
 from llava_mole.common.errors import ConfigError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, render
+from llava_mole.data.anyres import Layout
 from llava_mole.inference.batching import batches, encode_prompt, image_layouts, image_tokens, place_images
 from llava_mole.inference.inputs import ImagesLike, Prompt, as_images
 from llava_mole.inference.predictor import Predictor, encode_continuation
@@ -38,6 +39,74 @@ class View:
     """Its tokens, row by row, as positions in the sequence."""
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.rows, self.columns
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """The experts of T tokens in L routers with up to K experts; tensors are on the CPU."""
+
+    layers: tuple[str, ...]
+    """The routers, by the names of their modules."""
+    pieces: tuple[str, ...]
+    """The text of each token. Those of the prompt joined are the rendered prompt, those of the answer the answer. An
+    image patch has none, and neither has a token that ends within a character."""
+    roles: tuple[Role, ...]
+    """What each token is."""
+    images: torch.Tensor
+    """int64 [T]: which image a patch belongs to, from 0 in the order of the prompt; -1 for text. The vectors that end
+    the rows of tiles belong to their image, too."""
+    experts: torch.Tensor
+    """int64 [L, T]: the expert, or the first of several, with which each token is computed."""
+    probs: torch.Tensor
+    """float32 [L, T, K]: what the router gives each expert; 0 for those that a layer does not have. Rows sum to 1.
+    Under `force_expert` they are the router's own still."""
+    layouts: tuple[Layout | None, ...] = ()
+    """How each image is tiled; None for each if the model sees no tiles."""
+
+    @property
+    def num_experts(self) -> int:
+        """K, the largest number of experts of a layer."""
+        return self.probs.shape[-1]
+
+    @property
+    def num_images(self) -> int:
+        """Images of the prompt."""
+        return max(self.images.tolist(), default=-1) + 1
+
+    @property
+    def gates(self) -> torch.Tensor:
+        """float32 [L, T]: what the router gives the expert of each token."""
+        return self.probs.gather(-1, self.experts.unsqueeze(-1)).squeeze(-1)
+
+    def of_layer(self, layer: int | None) -> list[int]:
+        """The expert of each token in a layer (from 0); None: the one that most layers use, the smaller of equals."""
+        if layer is not None:
+            return self.experts[layer].tolist()
+        return self._votes().argmax(dim=-1).tolist()
+
+    def certainty(self, layer: int | None) -> list[float]:
+        """How sure `of_layer` is, from 0 to 1: the gate of each token; with None the share of layers that agree."""
+        if layer is not None:
+            return self.gates[layer].tolist()
+        return (self._votes().max(dim=-1).values / len(self.layers)).tolist()
+
+    def part(self, role: Role) -> "TokenRouting":
+        """The tokens of one role alone."""
+        return self._at([n for n, own in enumerate(self.roles) if own == role])
+
+    def of_view(self, view: View) -> "TokenRouting":
+        """The patches of one view, row by row."""
+        return self._at(view.patches)
+
+    def load(self, layer: int | None) -> list[float]:
+        """Each expert's share of the tokens in a layer, or over all layers; zeros without a token."""
+        chosen = self.experts if layer is None else self.experts[layer]
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts).double()
+        return (counts / counts.sum().clamp(min=1)).tolist()
+
     def views(self) -> list[View]:
         """The pictures that the patches lie on: one of each image; with tiles two, the whole image and its tiles.
 
@@ -131,13 +200,13 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
     )
 
 
-def _prompt_pieces(predictor: Predictor, turns: list[Turn], shown: Sequence[int]) -> list[str]:
+def _prompt_pieces(predictor: Predictor, turns: list[Turn], tokens: Sequence[int]) -> list[str]:
     """The text of every token of `encode_prompt`; joined they are the rendered prompt without its `<image>`."""
     tokenizer = predictor.loaded.tokenizer
     pieces = [] if tokenizer.bos_token_id is None else [""]
     text = render(predictor.template, turns, add_generation_prompt=True).text
     for n, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN)):
-        pieces += [""] * (shown[n - 1] if n else 0)
+        pieces += [""] * (tokens[n - 1] if n else 0)
         shown = 0
         for _, end in tokenizer.encode_with_offsets(chunk)[1] if chunk else ():
             pieces.append(chunk[shown:end])
