@@ -229,6 +229,17 @@ class ImagePlace:
         )
 
 
+def known_sizes(records: Sequence[Record], index: int, place: ImagePlace) -> Sequence[Size]:
+    """Width and height of each image of a record: as a prepared set has them, or else from the files' heads.
+
+    Raises:
+        DataError: an image cannot be read, or the shard is damaged.
+    """
+    if isinstance(records, PreparedRecords) and place.modes == "llava" and (stored := records.row(index).image_sizes):
+        return stored
+    return place.sizes(records[index])
+
+
 def tiled_tokens(images: int, sizes: Callable[[], Sequence[Size]], grid: Grid) -> tuple[int, int]:
     """The tokens of the images of a record in tiles, and the tiles that the tower encodes.
 

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from llava_mole.common.errors import ConfigError, command, one_line
@@ -11,6 +12,7 @@ from llava_mole.common.files import atomic_path, write_json
 from llava_mole.common.log import setup_logging
 from llava_mole.common.processes import open_pool
 from llava_mole.config import RunConfig, parse_run_config
+from llava_mole.data.anyres import Grid
 from llava_mole.data.chat_template import check_template_name
 
 EXIT_FAILED = 1
@@ -56,6 +58,7 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
     from llava_mole.analysis.check import report
     from llava_mole.analysis.check.images import OpenedImages, SourceImages, evaluation_files, find_overlap
     from llava_mole.analysis.check.records import TextLimits, check_records, read_all
+    from llava_mole.data.lengths import ImagePlace
     from llava_mole.model.language_model import check_max_length, read_config
 
     data = config.data
@@ -71,6 +74,7 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
             data.max_length,
             data.max_length_policy,
             data.special_tokens,
+            tile_grid(config),
         )
     # Listed first: a wrong place is then reported before minutes of decoding.
     evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
@@ -96,7 +100,11 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
                 images = SourceImages(described, data.image_modes, source, findings, opened, pool)
             records = read_all(described.annotations, source, findings)
             counting = pool if _size(described.annotations) > ALONE else None
-            check_records(records, source, findings, limits, images, counting)
+            own = limits
+            if limits is not None and limits.grid is not None:
+                place = ImagePlace(described.image_folder, described.follow_links, data.image_modes)
+                own = replace(limits, place=place)
+            check_records(records, source, findings, own, images, counting)
         evaluated, shared = find_overlap(evaluation, opened.contents)
         not_checked = report.left_out(
             tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation)
@@ -116,12 +124,25 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
 
 def image_tokens(config: RunConfig) -> int:
     """Tokens of one image: the patches of the vision tower, from its configuration. Raises WeightsError."""
+    width, height, patch = _tower_size(config)
+    return (width // patch) * (height // patch)
+
+
+def tile_grid(config: RunConfig) -> Grid | None:
+    """The tiles of images, None for square ones. Raises WeightsError, or ConfigError for pinpoints that do not fit."""
+    if config.data.image_aspect_ratio != "anyres":
+        return None
+    return Grid.of_tower(_tower_size(config)[0], image_tokens(config), config.data.image_grid_pinpoints)
+
+
+def _tower_size(config: RunConfig) -> tuple[int, int, int]:
+    """Width and height of the vision tower's images and of its patches, in pixels."""
     from llava_mole.model.multimodal_encoder import read_tower_config
 
     vision = read_tower_config(config.model.vision_tower.name)["vision_cfg"]
     side, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
     width, height = (side, side) if isinstance(side, int) else side
-    return (width // patch) * (height // patch)
+    return width, height, patch
 
 
 def _size(annotations: str) -> int:
