@@ -42,7 +42,7 @@ def noise(size: tuple[int, int], seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources of 12 records with images of all sizes; some are text only, two show a second image, one is narrow."""
+    """Two sources of 12 records with images of all sizes: some text only, two with a second image, one narrow."""
     directory = tmp_path_factory.mktemp("tiles")
     config = yaml.safe_load(make_world(directory, samples=12, text_only_every=6).read_text())
     for name, source in config["data"]["sources"].items():
