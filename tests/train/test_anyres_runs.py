@@ -78,10 +78,9 @@ def built(world: Path) -> tuple[Any, SupervisedDataset]:
 
 @pytest.fixture(scope="module")
 def run(world: Path) -> Path:
-    """The command of docs/any_resolution.md on this world, in one process: packed rows, resumed after two of four steps."""
-    for steps in ("2", "4"):
-        options = ["--train.output_dir", str(world / "run"), "--train.max_steps", steps, "--train.save_every", "2"]
-        assert cli.main(["train", str(world / "config.yaml"), *options]) == 0
+    """The command of docs/any_resolution.md on this world, in one process, with packed rows."""
+    options = ["--train.output_dir", str(world / "run"), "--train.max_steps", "4", "--train.save_every", "2"]
+    assert cli.main(["train", str(world / "config.yaml"), *options]) == 0
     return world / "run"
 
 
@@ -236,18 +235,14 @@ def test_settings_that_do_not_fit_are_refused(options: list[str], message: str, 
 def test_a_grid_or_length_that_does_not_fit_is_refused_before_training(
     world: Path, built: tuple[Any, SupervisedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for options, message in (
-        (["--data.image_grid_pinpoints", "[[16, 40]]"], "multiples of 16, such as [16, 48]"),
-        (["--data.max_length", "20"], "leaves no room for text beside the 24 tokens of the largest image"),
-    ):
-        config = parse_run_config([str(world / "config.yaml"), *options])
-        with pytest.raises(ConfigError) as error:
-            configured_image_processor(built[0], config.data)
-            load_data(config, built[0], built[1].limits.tokenizer, False)  # type: ignore[arg-type]
-        assert message in str(error.value)
-    assert (
-        cli.main(["train", str(world / "config.yaml"), "--data.image_grid_pinpoints", "[[16, 40]]", "--dry-run"]) == 2
-    )
+    config = parse_run_config([str(world / "config.yaml"), "--data.image_grid_pinpoints", "[[16, 40]]"])
+    with pytest.raises(ConfigError, match=r"multiples of 16, such as \[16, 48\]"):
+        configured_image_processor(built[0], config.data)
+    config = parse_run_config([str(world / "config.yaml"), "--data.max_length", "20"])
+    with pytest.raises(ConfigError, match="leaves no room for text beside the 24 tokens of the largest image"):
+        load_data(config, built[0], built[1].limits.tokenizer, False)  # type: ignore[arg-type]
+    wrong = ["--data.image_grid_pinpoints", "[[16, 40]]", "--dry-run"]
+    assert cli.main(["train", str(world / "config.yaml"), *wrong]) == 2
     assert "multiples of 16" in capsys.readouterr().err
 
 
