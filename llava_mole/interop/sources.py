@@ -104,7 +104,10 @@ def _from_llava_config(found: Found, parts: Parts, weights: Weights) -> Source:
     config, where = found.config, found.path / "config.json"
     for key, allowed in LLAVA_FLAT.items():
         if config.get(key) not in allowed:
-            raise WeightsError(f"{where}: {key} {config[key]!r}; only LLaVA-1.5's value {allowed[0]!r} is supported")
+            hint = "; for LLaVA-NeXT, import the checkpoint of llava-hf" if key == "mm_patch_merge_type" else ""
+            raise WeightsError(
+                f"{where}: {key} {config[key]!r}; only LLaVA-1.5's value {allowed[0]!r} is supported{hint}"
+            )
     if (feature := config.get("mm_vision_select_feature", "patch")) != "patch":
         raise WeightsError(f"{where}: mm_vision_select_feature {feature!r}; needed is 'patch'")
     aspect_ratio = config.get("image_aspect_ratio", "square" if config else None)

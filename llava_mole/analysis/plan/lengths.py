@@ -152,16 +152,14 @@ def measured_lengths(
     template = resolve_template(data.template, tokenizer)
     indices = np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).astype(int)).tolist()
     chosen = [records[i] for i in indices]
-    each, images, absent = [[image_tokens] * len(record.images) for record in chosen], [], 0
-    if grid is None:
-        images = [len(record.images) for record in chosen]
-    else:
+    images = np.array([len(record.images) for record in chosen], dtype=np.int64)
+    each, absent = [[image_tokens] * len(record.images) for record in chosen], 0
+    if grid is not None:
         place = ImagePlace(data.sources[name].image_folder, data.sources[name].follow_links, data.image_modes)
         for n, index in enumerate(indices):
             layouts, unknown = _layouts(records, index, place, grid)
             each[n], absent = [layout.tokens for layout in layouts], absent + unknown
-            images.append(sum(layout.tiles for layout in layouts))
-    images = np.array(images, dtype=np.int64)
+            images[n] = sum(layout.tiles for layout in layouts)
     if tokenizer is not None:
         encoded = [
             encode_record(record, template, tokenizer, own, data.max_length)
@@ -177,7 +175,7 @@ def measured_lengths(
         supervised = np.rint(ANSWER_SHARE * np.maximum(tokens - shown, 0)).astype(np.int64)
         basis = f"{len(chosen):,} of {len(records):,} records at {BYTES_PER_TOKEN:g} bytes a token (no tokenizer here)"
     if absent:
-        basis += f"; images of {absent:,} of them not here, counted as {ASSUMED_SIZE[0]} x {ASSUMED_SIZE[1]}"
+        basis += f"; images of {absent:,} of them not readable here, counted as {ASSUMED_SIZE[0]} x {ASSUMED_SIZE[1]}"
     return SourceLengths(tokens, supervised, images, name, len(records), basis, False)
 
 
