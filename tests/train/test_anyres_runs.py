@@ -1,5 +1,7 @@
 """Runs on images in tiles: lengths known before training, packed rows, answers, meters, checks and the plan follow."""
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,18 @@ from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.lengths import ImagePlace, count_tiled
 from llava_mole.data.records import RecordSubset, parse_record
 from llava_mole.data.store import PreparedRecords, PreparedRow, StoreWriter, read_records
-from llava_mole.inference.batching import encode_prompt, image_tokens, read_tiles
 from llava_mole.inference.decoding import Decoding
+from llava_mole.inference.engine import EngineLimits
 from llava_mole.inference.predictor import Predictor
-from llava_mole.inference.row_batch import Job, RowBatch
+from llava_mole.inference.row_batch import RowBatch
 from llava_mole.inference.token_routing import route_answer
 from llava_mole.model.builder import build_parts, configured_image_processor, load_pretrained_model
+from llava_mole.serve.api.errors import ApiError
+from llava_mole.serve.api.images import ImagePolicy
+from llava_mole.serve.api.protocol import parse_chat
+from llava_mole.serve.api.service import Defaults, RequestLimits, Service
 from llava_mole.serve.overlay.files import as_data, shown_images
+from llava_mole.serve.session import Session
 from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import load_data, train
 
@@ -38,6 +45,12 @@ TILES = ("--data.image_aspect_ratio", "anyres", "--model.projector", "mlp2x_gelu
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @pytest.fixture(scope="module")
@@ -170,20 +183,44 @@ def test_answers_do_not_depend_on_the_batch(predictor: Predictor) -> None:
         assert score.logprob == pytest.approx(single.logprob, abs=1e-3)
 
 
-def test_the_server_s_rows_give_the_same_answers(predictor: Predictor) -> None:
-    loaded, jobs, asked = predictor.loaded, [], []
-    for n, size in enumerate(SIZES[:3]):
-        image = noise(size, n)
-        ids = encode_prompt(loaded, predictor.template, "Is it blue?", image_tokens(loaded, image, 0), 0)
-        jobs.append(Job("", ids, (read_tiles(loaded, image, 0),), Decoding(5), predictor.answer_decoder(None), 5))
-        asked.append(image)
+def test_requests_to_the_server_give_the_same_answers(predictor: Predictor) -> None:
+    service = Service(
+        {"tiles": predictor}, engine_limits=EngineLimits(), limits=RequestLimits(16, 400, 4),
+        defaults=Defaults(5, 0.0, None), images=ImagePolicy(10**6, 10**6),
+    )  # fmt: skip
+    jobs, asked = (
+        [],
+        [[noise(size, n)] for n, size in enumerate(SIZES[:3])] + [[noise((20, 50), 7), noise((40, 24), 8)]],
+    )
+    for images in asked:
+        urls = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+        content = [*urls, {"type": "text", "text": "Is it blue?"}]
+        jobs += service.chat_jobs(parse_chat({"model": "tiles", "messages": [{"role": "user", "content": content}]}))
     rows = RowBatch(predictor)
     rows.join(jobs)
     while rows.jobs:
         rows.step()
     assert all(job.error is None for job in jobs)
-    expected = [predictor.generate([image], ["Is it blue?"], max_new_tokens=5)[0] for image in asked]
+    expected = [predictor.generate([images], ["Is it blue?"], max_new_tokens=5)[0] for images in asked]
     assert [job.answer.final(job.new_ids) for job in jobs] == expected
+    wide = {"type": "image_url", "image_url": {"url": data_url(noise(NARROW, 0))}}
+    body = {"model": "tiles", "messages": [{"role": "user", "content": [wide, {"type": "text", "text": "Is it?"}]}]}
+    with pytest.raises(ApiError, match="too narrow"):
+        service.chat_jobs(parse_chat(body))
+
+
+def test_the_chat_counts_the_tokens_of_its_images(predictor: Predictor, tmp_path: Path) -> None:
+    noise((90, 31), 1).save(tmp_path / "a.png")
+    session = Session(predictor, [str(tmp_path / "a.png")], Decoding(4))
+    assert session.make_room("Is it blue?") == 0
+    answer = "".join(session.ask("Is it blue?"))
+    assert answer == predictor.generate([str(tmp_path / "a.png")], ["Is it blue?"], max_new_tokens=4)[0]
+
+
+def test_conflicts_are_measured_on_tiles(run: Path, tmp_path: Path) -> None:
+    assert cli.main(["conflict", str(run), "--batches", "1", "--batch-size", "2", "--out", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "conflict.json").read_text())["runs"]
+    assert found["batches"] == 1
 
 
 def test_routing_lies_on_the_whole_image_and_on_its_tiles(predictor: Predictor) -> None:
