@@ -31,7 +31,7 @@ from llava_mole.common.keys import ANY, explained
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
 
-AspectRatio = Literal["pad", "square"]
+AspectRatio = Literal["pad", "square", "anyres"]
 ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
 TOWER_FILES = (
@@ -257,7 +257,8 @@ class ModelConfig:
     vision_tower: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     projector: str = "mlp2x_gelu"
     """`linear` or `mlp<N>x_gelu` (LLaVA-1.5: `mlp2x_gelu`). `pixel_shuffle+` before it makes one token of 2 x 2
-    patches, a quarter of the tokens of an image; `+ends` behind it adds learned vectors around an image."""
+    patches, a quarter of the tokens of an image. `+ends` behind it adds learned vectors around an image, `+newline` one
+    that ends each row of tiles (`data.image_aspect_ratio: anyres`)."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention kernel of the language model. Packed rows cannot use `eager`."""
     quantization: Quantization = "none"
@@ -331,7 +332,11 @@ class DataConfig:
     template: str = "vicuna_v1"
     """Conversation template; `plain` for stage `pretrain`."""
     image_aspect_ratio: AspectRatio = "pad"
-    """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1)."""
+    """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1); `anyres`:
+    the whole image and tiles of it at a higher resolution, as in LLaVA-NeXT (docs/any_resolution.md)."""
+    image_grid_pinpoints: list[list[int]] | None = None
+    """For `anyres`: the resolutions that an image may be tiled at, pairs of height and width in pixels, multiples of
+    the tower's image size. None takes LLaVA-NeXT's: 1 x 2, 2 x 1, 2 x 2, 3 x 1 and 1 x 3 tiles."""
     image_modes: ImageModes = "llava"
     """How images that are not 8-bit, opaque and upright become RGB, in training and inference. `llava`: as in LLaVA
     (more bits are clipped, alpha is dropped, EXIF rotation is ignored), logged once per source; `rescale`: as in an
@@ -360,8 +365,28 @@ class DataConfig:
         if self.sources or self.mixture:  # `RunConfig` refuses data without sources
             check_lambdas(self.sources, self.mixture)
         _check_section(self, "data.")
+        self._check_tiles()
         for name, source in self.sources.items():
             _check_section(source, f"data.sources.{name}.", "data.sources.*.")
+
+    def _check_tiles(self) -> None:
+        pinpoints, tiled = self.image_grid_pinpoints, self.image_aspect_ratio == "anyres"
+        for pair in pinpoints or ():
+            if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+                raise ConfigError(
+                    f"data.image_grid_pinpoints has {pair!r}; give pairs of height and width in pixels, such as "
+                    "[[336, 672], [672, 336]]"
+                )
+        if pinpoints is not None and not tiled:
+            raise ConfigError(
+                f"data.image_grid_pinpoints is for data.image_aspect_ratio 'anyres', which is "
+                f"{self.image_aspect_ratio!r} here; leave it out (null)"
+            )
+        if self.image_draft and tiled:
+            raise ConfigError(
+                "data.image_draft reduces images before they are tiled, so that 'anyres' would tile a smaller image; "
+                "set it to false"
+            )
 
 
 @dataclass(kw_only=True)
@@ -565,6 +590,20 @@ class RunConfig:
                 f"adapter.method is {self.adapter.method!r} in stage 'pretrain', which has no adapter; use 'none'"
             )
         self._check_trained_parts()
+        if self.stage == "pretrain" and not self.train_projector:
+            raise ConfigError("train_projector is false in stage 'pretrain': nothing would train")
+        tiled, ends_rows = self.data.image_aspect_ratio == "anyres", self.model.projector.endswith("+newline")
+        if tiled != ends_rows:
+            plain = self.model.projector.partition("+")[0]
+            raise ConfigError(
+                f"data.image_aspect_ratio is {self.data.image_aspect_ratio!r} and model.projector is "
+                f"{self.model.projector!r}; "
+                + (
+                    f"'anyres' ends each row of tiles with a learned vector: set model.projector to '{plain}+newline'"
+                    if tiled
+                    else f"'+newline' is for 'anyres': set model.projector to {plain!r}, or the ratio to 'anyres'"
+                )
+            )
         if self.init_from is not None and self.projector_weights is not None:
             raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")
         if self.train.pack_length is not None and self.train.pack_length < self.data.max_length:

@@ -39,7 +39,9 @@ def test_run_configurations_load(path: Path) -> None:
 def test_parts_load(path: Path) -> None:
     kind = {"models": ModelConfig, "mixtures": DataConfig}[path.parent.name]
     key = {"models": "model", "mixtures": "data"}[path.parent.name]
-    config = parse_run_config([*MINIMAL, f"--{key}", str(path)])
+    # Tiles need a key of each section.
+    other = {"model": ["--data.image_aspect_ratio", "anyres"], "data": ["--model.projector", "mlp2x_gelu+newline"]}
+    config = parse_run_config([*MINIMAL, f"--{key}", str(path), *(other[key] if "anyres" in path.stem else [])])
     assert isinstance(getattr(config, key), kind)
 
 

@@ -17,8 +17,8 @@ from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.model.adapters import parameter_part, trainable_parameters
 from llava_mole.model.builder import (
     CONFIG_FILE,
-    build_image_processor,
     build_parts,
+    configured_image_processor,
     load_pretrained_model,
     select_device,
 )
@@ -188,7 +188,7 @@ def _subject(
     dataset = build_dataset(
         config.data,
         tokenizer,
-        build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
+        configured_image_processor(model, config.data),
         model.num_image_tokens,
         seed=config.train.seed,
         epochs=1,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from llava_mole.constants import IGNORE_INDEX
+from llava_mole.data.anyres import Tiles, join_tiles
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,12 @@ class Example:
     labels: list[int]
     """Not shifted; IGNORE_INDEX where nothing is supervised."""
     images: torch.Tensor | None
-    """uint8 [n, 3, S, S], not normalised, in the order of their positions; None for a text-only sample."""
+    """uint8 [n, 3, S, S], not normalised, in the order of their positions; None for a text-only sample. Of images in
+    tiles, all tiles."""
     replaced_image: str | None = None
     """Why this record replaces another one of its source, whose image cannot be read; None if it does not."""
+    feature_index: torch.Tensor | None = None
+    """int64 [p, 2]: tile and feature that each image position shows, for images in tiles; see `Tiles.shows`."""
 
 
 def collate(
@@ -36,7 +40,9 @@ def collate(
 
     Returns:
         `input_ids` int64 [N, L]; `labels` int64 [N, L]; `attention_mask` bool [N, L], true at tokens; `images`
-        uint8 [M, 3, S, S] of all examples in order, or None; `has_image` bool [N]; `source_index` int64 [N];
+        uint8 [M, 3, S, S] of all examples in order, or None; `feature_index` int64 [P, 2], the image and feature that
+        each of the P image positions shows, for images in tiles, else None; `has_image` bool [N]; `source_index` int64
+        [N];
         `sample_index` int64 [N, L], the example of each position; `sample_lengths` None; `ids` and `sources`, N
         strings each; `replaced_images`, `(source, problem)` for each example that replaces another record.
     """
@@ -82,9 +88,11 @@ def collate_packed(examples: Sequence[Example], *, pad_token_id: int) -> dict[st
 
 
 def _per_example(examples: Sequence[Example]) -> dict[str, Any]:
-    images = [example.images for example in examples if example.images is not None]
+    shown = [Tiles(example.images, example.feature_index) for example in examples if example.images is not None]
+    images, feature_index = join_tiles(shown) if shown else (None, None)
     return {
-        "images": torch.cat(images) if images else None,
+        "images": images,
+        "feature_index": feature_index,
         "has_image": torch.tensor([example.images is not None for example in examples], dtype=torch.bool),
         "source_index": torch.tensor([example.source_index for example in examples], dtype=torch.int64),
         "ids": [example.id for example in examples],

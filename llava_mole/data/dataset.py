@@ -16,11 +16,12 @@ from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 from llava_mole.config import DataConfig, check_lambdas
 from llava_mole.conversation import Template
+from llava_mole.data.anyres import Size, join_tiles
 from llava_mole.data.batching import GroupedPlan, modality_lengths
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
 from llava_mole.data.images import ImageProcessor, Oddity, load_image, resolve_image, warn_odd
-from llava_mole.data.lengths import Fitted, Limits, fit_source, image_counts, sample_of
+from llava_mole.data.lengths import Fitted, ImagePlace, Limits, fit_source, image_counts, sample_of
 from llava_mole.data.mixture import TrainingPlan, hold_out
 from llava_mole.data.records import Record, RecordSubset
 from llava_mole.data.store import PreparedRecords, content_digest, read_records
@@ -101,10 +102,12 @@ class SupervisedDataset:
                 starts with `file:line`.
         """
         source, record, pictures, replaced = self._readable(position, self._draft_size)
-        encoded = self._encode(record)
-        images = torch.stack([self.image_processor.pixels(picture) for picture in pictures]) if pictures else None
+        encoded = self._encode(record, [picture.size for picture in pictures])
+        images, shown = None, None
+        if pictures:
+            images, shown = join_tiles([self.image_processor.tiles(picture) for picture in pictures])
         index = self._source_index[source]
-        return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced)
+        return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced, shown)
 
     def sample(self, position: int) -> tuple[str, Record, list[Image.Image]]:
         """Source, record and decoded images of the sample at a position, replaced as in `__getitem__`.
@@ -124,7 +127,7 @@ class SupervisedDataset:
                     warned[index] = 1
                     warn_odd(f"data: {source}", f"{path!r} ({where})", oddity)
 
-            return load_image(
+            picture = load_image(
                 path,
                 self._image_folders[source],
                 draft_size=draft_size,
@@ -132,12 +135,15 @@ class SupervisedDataset:
                 on_odd=None if warned[index] else warn,
                 follow_links=source in self._follow_links,
             )
+            if self.limits.grid is not None:
+                self.limits.grid.layout(picture.size, path)  # refuses what cannot be shown: the record is replaced
+            return picture
 
         return source, *readable_record(self._records[source], sample, load)
 
-    def _encode(self, record: Record) -> Encoded:
+    def _encode(self, record: Record, sizes: Sequence[Size]) -> Encoded:
         limits = self.limits
-        arguments = (record, limits.template, limits.tokenizer, limits.num_image_tokens, limits.max_length)
+        arguments = (record, limits.template, limits.tokenizer, limits.image_tokens(sizes), limits.max_length)
         if limits.policy == "truncate_history":
             shortened = encode_shortened(*arguments)
             if shortened is not None:
@@ -195,7 +201,7 @@ def build_dataset(
         data_config: Section `data` of the configuration.
         tokenizer: Tokenizer of the language model.
         image_processor: Image processor of the vision tower.
-        num_image_tokens: Tokens of one image.
+        num_image_tokens: Tokens of one image; of one in tiles, the image processor's grid knows them.
         seed: Seed of the order.
         epochs: Passes over the mixture.
         batching: `packed` counts the tokens of every record (about a minute for 300,000); `grouped` uses LLaVA's order
@@ -213,13 +219,15 @@ def build_dataset(
     """
     template = resolve_template(data_config.template, tokenizer)
     names = _active_sources(data_config)
-    if data_config.max_length <= num_image_tokens:
+    grid = image_processor.grid
+    largest = num_image_tokens if grid is None else grid.most
+    if data_config.max_length <= largest:
+        which = "an image; raise it" if grid is None else "the largest image; raise it, or give smaller pinpoints"
         raise ConfigError(
-            f"data.max_length {data_config.max_length} leaves no room for text beside the {num_image_tokens} tokens of "
-            "an image; raise it"
+            f"data.max_length {data_config.max_length} leaves no room for text beside the {largest} tokens of {which}"
         )
     _warn_about_end_marker(template, tokenizer)
-    limits = Limits(template, tokenizer, num_image_tokens, data_config.max_length, data_config.max_length_policy)
+    limits = Limits(template, tokenizer, num_image_tokens, data_config.max_length, data_config.max_length_policy, grid)
     all_records = {name: read_records(data_config.sources[name].annotations, name) for name in names}
     image_folders = {name: data_config.sources[name].image_folder for name in names}
     # A text that is escaped or refused is found by counting: its bytes do not tell.
@@ -229,7 +237,10 @@ def build_dataset(
         if not resuming:
             _check_images(all_records[name], image_folders[name], data_config.sources[name].follow_links)
         # Rank 0 counts for all ranks.
-        fit = partial(fit_source, all_records[name], limits, name, all_lengths=all_lengths, store=store_lengths)
+        place = ImagePlace(image_folders[name], data_config.sources[name].follow_links, image_processor.modes)
+        fit = partial(
+            fit_source, all_records[name], limits, name, all_lengths=all_lengths, store=store_lengths, place=place
+        )
         fitted[name] = on_main(fit)
     fitting = {name: fitted[name].select(all_records[name]) for name in names}
     records, held_out = hold_out(fitting, data_config.validation_samples, seed)

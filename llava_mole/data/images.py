@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -23,6 +23,7 @@ from llava_mole.common.log import get_logger
 from llava_mole.common.text import is_text
 from llava_mole.config import AspectRatio, ImageModes
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
+from llava_mole.data.anyres import Grid, Size, Tiles
 
 if TYPE_CHECKING:
     import torch
@@ -80,9 +81,11 @@ class ImageProcessor:
         image_size: Side S of the result in pixels.
         mean: Per channel, from 0 to 1; `int(255 * mean)` is the colour of the padding.
         std: Per channel, from 0 to 1.
-        aspect_ratio: `pad` centres the image on a square (LLaVA stage 2); `square` crops the centre (LLaVA stage 1).
+        aspect_ratio: `pad` centres the image on a square (LLaVA stage 2); `square` crops the centre (LLaVA stage 1);
+            `anyres` shows the whole image and tiles of it (LLaVA-NeXT).
         modes: How unusual images become RGB, see `DataConfig.image_modes`.
         resample: Filter of the resize, one of Pillow's.
+        grid: The tiles of `anyres`; None for the others.
 
     Raises:
         ConfigError: the aspect ratio or `modes` is unknown, or the size is below 1.
@@ -96,6 +99,7 @@ class ImageProcessor:
         aspect_ratio: AspectRatio = "pad",
         modes: ImageModes = "llava",
         resample: int = Image.Resampling.BICUBIC,
+        grid: Grid | None = None,
     ) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
             raise ConfigError(f"image aspect ratio {aspect_ratio!r} does not exist; choose one of {ASPECT_RATIOS}")
@@ -109,6 +113,9 @@ class ImageProcessor:
         self.aspect_ratio = aspect_ratio
         self.modes: ImageModes = modes
         self.resample = resample
+        if (grid is not None) != (aspect_ratio == "anyres"):
+            raise ValueError(f"aspect ratio {aspect_ratio!r} with grid {grid}; a grid is what 'anyres' needs")
+        self.grid = grid
         self._warned = False
 
     def load(self, image: Image.Image | str | os.PathLike[str], name: str = "given") -> Image.Image:
@@ -137,12 +144,33 @@ class ImageProcessor:
         return normalise_pixels(self.pixels(image), self.mean, self.std)
 
     def pixels(self, image: Image.Image) -> "torch.Tensor":
-        """The image as uint8 [3, S, S], a quarter of the bytes; the vision tower normalises it."""
-        image = decode_rgb(image, self.modes)
-        square = self._padded_square(image) if self.aspect_ratio == "pad" else self._resize_and_crop(_cut_strip(image))
-        import torch  # here because `prepare` and `check-data` only open images and must start fast
+        """The image as uint8 [3, S, S], a quarter of the bytes; the vision tower normalises it.
 
-        return torch.from_numpy(np.stack([np.asarray(channel) for channel in square.split()]))
+        For `anyres` this is the whole image, resized to a square; `tiles` has all that the model sees.
+        """
+        image = decode_rgb(image, self.modes)
+        if self.grid is not None:
+            return _as_tensor(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC))
+        square = self._padded_square(image) if self.aspect_ratio == "pad" else self._resize_and_crop(_cut_strip(image))
+        return _as_tensor(square)
+
+    def tiles(self, image: Image.Image, name: str = "given") -> Tiles:
+        """All that the model sees of an image; one tile unless the aspect ratio is `anyres`.
+
+        Args:
+            image: In any Pillow mode.
+            name: What it is called in messages.
+
+        Raises:
+            DataError: `Grid.layout` refuses its size.
+        """
+        if self.grid is None:
+            return Tiles(self.pixels(image).unsqueeze(0))
+        import torch
+
+        image = decode_rgb(image, self.modes)
+        layout = self.grid.layout(image.size, name)
+        return Tiles(torch.stack([_as_tensor(picture) for picture in self.grid.pictures(image)]), layout.index())
 
     def _padded_square(self, image: Image.Image) -> Image.Image:
         """The image centred on a square of the padding colour, S x S."""
@@ -171,6 +199,13 @@ class ImageProcessor:
         image = image.resize(resized, self.resample)
         left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
         return image.crop((left, top, left + size, top + size))
+
+
+def _as_tensor(image: Image.Image) -> "torch.Tensor":
+    """uint8 [3, H, W] of an image in mode RGB."""
+    import torch  # here because `prepare` and `check-data` only open images and must start fast
+
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
 
 
 def normalise_pixels(pixels: "torch.Tensor", mean: Sequence[float], std: Sequence[float]) -> "torch.Tensor":
@@ -408,3 +443,33 @@ def load_image(
     """Image `path` below `root` as RGB. Takes and raises what `resolve_image` and `open_image` do."""
     file = resolve_image(path, root, follow_links=follow_links)
     return open_image(file, draft_size=draft_size, modes=modes, on_odd=on_odd)
+
+
+def image_size(
+    path: str, root: str | os.PathLike[str], *, modes: ImageModes = "llava", follow_links: bool = False
+) -> Size:
+    """Width and height of what `load_image` returns. Raises as `resolve_image` and `open_size`."""
+    return open_size(resolve_image(path, root, follow_links=follow_links), os.fspath(path), modes)
+
+
+def open_size(file: Any, name: str, modes: ImageModes = "llava") -> Size:
+    """Width and height of an image file once it is RGB; nothing is decoded unless `modes` needs it to turn it upright.
+
+    Args:
+        file: A path, or a file open for reading.
+        name: Of the image, for messages.
+        modes: See `decode_rgb`.
+
+    Raises:
+        DataError: it is not an image, or damaged.
+    """
+    with image_errors(name), Image.open(file, formats=FORMATS) as image:
+        return shown_size(image, modes)
+
+
+def shown_size(image: Image.Image, modes: ImageModes = "llava") -> Size:
+    """Width and height of an opened image once it is RGB by the rule `modes`."""
+    width, height = image.size
+    # Pillow turns TIFF images itself, and gives their size as it will be.
+    turned = modes != "llava" and image.format != "TIFF" and _orientation(image) >= 5
+    return (height, width) if turned else (width, height)

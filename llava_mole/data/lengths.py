@@ -25,9 +25,12 @@ from llava_mole.common.files import atomic_path
 from llava_mole.common.log import get_logger
 from llava_mole.common.processes import open_pool
 from llava_mole.common.text import count_of
+from llava_mole.config import ImageModes
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Template, Turn, render
+from llava_mole.data.anyres import Grid, Size
 from llava_mole.data.chat_template import resolve_template
+from llava_mole.data.images import image_size
 from llava_mole.data.records import Record, RecordSubset
 from llava_mole.data.store import PreparedRecords
 from llava_mole.data.tokenization import (
@@ -211,6 +214,83 @@ def add_lengths(
     return int(stored_counts(records, template, tokenizer, processes=processes)[:, 0].sum())
 
 
+@dataclass(frozen=True)
+class ImagePlace:
+    """Where the images of a source are, and how they are read; see `load_image`."""
+
+    folder: str
+    follow_links: bool = False
+    modes: ImageModes = "llava"
+
+    def sizes(self, record: Record) -> tuple[Size, ...]:
+        """Width and height of each image of a record, from the files' heads. Raises DataError as `image_size`."""
+        return tuple(
+            [image_size(path, self.folder, modes=self.modes, follow_links=self.follow_links) for path in record.images]
+        )
+
+
+def known_sizes(records: Sequence[Record], index: int, place: ImagePlace) -> Sequence[Size]:
+    """Width and height of each image of a record: as a prepared set has them, or else from the files' heads.
+
+    Raises:
+        DataError: an image cannot be read, or the shard is damaged.
+    """
+    if isinstance(records, PreparedRecords) and place.modes == "llava" and (stored := records.row(index).image_sizes):
+        return stored
+    return place.sizes(records[index])
+
+
+def tiled_tokens(images: int, sizes: Callable[[], Sequence[Size]], grid: Grid) -> tuple[int, int]:
+    """The tokens of the images of a record in tiles, and the tiles that the tower encodes.
+
+    An image that cannot be read, or not be shown, counts as one of a single tile: the record will be replaced.
+
+    Args:
+        sizes: Gives width and height of each image. May raise DataError.
+    """
+    try:
+        layouts = [grid.layout(size) for size in sizes()]
+    except DataError:
+        layouts = [grid.layout((grid.tile, grid.tile))] * images
+    return sum(layout.tokens for layout in layouts), sum(layout.tiles for layout in layouts)
+
+
+def count_tiled(
+    records: Sequence[Record], grid: Grid, place: ImagePlace, name: str, *, processes: int | None = None
+) -> npt.NDArray[np.int32]:
+    """`tiled_tokens` of every record, int32 [n, 2].
+
+    The sizes in a prepared set are used where it has them and an image's rotation is ignored (`image_modes` `llava`).
+    Else the heads of the files are read, in several processes if there are many.
+    """
+    inner, rows = (records.records, records.indices) if isinstance(records, RecordSubset) else (records, None)
+    if isinstance(inner, PreparedRecords) and place.modes == "llava":
+        counts, unknown = _stored_tiled(inner, grid)
+        counts, unknown = (counts, unknown) if rows is None else (counts[rows], unknown[rows])
+        missing = np.flatnonzero(unknown)
+        if len(missing):
+            counts[missing] = count_tiled(list(RecordSubset(records, missing)), grid, place, name, processes=processes)
+        return counts
+    count = partial(_tiled_of, grid=grid, place=place)
+    return map_records(records, count, f"reading image sizes {name}".strip(), processes=processes)
+
+
+def _stored_tiled(records: PreparedRecords, grid: Grid) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """`tiled_tokens` of every record by the sizes in the set, int32 [n, 2], and which records have none there."""
+    images, (known, sizes) = records.column("num_images"), records.image_sizes()
+    distinct, which = np.unique(sizes, axis=0, return_inverse=True)
+    pairs = [tiled_tokens(1, lambda: [(width, height)], grid) for width, height in distinct.tolist()]  # noqa: B023
+    each = np.array(pairs, dtype=np.int64).reshape(-1, 2)[which.reshape(-1)]
+    sums = np.concatenate([np.zeros((1, 2), dtype=np.int64), each.cumsum(axis=0)])
+    ends = known.cumsum()
+    counts = (sums[ends] - sums[ends - known]).astype(np.int32)
+    return counts, images != known
+
+
+def _tiled_of(record: Record, grid: Grid, place: ImagePlace) -> tuple[int, int]:
+    return tiled_tokens(len(record.images), lambda: place.sizes(record), grid)
+
+
 def most_tokens(records: PreparedRecords, template: Template, num_image_tokens: int) -> npt.NDArray[np.int64]:
     """An upper bound of the tokens of every record, int64 [n], computed from columns alone.
 
@@ -258,6 +338,19 @@ class Limits:
     num_image_tokens: int
     max_length: int
     policy: LengthPolicy = "truncate"
+    grid: Grid | None = None
+    """For images in tiles, whose tokens depend on their sizes."""
+
+    @property
+    def most_image_tokens(self) -> int:
+        """Most tokens of an image."""
+        return self.num_image_tokens if self.grid is None else self.grid.most
+
+    def image_tokens(self, sizes: Sequence[Size]) -> list[int]:
+        """Tokens of each image of a sample, from width and height. Raises DataError as `Grid.layout`."""
+        if self.grid is None:
+            return [self.num_image_tokens] * len(sizes)
+        return [self.grid.layout(size).tokens for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -286,7 +379,13 @@ def sample_of(size: int) -> npt.NDArray[np.int64]:
 
 
 def fit_source(
-    records: Sequence[Record], limits: Limits, name: str, *, all_lengths: bool, store: bool = True
+    records: Sequence[Record],
+    limits: Limits,
+    name: str,
+    *,
+    all_lengths: bool,
+    store: bool = True,
+    place: ImagePlace | None = None,
 ) -> Fitted:
     """Apply the length policy to all records of a source.
 
@@ -296,6 +395,7 @@ def fit_source(
         name: Name of the source, for messages.
         all_lengths: Whether to count the tokens of every record, or only of those that may be too long.
         store: Whether to store the counts of a prepared set beside it.
+        place: Where the images are; needed for images in tiles.
 
     Raises:
         DataError: the template cannot represent a record; a record is too long (policy `error`); truncation removes
@@ -303,12 +403,19 @@ def fit_source(
             but `drop`); or no record remains. The message starts with `file:line` if one record is to blame.
     """
     which, counts = _counted(records, limits, all_lengths, store)
-    images = image_counts(records if which is None else RecordSubset(records, which)).astype(np.int64)
-    totals = counts.astype(np.int64) + images[:, None] * limits.num_image_tokens
+    counted = records if which is None else RecordSubset(records, which)
+    if limits.grid is None:
+        image_tokens = image_counts(counted).astype(np.int64) * limits.num_image_tokens
+    else:
+        assert place is not None
+        image_tokens = count_tiled(counted, limits.grid, place, name)[:, 0].astype(np.int64)
+    totals = counts.astype(np.int64) + image_tokens[:, None]
     silent = counts[:, 1] >= NEVER
-    encode_one = partial(
-        encode_record, template=limits.template, tokenizer=limits.tokenizer, num_image_tokens=limits.num_image_tokens
-    )
+
+    def encode_one(record: Record, max_length: int | None) -> None:
+        tokens = _image_tokens(record, limits, place)
+        encode_record(record, limits.template, limits.tokenizer, tokens, max_length)
+
     if limits.policy != "drop" or (len(silent) == len(records) and silent.all()):
         for n in np.flatnonzero(silent)[:1]:
             encode_one(records[int(n if which is None else which[n])], max_length=None)  # raises
@@ -323,7 +430,7 @@ def fit_source(
         return Fitted(None, None if lengths is None else np.minimum(lengths, limits.max_length), cut=len(rows))
     shortened = 0
     if limits.policy == "truncate_history" and len(rows):
-        shorten = partial(_shortened_length, limits=limits)
+        shorten = partial(_shortened_length, limits=limits, place=place)
         sizes = map_records(RecordSubset(records, rows), shorten, f"shortening {name}")[:, 0]
         fits = sizes > 0
         shortened = int(fits.sum())
@@ -354,7 +461,7 @@ def _counted(
         if all_lengths:
             return None, stored_counts(records, template, tokenizer, store=store)
         which = np.union1d(
-            np.flatnonzero(most_tokens(records, template, limits.num_image_tokens) > limits.max_length),
+            np.flatnonzero(most_tokens(records, template, limits.most_image_tokens) > limits.max_length),
             [n for n in records.rows_without_answer() if not render_record(records[int(n)], template).answer_spans],
         ).astype(np.int64)
     elif all_lengths:
@@ -378,12 +485,24 @@ def _may_not_fit(record: Record, limits: Limits) -> bool:
     """Whether the bound of the tokens by bytes (see `most_tokens`) exceeds the limit, or no answer is supervised."""
     rendered = render_record(record, limits.template)
     images = len(record.images)
-    most = 1 + len(rendered.text.encode()) + (images + 1) + images * limits.num_image_tokens
+    most = 1 + len(rendered.text.encode()) + (images + 1) + images * limits.most_image_tokens
     return most > limits.max_length or not rendered.answer_spans
 
 
-def _shortened_length(record: Record, limits: Limits) -> tuple[int, int]:
-    encoded = encode_shortened(record, limits.template, limits.tokenizer, limits.num_image_tokens, limits.max_length)
+def _image_tokens(record: Record, limits: Limits, place: ImagePlace | None) -> list[int]:
+    """Tokens of each image of a record; of one that cannot be read or shown, those of a single tile."""
+    if limits.grid is None:
+        return [limits.num_image_tokens] * len(record.images)
+    assert place is not None
+    try:
+        return limits.image_tokens(place.sizes(record))
+    except DataError:
+        return limits.image_tokens([(limits.grid.tile, limits.grid.tile)] * len(record.images))
+
+
+def _shortened_length(record: Record, limits: Limits, place: ImagePlace | None) -> tuple[int, int]:
+    tokens = _image_tokens(record, limits, place)
+    encoded = encode_shortened(record, limits.template, limits.tokenizer, tokens, limits.max_length)
     return (0, 0) if encoded is None else (len(encoded.input_ids), 0)
 
 

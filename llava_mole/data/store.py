@@ -468,6 +468,17 @@ class PreparedRecords(Sequence[Record]):
         except ValueError as error:
             raise DataError(f"{self.directory}: damaged, column {name} is cut short ({error})") from None
 
+    def image_sizes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Known sizes of images: how many each row has, int64 [n], and width and height of all in order, int32 [m, 2].
+
+        A row has as many sizes as images, or none. Raises DataError if the buffers are too short.
+        """
+        try:
+            parts = [shard.sizes() for shard in self._shards]
+        except ValueError as error:
+            raise DataError(f"{self.directory}: damaged, image sizes are cut short ({error})") from None
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
     def rows_without_answer(self) -> npt.NDArray[np.int64]:
         """Rows, ascending, that may have no answer: none of their answers begins with a visible ASCII character.
 
@@ -541,6 +552,12 @@ class _Shard:
         if name in ("num_images", "num_turns"):
             return np.diff(_array(getattr(self, name.removeprefix("num_"))[0], self.rows + 1))
         return _array(getattr(self, name), self.rows)
+
+    def sizes(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """See `PreparedRecords.image_sizes`. Raises ValueError if a buffer is too short."""
+        offsets, sides = self.image_sizes
+        ends = _array(offsets, self.rows + 1).astype(np.int64)
+        return np.diff(ends) // 2, _array(sides, int(ends[-1]))[int(ends[0]) :].reshape(-1, 2)
 
     def rows_without_answer(self) -> npt.NDArray[np.int64]:
         """See `PreparedRecords.rows_without_answer`; rows of this shard, from 0."""

@@ -5,6 +5,7 @@ follow from the character spans of the answers and the character offsets of the 
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -138,7 +139,9 @@ class Encoded:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def encode(rendered: Rendered, tokenizer: TextTokenizer, *, num_image_tokens: int, max_length: int | None) -> Encoded:
+def encode(
+    rendered: Rendered, tokenizer: TextTokenizer, *, num_image_tokens: int | Sequence[int], max_length: int | None
+) -> Encoded:
     """Tokenize a rendered conversation.
 
     A token is supervised if it begins inside an answer span. This includes the token that joins the space after the
@@ -147,7 +150,7 @@ def encode(rendered: Rendered, tokenizer: TextTokenizer, *, num_image_tokens: in
     Args:
         rendered: Text with `<image>` markers, and answer spans.
         tokenizer: Its BOS, if it adds one, comes first.
-        num_image_tokens: Copies of IMAGE_TOKEN_INDEX for each image; 1 gives LLaVA's ids.
+        num_image_tokens: Copies of IMAGE_TOKEN_INDEX for every image, or for each of them; 1 gives LLaVA's ids.
         max_length: Most tokens to keep, including those of images; None keeps all.
 
     Raises:
@@ -160,10 +163,13 @@ def encode(rendered: Rendered, tokenizer: TextTokenizer, *, num_image_tokens: in
     position = 0
     spans = list(rendered.answer_spans)
     chunks = rendered.text.split(DEFAULT_IMAGE_TOKEN)
+    each = [num_image_tokens] * (len(chunks) - 1) if isinstance(num_image_tokens, int) else num_image_tokens
+    if len(each) < len(chunks) - 1:
+        raise DataError(f"the prompt shows {len(chunks) - 1} images, but there are {len(each)}")
     for index, chunk in enumerate(chunks):
         if index:
-            input_ids += [IMAGE_TOKEN_INDEX] * num_image_tokens
-            labels += [IGNORE_INDEX] * num_image_tokens
+            input_ids += [IMAGE_TOKEN_INDEX] * each[index - 1]
+            labels += [IGNORE_INDEX] * each[index - 1]
             image_end = len(input_ids)
             position += len(DEFAULT_IMAGE_TOKEN)
         if chunk:
@@ -202,7 +208,11 @@ def render_record(record: Record, template: Template) -> Rendered:
 
 
 def encode_record(
-    record: Record, template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int | None
+    record: Record,
+    template: Template,
+    tokenizer: TextTokenizer,
+    num_image_tokens: int | Sequence[int],
+    max_length: int | None,
 ) -> Encoded:
     """Render and tokenize a record, and truncate it at `max_length` as LLaVA does.
 
@@ -229,7 +239,11 @@ def encode_record(
 
 
 def encode_shortened(
-    record: Record, template: Template, tokenizer: TextTokenizer, num_image_tokens: int, max_length: int
+    record: Record,
+    template: Template,
+    tokenizer: TextTokenizer,
+    num_image_tokens: int | Sequence[int],
+    max_length: int,
 ) -> Encoded | None:
     """Encode a record without its oldest rounds, removing as few as possible; None if it cannot be made to fit.
 

@@ -135,7 +135,8 @@ def run_jobs(args: argparse.Namespace) -> None:
     jobs = on_main(lambda: plan_jobs(args))
     predictor = load_predictor(args.model_path, args)
     for job in jobs[1:]:  # `answer_questions` checks the first; a prompt of the last is to be found before its answers
-        check_prompts(predictor, job.loaded.asked(job.variant))
+        asked = job.loaded.asked(job.variant)
+        check_prompts(predictor, asked, job.loaded.image_folder, follow_links=args.follow_links)
     found = {job.loaded.benchmark.name: _run_job(predictor, job, args) for job in jobs}
     run = {name: scores for name, scores in found.items() if scores is not None}
     if run and is_main_process():

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from llava_mole.common.distributed import get_rank, get_world_size, is_main_proc
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import refuse_existing, sha256_of, write_json
 from llava_mole.common.log import setup_logging
+from llava_mole.data.images import resolve_image
 from llava_mole.eval.answers import AnswerFile, answer_record
 from llava_mole.eval.questions import Question, check_images, errors_named_after, read_questions, take_chunk, windows
 from llava_mole.eval.ranks import joined_ranks, share_of_rank
@@ -66,12 +68,19 @@ def describe_run(
     }
 
 
-def check_prompts(predictor: "Predictor", questions: Sequence[Question]) -> None:
+def check_prompts(
+    predictor: "Predictor", questions: Sequence[Question], image_folder: Path, *, follow_links: bool = False
+) -> None:
     """Raise DataError that names the first question that the model cannot be asked, on every rank."""
 
     def check() -> None:
+        texts = [q.text for q in questions]
         with errors_named_after(questions):
-            predictor.check([len(q.images) for q in questions], [q.text for q in questions])
+            if predictor.loaded.image_processor.grid is None:
+                predictor.check([len(q.images) for q in questions], texts)
+            else:  # the length of a prompt depends on the sizes of its images
+                find = partial(resolve_image, root=image_folder, follow_links=follow_links)
+                predictor.check([[find(image) for image in q.images] for q in questions], texts)
 
     on_main(check)
 
@@ -108,7 +117,7 @@ def answer_questions(
         from llava_mole.eval.routing_stats import RoutingStats, collect_routing_stats
 
         RoutingStats(predictor)  # refuses a model without experts before the work, not after it
-    check_prompts(predictor, questions)
+    check_prompts(predictor, questions, image_folder, follow_links=follow_links)
     run = describe_run(predictor, questions, image_folder, decoding, sources)
     name = model_id(predictor.loaded.path)
     title = f"rank 0 of {get_world_size()}" if get_world_size() > 1 else None

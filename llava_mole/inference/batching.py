@@ -7,6 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -14,10 +16,20 @@ from llava_mole.common.errors import ConfigError, ContextError, DataError, Promp
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
+from llava_mole.data.anyres import Layout, Tiles, join_tiles
 from llava_mole.data.records import marker_problem
 from llava_mole.data.tokenization import encode
-from llava_mole.inference.inputs import ImagesLike, OneImage, Prompt, as_images, as_turns, open_any
+from llava_mole.inference.inputs import ImagesLike, OneImage, Prompt, as_images, as_turns, open_any, size_any
 from llava_mole.model.builder import LoadedModel
+
+
+class Shown(NamedTuple):
+    """An image whose features are computed."""
+
+    features: torch.Tensor
+    """[t, P, D], of each of its tiles."""
+    shows: torch.Tensor | None
+    """See `Tiles.shows`."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +41,15 @@ class Batch:
     attention_mask: torch.Tensor
     """bool [B, L], False at padding."""
     features: torch.Tensor | None
-    """[M, P, D], the projected features of each distinct image of the batch."""
+    """[M, P, D], the projected features of each distinct image of the batch, or of all tiles of these images."""
     image_index: torch.Tensor | None
-    """int64 [N]: which of the M images the n-th `<image>` shows, counted through the rows in order."""
+    """int64 [N]: which of the M images the n-th `<image>` shows, counted through the rows in order; None with tiles."""
     members: tuple[int, ...]
     """Position of each row in the caller's lists."""
     images: tuple[ImagesLike, ...]
     """Each row's images, as the caller gave them."""
+    feature_index: torch.Tensor | None = None
+    """int64 [n, 2]: tile and feature that the n-th image position shows; None without tiles."""
 
     @property
     def lengths(self) -> list[int]:
@@ -63,16 +77,47 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
     return list(place_image_first(turns)) if num_images == 1 else turns
 
 
-def encode_prompt(loaded: LoadedModel, template: Template, prompt: Prompt, num_images: int, position: int) -> list[int]:
+def image_tokens(loaded: LoadedModel, images: ImagesLike, position: int) -> list[int]:
+    """Positions of each image of prompt `position`. Images in tiles are opened for their sizes, not decoded.
+
+    Raises:
+        PromptError: an image cannot be read, or the model cannot see one of this size.
+    """
+    fixed, layouts = loaded.model.num_image_tokens, image_layouts(loaded, images, position)
+    return [fixed if layout is None else layout.tokens for layout in layouts]
+
+
+def image_layouts(loaded: LoadedModel, images: ImagesLike, position: int) -> list[Layout | None]:
+    """How each image is tiled, or None for each if the model sees no tiles. Raises as `image_tokens`."""
+    processor, shown = loaded.image_processor, as_images(images)
+    if processor.grid is None:
+        return [None] * len(shown)
+    try:
+        return [processor.grid.layout(size_any(image, processor), name_of(image)) for image in shown]
+    except DataError as error:
+        raise PromptError(position, str(error)) from None
+
+
+def encode_prompt(
+    loaded: LoadedModel, template: Template, prompt: Prompt, images: int | Sequence[int], position: int
+) -> list[int]:
     """Ids of a prompt, up to the template's marker for the answer.
+
+    Args:
+        images: The positions of each image, from `image_tokens`; or only their number, which counts images in tiles as
+            the smallest that there are.
 
     Raises:
         PromptError: As for `place_images`; or the template does not show all images, or the prompt fills the context.
     """
+    grid = loaded.image_processor.grid
+    if isinstance(images, int):
+        images = [loaded.model.num_image_tokens if grid is None else grid.least] * images
+    num_images = len(images)
     turns = place_images(prompt, num_images, position)
     rendered = render(template, turns, add_generation_prompt=True)
     check_text(rendered.text, position)
-    encoded = encode(rendered, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
+    encoded = encode(rendered, loaded.tokenizer, num_image_tokens=images, max_length=None)
     check_shown(template, encoded.num_images, num_images, position)
     check_room(loaded, len(encoded.input_ids), position)
     return encoded.input_ids
@@ -129,13 +174,15 @@ def batches(
     batched = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shown = [_distinct(images, members) for members in batched]
     remaining = Counter(key for distinct in shown for key in distinct)
-    features: dict[object, torch.Tensor] = {}
+    features: dict[object, Shown] = {}
     for members, distinct in zip(batched, shown, strict=True):
         new = [key for key in distinct if key not in features]
         if new:
-            pixels = torch.stack([read_pixels(loaded, *distinct[key]) for key in new])
+            tiles = [read_tiles(loaded, *distinct[key]) for key in new]
             with torch.inference_mode():
-                features.update(zip(new, loaded.model.encode_images(pixels.to(loaded.model.device)), strict=True))
+                encoded = loaded.model.encode_images(join_tiles(tiles).pixels.to(loaded.model.device))
+            parts = encoded.split([len(each.pixels) for each in tiles])
+            features |= {key: Shown(part, own.shows) for key, part, own in zip(new, parts, tiles, strict=True)}
         own = [images[n] for n in members]
         yield _collate(loaded, [rows[n] for n in members], own, {key: features[key] for key in distinct}, members)
         for key in distinct:
@@ -153,10 +200,16 @@ def _key(image: OneImage) -> object:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else id(image)
 
 
-def read_pixels(loaded: LoadedModel, image: OneImage, position: int) -> torch.Tensor:
-    """The image as uint8 [3, S, S]. Raises PromptError about prompt `position` if it cannot be read."""
+def name_of(image: OneImage) -> str:
+    """What an image is called in messages."""
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"given as {type(image).__name__}"
+
+
+def read_tiles(loaded: LoadedModel, image: OneImage, position: int) -> Tiles:
+    """All that the model sees of an image. Raises PromptError about prompt `position` if it cannot be read."""
+    processor = loaded.image_processor
     try:
-        return loaded.image_processor.pixels(open_any(image, loaded.image_processor))
+        return processor.tiles(open_any(image, processor), name_of(image))
     except DataError as error:
         raise PromptError(position, str(error)) from None
 
@@ -165,19 +218,22 @@ def _collate(
     loaded: LoadedModel,
     rows: Sequence[list[int]],
     images: Sequence[ImagesLike],
-    features: dict[object, torch.Tensor],
+    features: dict[object, Shown],
     members: Sequence[int],
 ) -> Batch:
     longest = max(map(len, rows))
     device = loaded.model.device
     pad_id = loaded.tokenizer.pad_token_id
-    places = {key: n for n, key in enumerate(features)}
-    shown = [places[_key(image)] for own in images for image in as_images(own)]
+    ends = accumulate(len(each.features) for each in features.values())
+    starts = {key: end - len(features[key].features) for key, end in zip(features, ends, strict=True)}
+    keys = [_key(image) for own in images for image in as_images(own)]
+    tiled = [each + torch.tensor([starts[key], 0]) for key in keys if (each := features[key].shows) is not None]
     return Batch(
         input_ids=torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device),
         attention_mask=torch.tensor([[n >= longest - len(row) for n in range(longest)] for row in rows], device=device),
-        features=torch.stack(list(features.values())) if features else None,
-        image_index=torch.tensor(shown, device=device) if shown else None,
+        features=torch.cat([each.features for each in features.values()]) if features else None,
+        image_index=torch.tensor([starts[key] for key in keys], device=device) if keys and not tiled else None,
         members=tuple(members),
         images=tuple(images),
+        feature_index=torch.cat(tiled).to(device) if tiled else None,
     )

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from llava_mole.common.errors import PromptError
-from llava_mole.inference.batching import Batch, read_pixels
+from llava_mole.data.anyres import join_tiles
+from llava_mole.inference.batching import Batch, read_tiles
 from llava_mole.inference.decoding import RowStop
 from llava_mole.inference.inputs import as_images
 from llava_mole.model.builder import LoadedModel
@@ -116,9 +117,11 @@ def _first_module(loaded: LoadedModel, ids_L: torch.Tensor, batch: Batch, row: i
             for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave)):
                 hooks.callback(handle.remove)
         try:
-            pixels = [read_pixels(loaded, image, batch.members[row]) for image in images]
-            features = model.encode_images(torch.stack(pixels).to(model.device)) if pixels else None
-            inputs_1LD = model.embed(ids_L[None], features=features)
+            features = index = None
+            if images:
+                shown = join_tiles([read_tiles(loaded, image, batch.members[row]) for image in images])
+                features, index = model.encode_images(shown.pixels.to(model.device)), shown.shows
+            inputs_1LD = model.embed(ids_L[None], features=features, feature_index=index)
             model.causal_lm(inputs_embeds=inputs_1LD, use_cache=False, logits_to_keep=1)
         except FloatingPointError:
             found = found or running[-1:]

@@ -10,10 +10,11 @@ from PIL import Image as pil
 from PIL import UnidentifiedImageError
 from PIL.Image import Image
 
-from llava_mole.common.errors import ConfigError, PromptError
+from llava_mole.common.errors import ConfigError, DataError, PromptError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Role, Turn
-from llava_mole.data.images import FORMATS, ImageProcessor, image_errors
+from llava_mole.data.anyres import Size
+from llava_mole.data.images import FORMATS, ImageProcessor, image_errors, open_size, shown_size
 
 OneImage: TypeAlias = Image | str | os.PathLike[str] | bytes | bytearray | IO[bytes] | np.ndarray
 """A Pillow image, a path, a file's bytes, a file open for reading, or an array uint8 [H, W] or [H, W, 3 or 4]."""
@@ -90,6 +91,23 @@ def open_any(image: OneImage, processor: ImageProcessor) -> Image:
         except UnidentifiedImageError:  # whose own text shows an address in memory
             raise ValueError(f"it has none of the formats {', '.join(FORMATS)}") from None
         return processor.load(opened, name)
+
+
+def size_any(image: OneImage, processor: ImageProcessor) -> Size:
+    """Width and height of what `open_any` gives, without decoding it. Raises DataError if it cannot be read."""
+    if isinstance(image, (str, os.PathLike)):
+        return open_size(image, os.fspath(image), processor.modes)
+    name = str(getattr(image, "filename", "") or f"given as {type(image).__name__}")
+    if isinstance(image, Image):
+        return shown_size(image, processor.modes)
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    if isinstance(image, _BYTES):
+        return open_size(io.BytesIO(image), name, processor.modes)
+    if not hasattr(image, "seekable") or not image.seekable():
+        raise DataError(f"image {name!r} is a stream that can be read once only, and its size is needed first; read it")
+    image.seek(0)
+    return open_size(image, name, processor.modes)
 
 
 def is_single(prompts: Any) -> bool:

@@ -29,6 +29,7 @@ from llava_mole.inference.batching import (
     check_shown,
     check_text,
     encode_prompt,
+    image_tokens,
     place_images,
 )
 from llava_mole.inference.decoding import (
@@ -227,7 +228,13 @@ class Predictor:
             raise ConfigError(f"{len(continuations)} continuations for {len(prompts)} prompts; give one per prompt")
         encoded = [
             encode_continuation(
-                self.loaded, self.template, place_images(prompt, len(as_images(own)), n), text, n, with_end
+                self.loaded,
+                self.template,
+                place_images(prompt, len(as_images(own)), n),
+                text,
+                image_tokens(self.loaded, own, n),
+                n,
+                with_end,
             )
             for n, (own, prompt, text) in enumerate(zip(images, prompts, continuations, strict=True))
         ]
@@ -248,19 +255,26 @@ class Predictor:
         check_count("batch_size", batch_size)
         images, prompts = as_lists(images, prompts)
         rows = [
-            encode_prompt(self.loaded, self.template, prompt, len(as_images(own)), n)
+            encode_prompt(self.loaded, self.template, prompt, image_tokens(self.loaded, own, n), n)
             for n, (prompt, own) in enumerate(zip(prompts, images, strict=True))
         ]
         return batches(self.loaded, rows, images, batch_size)
 
-    def check(self, num_images: Sequence[int], prompts: Sequence[Prompt]) -> None:
-        """Raise PromptError for the first prompt that cannot be asked, whatever its images (`num_images[n]`) hold."""
-        for position, (prompt, number) in enumerate(zip(prompts, num_images, strict=True)):
-            encode_prompt(self.loaded, self.template, prompt, number, position)
+    def check(self, images: Sequence[int] | Sequence[ImagesLike], prompts: Sequence[Prompt]) -> None:
+        """Raise PromptError for the first prompt that cannot be asked, whatever its images hold.
+
+        Args:
+            images: The number of images of each prompt. For a model that sees images in tiles, the images themselves:
+                they are opened for their sizes, on which the length of a prompt depends.
+            prompts: As for `generate`.
+        """
+        for position, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            shown = own if isinstance(own, int) else image_tokens(self.loaded, own, position)
+            encode_prompt(self.loaded, self.template, prompt, shown, position)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Input embeddings [B, L, D] of a batch."""
-        return self.loaded.model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features)
+        return embed_batch(self.loaded.model, batch)
 
     def answer_decoder(self, stop: str | Sequence[str] | None, *, with_template: bool = True) -> AnswerDecoder:
         """What turns generated ids into an answer that ends at one of the stop texts.
@@ -371,13 +385,26 @@ def check_placement(device: Any, dtype: Any, quantization: Any) -> None:
             )
 
 
+def embed_batch(model: LlavaMole, batch: Batch) -> torch.Tensor:
+    """Input embeddings [B, L, D] of a batch."""
+    return model.embed(
+        batch.input_ids, image_index=batch.image_index, features=batch.features, feature_index=batch.feature_index
+    )
+
+
 def encode_continuation(
-    loaded: LoadedModel, template: Template, turns: Sequence[Turn], continuation: str, position: int, with_end: bool
+    loaded: LoadedModel,
+    template: Template,
+    turns: Sequence[Turn],
+    continuation: str,
+    images: Sequence[int],
+    position: int,
+    with_end: bool,
 ) -> tuple[list[int], int]:
     """Ids of the conversation with `continuation` as its last answer, and how many ids at their end are scored.
 
     The answer is rendered and tokenized as in training, so its first token includes the space that the template puts
-    before it. Without `with_end` the ids end with the answer's text.
+    before it. Without `with_end` the ids end with the answer's text. `images` are the positions of each image.
 
     Raises:
         PromptError: The continuation is empty or fills the context, or the template does not show all images.
@@ -390,7 +417,7 @@ def encode_continuation(
     if not with_end:
         end -= len(template.answer_end)
     only_this = Rendered(rendered.text[:end], ((start, end),))
-    encoded = encode(only_this, loaded.tokenizer, num_image_tokens=loaded.model.num_image_tokens, max_length=None)
+    encoded = encode(only_this, loaded.tokenizer, num_image_tokens=images, max_length=None)
     given = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     check_shown(template, encoded.num_images, given, position)
     check_room(loaded, len(encoded.input_ids) - 1, position)
@@ -405,7 +432,7 @@ def score_batch(model: LlavaMole, batch: Batch, scored: Sequence[int]) -> list[L
     with torch.inference_mode():
         # Rows are padded on the left and end together, so the head runs on their last positions only.
         logits = causal_lm(
-            inputs_embeds=model.embed(batch.input_ids, image_index=batch.image_index, features=batch.features),
+            inputs_embeds=embed_batch(model, batch),
             attention_mask=batch.attention_mask,
             position_ids=position_ids,
             use_cache=False,

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from llava_mole.common.errors import ConfigError, value_errors_as
 from llava_mole.common.log import get_logger
+from llava_mole.data.anyres import Tiles, join_tiles
 from llava_mole.inference.decoding import AnswerDecoder, Decoding, draw_tokens
 from llava_mole.inference.predictor import Predictor
 from llava_mole.inference.row_cache import RowCache, check_cache
@@ -48,8 +49,8 @@ class Job:
     model: str
     ids: list[int]
     """The prompt, IMAGE_TOKEN_INDEX at image positions."""
-    pixels: tuple[Tensor, ...]
-    """uint8 [3, S, S] for each image."""
+    images: tuple[Tiles, ...]
+    """The pixels of each image."""
     decoding: Decoding
     answer: AnswerDecoder
     limit: int
@@ -167,8 +168,9 @@ class RowBatch:
         lengths = [len(job.ids) for job in jobs]
         longest, pad_id = max(lengths), self.predictor.loaded.tokenizer.pad_token_id
         ids_nL = torch.tensor([[pad_id] * (longest - len(job.ids)) + job.ids for job in jobs], device=self._device)
-        images = [pixels for job in jobs for pixels in job.pixels]
-        features = torch.cat([self._encode(pixels) for pixels in images]) if images else None
+        shown = [image for job in jobs for image in job.images]
+        features = torch.cat([self._encode(image.pixels) for image in shown]) if shown else None
+        index = join_tiles(shown).shows if shown else None
         arguments: dict[str, Any] = {}
         if min(lengths) < longest:
             first_n1 = torch.tensor([[longest - length] for length in lengths], device=self._device)
@@ -179,7 +181,7 @@ class RowBatch:
             }
         cache = DynamicCache()
         logits_nV = self._model.causal_lm(
-            inputs_embeds=self._model.embed(ids_nL, features=features),
+            inputs_embeds=self._model.embed(ids_nL, features=features, feature_index=index),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -244,10 +246,10 @@ class RowBatch:
         return found
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Features [1, P, D] of an image, computed alone so that they do not depend on other images."""
+        """Features [t, P, D] of an image's tiles, computed alone so that they do not depend on other images."""
         key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
         if key not in self._features:
-            self._features[key] = self._model.encode_images(pixels[None].to(self._device))
+            self._features[key] = self._model.encode_images(pixels.to(self._device))
             if len(self._features) > KEPT_IMAGES:
                 self._features.popitem(last=False)
         self._features.move_to_end(key)

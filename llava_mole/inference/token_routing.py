@@ -13,12 +13,34 @@ import torch
 from llava_mole.common.errors import ConfigError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, render
-from llava_mole.inference.batching import batches, encode_prompt, place_images
+from llava_mole.data.anyres import Layout
+from llava_mole.inference.batching import batches, encode_prompt, image_layouts, image_tokens, place_images
 from llava_mole.inference.inputs import ImagesLike, Prompt, as_images
 from llava_mole.inference.predictor import Predictor, encode_continuation
 from llava_mole.mole import active_config, collect_routing, set_routing_inputs
 
 Role = Literal["image", "prompt", "answer"]
+
+
+Part = Literal["whole", "tiles"]
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture that patches lie on: an image, or with tiles the whole of it or its enlarged part."""
+
+    image: int
+    """Of the prompt, from 0."""
+    part: Part
+    rows: int
+    columns: int
+    patches: tuple[int, ...]
+    """Its tokens, row by row, as positions in the sequence."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.rows, self.columns
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,8 @@ class TokenRouting:
     roles: tuple[Role, ...]
     """What each token is."""
     images: torch.Tensor
-    """int64 [T]: which image a patch belongs to, from 0 in the order of the prompt; -1 for text."""
+    """int64 [T]: which image a patch belongs to, from 0 in the order of the prompt; -1 for text. The vectors that end
+    the rows of tiles belong to their image, too."""
     experts: torch.Tensor
     """int64 [L, T]: the expert, or the first of several, with which each token is computed."""
     patch_grid: tuple[int, int]
@@ -41,6 +64,8 @@ class TokenRouting:
     probs: torch.Tensor
     """float32 [L, T, K]: what the router gives each expert; 0 for those that a layer does not have. Rows sum to 1.
     Under `force_expert` they are the router's own still."""
+    layouts: tuple[Layout | None, ...] = ()
+    """How each image is tiled; None for each if the model sees no tiles."""
 
     @property
     def num_experts(self) -> int:
@@ -73,9 +98,9 @@ class TokenRouting:
         """The tokens of one role alone."""
         return self._at([n for n, own in enumerate(self.roles) if own == role])
 
-    def of_image(self, number: int) -> "TokenRouting":
-        """The patches of one image (from 0), row by row."""
-        return self._at((self.images == number).nonzero().flatten().tolist())
+    def of_view(self, view: View) -> "TokenRouting":
+        """The patches of one view, row by row."""
+        return self._at(view.patches)
 
     def load(self, layer: int | None) -> list[float]:
         """Each expert's share of the tokens in a layer, or over all layers; zeros without a token."""
@@ -83,14 +108,32 @@ class TokenRouting:
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts).double()
         return (counts / counts.sum().clamp(min=1)).tolist()
 
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image. Raises ConfigError if an image has other tokens beside them."""
-        count, (rows, columns) = int((self.images == 0).sum()), self.patch_grid
-        if rows * columns != count:
-            raise ConfigError(
-                f"an image has {count} tokens, which are no grid of {rows} x {columns}, so they cannot be drawn over it"
-            )
-        return rows, columns
+    def views(self) -> list[View]:
+        """The pictures that the patches lie on: one of each image; with tiles two, the whole image and its tiles.
+
+        Raises:
+            ConfigError: an image without tiles has other tokens beside its patches.
+        """
+        found = []
+        for number in range(self.num_images):
+            places = (self.images == number).nonzero().flatten().tolist()
+            layout = self.layouts[number] if self.layouts else None
+            if layout is None:
+                rows, columns = self.patch_grid
+                if rows * columns != len(places):
+                    raise ConfigError(
+                        f"an image has {len(places)} tokens, which are no grid of {rows} x {columns}, so they cannot "
+                        "be drawn over it"
+                    )
+                found.append(View(number, "whole", rows, columns, tuple(places)))
+                continue
+            parts: dict[Part, list[int]] = {"whole": [], "tiles": []}
+            for token, place in zip(places, layout.places(), strict=True):
+                if place is not None:
+                    parts["tiles" if place[0] else "whole"].append(token)
+            found.append(View(number, "whole", layout.side, layout.side, tuple(parts["whole"])))
+            found.append(View(number, "tiles", layout.shown_rows, layout.shown_columns, tuple(parts["tiles"])))
+        return found
 
     def _votes(self) -> torch.Tensor:
         """int64 [T, K]: how many layers use each expert."""
@@ -125,7 +168,8 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
     if config is None:
         raise ConfigError(f"{loaded.path} has no experts (its adapter is {loaded.adapter}), so there is no routing")
     turns = place_images(prompt, len(as_images(images)), 0)
-    ids, count = _tokens(predictor, turns, len(as_images(images)), answer)
+    layouts, shown = image_layouts(loaded, images, 0), image_tokens(loaded, images, 0)
+    ids, count = _tokens(predictor, turns, shown, answer)
     (batch,) = batches(loaded, [ids], [images], 1)
     if config.granularity == "sequence":  # decided by the prompt alone, as in decoding
         prompt_mask = torch.arange(len(ids), device=batch.input_ids.device)[None] < len(ids) - count
@@ -147,22 +191,25 @@ def route_answer(predictor: Predictor, images: ImagesLike, prompt: Prompt, answe
     )
     return TokenRouting(
         layers=routing.names,
-        pieces=(*_prompt_pieces(predictor, turns), *_pieces(predictor, ids[first:])),
+        pieces=(*_prompt_pieces(predictor, turns, shown), *_pieces(predictor, ids[first:])),
         roles=roles,
-        images=torch.where(is_image, (is_image.cumsum(0) - 1) // loaded.model.num_image_tokens, -1),
         patch_grid=loaded.model.image_grid,
+        images=torch.full((len(ids),), -1).masked_scatter(
+            is_image, torch.arange(len(shown)).repeat_interleave(torch.tensor(shown, dtype=torch.int64))
+        ),
         experts=experts.clone(),  # usable outside inference mode
         probs=probs.clone(),
+        layouts=tuple(layouts),
     )
 
 
-def _prompt_pieces(predictor: Predictor, turns: list[Turn]) -> list[str]:
+def _prompt_pieces(predictor: Predictor, turns: list[Turn], tokens: Sequence[int]) -> list[str]:
     """The text of every token of `encode_prompt`; joined they are the rendered prompt without its `<image>`."""
     tokenizer = predictor.loaded.tokenizer
     pieces = [] if tokenizer.bos_token_id is None else [""]
     text = render(predictor.template, turns, add_generation_prompt=True).text
     for n, chunk in enumerate(text.split(DEFAULT_IMAGE_TOKEN)):
-        pieces += [""] * (predictor.loaded.model.num_image_tokens if n else 0)
+        pieces += [""] * (tokens[n - 1] if n else 0)
         shown = 0
         for _, end in tokenizer.encode_with_offsets(chunk)[1] if chunk else ():
             pieces.append(chunk[shown:end])
@@ -170,14 +217,14 @@ def _prompt_pieces(predictor: Predictor, turns: list[Turn]) -> list[str]:
     return pieces
 
 
-def _tokens(predictor: Predictor, turns: list[Turn], images: int, answer: str) -> tuple[list[int], int]:
+def _tokens(predictor: Predictor, turns: list[Turn], shown: Sequence[int], answer: str) -> tuple[list[int], int]:
     """Ids of a prompt with its answer, and how many are the answer's. Those of the prompt are what decoding sees.
 
     Some tokenizers merge the end of a prompt with the beginning of the answer; the answer is then tokenized alone.
     """
     loaded, template = predictor.loaded, predictor.template
-    prompt = encode_prompt(loaded, template, turns, images, 0)
-    ids, count = encode_continuation(loaded, template, turns, answer, 0, with_end=False)
+    prompt = encode_prompt(loaded, template, turns, shown, 0)
+    ids, count = encode_continuation(loaded, template, turns, answer, shown, 0, with_end=False)
     if ids[: len(prompt)] == prompt:
         return ids, count
     alone, _ = loaded.tokenizer.encode_with_offsets(answer)

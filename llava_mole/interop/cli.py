@@ -19,10 +19,11 @@ FORMATS = {
     "llava": "full LLaVA-1.5, LoRA merged",
     "llava-lora": "LLaVA-1.5's LoRA layout with non_lora_trainables.bin, for --model-base",
     "llava-hf": "LlavaForConditionalGeneration of transformers with processor, LoRA merged",
+    "llava-next-hf": "the same with LlavaNextForConditionalGeneration, for data.image_aspect_ratio anyres",
     "vllm": "llava-hf with the experts in static form, for the plug-in of vLLM",
     "peft": "the adapter, plain or mixture, for PeftModel.from_pretrained, with the projector",
 }
-LAYOUT_NAMES = ("llava", "llava-lora", "llava-hf", "peft", "vllm")
+LAYOUT_NAMES = ("llava", "llava-lora", "llava-hf", "llava-next-hf", "peft", "vllm")
 """The names of `LAYOUTS` of `exporting`, which takes too long to import for a command's options."""
 WITH_PARTS = ("checkpoint", "open-clip", "hf-clip", *LAYOUT_NAMES)
 USED_BY = {
@@ -30,14 +31,14 @@ USED_BY = {
     "vision_tower": WITH_PARTS,
     "vision_tower_name": ("checkpoint", "open-clip", "hf-clip"),
     **dict.fromkeys(("template", "image_aspect_ratio", "select_layer", "alpha", "mode"), ("checkpoint",)),
-    **dict.fromkeys(("expert", "usage"), ("llava", "llava-lora", "llava-hf", "peft")),
+    **dict.fromkeys(("expert", "usage"), ("llava", "llava-lora", "llava-hf", "llava-next-hf", "peft")),
     "mm_vision_tower": ("llava", "llava-lora"),
     "tower_in_shards": ("llava",),
-    "unmerged": ("llava-hf",),
-    "dtype": ("llava", "llava-lora", "llava-hf", "vllm"),
+    "unmerged": ("llava-hf", "llava-next-hf"),
+    "dtype": ("llava", "llava-lora", "llava-hf", "llava-next-hf", "vllm"),
 }
 """Option -> the formats that read it."""
-FOREIGN = ("llava", "llava-lora", "llava-projector", "projector", "llava-hf", "released-mole")
+FOREIGN = ("llava", "llava-lora", "llava-projector", "projector", "llava-hf", "llava-next-hf", "released-mole")
 HINTS = {
     "language-model": "it needs no conversion: name it as model.language_model",
     "clip": "name it as model.vision_tower.name, or convert it with --to open-clip",
@@ -49,7 +50,7 @@ HINTS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    formats = "\n".join(f"  {name:<12}{text}" for name, text in FORMATS.items())
+    formats = "\n".join(f"  {name:<14}{text}" for name, text in FORMATS.items())
     parser = argparse.ArgumentParser(
         prog="llava-mole convert",
         allow_abbrev=False,
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("--select-layer", type=int, metavar="N", help="tower layer (default: as recorded, or -2)")
     imports.add_argument("--alpha", type=float, help="LoRA alpha of the authors' .pt (default: 2 r)")
     imports.add_argument("--mode", choices=("sparse", "dense"), help="mode of the authors' .pt (default: sparse)")
-    exports = parser.add_argument_group("to llava, llava-lora, llava-hf, peft")
+    exports = parser.add_argument_group("to llava, llava-lora, llava-hf, llava-next-hf, peft")
     exports.add_argument("--expert", metavar="K|uniform|usage", help="replace a mixture by one LoRA: approximate")
     exports.add_argument("--usage", type=Path, metavar="FILE", help="routing.json of `llava-mole eval` for usage")
     tower_help = "tower's name in LLaVA's config.json; without it, the tower is written"

@@ -170,7 +170,8 @@ class _Export:
             static: a mixture whose attention LoRA is merged and whose experts are written beside the language model.
         """
         own, dtype = self.own, self.options.dtype
-        projector = llava_projector(own.projector)
+        # LLaVA-NeXT has a place for the newline vector.
+        projector = own.projector if own.grid is not None else llava_projector(own.projector)
         merged: dict[str, torch.Tensor] = {}
         if self.lora is not None and not self.options.unmerged:
             merged, self.difference = merge_lora(own, self.adapter, dtype)
@@ -223,6 +224,16 @@ def _write_llava_hf(export: _Export) -> None:
         write_lora(export.lora.renamed(llava_hf_module), export.folder / HF_ADAPTER, str(export.out.resolve()))
 
 
+def _write_llava_next_hf(export: _Export) -> None:
+    """`LlavaNextForConditionalGeneration` with its processor; else as `_write_llava_hf`."""
+    if export.own.grid is None:
+        raise ConfigError(
+            f"{export.own.path} sees images by data.image_aspect_ratio {export.own.aspect_ratio!r}, LLaVA-NeXT by "
+            "'anyres'; export it with --to llava-hf"
+        )
+    _write_llava_hf(export)
+
+
 def _write_vllm(export: _Export) -> None:
     """llava-hf with the mixture in its static form, for the plug-in of vLLM."""
     own = export.own
@@ -265,13 +276,16 @@ class Layout:
     merges: bool = False
     """Whether a LoRA is merged (unless `unmerged`)."""
     takes_mixture: bool = False
+    tiled: bool = False
+    """Whether it holds models that see images in tiles."""
 
 
 LAYOUTS = {
     "llava": Layout("a full LLaVA-1.5 checkpoint", _write_llava, merges=True),
     "llava-lora": Layout("LLaVA-1.5's LoRA layout", _write_llava_lora),
     "llava-hf": Layout("the layout of llava-hf", _write_llava_hf, merges=True),
-    "peft": Layout("a PEFT adapter", _write_peft, takes_mixture=True),
+    "llava-next-hf": Layout("the layout of LLaVA-NeXT in llava-hf", _write_llava_next_hf, merges=True, tiled=True),
+    "peft": Layout("a PEFT adapter", _write_peft, takes_mixture=True, tiled=True),
     "vllm": Layout("the layout of llava-hf with static experts, for vLLM", _write_vllm, takes_mixture=True),
 }
 
@@ -301,6 +315,11 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
         raise ConfigError(
             f"{own.path} is a mixture of experts, which cannot be merged or written as one LoRA; --expert k, uniform "
             "or usage writes an approximation, --to peft the mixture itself"
+        )
+    if own.grid is not None and not layout.tiled:
+        raise ConfigError(
+            f"{own.path} sees images in tiles (data.image_aspect_ratio 'anyres'), for which {layout.title} has no "
+            "place; export it with --to llava-next-hf"
         )
     notes = []
     quantization = own.manifest.get("quantization", "none")

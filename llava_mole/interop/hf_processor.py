@@ -14,6 +14,7 @@ from llava_mole.interop.causal_lm import base_end_ids
 from llava_mole.interop.own import OwnCheckpoint
 from llava_mole.interop.towers import image_processor
 from llava_mole.model.builder import TOKENIZER_DIR
+from llava_mole.model.multimodal_projector import NEWLINE
 
 SELECT_STRATEGY: dict[str, Literal["default", "full"]] = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """Kind of tower -> transformers' name for "all patches": `default` drops the first token, CLIP's class token."""
@@ -70,14 +71,14 @@ def embeddings_to_grow(own: OwnCheckpoint, tokenizer: Any, image_id: int) -> dic
 
 
 def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
-    """`LlavaConfig` of a checkpoint, with the image token.
+    """`LlavaConfig` of a checkpoint, with the image token; with tiles `LlavaNextConfig`.
 
     Raises ConfigError for other projectors than mlp2x_gelu and other towers than CLIP's and SigLIP's.
     """
-    from transformers import LlavaConfig
+    from transformers import LlavaConfig, LlavaNextConfig
 
-    model = own.config.model
-    if model.projector != "mlp2x_gelu":
+    model, grid = own.config.model, own.grid
+    if model.projector.removesuffix(NEWLINE) != "mlp2x_gelu":
         raise ConfigError(f"model.projector is {model.projector!r}; the layout of llava-hf has 'mlp2x_gelu' only")
     if own.tower.kind not in SELECT_STRATEGY:
         raise ConfigError(
@@ -87,7 +88,9 @@ def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
     vision = own.tower.transformers_config(own.path)
     text = own.skeleton.config.to_dict()
     text["vocab_size"] = max(own.skeleton.config.get_text_config().vocab_size, image_id + 1)
-    return LlavaConfig(
+    kind: Any = LlavaConfig if grid is None else LlavaNextConfig
+    tiles = {} if grid is None else {"image_grid_pinpoints": [list(pair) for pair in grid.pinpoints]}
+    return kind(
         vision_config=vision,
         text_config=text,
         image_token_index=image_id,
@@ -95,7 +98,8 @@ def llava_config(own: OwnCheckpoint, image_id: int) -> Any:
         vision_feature_layer=model.vision_tower.select_layer,
         vision_feature_select_strategy=SELECT_STRATEGY[own.tower.kind],
         projector_hidden_act="gelu",
-        architectures=["LlavaForConditionalGeneration"],
+        architectures=[f"{kind.__name__.removesuffix('Config')}ForConditionalGeneration"],
+        **tiles,
     )
 
 
@@ -104,13 +108,14 @@ def write_processor(own: OwnCheckpoint, tokenizer: Any, directory: Path) -> list
 
     Returns what a caller of `generate` has to know.
     """
-    from transformers import GenerationConfig, LlavaProcessor
+    from transformers import GenerationConfig, LlavaNextProcessor, LlavaProcessor
 
+    kind: Any = LlavaProcessor if own.grid is None else LlavaNextProcessor
     name, text_tokenizer = own.manifest["template"], HFTextTokenizer(tokenizer)
     template = resolve_template(name, text_tokenizer)
     by_tokenizer = name == TOKENIZER_TEMPLATE
-    processor = LlavaProcessor(
-        image_processor=image_processor(own.tower, own.aspect_ratio),
+    processor = kind(
+        image_processor=image_processor(own.tower, own.aspect_ratio, own.grid),
         tokenizer=tokenizer,
         patch_size=own.tower.transformers_config(own.path)["patch_size"],
         vision_feature_select_strategy=SELECT_STRATEGY[own.tower.kind],

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from llava_mole import __version__
 from llava_mole.common.errors import WeightsError
 from llava_mole.config import (
     AdapterConfig,
+    AspectRatio,
     DataConfig,
     ModelConfig,
     RunConfig,
@@ -41,7 +42,6 @@ from llava_mole.model.checkpoint import write_checkpoint
 from llava_mole.model.multimodal_projector import build_projector
 
 LANGUAGE_MODEL_DIR, VISION_TOWER_DIR = "language_model", "vision_tower"
-AspectRatio = Literal["pad", "square"]
 AdapterWriter = Callable[[Path, str], None] | None
 """Writes an adapter to a directory, for the language model at a path. None without an adapter."""
 
@@ -127,7 +127,7 @@ def _language_model(source: Source, options: ImportOptions) -> tuple[LanguageMod
     base = find_kind(options.model_base)
     if base.kind == "language-model":
         return None, options.model_base
-    if base.kind not in ("llava", "llava-hf"):
+    if base.kind not in ("llava", "llava-hf", "llava-next-hf"):
         raise WeightsError(
             f"--model-base {options.model_base} is {base.kind!r}; needed is a language model or a full LLaVA"
         )
@@ -181,6 +181,12 @@ def _run_config(
     source: Source, tower: Tower, adapter: AdapterConfig, out: Path, language_model: Path, options: ImportOptions
 ) -> RunConfig:
     """The configuration of the run; its paths are those after publishing."""
+    ratio = options.image_aspect_ratio
+    if ratio is not None and (ratio == "anyres") != (source.aspect_ratio == "anyres"):
+        raise WeightsError(
+            f"{source.found.path} is {KINDS[source.found.kind]}; --image-aspect-ratio {ratio} does not fit it: leave "
+            "the option out"
+        )
     tower_name, tower_weights = tower.name, tower.weights
     if tower.state is not None:
         folder = out / VISION_TOWER_DIR
@@ -202,7 +208,8 @@ def _run_config(
         data=DataConfig(
             sources={"imported": SourceConfig(annotations=f"not recorded (imported from {source.found.path})")},
             template=options.template or ("plain" if source.stage == "pretrain" else "vicuna_v1"),
-            image_aspect_ratio=cast(AspectRatio, options.image_aspect_ratio or source.aspect_ratio or "pad"),
+            image_aspect_ratio=cast(AspectRatio, ratio or source.aspect_ratio or "pad"),
+            image_grid_pinpoints=source.pinpoints,
         ),
     )
 

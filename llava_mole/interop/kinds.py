@@ -28,6 +28,7 @@ KINDS = {
     "llava-projector": "a LLaVA-1.5 projector",
     "projector": "a projector of llava_mole",
     "llava-hf": "a LLaVA-1.5 checkpoint in the layout of llava-hf",
+    "llava-next-hf": "a LLaVA-NeXT checkpoint in the layout of llava-hf",
     "released-mole": "a LLaVA-MoLE checkpoint of the paper's authors",
     "peft": "a PEFT adapter",
     "clip": "a CLIP vision tower in Hugging Face's layout",
@@ -35,6 +36,9 @@ KINDS = {
     "vision-tower": "a SigLIP or DINOv2 vision tower in Hugging Face's layout",
     "language-model": "a language model in Hugging Face's layout",
 }
+
+HF_TYPES = {"llava": "llava-hf", "llava_next": "llava-next-hf"}
+"""`model_type` of transformers' LLaVA -> kind."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ def _find_directory(path: Path) -> Found:
     if (path / ADAPTER_CONFIG).is_file():
         is_llava_lora = is_llava or (path / NON_LORA_FILE).is_file()
         return Found("llava-lora", path, config) if is_llava_lora else Found("peft", path, read(ADAPTER_CONFIG))
-    if model_type == "llava" and "text_config" in config:
-        return Found("llava-hf", path, config)
+    if model_type in HF_TYPES and "text_config" in config:
+        return Found(HF_TYPES[model_type], path, config)
     if is_llava and find_weights(path):
         return Found("llava", path, config)
     if is_llava and has_projector:

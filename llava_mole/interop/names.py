@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.common.text import count_of, shorten
+from llava_mole.model.multimodal_projector import NEWLINE_KEY
 
 WRAPPER = "base_model.model."
 """Prefix that PEFT adds to the names of the model it wraps."""
@@ -12,6 +13,8 @@ LLAVA_PROJECTOR = "model.mm_projector."
 LLAVA_TOWER = "model.vision_tower.vision_tower.vision_model."
 HF_LINEARS = {"linear_1": "0", "linear_2": "2"}
 """llava-hf's name of a projector layer -> its position in LLaVA's `mlp2x_gelu`."""
+HF_NEWLINE = "image_newline"
+"""LLaVA-NeXT's vector that ends a row of tiles, our `NEWLINE_KEY`."""
 BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Endings of constant buffers that older versions of transformers stored. They are not weights and are skipped."""
 
@@ -76,7 +79,7 @@ def unwrap(name: str) -> str:
 
 
 def split_llava_hf(names: Iterable[str]) -> Parts:
-    """Sort the names of a `LlavaForConditionalGeneration`, in its old or new layout."""
+    """Sort the names of a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`, old or new layout."""
     parts = Parts()
     for name in names:
         short = name.removeprefix("model.")
@@ -85,6 +88,8 @@ def split_llava_hf(names: Iterable[str]) -> Parts:
             parts.put(parts.tower, short.removeprefix("vision_tower.").removeprefix("vision_model."), name)
         elif short.startswith("multi_modal_projector.") and linear in HF_LINEARS:
             parts.put(parts.projector, f"{HF_LINEARS[linear]}.{kind}", name)
+        elif short == HF_NEWLINE:
+            parts.put(parts.projector, NEWLINE_KEY, name)
         elif name.startswith("model.language_model."):
             parts.put(parts.language_model, "model." + name.removeprefix("model.language_model."), name)
         elif name.startswith(("language_model.", "lm_head.")):
@@ -101,6 +106,8 @@ def llava_name(part: str, name: str) -> str:
 
 def llava_hf_name(part: str, name: str) -> str:
     """The name of a tensor in a `llava-hf` checkpoint, in the old layout, which every version of transformers reads."""
+    if part == "projector" and name == NEWLINE_KEY:
+        return HF_NEWLINE
     if part == "projector":
         position, _, kind = name.partition(".")
         linears = {ours: theirs for theirs, ours in HF_LINEARS.items()}

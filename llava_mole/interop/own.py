@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llava_mole.config import RunConfig, load_config
+from llava_mole.data.anyres import Grid
 from llava_mole.interop.causal_lm import Skeleton, fingerprint_language_model, open_language_model
 from llava_mole.interop.sources import read_projector
 from llava_mole.interop.tensors import Weights
@@ -40,8 +41,17 @@ class OwnCheckpoint:
         return self.path / ADAPTER_DIR
 
     @property
+    def grid(self) -> Grid | None:
+        """The tiles of images; None if images are not tiled."""
+        if self.aspect_ratio != "anyres":
+            return None
+        vision = self.tower.config["vision_cfg"]
+        features = (vision["image_size"] // vision["patch_size"]) ** 2
+        return Grid.of_tower(vision["image_size"], features, self.config.data.image_grid_pinpoints)
+
+    @property
     def aspect_ratio(self) -> str:
-        """`pad` or `square`."""
+        """`pad`, `square` or `anyres`."""
         return self.config.data.image_aspect_ratio
 
 

@@ -10,6 +10,7 @@ import torch
 
 from llava_mole.common.errors import ConfigError, WeightsError
 from llava_mole.common.text import count_of, shorten
+from llava_mole.data.anyres import Grid
 from llava_mole.interop.causal_lm import LanguageModelPart, language_model_config
 from llava_mole.interop.kinds import NON_LORA_FILE, Found, find_kind
 from llava_mole.interop.lora import ADAPTER_CONFIG
@@ -17,6 +18,7 @@ from llava_mole.interop.names import Parts, split_llava, split_llava_hf
 from llava_mole.interop.tensors import Weights, check_finite, open_weights, read_object
 from llava_mole.interop.towers import open_clip_config
 from llava_mole.model.builder import PROJECTOR_FILE, PROJECTOR_PREFIX
+from llava_mole.model.multimodal_projector import NEWLINE
 
 HF_ADAPTER = "adapter"
 """Folder of an unmerged LoRA in a `llava-hf` checkpoint that this package wrote."""
@@ -35,6 +37,8 @@ class Source:
     stage: str = "finetune"
     select_layer: int | None = None
     aspect_ratio: str | None = None
+    pinpoints: list[list[int]] | None = None
+    """For aspect ratio `anyres`: (height, width) in pixels."""
     language_model: LanguageModelPart | None = None
     tower: Weights | None = None
     """The tower in Hugging Face's names; None or empty if the checkpoint has none."""
@@ -49,11 +53,11 @@ def read_source(path: Path) -> Source:
     found = find_kind(path)
     if found.kind == "llava":
         return _read_llava(found)
-    if found.kind == "llava-hf":
+    if found.kind in ("llava-hf", "llava-next-hf"):
         return _read_llava_hf(found)
     if found.kind in ("llava-lora", "llava-projector", "projector"):
         return _read_projector_file(found)
-    readable = "llava, llava-lora, llava-projector, projector, llava-hf"
+    readable = "llava, llava-lora, llava-projector, projector, llava-hf, llava-next-hf"
     raise WeightsError(f"{path} is {found.kind!r}; readable here are {readable}")
 
 
@@ -100,7 +104,10 @@ def _from_llava_config(found: Found, parts: Parts, weights: Weights) -> Source:
     config, where = found.config, found.path / "config.json"
     for key, allowed in LLAVA_FLAT.items():
         if config.get(key) not in allowed:
-            raise WeightsError(f"{where}: {key} {config[key]!r}; only LLaVA-1.5's value {allowed[0]!r} is supported")
+            hint = "; for LLaVA-NeXT, import the checkpoint of llava-hf" if key == "mm_patch_merge_type" else ""
+            raise WeightsError(
+                f"{where}: {key} {config[key]!r}; only LLaVA-1.5's value {allowed[0]!r} is supported{hint}"
+            )
     if (feature := config.get("mm_vision_select_feature", "patch")) != "patch":
         raise WeightsError(f"{where}: mm_vision_select_feature {feature!r}; needed is 'patch'")
     aspect_ratio = config.get("image_aspect_ratio", "square" if config else None)
@@ -122,14 +129,16 @@ def _from_llava_config(found: Found, parts: Parts, weights: Weights) -> Source:
 
 
 def _read_llava_hf(found: Found) -> Source:
-    """A checkpoint of `LlavaForConditionalGeneration`, in the old or new layout of names."""
-    from transformers import LlavaConfig
+    """A checkpoint of `LlavaForConditionalGeneration` or of LLaVA-NeXT's class, in the old or new layout of names."""
+    from transformers import LlavaConfig, LlavaNextConfig
 
     where = found.path / "config.json"
     if (found.path / HF_ADAPTER / ADAPTER_CONFIG).is_file():
         raise WeightsError(f"{found.path} has its LoRA unmerged in {HF_ADAPTER}/; merge it with PEFT first")
+    tiled = found.kind == "llava-next-hf"
     try:
-        config: Any = LlavaConfig.from_pretrained(str(found.path), local_files_only=True)
+        kind = LlavaNextConfig if tiled else LlavaConfig
+        config: Any = kind.from_pretrained(str(found.path), local_files_only=True)
     except Exception as error:  # transformers raises many types for an unusable value
         raise WeightsError(f"{where} is not a LLaVA configuration: {' '.join(str(error).split())[:200]}") from None
     if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
@@ -148,9 +157,10 @@ def _read_llava_hf(found: Found) -> Source:
     return Source(
         found,
         projector=_read(weights, parts.projector),
-        projector_kind="mlp2x_gelu",
+        projector_kind=f"mlp2x_gelu{NEWLINE if tiled else ''}",
         select_layer=config.vision_feature_layer,
-        aspect_ratio=_hf_aspect_ratio(found.path),
+        aspect_ratio="anyres" if tiled else _hf_aspect_ratio(found.path),
+        pinpoints=_pinpoints(found.path, config) if tiled else None,
         language_model=LanguageModelPart(text, weights.part(parts.language_model), found.path),
         tower=weights.part(parts.tower),
         tower_config=open_clip_config(config.vision_config, where),
@@ -166,6 +176,26 @@ def _hf_aspect_ratio(path: Path) -> str | None:
             if "image_mean" in content or "do_resize" in content:
                 return "pad" if content.get("do_pad") else "square"
     return None
+
+
+def _pinpoints(path: Path, config: Any) -> list[list[int]]:
+    """The resolutions of a LLaVA-NeXT model's tiles.
+
+    Raises:
+        ConfigError: one is no multiple of the tower's image size.
+        WeightsError: its image processor has others.
+    """
+    vision = config.vision_config
+    found = [list(pair) for pair in config.image_grid_pinpoints]
+    Grid.of_tower(vision.image_size, (vision.image_size // vision.patch_size) ** 2, found)
+    for file in (path / "preprocessor_config.json", path / "processor_config.json"):
+        content = read_object(file) if file.is_file() else {}
+        others = content.get("image_processor", content).get("image_grid_pinpoints")
+        if others is not None and [list(pair) for pair in others] != found:
+            raise WeightsError(
+                f"{file}: image_grid_pinpoints {others}, but config.json has {found}; model and processor must agree"
+            )
+    return found
 
 
 def projector_kind(state: Mapping[str, torch.Tensor], where: object) -> str:
@@ -196,7 +226,7 @@ def llava_projector(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "0.weight" not in state:
         raise ConfigError("the projector shuffles pixels (pixel_shuffle+), for which LLaVA has no place")
     if any(not name.endswith((".weight", ".bias")) for name in state):
-        raise ConfigError("the projector has learned vectors around an image, for which LLaVA has no place")
+        raise ConfigError("the projector has learned vectors for images, for which LLaVA-1.5 has no place")
     is_linear = set(state) == {"0.weight", "0.bias"}
     return {name.removeprefix("0."): value for name, value in state.items()} if is_linear else state
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava_mole.common.errors import WeightsError
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
+from llava_mole.data.anyres import Grid
 from llava_mole.interop.names import BUFFERS
 from llava_mole.interop.tensors import check_names, open_weights, read_object, save_tensors, write_object
 from llava_mole.model.checkpoint import fingerprint
@@ -304,11 +305,13 @@ def write_hugging_face(tower: Tower, directory: Path, aspect_ratio: str) -> None
     image_processor(tower, aspect_ratio).save_pretrained(str(directory))
 
 
-def image_processor(tower: Tower, aspect_ratio: str) -> Any:
-    """CLIP's image processor, or for `pad` LLaVA's, which first pads the image to a square."""
-    from transformers import CLIPImageProcessor, LlavaImageProcessor
+def image_processor(tower: Tower, aspect_ratio: str, grid: Grid | None = None) -> Any:
+    """CLIP's image processor; for `pad` LLaVA's, which first pads the image to a square; with a grid LLaVA-NeXT's."""
+    from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor
 
     size, pixels = tower.pixels()
     values: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     values |= {"image_mean": list(pixels.mean), "image_std": list(pixels.std), "resample": pixels.resample}
+    if grid is not None:
+        return LlavaNextImageProcessor(image_grid_pinpoints=[list(pair) for pair in grid.pinpoints], **values)
     return LlavaImageProcessor(do_pad=True, **values) if aspect_ratio == "pad" else CLIPImageProcessor(**values)

@@ -40,6 +40,7 @@ def forward_losses(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         images=batch["images"],
+        feature_index=batch.get("feature_index"),
         sample_lengths=batch["sample_lengths"],
         loss_mask=loss_mask_BL,
         targets=targets_n,

@@ -15,7 +15,16 @@ from torch import nn
 
 from llava_mole.common.errors import CheckpointError, ConfigError, WeightsError, value_errors_as
 from llava_mole.common.log import get_logger
-from llava_mole.config import AdapterConfig, AspectRatio, ImageModes, ModelConfig, Quantization, load_config
+from llava_mole.config import (
+    AdapterConfig,
+    AspectRatio,
+    DataConfig,
+    ImageModes,
+    ModelConfig,
+    Quantization,
+    load_config,
+)
+from llava_mole.data.anyres import Grid
 from llava_mole.data.images import ImageProcessor
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import add_adapter, trainable_parameters
@@ -32,7 +41,7 @@ from llava_mole.model.multimodal_encoder import (
     build_vision_tower,
     find_open_clip_weights,
 )
-from llava_mole.model.multimodal_projector import build_projector
+from llava_mole.model.multimodal_projector import NEWLINE_KEY, build_projector
 from llava_mole.model.quantization import quantize_linears, require_bitsandbytes
 from llava_mole.model.tower_files import find_open_clip_config, is_hugging_face
 
@@ -138,8 +147,12 @@ def attach_adapter(model: LlavaMole, config: AdapterConfig) -> None:
         model.language_model = add_adapter(model.language_model, **asdict(config))
 
 
-def load_projector(projector: nn.Sequential, source: str | Path) -> None:
+def load_projector(projector: nn.Sequential, source: str | Path, *, start: bool = False) -> None:
     """Load projector weights from a checkpoint, a run directory or a `.safetensors` file, in place.
+
+    Args:
+        start: Whether training starts from it. A newline vector that it lacks then keeps its random values: stage 1 may
+            have seen whole images only.
 
     Raises:
         WeightsError: The file is missing or unreadable, its keys or shapes do not fit, or a value is not finite.
@@ -160,6 +173,9 @@ def load_projector(projector: nn.Sequential, source: str | Path) -> None:
     except SafetensorError as error:
         raise WeightsError(f"{path} is not a readable safetensors file ({error})") from None
     expected = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    if start and NEWLINE_KEY in expected and NEWLINE_KEY not in state:
+        logger.info("%s has no newline vector; it starts from random values", path)
+        state[NEWLINE_KEY] = projector.state_dict()[NEWLINE_KEY]
     found = {key: tuple(value.shape) for key, value in state.items()}
     if found != expected:
         raise WeightsError(f"{path} does not fit the projector: it has {found}, the model needs {expected}")
@@ -372,7 +388,7 @@ def load_pretrained_models(
                 model=model,
                 # A prompt is never refused: the model has not seen control tokens in texts, and must not see them now.
                 tokenizer=HFTextTokenizer(hf_tokenizer, "keep" if config.data.special_tokens == "keep" else "escape"),
-                image_processor=build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
+                image_processor=configured_image_processor(model, config.data),
                 template=manifest["template"],
                 context_length=context_length(model, config.data.max_length),
                 path=path,
@@ -400,11 +416,28 @@ def context_length(model: LlavaMole, default: int) -> int:
     return longest_sequence(model.causal_lm.config) or default
 
 
-def build_image_processor(model: LlavaMole, aspect_ratio: AspectRatio, modes: ImageModes = "llava") -> ImageProcessor:
-    """The image preprocessing that the model's tower expects."""
-    tower = model.vision_tower
+def build_image_processor(
+    model: LlavaMole,
+    aspect_ratio: AspectRatio,
+    modes: ImageModes = "llava",
+    pinpoints: Sequence[Sequence[int]] | None = None,
+) -> ImageProcessor:
+    """The image preprocessing that the model's tower expects; `pinpoints` are `DataConfig.image_grid_pinpoints`.
+
+    Raises ConfigError if the tower cannot see images in tiles, or not in these.
+    """
+    tower, grid = model.vision_tower, None
     pixels = tower.spec.pixels
-    return ImageProcessor(tower.image_size, pixels.mean, pixels.std, aspect_ratio, modes, resample=pixels.resample)
+    if aspect_ratio == "anyres":
+        grid = Grid.of_tower(tower.image_size, model.num_image_tokens, pinpoints)
+    return ImageProcessor(
+        tower.image_size, pixels.mean, pixels.std, aspect_ratio, modes, resample=pixels.resample, grid=grid
+    )
+
+
+def configured_image_processor(model: LlavaMole, data: DataConfig) -> ImageProcessor:
+    """`build_image_processor` as section `data` says."""
+    return build_image_processor(model, data.image_aspect_ratio, data.image_modes, data.image_grid_pinpoints)
 
 
 def locate_parts(

@@ -58,6 +58,7 @@ class ModelShape:
     def per_weight(self) -> float:
         """FLOPs per weight and token of linears and head."""
         return 6.0 if self.language_model_trains else 4.0
+
     image_size: int = 336
     """Side of an image in pixels."""
 

@@ -1,7 +1,8 @@
 """The multimodal model: vision tower -> projector -> scatter into the token embeddings -> language model.
 
 Shapes: B samples, L tokens, D hidden size, V vocabulary, N images, P patches of an image, S image side, W tower width.
-The data code has already expanded every `<image>` to P placeholder ids, so lengths do not change here.
+The data code has already expanded every `<image>` to its placeholder ids, so lengths do not change here. There are P of
+them, or as many as `data.anyres` shows of an image in tiles; N then counts tiles.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.model import packed_attention
 from llava_mole.model.head_loss import head_losses
 from llava_mole.model.multimodal_encoder import VisionTower
-from llava_mole.model.multimodal_projector import PixelShuffle, half_grid
+from llava_mole.model.multimodal_projector import ImageNewline, PixelShuffle, half_grid
 
 
 class LlavaMole(nn.Module):
@@ -36,7 +37,7 @@ class LlavaMole(nn.Module):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions an image takes in the sequence (P)."""
+        """Positions an image takes in the sequence (P); of an image in tiles, those of the whole image."""
         rows, columns = self.image_grid
         return rows * columns + getattr(self.projector[-1], "extra_positions", 0)
 
@@ -48,6 +49,11 @@ class LlavaMole(nn.Module):
     @property
     def _shuffles(self) -> bool:
         return isinstance(self.projector[0], PixelShuffle)
+
+    @property
+    def ends_rows(self) -> bool:
+        """Whether it sees images in tiles, whose rows end in a newline vector (`data.image_aspect_ratio: anyres`)."""
+        return isinstance(self.projector[-1], ImageNewline)
 
     @property
     def causal_lm(self) -> Any:
@@ -69,7 +75,10 @@ class LlavaMole(nn.Module):
         return cast(nn.Linear, self.projector[int(self._shuffles)])
 
     def encode_images(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Projected features [N, P, D] of images [N, 3, S, S], uint8 pixels or normalised floats."""
+        """Projected features [N, P, D] of images [N, 3, S, S], uint8 pixels or normalised floats.
+
+        A projector with a newline vector gives P + 1 features, that vector last.
+        """
         return self.projector(self.vision_tower(images_NCHW).to(self._first_linear.weight.dtype))
 
     def embed(
@@ -79,12 +88,14 @@ class LlavaMole(nn.Module):
         image_index: torch.Tensor | None = None,
         *,
         features: torch.Tensor | None = None,
+        feature_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Input embeddings [B, L, D]: token embeddings, with image features at the placeholder positions.
 
         Features fill the placeholders in order: image 0 the first P, image 1 the next P, and so on. With
         `image_index` (int64 [M]) the m-th P placeholders show image `image_index[m]`: an image that several samples
-        share is encoded once. `features` [N, P, D] are what `encode_images` gave, instead of the images.
+        share is encoded once. With `feature_index` (int64 [n, 2]) the n-th placeholder shows one feature of one image,
+        see `data.anyres`. `features` [N, P, D] are what `encode_images` gave, instead of the images.
 
         Raises:
             DataError: The number of placeholders does not match the features.
@@ -97,11 +108,19 @@ class LlavaMole(nn.Module):
         shown = next((given for given in (image_index, images_NCHW, features) if given is not None), None)
         num_images = 0 if shown is None else shown.shape[0]
         num_placeholders = int(is_image_BL.sum())
-        if num_placeholders != num_images * self.num_image_tokens:
+        if feature_index is not None:
+            if num_placeholders != len(feature_index):
+                raise DataError(
+                    f"a batch has {num_placeholders} image positions, but its images in tiles show "
+                    f"{len(feature_index)} features; every <image> needs its own image"
+                )
+        elif num_placeholders != num_images * self.num_image_tokens:
             raise DataError(
                 f"a batch has {num_placeholders} image positions but {num_images} images of "
                 f"{self.num_image_tokens} features; every <image> needs its own image"
             )
+        elif num_images and self.ends_rows:
+            raise DataError("this model sees images in tiles; give their `feature_index` (`ImageProcessor.tiles`)")
         text_BLD = self.causal_lm.get_input_embeddings()(ids_BL.masked_fill(is_image_BL, 0))
         if images_NCHW is not None:
             features = self.encode_images(images_NCHW)
@@ -109,6 +128,8 @@ class LlavaMole(nn.Module):
             features_NPD = features.to(text_BLD.dtype)
             if image_index is not None:
                 features_NPD = features_NPD[image_index]
+            if feature_index is not None:
+                features_NPD = features_NPD[feature_index[:, 0], feature_index[:, 1]]
             return text_BLD.masked_scatter(is_image_BL.unsqueeze(-1), features_NPD)
         in_training = self.training and torch.is_grad_enabled()
         if self.always_runs_tower or (in_training and self.vision_tower.trains):
@@ -129,6 +150,7 @@ class LlavaMole(nn.Module):
         attention_mask: torch.Tensor,
         images: torch.Tensor | None = None,
         *,
+        feature_index: torch.Tensor | None = None,
         sample_lengths: Sequence[int] | None = None,
         loss_mask: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
@@ -139,6 +161,7 @@ class LlavaMole(nn.Module):
             input_ids: int64 [B, L], IMAGE_TOKEN_INDEX at image positions.
             attention_mask: bool [B, L], False at padding.
             images: uint8 or normalised float [N, 3, S, S] in the order of their placeholders, or None.
+            feature_index: int64 [n, 2], for images in tiles; see `embed`.
             sample_lengths: for one row (B = 1) that holds several samples, their lengths, which add up to L. Each
                 sample sees itself only, at positions that start from 0. `packed_attention.enable_packing` comes first.
             loss_mask: bool [B, L], the positions whose next token is supervised. The head runs there only.
@@ -150,7 +173,7 @@ class LlavaMole(nn.Module):
         Raises:
             ValueError: `sample_lengths` do not describe the row, or packing is not enabled: samples would leak.
         """
-        inputs_BLD = self.embed(input_ids, images)
+        inputs_BLD = self.embed(input_ids, images, feature_index=feature_index)
         arguments = self._decoder_arguments(attention_mask, sample_lengths)
         causal_lm = self.causal_lm
         if loss_mask is None or targets is None:
@@ -188,12 +211,14 @@ class LlavaMole(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         images: torch.Tensor | None = None,
+        *,
+        feature_index: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
         """Continue left-padded prompts with a KV cache; greedy unless `do_sample=True` is given.
 
         Args:
-            input_ids, attention_mask, images: as in `forward`, padded on the left.
+            input_ids, attention_mask, images, feature_index: as in `forward`, padded on the left.
             generate_kwargs: passed to transformers' `generate` (max_new_tokens, do_sample, temperature, ...).
 
         Returns:
@@ -202,5 +227,7 @@ class LlavaMole(nn.Module):
         if bool((~attention_mask[:, -1]).any()):
             raise DataError("generate() needs prompts padded on the left; a row ends in padding")
         return self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, images), attention_mask=attention_mask, **generate_kwargs
+            inputs_embeds=self.embed(input_ids, images, feature_index=feature_index),
+            attention_mask=attention_mask,
+            **generate_kwargs,
         )

@@ -9,6 +9,9 @@ from torch import nn
 from llava_mole.common.errors import ConfigError
 
 ENDS = "+ends"
+NEWLINE = "+newline"
+NEWLINE_KEY = "newline.vector"
+"""Name of the newline vector in a projector's state."""
 SHUFFLE = "pixel_shuffle+"
 
 
@@ -39,19 +42,20 @@ def half_grid(grid: tuple[int, int]) -> tuple[int, int]:
     return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
-def split_kind(kind: str) -> tuple[bool, str, bool]:
-    """Whether a kind of projector shuffles, its layers (`linear` or `mlp<N>x_gelu`), and whether it has `ImageEnds`.
+def split_kind(kind: str) -> tuple[bool, str, str]:
+    """Whether a kind of projector shuffles, its layers (`linear` or `mlp<N>x_gelu`), and its suffix (may be empty).
 
     Raises ConfigError if there is no such kind.
     """
-    layers = kind.removeprefix(SHUFFLE).removesuffix(ENDS)
-    if layers != "linear" and re.fullmatch(r"mlp[1-9]\d?x_gelu", layers) is None:
+    layers, plus, suffix = kind.removeprefix(SHUFFLE).partition("+")
+    known = layers == "linear" or re.fullmatch(r"mlp[1-9]\d?x_gelu", layers) is not None
+    if not known or plus + suffix not in ("", ENDS, NEWLINE):
         raise ConfigError(
             f"model.projector {kind!r}: allowed are 'linear' and 'mlp<N>x_gelu', as in 'mlp2x_gelu', either with "
-            f"{SHUFFLE!r} before it, which quarters the tokens of an image, and with {ENDS!r} behind it for learned "
-            "vectors around an image"
+            f"{SHUFFLE!r} before it, which quarters the tokens of an image. Behind it may stand {ENDS!r} for learned "
+            f"vectors around an image, or {NEWLINE!r} for data.image_aspect_ratio 'anyres'"
         )
-    return kind.startswith(SHUFFLE), layers, kind.endswith(ENDS)
+    return kind.startswith(SHUFFLE), layers, plus + suffix
 
 
 def image_grid(kind: str, grid: tuple[int, int]) -> tuple[int, int]:
@@ -62,7 +66,7 @@ def image_grid(kind: str, grid: tuple[int, int]) -> tuple[int, int]:
 def image_positions(kind: str, grid: tuple[int, int]) -> int:
     """Positions that an image takes in the sequence, for the grid of the tower's patches."""
     rows, columns = image_grid(kind, grid)
-    return rows * columns + (ImageEnds.extra_positions if split_kind(kind)[2] else 0)
+    return rows * columns + (ImageEnds.extra_positions if split_kind(kind)[2] == ENDS else 0)
 
 
 class ImageEnds(nn.Module):
@@ -86,6 +90,25 @@ class ImageEnds(nn.Module):
         return torch.cat([start_N1D, features_NPD, end_N1D], dim=1)
 
 
+class ImageNewline(nn.Module):
+    """The learned vector that ends a row of tiles, after the features of every tile: [N, P, D] -> [N, P + 1, D].
+
+    LLaVA-NeXT's `image_newline`. Which positions show it says `data.anyres.Layout.index`. As a part of the projector's
+    output it trains and is saved with the projector, and has a gradient whenever the projector has one.
+    """
+
+    extra_positions = 0  # no position of its own in the sequence
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(hidden_size))
+        nn.init.normal_(self.vector, std=hidden_size**-0.5)
+
+    def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
+        newline_N1D = self.vector.to(features_NPD.dtype).expand(features_NPD.shape[0], 1, -1)
+        return torch.cat([features_NPD, newline_N1D], dim=1)
+
+
 def build_projector(
     kind: str, vision_size: int, hidden_size: int, grid: tuple[int, int] | None = None
 ) -> nn.Sequential:
@@ -94,17 +117,20 @@ def build_projector(
     Args:
         kind: `linear`, or `mlp<N>x_gelu`: N linear layers with exact GELU in between. The state keys are LLaVA's
             (`0.weight`, `0.bias`, `2.weight`, ...). The prefix `pixel_shuffle+` puts `PixelShuffle` before them, so
-            that the keys begin with `1.`; the suffix `+ends` appends `ImageEnds`.
+            that the keys begin with `1.`. The suffix `+ends` appends `ImageEnds`, `+newline` `ImageNewline`.
         grid: rows and columns of the tower's patches, for `pixel_shuffle+` alone; without it only shapes are of use.
 
     Raises:
         ConfigError: `kind` is neither.
     """
-    shuffles, plain, has_ends = split_kind(kind)
+    shuffles, plain, suffix = split_kind(kind)
     layers: list[nn.Module] = [PixelShuffle(grid or (2, 2))] if shuffles else []
     layers.append(nn.Linear(vision_size * (4 if shuffles else 1), hidden_size))
     for _ in range(0 if plain == "linear" else int(plain[3:].partition("x")[0]) - 1):
         layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
-    if has_ends:
+    if suffix == ENDS:
         layers.append(ImageEnds(hidden_size))
-    return nn.Sequential(*layers)
+    projector = nn.Sequential(*layers)
+    if suffix == NEWLINE:
+        projector.add_module("newline", ImageNewline(hidden_size))  # `newline.vector`, for projectors of any depth
+    return projector

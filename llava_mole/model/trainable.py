@@ -57,7 +57,7 @@ def let_train(
         CheckpointError: `init_from` or `checkpoint` does not fit.
     """
     if projector_weights is not None:
-        load_projector(model.projector, projector_weights)
+        load_projector(model.projector, projector_weights, start=True)
     if packed:
         enable_packing(model.causal_lm)
     quantize_linears(model.causal_lm, quantization, device, frozen_dtype(precision))

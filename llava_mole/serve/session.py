@@ -9,7 +9,7 @@ from llava_mole.common.files import refuse_existing, write_json
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Turn, with_system
 from llava_mole.data.images import open_image
-from llava_mole.inference.batching import check_room, encode_prompt
+from llava_mole.inference.batching import check_room, encode_prompt, image_tokens
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.inputs import ImagesLike
 from llava_mole.inference.predictor import Predictor
@@ -98,11 +98,11 @@ class Session:
         for dropped in range(len(rounds)):
             left = [Round(r.question, list(r.images), r.answer) for r in rounds[dropped:]]
             left[0].images = [image for r in rounds[: dropped + 1] for image in r.images]
-            turns = _prompt(left)[1]
-            count = sum(len(r.images) for r in left)
+            images, turns = _prompt(left)
             alone = len(left) == 1
             try:
-                ids = encode_prompt(self.predictor.loaded, self.predictor.template, turns, count, 0)
+                shown = image_tokens(self.predictor.loaded, images, 0)
+                ids = encode_prompt(self.predictor.loaded, self.predictor.template, turns, shown, 0)
                 check_room(self.predictor.loaded, len(ids) + (0 if alone else wanted - 1), 0)
             except ContextError:
                 if alone:

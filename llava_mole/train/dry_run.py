@@ -14,7 +14,7 @@ from llava_mole.data.batching import count_steps
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import parameter_report
-from llava_mole.model.builder import build_image_processor, build_parts
+from llava_mole.model.builder import build_parts, configured_image_processor
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.checkpointing import read_progress
 from llava_mole.train.optim import announce_schedule
@@ -59,7 +59,7 @@ def dry_run(config: RunConfig, make_trainable: Callable[..., None] | None) -> st
     dataset = build_dataset(
         config.data,
         tokenizer,
-        build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
+        configured_image_processor(model, config.data),
         model.num_image_tokens,
         seed=train.seed,
         epochs=train.epochs,

@@ -19,7 +19,7 @@ from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.tokenization import HFTextTokenizer
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.adapters import parameter_report, trainable_parameters
-from llava_mole.model.builder import LoadedModel, build_image_processor, build_parts, context_length
+from llava_mole.model.builder import LoadedModel, build_parts, configured_image_processor, context_length
 from llava_mole.model.language_model import compile_layers, set_recompute
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.trainable import let_train
@@ -143,7 +143,7 @@ def load_data(config: RunConfig, model: LlavaMole, tokenizer: HFTextTokenizer, r
     return build_dataset(
         config.data,
         tokenizer,
-        build_image_processor(model, config.data.image_aspect_ratio, config.data.image_modes),
+        configured_image_processor(model, config.data),
         model.num_image_tokens,
         seed=config.train.seed,
         epochs=config.train.epochs,

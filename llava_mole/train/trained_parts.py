@@ -15,7 +15,8 @@ from llava_mole.interop.causal_lm import copy_tokenizer, fingerprint_language_mo
 from llava_mole.interop.tensors import read_object, save_tensors, write_object, write_shards
 from llava_mole.model.adapters import parameter_part
 from llava_mole.model.checkpoint import fingerprint
-from llava_mole.model.multimodal_encoder import read_tower_config, read_visual_state
+from llava_mole.model.multimodal_encoder import read_visual_state
+from llava_mole.model.tower_files import read_tower_config
 from llava_mole.train.strategy import MASTER
 
 LANGUAGE_MODEL, TOWER = "language_model", "vision_tower"

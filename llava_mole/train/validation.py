@@ -19,7 +19,7 @@ from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.records import Record
-from llava_mole.inference.batching import encode_prompt
+from llava_mole.inference.batching import encode_prompt, image_tokens
 from llava_mole.inference.predictor import Predictor
 from llava_mole.model.batch_loss import forward_losses, routing_inputs, to_device
 from llava_mole.model.llava_arch import LlavaMole
@@ -188,7 +188,8 @@ class AnswerCheck:
         """Whether the first question leaves room for an answer; with shortened histories it may not."""
         first = record.turns[0].text.count(DEFAULT_IMAGE_TOKEN)
         try:
-            encode_prompt(self._predictor.loaded, self._predictor.template, record.turns[:1], first, 0)
+            shown = image_tokens(self._predictor.loaded, pictures[:first], 0)
+            encode_prompt(self._predictor.loaded, self._predictor.template, record.turns[:1], shown, 0)
         except PromptError as error:
             logger.warning("validation: %s (%s) is not answered: %s", record.where, source, error.problem)
             return False

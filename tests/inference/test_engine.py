@@ -13,7 +13,7 @@ from PIL import Image
 from worlds.eval_models import colors, make_checkpoint
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.inference.batching import encode_prompt, read_pixels
+from llava_mole.inference.batching import encode_prompt, read_tiles
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.engine import BusyError, ClosedError, Engine, EngineLimits
 from llava_mole.inference.predictor import Predictor
@@ -75,9 +75,9 @@ def start() -> Iterator[Callable[..., Running]]:
 def make_job(predictor: Predictor, image: Any, text: str, new: int = 12, model: str = "mole", **options: Any) -> Job:
     loaded, decoding = predictor.loaded, options.pop("decoding", None) or Decoding(new)
     ids = encode_prompt(loaded, predictor.template, text, image is not None, 0)
-    pixels = () if image is None else (read_pixels(loaded, image, 0),)
+    shown = () if image is None else (read_tiles(loaded, image, 0),)
     limit = min(decoding.max_new_tokens, loaded.context_length - len(ids))
-    return Job(model, ids, pixels, decoding, predictor.answer_decoder(options.pop("stop", None)), limit, **options)
+    return Job(model, ids, shown, decoding, predictor.answer_decoder(options.pop("stop", None)), limit, **options)
 
 
 def alone(predictor: Predictor, image: Any, text: str, job: Job) -> list[int]:
@@ -121,7 +121,7 @@ def test_log_probabilities_are_the_models(served, start) -> None:
     for job in jobs:
         model = predictor.loaded.model
         ids = torch.tensor([job.ids + job.new_ids])
-        features = model.encode_images(job.pixels[0][None])
+        features = model.encode_images(job.images[0].pixels)
         with torch.inference_mode():
             logits = model.causal_lm(inputs_embeds=model.embed(ids, features=features)).logits
         logprobs = logits[0, len(job.ids) - 1 : -1].log_softmax(-1)

@@ -55,17 +55,17 @@ def test_tokens_are_patches_prompt_and_answer(predictor: Predictor) -> None:
     routing = route_answer(predictor, [PHOTO, OTHER], TURNS, "blue")
     count = predictor.loaded.model.num_image_tokens
     assert routing.num_images == 2
-    assert [routing.of_image(n).roles for n in (0, 1)] == [("image",) * count] * 2
+    first_view, second_view = routing.views()
+    assert [routing.of_view(view).roles for view in (first_view, second_view)] == [("image",) * count] * 2
     text = render(predictor.template, place_images(TURNS, 2, 0), add_generation_prompt=True).text
     assert "".join(routing.part("prompt").pieces) == text.replace(DEFAULT_IMAGE_TOKEN, "")
     assert "".join(routing.part("answer").pieces) == "blue"
     parts = [routing.part(role) for role in ("image", "prompt", "answer")]
     assert sum(len(part.roles) for part in parts) == len(routing.roles)
-    rows, columns = routing.grid()
-    assert rows * columns == count
+    assert first_view.rows * first_view.columns == count
     second = [n for n, own in enumerate(routing.images.tolist()) if own == 1]
     assert second == list(range(second[0], second[0] + count))
-    assert torch.equal(routing.of_image(1).experts, routing.experts[:, second])
+    assert torch.equal(routing.of_view(second_view).experts, routing.experts[:, second])
     without = route_answer(predictor, None, "What?", "red")
     assert without.num_images == 0
     assert without.part("image").load(0) == [0.0] * without.num_experts
@@ -104,4 +104,4 @@ def test_patches_that_are_no_square_cannot_be_drawn(predictor: Predictor) -> Non
     places = [n for n, own in enumerate(routing.images.tolist()) if own == 0][:3]
     broken: TokenRouting = routing._at(places)
     with pytest.raises(ConfigError, match="3 tokens, which are no grid of 2 x 2"):
-        broken.grid()
+        broken.views()

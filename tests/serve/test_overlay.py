@@ -9,7 +9,7 @@ from PIL import Image
 from llava_mole.inference.predictor import Predictor
 from llava_mole.inference.token_routing import route_answer
 from llava_mole.serve.overlay.cli import main
-from llava_mole.serve.overlay.files import FAINTEST, STRONGEST, shown_image, spread, strength
+from llava_mole.serve.overlay.files import FAINTEST, STRONGEST, shown_images, spread, strength
 
 
 def test_data_and_figure(mole_run: Path, predictor: Predictor, photo: str, tmp_path: Path, capsys) -> None:
@@ -66,7 +66,7 @@ def test_a_run_without_experts(chat_run: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_the_shown_image_is_the_models_square(predictor: Predictor) -> None:
     wide = Image.new("RGB", (400, 100), (250, 0, 0))
-    shown = shown_image(predictor.loaded.image_processor, wide)
+    (shown,) = shown_images(predictor.loaded.image_processor, wide)
     assert shown.size[0] == shown.size[1]
     assert shown.getpixel((10, shown.height // 2)) == (250, 0, 0)
     assert shown.getpixel((10, 5)) == tuple(int(255 * mean) for mean in predictor.loaded.image_processor.mean)

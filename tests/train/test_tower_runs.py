@@ -70,7 +70,8 @@ def test_inference_and_overlay_use_the_grid_of_the_tower(run: Path) -> None:
     image = Image.new("RGB", (40, 30), (200, 30, 90))
     assert predictor.loaded.image_processor(image).shape == (3, SIZE, SIZE)
     routing = route_answer(predictor, [image], "What?", "red")
-    assert routing.grid() == predictor.loaded.model.image_grid == (2, 2)
+    (view,) = routing.views()
+    assert (view.rows, view.columns) == predictor.loaded.model.image_grid == (2, 2)
     places = [(token["row"], token["column"]) for token in as_data(routing)["tokens"] if token["role"] == "image"]
     assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
 

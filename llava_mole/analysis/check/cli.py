@@ -4,13 +4,16 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llava_mole.common.errors import ConfigError, command, one_line
 from llava_mole.common.files import atomic_path, write_json
 from llava_mole.common.log import setup_logging
 from llava_mole.common.processes import open_pool
 from llava_mole.config import RunConfig, parse_run_config
+from llava_mole.data.anyres import Grid
 from llava_mole.data.chat_template import check_template_name
 
 EXIT_FAILED = 1
@@ -56,6 +59,7 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
     from llava_mole.analysis.check import report
     from llava_mole.analysis.check.images import OpenedImages, SourceImages, evaluation_files, find_overlap
     from llava_mole.analysis.check.records import TextLimits, check_records, read_all
+    from llava_mole.data.lengths import ImagePlace
     from llava_mole.model.language_model import check_max_length, read_config
 
     data = config.data
@@ -71,6 +75,7 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
             data.max_length,
             data.max_length_policy,
             data.special_tokens,
+            tile_grid(config),
         )
     # Listed first: a wrong place is then reported before minutes of decoding.
     evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
@@ -96,7 +101,11 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
                 images = SourceImages(described, data.image_modes, source, findings, opened, pool)
             records = read_all(described.annotations, source, findings)
             counting = pool if _size(described.annotations) > ALONE else None
-            check_records(records, source, findings, limits, images, counting)
+            own = limits
+            if limits is not None and limits.grid is not None:
+                place = ImagePlace(described.image_folder, described.follow_links, data.image_modes)
+                own = replace(limits, place=place)
+            check_records(records, source, findings, own, images, counting)
         evaluated, shared = find_overlap(evaluation, opened.contents)
         not_checked = report.left_out(
             tokens=limits is not None, images=not given.no_images, evaluation=bool(evaluation)
@@ -115,13 +124,24 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
 
 
 def image_tokens(config: RunConfig) -> int:
-    """Tokens of one image, from the configuration of the vision tower and the projector. Raises WeightsError."""
+    """Tokens of one image, of one in tiles those of the whole image. Raises WeightsError."""
     from llava_mole.model.multimodal_projector import image_positions
+
+    return image_positions(config.model.projector, _tower_files(config).grid)
+
+
+def tile_grid(config: RunConfig) -> Grid | None:
+    """The tiles of images, None for square ones. Raises WeightsError, or ConfigError for pinpoints that do not fit."""
+    if config.data.image_aspect_ratio != "anyres":
+        return None
+    return Grid.of_tower(_tower_files(config).image_size, image_tokens(config), config.data.image_grid_pinpoints)
+
+
+def _tower_files(config: RunConfig) -> Any:
     from llava_mole.model.tower_files import read_tower
 
     tower = config.model.vision_tower
-    spec = read_tower(tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std)
-    return image_positions(config.model.projector, spec.grid)
+    return read_tower(tower.name, image_size=tower.image_size, image_mean=tower.image_mean, image_std=tower.image_std)
 
 
 def _size(annotations: str) -> int:

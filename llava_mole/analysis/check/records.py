@@ -4,7 +4,8 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from llava_mole.common.errors import DataError
 from llava_mole.common.processes import WorkQueue
 from llava_mole.common.text import shorten
 from llava_mole.conversation import any_of
+from llava_mole.data.anyres import Grid
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.prepare.defects import OVERLONG_RECORD, REFUSED_RECORD, Defects, SkipRecord
 from llava_mole.data.prepare.sources.llava import first_folder, to_sample
@@ -90,6 +92,10 @@ class TextLimits:
     max_length: int
     policy: LengthPolicy = "truncate"
     special_tokens: SpecialTokens = "keep"
+    grid: Grid | None = None
+    """For images in tiles, whose tokens depend on their sizes."""
+    place: Any = None
+    """`ImagePlace` of the source, for images in tiles."""
 
 
 class TokenCount(NamedTuple):
@@ -153,14 +159,42 @@ def _suspicious(record: Record, texts: Mapping[str, re.Pattern[str]]) -> Iterato
 
 def _count(record: Record, limits: TextLimits, tokenizer: Any, template: Any) -> TokenCount:
     # The same calls as in `data/lengths.py`: training treats the record in the same way.
-    from llava_mole.data.lengths import NEVER, count_record
-    from llava_mole.data.tokenization import encode_shortened
+    from llava_mole.data.lengths import count_record
 
     try:
         text, needed = count_record(record, template, tokenizer)
     except DataError as error:
         return TokenCount(0, (("bad-record", str(error).removeprefix(f"{record.where}: ")),))
-    image_tokens = len(record.images) * limits.image_tokens
+    each, narrow = _image_tokens(record, limits)
+    counted = _count_text(record, limits, tokenizer, template, text, needed, each)
+    return counted._replace(found=(*narrow, *counted.found))
+
+
+def _image_tokens(record: Record, limits: TextLimits) -> tuple[list[int], tuple[tuple[str, str], ...]]:
+    """Tokens of each image, and a finding for each that tiles cannot show; the image check finds other problems."""
+    if limits.grid is None:
+        return [limits.image_tokens] * len(record.images), ()
+    each, found = [], []
+    for path in record.images:
+        size = (limits.grid.tile, limits.grid.tile)
+        with suppress(DataError):
+            (size,) = limits.place.sizes(replace(record, images=(path,)))
+        try:
+            each.append(limits.grid.layout(size, path).tokens)
+        except DataError as error:
+            each.append(limits.grid.layout((limits.grid.tile, limits.grid.tile)).tokens)
+            found.append(("narrow-image", str(error)))
+    return each, tuple(found)
+
+
+def _count_text(
+    record: Record, limits: TextLimits, tokenizer: Any, template: Any, text: int, needed: int, each: list[int]
+) -> TokenCount:
+    """What becomes of a record of `text` tokens, `needed` of them, and images of `each` tokens."""
+    from llava_mole.data.lengths import NEVER
+    from llava_mole.data.tokenization import encode_shortened
+
+    image_tokens = sum(each)
     tokens, most = text + image_tokens, limits.max_length
     length = f"{tokens} tokens"
     unanswered = ("masked", f"no token of an answer in {length}")
@@ -173,23 +207,23 @@ def _count(record: Record, limits: TextLimits, tokenizer: Any, template: Any) ->
     if needed >= NEVER:
         return TokenCount(tokens, (unanswered,))
     if limits.policy == "truncate_history":
-        shorter = encode_shortened(record, template, tokenizer, limits.image_tokens, most)
+        shorter = encode_shortened(record, template, tokenizer, each, most)
         if shorter is None:
             return TokenCount(tokens, (("dropped", length),))
         return TokenCount(tokens, (("shortened", f"{length}, {len(shorter.input_ids)} without its oldest rounds"),))
     cut = ("truncated", length)
     if needed + image_tokens <= most:
         return TokenCount(tokens, (cut,))
-    return TokenCount(tokens, (_lost_by_cut(record, limits, tokenizer, template), cut))
+    return TokenCount(tokens, (_lost_by_cut(record, limits, tokenizer, template, each), cut))
 
 
-def _lost_by_cut(record: Record, limits: TextLimits, tokenizer: Any, template: Any) -> tuple[str, str]:
+def _lost_by_cut(record: Record, limits: TextLimits, tokenizer: Any, template: Any, each: list[int]) -> tuple[str, str]:
     """Kind and detail of what training needs but the cut at the end removes."""
     from llava_mole.data.tokenization import encode, render_record
 
     rendered, most = render_record(record, template), limits.max_length
     try:
-        encode(rendered, tokenizer, num_image_tokens=limits.image_tokens, max_length=most)
+        encode(rendered, tokenizer, num_image_tokens=each, max_length=most)
     except DataError:
         return "image-cut", f"an image is beyond data.max_length {most}"
     return "masked", f"no token of an answer before data.max_length {most}"

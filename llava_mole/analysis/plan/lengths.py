@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from llava_mole.analysis.plan.simulation import Samples
-from llava_mole.common.errors import ConfigError
+from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.config import DataConfig
+from llava_mole.data.anyres import Grid, Layout
 from llava_mole.data.store import is_prepared
 
 ANSWER_SHARE = 0.5
 """Assumed share of a sample's text that is supervised. Only the language model's head depends on it."""
 BYTES_PER_TOKEN = 4.0
 """Assumed without a tokenizer; Llama's averages about 4 bytes of English per token."""
+ASSUMED_SIZE = (1024, 768)
+"""Width and height of an image in tiles that is not on disk."""
 POOL = 20_000
 """Number of lengths drawn from an assumed distribution."""
 
@@ -63,6 +66,7 @@ def source_lengths(
     language_model: str,
     image_tokens: int,
     *,
+    grid: Grid | None = None,
     sample: int = 2000,
     given: Mapping[str, tuple[int, float]] | None = None,
 ) -> list[SourceLengths]:
@@ -71,6 +75,7 @@ def source_lengths(
     Args:
         language_model: Directory whose tokenizer is used, if it exists.
         image_tokens: Tokens of an image.
+        grid: For images in tiles, whose tokens depend on their sizes; `Samples.images` are then tiles.
         sample: Most records to tokenize of each source, evenly spaced.
         given: `(records, mean tokens)` by source; overrides data and assumptions.
 
@@ -88,13 +93,13 @@ def source_lengths(
             continue
         if name in given:
             records, mean = given[name]
-            text = max(1.0, mean - image_tokens)
+            text = max(1.0, mean - assumed_image(image_tokens, grid)[0])
             assumption = AssumedSource(records, text, 0.5, 0.0, f"mean {mean:.0f}")
-            result.append(assumed_lengths(name, assumption, image_tokens, data.max_length, "given"))
+            result.append(assumed_lengths(name, assumption, image_tokens, data.max_length, "given", grid))
         elif Path(source.annotations).is_file() or is_prepared(source.annotations):
-            result.append(measured_lengths(name, data, language_model, image_tokens, sample))
+            result.append(measured_lengths(name, data, language_model, image_tokens, sample, grid))
         elif name in KNOWN_SOURCES:
-            result.append(assumed_lengths(name, KNOWN_SOURCES[name], image_tokens, data.max_length, "assumed"))
+            result.append(assumed_lengths(name, KNOWN_SOURCES[name], image_tokens, data.max_length, "assumed", grid))
         else:
             raise ConfigError(
                 f"data.sources.{name}: {source.annotations} is absent and no lengths are known for this name (known: "
@@ -103,23 +108,41 @@ def source_lengths(
     return result
 
 
-def assumed_lengths(name: str, source: AssumedSource, image_tokens: int, max_length: int, how: str) -> SourceLengths:
+def assumed_image(image_tokens: int, grid: Grid | None) -> tuple[int, int]:
+    """Tokens of an image whose size is not known, and the images that the tower encodes for it."""
+    if grid is None:
+        return image_tokens, 1
+    layout = grid.layout(ASSUMED_SIZE)
+    return layout.tokens, layout.tiles
+
+
+def assumed_lengths(
+    name: str, source: AssumedSource, image_tokens: int, max_length: int, how: str, grid: Grid | None = None
+) -> SourceLengths:
     """A fixed draw of `POOL` lengths from an assumed distribution, cut at `max_length`."""
+    image_tokens, tiles = assumed_image(image_tokens, grid)
     generator = np.random.Generator(np.random.Philox(key=20240129))
     location = np.log(source.text_tokens) - source.spread**2 / 2
     text = np.exp(location + source.spread * generator.standard_normal(POOL))
     tokens = np.minimum(np.rint(image_tokens + text), max_length).astype(np.int64)
     tokens[: round(source.tail_share * POOL)] = max_length
     tokens = generator.permutation(tokens)
-    images = np.ones(POOL, dtype=np.int64)
+    images = np.full(POOL, tiles, dtype=np.int64)
     supervised = np.rint(ANSWER_SHARE * np.maximum(tokens - image_tokens, 1)).astype(np.int64)
-    return SourceLengths(tokens, supervised, images, name, source.records, f"{how}: {source.origin}", True)
+    basis = f"{how}: {source.origin}" + ("" if grid is None else f", images {ASSUMED_SIZE[0]} x {ASSUMED_SIZE[1]}")
+    return SourceLengths(tokens, supervised, images, name, source.records, basis, True)
 
 
-def measured_lengths(name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int) -> SourceLengths:
-    """Lengths of up to `sample` records of a source on disk, tokenized as in training if the tokenizer exists."""
+def measured_lengths(
+    name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int, grid: Grid | None = None
+) -> SourceLengths:
+    """Lengths of up to `sample` records of a source on disk, tokenized as in training if the tokenizer exists.
+
+    Images in tiles count by their sizes; one that is not here counts as one of `ASSUMED_SIZE`, and the basis says so.
+    """
     from llava_mole.conversation import render
     from llava_mole.data.chat_template import resolve_template
+    from llava_mole.data.lengths import ImagePlace
     from llava_mole.data.store import read_records
     from llava_mole.data.tokenization import HFTextTokenizer, encode_record, load_tokenizer
 
@@ -127,16 +150,40 @@ def measured_lengths(name: str, data: DataConfig, language_model: str, image_tok
     has_tokenizer = (Path(language_model) / "config.json").is_file()
     tokenizer = HFTextTokenizer(load_tokenizer(language_model), data.special_tokens) if has_tokenizer else None
     template = resolve_template(data.template, tokenizer)
-    chosen = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).astype(int))]
+    indices = np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).astype(int)).tolist()
+    chosen = [records[i] for i in indices]
     images = np.array([len(record.images) for record in chosen], dtype=np.int64)
+    each, absent = [[image_tokens] * len(record.images) for record in chosen], 0
+    if grid is not None:
+        place = ImagePlace(data.sources[name].image_folder, data.sources[name].follow_links, data.image_modes)
+        for n, index in enumerate(indices):
+            layouts, unknown = _layouts(records, index, place, grid)
+            each[n], absent = [layout.tokens for layout in layouts], absent + unknown
+            images[n] = sum(layout.tiles for layout in layouts)
     if tokenizer is not None:
-        encoded = [encode_record(record, template, tokenizer, image_tokens, data.max_length) for record in chosen]
+        encoded = [
+            encode_record(record, template, tokenizer, own, data.max_length)
+            for record, own in zip(chosen, each, strict=True)
+        ]
         tokens = np.array([len(e.input_ids) for e in encoded], dtype=np.int64)
         supervised = np.array([e.num_supervised for e in encoded], dtype=np.int64)
         basis = f"measured on {len(chosen):,} of {len(records):,} records"
     else:
         size = np.array([len(render(template, record.turns).text.encode()) for record in chosen])
-        tokens = np.minimum(size / BYTES_PER_TOKEN + images * image_tokens + 1, data.max_length).astype(np.int64)
-        supervised = np.rint(ANSWER_SHARE * (tokens - images * image_tokens)).astype(np.int64)
+        shown = np.array([sum(own) for own in each])
+        tokens = np.minimum(size / BYTES_PER_TOKEN + shown + 1, data.max_length).astype(np.int64)
+        supervised = np.rint(ANSWER_SHARE * np.maximum(tokens - shown, 0)).astype(np.int64)
         basis = f"{len(chosen):,} of {len(records):,} records at {BYTES_PER_TOKEN:g} bytes a token (no tokenizer here)"
+    if absent:
+        basis += f"; images of {absent:,} of them not readable here, counted as {ASSUMED_SIZE[0]} x {ASSUMED_SIZE[1]}"
     return SourceLengths(tokens, supervised, images, name, len(records), basis, False)
+
+
+def _layouts(records: Sequence[Any], index: int, place: Any, grid: Grid) -> tuple[list[Layout], bool]:
+    """How the images of a record are tiled, and whether that is assumed because they cannot be read."""
+    from llava_mole.data.lengths import known_sizes
+
+    try:
+        return [grid.layout(size) for size in known_sizes(records, index, place)], False
+    except DataError:
+        return [grid.layout(ASSUMED_SIZE)] * len(records[index].images), True

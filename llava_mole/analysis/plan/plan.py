@@ -11,6 +11,7 @@ from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, TrainConfi
 from llava_mole.data.batching import count_steps
 from llava_mole.data.mixture import mixture_counts
 from llava_mole.model.adapters import parameter_report
+from llava_mole.model.builder import configured_image_processor
 from llava_mole.model.flops import ModelShape, model_shape, training_flops
 from llava_mole.model.language_model import check_max_length
 
@@ -77,7 +78,10 @@ def make_plan(
     meta = build_meta_model(model, adapter, train_projector=train_projector)
     check_max_length(meta.model.causal_lm.config, data.max_length, model.language_model)
     shape = model_shape(meta.model)
-    lengths = source_lengths(data, model.language_model, shape.image_tokens, sample=options.sample, given=options.given)
+    grid = configured_image_processor(meta.model, data).grid
+    lengths = source_lengths(
+        data, model.language_model, shape.image_tokens, grid=grid, sample=options.sample, given=options.given
+    )
     sizes = {source.name: max(1, source.records - data.validation_samples) for source in lengths}
     lambdas = {name: value for name, value in data.mixture.items() if name in sizes}
     counts = {name: n * train.epochs for name, n in mixture_counts(sizes, lambdas).items()}

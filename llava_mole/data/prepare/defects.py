@@ -45,6 +45,7 @@ KINDS: dict[str, str] = {
     "corrupt-image": "the image cannot be decoded",
     "too-large-image": "more pixels than Pillow decodes (a decompression bomb), or too many bytes",
     "huge-image": "more pixels than check.huge_pixels",
+    "narrow-image": "too narrow for data.image_aspect_ratio anyres; training takes another record in its place",
     "animated-image": "several frames; training sees the first",
     "deep-image": "16-bit, 32-bit or float pixels; data.image_modes says what training sees",
     "not-finite-image": "NaN or infinite pixels",
@@ -67,7 +68,7 @@ REFUSED_RECORD = ("bad-json", "bad-record", "unknown-role", "marker", "marker-ag
 OVERLONG_RECORD = ("truncated", "shortened", "dropped")
 """Kinds of records longer than `data.max_length` that `data.max_length_policy` allows."""
 MISSING_IMAGE = ("missing-image", "outside-image", "remote-image")
-BAD_IMAGE = ("corrupt-image", "too-large-image", "refused-image")
+BAD_IMAGE = ("corrupt-image", "too-large-image", "refused-image", "narrow-image")
 SHOWN_KINDS = ("deep-image", "not-finite-image", "transparent-image", "rotated-image", "refused-image", "image-key")
 """Kinds of which reports also print the first."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from llava_mole.common.errors import CheckpointError, DataError
 from llava_mole.config import load_config
 from llava_mole.constants import IGNORE_INDEX
+from llava_mole.data.anyres import join_tiles
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example, collate
 from llava_mole.data.images import load_image
@@ -60,7 +61,13 @@ class Base:
         if self.loaded is not None:
             multimodal = self.loaded.model
             multimodal.language_model = model
-            losses_n = multimodal(**inputs, images=moved["images"], loss_mask=mask_BL, targets=targets_n)
+            losses_n = multimodal(
+                **inputs,
+                images=moved["images"],
+                feature_index=moved["feature_index"],
+                loss_mask=mask_BL,
+                targets=targets_n,
+            )
         else:
             logits_nV = model(**inputs, use_cache=False).logits[mask_BL]
             losses_n = torch.nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="none")
@@ -145,15 +152,16 @@ def _records(file: Path, loaded: LoadedModel, image_folder: Path) -> Iterator[Ex
     template = resolve_template(loaded.template, loaded.tokenizer)
     processor = loaded.image_processor
     for record in read_records(file, "examples"):
-        encoded = encode_record(
-            record, template, loaded.tokenizer, loaded.model.num_image_tokens, loaded.context_length
-        )
         try:
-            pictures = [load_image(path, image_folder, modes=processor.modes) for path in record.images]
+            shown = [
+                processor.tiles(load_image(path, image_folder, modes=processor.modes), path) for path in record.images
+            ]
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from None
-        images = torch.stack([processor.pixels(picture) for picture in pictures]) if pictures else None
-        yield Example(record.id, "examples", 0, encoded.input_ids, encoded.labels, images)
+        images, index = join_tiles(shown) if shown else (None, None)
+        tokens = [loaded.model.num_image_tokens if each.shows is None else len(each.shows) for each in shown]
+        encoded = encode_record(record, template, loaded.tokenizer, tokens, loaded.context_length)
+        yield Example(record.id, "examples", 0, encoded.input_ids, encoded.labels, images, feature_index=index)
 
 
 def _completions(file: Path, base: Base) -> Iterator[Example]:

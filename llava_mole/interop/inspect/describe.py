@@ -22,6 +22,7 @@ NEXT = {
     "llava-lora": "use it: llava-mole convert DIR --to checkpoint --model-base VICUNA --vision-tower CLIP --out RUN",
     "llava-projector": "use it: llava-mole convert FILE --to projector --out FILE.safetensors (projector_weights)",
     "llava-hf": "use it: llava-mole convert DIR --to checkpoint --out RUN",
+    "llava-next-hf": "use it: llava-mole convert DIR --to checkpoint --out RUN",
     "released-mole": "use it: llava-mole convert FILE --to checkpoint --model-base LLM --vision-tower CLIP --out RUN",
     "clip": "use it: llava-mole convert DIR --to open-clip --out TOWER (model.vision_tower)",
     "open_clip": "use it as model.vision_tower",
@@ -37,11 +38,14 @@ CONFIG_KEYS = {
     "llava-lora": _LLAVA_KEYS,
     "llava-projector": _LLAVA_KEYS,
     "llava-hf": ("vision_feature_layer", "vision_feature_select_strategy", "image_token_index"),
+    "llava-next-hf": ("vision_feature_layer", "vision_feature_select_strategy", "image_grid_pinpoints"),
     "peft": ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "num_experts", "mode"),
     "language-model": ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"),
     "prepared": ("name", "format", "rows"),
 }
 """Keys of a kind's configuration that are printed."""
+_WHOLE = ("llava", "llava-hf", "llava-next-hf", "language-model")
+"""Kinds whose directory holds a whole model in shards."""
 _RELEASED_MARKS = {
     "in_adaptor.text_embed": "frozen",
     "in_adaptor.": "projector",
@@ -162,7 +166,7 @@ def _facts(found: Found, *, template_is_known: bool) -> list[str]:
         lines.append(_line("stage", "pretrain" if found.kind.endswith("projector") else "finetune"))
         if not template_is_known:
             lines.append(_line("template", "not recorded in this layout; LLaVA-1.5's is vicuna_v1"))
-    if found.kind in ("llava", "llava-hf", "language-model"):
+    if found.kind in _WHOLE:
         lines.append(_line("base", "none: it holds the language model itself"))
     if found.kind == "released-mole":
         lines.append(_line("base", "not recorded; vicuna-7b-v1.5 in the authors' code"))
@@ -178,7 +182,7 @@ def _parts(found: Found) -> list[str]:
     files = found.files
     if not files:
         raise WeightsError(f"{found.path} holds no weights")
-    weights = open_weights(found.path) if found.kind in ("llava", "llava-hf", "language-model") else Weights(files)
+    weights = open_weights(found.path) if found.kind in _WHOLE else Weights(files)
     parts = _split(found.kind, list(weights))
     lines = [f"  {part:<28}{_count(weights, names):>16,} numbers" for part, names in parts.items() if names]
     return [*lines, _line("files", f"{len(files)}, {format_bytes(sum(file.stat().st_size for file in files))}")]
@@ -194,7 +198,7 @@ def _split(kind: str, names: list[str]) -> Mapping[str, Iterable[str]]:
     if not kind.startswith(("llava", "projector")):
         return {{"peft": "adapter", "language-model": "language model"}.get(kind, "vision tower"): names}
     others = [name for name in names if ".lora_" not in name]
-    parts = split_llava_hf(others) if kind == "llava-hf" else split_llava(others)
+    parts = split_llava_hf(others) if kind in ("llava-hf", "llava-next-hf") else split_llava(others)
     return {
         "language model": parts.language_model.values(),
         "vision tower": parts.tower.values(),

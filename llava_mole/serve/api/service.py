@@ -10,8 +10,9 @@ from typing import Any
 
 from llava_mole.common.errors import ContextError, UserError
 from llava_mole.conversation import Rendered, Template, with_system
+from llava_mole.data.anyres import Tiles
 from llava_mole.data.tokenization import encode
-from llava_mole.inference.batching import check_room, encode_prompt, read_pixels
+from llava_mole.inference.batching import check_room, encode_prompt, read_tiles
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.engine import Engine, EngineLimits
 from llava_mole.inference.predictor import Predictor
@@ -144,19 +145,26 @@ class Service:
                 turns[-1]["content"] += parts
             else:
                 turns.append({"role": message.role, "content": parts})
-        try:
-            with self._tokenizing:
-                ids = encode_prompt(predictor.loaded, template, turns, len(images), 0)
-        except UserError as error:
-            raise as_api_error(error, param) from None
-        self._check_tokens(ids, param)
-        pixels = tuple(self._pixels(predictor, url, param) for url, param in images)
-        return self._jobs(predictor, request.options, [(ids, pixels)], with_template=True)
+
+        def encode_with(shown: int | Sequence[int]) -> list[int]:
+            try:
+                with self._tokenizing:
+                    ids = encode_prompt(predictor.loaded, template, turns, shown, 0)
+            except UserError as error:
+                raise as_api_error(error, param) from None
+            self._check_tokens(ids, param)
+            return ids
+
+        ids = encode_with(len(images))  # before the images are fetched and decoded: a prompt that is too long is cheap
+        shown = tuple(self._tiles(predictor, url, param) for url, param in images)
+        if tiled := [len(each.shows) for each in shown if each.shows is not None]:
+            ids = encode_with(tiled)
+        return self._jobs(predictor, request.options, [(ids, shown)], with_template=True)
 
     def completion_jobs(self, request: Completion) -> list[Job]:
         """The jobs of a completion request, `n` for each prompt in turn. Raises ApiError."""
         predictor = self.predictor(request.options.model)
-        prompts: list[tuple[list[int], tuple[Any, ...]]] = []
+        prompts: list[tuple[list[int], tuple[Tiles, ...]]] = []
         for n, prompt in enumerate(request.prompts):
             param = "prompt" if len(request.prompts) == 1 else f"prompt[{n}]"
             ids = self._raw_ids(predictor, prompt, param)
@@ -218,10 +226,10 @@ class Service:
                 param=param,
             )
 
-    def _pixels(self, predictor: Predictor, url: str, param: str) -> Any:
+    def _tiles(self, predictor: Predictor, url: str, param: str) -> Tiles:
         image = open_image(url, self.images, param)
         try:
-            return read_pixels(predictor.loaded, image, 0)
+            return read_tiles(predictor.loaded, image, 0)
         except UserError as error:
             failure = as_api_error(error, param)
             failure.code = "invalid_image"
@@ -231,7 +239,7 @@ class Service:
         self,
         predictor: Predictor,
         options: Options,
-        prompts: Sequence[tuple[list[int], tuple[Any, ...]]],
+        prompts: Sequence[tuple[list[int], tuple[Tiles, ...]]],
         *,
         with_template: bool,
     ) -> list[Job]:
@@ -263,7 +271,7 @@ class Service:
             Job(
                 model=options.model,
                 ids=ids,
-                pixels=pixels,
+                images=shown,
                 decoding=decoding,
                 answer=predictor.answer_decoder(options.stop, with_template=with_template),
                 limit=min(maximum, predictor.loaded.context_length - len(ids)),
@@ -271,7 +279,7 @@ class Service:
                 top_logprobs=options.top_logprobs,
                 live=options.stream,
             )
-            for ids, pixels in prompts
+            for ids, shown in prompts
             for choice in range(options.n)
         ]
 

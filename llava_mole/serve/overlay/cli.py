@@ -57,7 +57,7 @@ def _write_overlay(arguments: argparse.Namespace) -> int:
     from llava_mole.inference.predictor import Predictor
     from llava_mole.inference.token_routing import route_answer
     from llava_mole.mole import force_expert
-    from llava_mole.serve.overlay.files import as_data, draw, shown_image, spread
+    from llava_mole.serve.overlay.files import as_data, draw, shown_images, spread
     from llava_mole.serve.session import check_image
 
     check_matplotlib()
@@ -89,7 +89,8 @@ def _write_overlay(arguments: argparse.Namespace) -> int:
     layers = spread(len(routing.layers)) if arguments.layers is None else arguments.layers
     if wrong := [n for n in layers if not 0 <= n < len(routing.layers)]:
         raise ConfigError(f"--layers {wrong[0]}: the layers with experts are 0 to {len(routing.layers) - 1}")
-    images = [shown_image(predictor.loaded.image_processor, image) for image in arguments.image]
+    processor = predictor.loaded.image_processor
+    images = [picture for image in arguments.image for picture in shown_images(processor, image)]
     forced = "" if arguments.expert is None else f", expert {arguments.expert} forced"
     title = f"{predictor.loaded.path.parent.name}{forced}\nprompt: {arguments.prompt}\nanswer: {answer}"
     figure = draw(routing, images, layers, title=title)

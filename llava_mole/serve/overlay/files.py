@@ -12,7 +12,7 @@ from PIL.Image import Image
 from llava_mole.common.figures import COLORS, new_figure, tidy
 from llava_mole.data.images import ImageProcessor
 from llava_mole.inference.inputs import OneImage, open_any
-from llava_mole.inference.token_routing import Role, TokenRouting
+from llava_mole.inference.token_routing import Role, TokenRouting, View
 
 FORMAT = "llava_mole.routing_overlay/1"
 SHOWN_SIZE = 448
@@ -46,11 +46,24 @@ def strength(certainty: float, num_experts: int) -> float:
     return FAINTEST + (STRONGEST - FAINTEST) * min(1.0, max(0.0, share))
 
 
-def shown_image(processor: ImageProcessor, image: OneImage) -> Image:
-    """The image as the model sees it, padded or cropped to a square, in a size for people. Raises DataError."""
+def shown_images(processor: ImageProcessor, image: OneImage) -> list[Image]:
+    """The image as the model sees it, in a size for people: one picture for each of its `TokenRouting.views`.
+
+    It is padded or cropped to a square; in tiles it is resized to one, and the part that the tiles show follows.
+    Raises DataError.
+    """
+    opened = open_any(image, processor)
+    if processor.grid is not None:
+        return [opened.resize((SHOWN_SIZE, SHOWN_SIZE), pil.Resampling.BICUBIC), processor.grid.shown_part(opened)]
     larger = ImageProcessor(SHOWN_SIZE, processor.mean, processor.std, processor.aspect_ratio, processor.modes)
-    pixels = larger.pixels(open_any(image, processor))
-    return pil.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    return [pil.fromarray(np.ascontiguousarray(larger.pixels(opened).permute(1, 2, 0).numpy()))]
+
+
+def view_name(view: View, views: Sequence[View]) -> str:
+    """What a view is called beside others; empty if it is the only one."""
+    names = [f"image {view.image + 1}"] if views[-1].image > 0 else []
+    names += [{"whole": "whole image", "tiles": "tiles"}[view.part]] if views[-1].part == "tiles" else []
+    return ", ".join(names)
 
 
 def blend_grey(image: Image, share: float = 0.8) -> Image:
@@ -61,12 +74,15 @@ def blend_grey(image: Image, share: float = 0.8) -> Image:
 def as_data(routing: TokenRouting) -> dict[str, Any]:
     """The routing as plain values; `overall` is the expert that most layers use, and the share of layers that do."""
     tokens: list[dict[str, Any]] = []
-    columns = routing.grid()[1] if routing.num_images else 1
-    counts: dict[int, int] = {}
-    for piece, role, image in zip(routing.pieces, routing.roles, routing.images.tolist(), strict=True):
+    views, tiled = routing.views(), any(layout is not None for layout in routing.layouts)
+    places = {
+        token: {"row": n // view.columns, "column": n % view.columns, **({"part": view.part} if tiled else {})}
+        for view in views
+        for n, token in enumerate(view.patches)
+    }
+    for n, (piece, role, image) in enumerate(zip(routing.pieces, routing.roles, routing.images.tolist(), strict=True)):
         if role == "image":
-            patch = counts[image] = counts.get(image, -1) + 1
-            tokens.append({"role": role, "image": image, "row": patch // columns, "column": patch % columns})
+            tokens.append({"role": role, "image": image, **places.get(n, {"part": "newline"})})
         else:
             tokens.append({"role": role, "text": piece})
     load = {}
@@ -97,7 +113,7 @@ def draw(routing: TokenRouting, images: Sequence[Image], layers: Sequence[int], 
     """A matplotlib figure: every image by each of the layers and by all of them, text tokens by layer, and loads.
 
     Args:
-        images: What `shown_image` returns for each image of the prompt.
+        images: What `shown_images` returns for each image of the prompt, in one list.
         layers: Numbers of layers, from 0.
     """
     views: list[int | None] = [None, *layers]
@@ -115,12 +131,13 @@ def draw(routing: TokenRouting, images: Sequence[Image], layers: Sequence[int], 
         panels = parts[0].subplots(rows * len(images), across, squeeze=False)
         for panel in panels.flat:
             panel.axis("off")
-        for number, image in enumerate(images):
+        pictures = routing.views()
+        for number, (picture, image) in enumerate(zip(pictures, images, strict=True)):
             for n, layer in enumerate(views):
                 panel = panels[number * rows + n // across][n % across]
-                _draw_patches(panel, routing.of_image(number), image, layer, routing.grid())
+                _draw_patches(panel, routing.of_view(picture), image, layer, picture.grid)
                 name = "all layers" if layer is None else f"layer {layer}"
-                tidy(panel, f"image {number + 1}, {name}" if len(images) > 1 else name)
+                tidy(panel, ", ".join(filter(None, [view_name(picture, pictures), name])))
     for panel, line in zip(parts[1].subplots(len(lines), 1, squeeze=False)[:, 0], lines, strict=True):
         _draw_line(panel, routing, line, views)
     _draw_loads(parts[2], routing)
@@ -137,8 +154,9 @@ def _draw_patches(panel: Any, patches: TokenRouting, image: Image, layer: int | 
                 (n % grid[1] + 0.5) / grid[1], 1 - (n // grid[1] + 0.5) / grid[0], str(expert), fontsize=7,
                 transform=panel.transAxes, ha="center", va="center", color="white",
             ).set_path_effects(_outline())  # fmt: skip
-    panel.imshow(blend_grey(image), extent=(0, 1, 0, 1))
-    panel.imshow(cells, extent=(0, 1, 0, 1), interpolation="nearest")
+    extent = (0, 1, 0, image.height / image.width)
+    panel.imshow(blend_grey(image), extent=extent)
+    panel.imshow(cells, extent=extent, interpolation="nearest")
 
 
 def _outline() -> list[Any]:

@@ -11,7 +11,7 @@ from html import escape
 from PIL.Image import Image
 
 from llava_mole.inference.token_routing import TokenRouting
-from llava_mole.serve.overlay.files import NEWLINE, ROLES, color_of, ink_on, strength
+from llava_mole.serve.overlay.files import NEWLINE, ROLES, color_of, ink_on, strength, view_name
 from llava_mole.serve.web.visit import Comparison, Shown
 
 _LEGIBLE = 12
@@ -27,9 +27,10 @@ def routing_panel(shown: Shown, layer: int | None) -> str:
     if shown.forced is not None:
         about += f" · expert {shown.forced} is forced"
     parts = [f'<div class="mole-about">{about}</div>', legend(routing.num_experts, layer)]
+    views = routing.views()
     left = "".join(
-        _figure(overlay(routing.of_image(n), image, layer, routing.grid()), n, len(shown.images))
-        for n, image in enumerate(shown.images)
+        _figure(overlay(routing.of_view(view), image, layer, view.grid), view_name(view, views))
+        for view, image in zip(views, shown.images, strict=True)
     )
     right = (
         f"<h4>Answer</h4>{tokens(routing.part('answer'), layer)}"
@@ -140,8 +141,8 @@ def heading(names: Sequence[tuple[str, str]]) -> str:
     return f'<div class="mole-heading"><h1>LLaVA-MoLE</h1><div class="mole-models">{models}</div></div>'
 
 
-def _figure(svg: str, number: int, count: int) -> str:
-    caption = f"<figcaption>image {number + 1}</figcaption>" if count > 1 else ""
+def _figure(svg: str, name: str) -> str:
+    caption = f"<figcaption>{name}</figcaption>" if name else ""
     return f"<figure>{svg}{caption}</figure>"
 
 

@@ -22,7 +22,7 @@ from llava_mole.inference.token_routing import TokenRouting
 from llava_mole.mole import active_config, force_expert
 from llava_mole.serve.api.errors import ApiError
 from llava_mole.serve.api.images import ImagePolicy, open_image
-from llava_mole.serve.overlay.files import shown_image
+from llava_mole.serve.overlay.files import shown_images
 from llava_mole.serve.session import Round, Session
 
 FRAME_SECONDS = 0.06
@@ -241,7 +241,7 @@ class Visit:
         try:
             side.shown = Shown(
                 side.session.routing(),
-                tuple(shown_image(processor, image) for image in as_images(images)),
+                tuple(picture for image in as_images(images) for picture in shown_images(processor, image)),
                 side.session.expert,
             )
         except UserError as error:  # such as a context that answer and prompt fill
