@@ -631,6 +631,7 @@ def parse_run_config(
     if {"-h", "--help"} & set(arguments):
         actions = {action.dest: action for action in parser._actions}
         actions["adapter.preset"].metavar = "NAME"  # its text lists the names
+        actions["data.image_grid_pinpoints"].metavar = "PAIRS"  # its own name, twice, is wider than a line
         keys = [f"--data.sources.NAME.{option.key}: {option.meaning}" for option in options(SourceConfig)]
         actions["data.sources"].help = " ".join([f"{actions['data.sources'].help}", *keys])
     try:
