@@ -193,7 +193,7 @@ def _check_number(key: str, value: Any, allowed: Range, *, whole: bool) -> None:
 
 @dataclass(kw_only=True)
 class VisionTowerConfig:
-    """The frozen image encoder: a ViT of open_clip (its own or timm's) or of Hugging Face, see docs/models.md."""
+    """The image encoder: a ViT of open_clip (or of timm) or of Hugging Face, see docs/models.md."""
 
     name: str = "ViT-L-14-336-quickgelu"
     """An open_clip model name, a JSON config of open_clip or Hugging Face (`*.json`), or the directory of a tower."""
@@ -753,8 +753,13 @@ def parse_run_config(
     parser.add_class_arguments(RunConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
         actions = {action.dest: action for action in parser._actions}
+<<<<<<< HEAD
         for key in ("adapter.preset", "model.vision_tower.activation"):
             actions[key].metavar = "NAME"  # its text lists the names
+=======
+        actions["adapter.preset"].metavar = "NAME"  # its text lists the names
+        actions["data.image_grid_pinpoints"].metavar = "PAIRS"  # its own name, twice, is wider than a line
+>>>>>>> anyres
         keys = [f"--data.sources.NAME.{option.key}: {option.meaning}" for option in options(SourceConfig)]
         actions["data.sources"].help = " ".join([f"{actions['data.sources'].help}", *keys])
     try:

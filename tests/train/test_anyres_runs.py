@@ -278,7 +278,7 @@ def test_a_grid_or_length_that_does_not_fit_is_refused_before_training(
     config = parse_run_config([str(world / "config.yaml"), "--data.max_length", "20"])
     with pytest.raises(ConfigError, match="leaves no room for text beside the 24 tokens of the largest image"):
         load_data(config, built[0], built[1].limits.tokenizer, False)  # type: ignore[arg-type]
-    wrong = ["--data.image_grid_pinpoints", "[[16, 40]]", "--dry-run"]
+    wrong = ["--data.image_grid_pinpoints", "[[16, 40]]", "--dry-run", "--train.output_dir", str(world / "none")]
     assert cli.main(["train", str(world / "config.yaml"), *wrong]) == 2
     assert "multiples of 16" in capsys.readouterr().err
 
@@ -288,7 +288,7 @@ def test_check_data_and_plan_count_tiles(world: Path, capsys: pytest.CaptureFixt
     assert cli.main(["check-data", str(world / "config.yaml"), *options]) == 0
     report = json.loads((tmp_path / "check_data.json").read_text())
     assert sum(source["findings"].get("narrow-image", 0) for source in report["sources"]) == 1
-    longest = max(source["longest"] for source in report["sources"])
+    longest = max(source["tokens"]["max"] for source in report["sources"])
     assert cli.main(["plan", str(world / "config.yaml"), "--gpu", "a100-80g", "--gpus", "1"]) == 0
     text = capsys.readouterr().out
     assert "images of 1 of them not readable here, counted as 1024 x 768" in text
