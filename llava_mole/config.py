@@ -753,13 +753,9 @@ def parse_run_config(
     parser.add_class_arguments(RunConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
         actions = {action.dest: action for action in parser._actions}
-<<<<<<< HEAD
         for key in ("adapter.preset", "model.vision_tower.activation"):
             actions[key].metavar = "NAME"  # its text lists the names
-=======
-        actions["adapter.preset"].metavar = "NAME"  # its text lists the names
         actions["data.image_grid_pinpoints"].metavar = "PAIRS"  # its own name, twice, is wider than a line
->>>>>>> anyres
         keys = [f"--data.sources.NAME.{option.key}: {option.meaning}" for option in options(SourceConfig)]
         actions["data.sources"].help = " ".join([f"{actions['data.sources'].help}", *keys])
     try:
