@@ -61,10 +61,13 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     lengths, outputs = row_layout.sample_lengths, []
     # Slices instead of this split would cost a tensor of the whole row for each sample in the backward pass.
-    for length, *parts in zip(lengths, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+    parts = (x.split(lengths, dim=2) for x in (query, key, value))
+    for length, own_query, own_key, own_value in zip(lengths, *parts, strict=True):
         band = _band(length, window, query.device) if window is not None and length > window else None
         output = scaled_dot_product_attention(
-            *parts,
+            own_query,
+            own_key,
+            own_value,
             attn_mask=band,
             dropout_p=dropout,
             is_causal=band is None,

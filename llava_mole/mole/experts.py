@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class ExpertStack(nn.Module):
 def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scaling: float, dropout: float) -> Tensor:
     """`base(x) + s B A dropout(x)`: plain LoRA, with one pass over x and one over the output."""
     if torch.is_grad_enabled() and not dropout and _is_frozen_linear(base, x_TI, a_RI, b_RO):
-        return lora_on_frozen(x_TI, base.weight, base.bias, a_RI, b_RO, scaling)  # type: ignore[arg-type]
+        return lora_on_frozen(x_TI, base.weight, base.bias, a_RI, b_RO, scaling)
     y_TO = base(x_TI)
     x_TI = (F.dropout(x_TI, dropout) if dropout else x_TI).to(y_TO.dtype)
     a_1RI, b_1RO = a_RI.unsqueeze(0), b_RO.unsqueeze(0)
@@ -146,7 +147,7 @@ def lora_linear(base: nn.Module, x_TI: Tensor, a_RI: Tensor, b_RO: Tensor, scali
     return expand(DENSE, y_TO, h_T1R, b_1RO)
 
 
-def _is_frozen_linear(base: nn.Module, *operands: Tensor) -> bool:
+def _is_frozen_linear(base: nn.Module, *operands: Tensor) -> TypeGuard[nn.Linear]:
     """Whether `base` is torch's own linear, without hooks or gradients, and computes in the dtype of the operands."""
     if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or torch.compiler.is_compiling():
         return False
@@ -306,12 +307,13 @@ class _Projections:
         mask_TN = self.mask_TN
         if mask_TN is not None and torch.is_grad_enabled() and not self.mix.dropout:
             pairs = [self._pair(name) for name in names]
-            if all(_is_frozen_linear(base, x, mask_TN, *pair) for base, pair in zip(linears, pairs, strict=True)):
+            both = zip(linears, pairs, strict=True)
+            frozen = [base for base, pair in both if _is_frozen_linear(base, x, mask_TN, *pair)]
+            if len(frozen) == len(linears):
+                scaling = self.mix.scaling
                 return [
-                    lora_on_frozen(
-                        x, base.weight, base.bias, a.flatten(0, 1), b.flatten(0, 1), self.mix.scaling, mask_TN
-                    )  # type: ignore[arg-type]
-                    for base, (a, b) in zip(linears, pairs, strict=True)
+                    lora_on_frozen(x, base.weight, base.bias, a.flatten(0, 1), b.flatten(0, 1), scaling, mask_TN)
+                    for base, (a, b) in zip(frozen, pairs, strict=True)
                 ]
         return self.add_experts(names, [base(x) for base in linears], x, source)
 
