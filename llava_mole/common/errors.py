@@ -40,6 +40,10 @@ class DataError(UserError):
     """A record or an image is wrong; the message starts with `file:line`."""
 
 
+class RemoteError(UserError):
+    """A server that holds data does not answer, refuses, or sends damaged bytes; the run can be continued later."""
+
+
 class PromptError(DataError):
     """A prompt that cannot be answered: `position` is its index in the list, `problem` the rest of the message."""
 
