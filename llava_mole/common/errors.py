@@ -40,8 +40,8 @@ class DataError(UserError):
     """A record or an image is wrong; the message starts with `file:line`."""
 
 
-class RemoteError(UserError):
-    """A server that holds data does not answer, refuses, or sends damaged bytes; the run can be continued later."""
+class StorageError(UserError):
+    """What holds the data fails (no answer, refusal, damaged bytes, files that changed); the run can be continued."""
 
 
 class PromptError(DataError):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_mole.common.errors import ConfigError, DataError, RemoteError
+from llava_mole.common.errors import ConfigError, DataError, StorageError
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 
@@ -98,7 +98,7 @@ def ask(url: str, function: Callable[[], T], access: Access) -> T:
         access: Time limit and number of further attempts.
 
     Raises:
-        RemoteError: the server refuses, or the last attempt failed.
+        StorageError: the server refuses, or the last attempt failed.
         FileNotFoundError: there is no such file, folder or bucket.
         ConfigError: a package is missing.
     """
@@ -111,14 +111,14 @@ def ask(url: str, function: Callable[[], T], access: Access) -> T:
         except Exception as error:
             reason = _reason(error, access)
             if _is_refusal(error):
-                raise RemoteError(
+                raise StorageError(
                     f"{url}: the server refuses: {reason}; check the credentials in the environment and the address. "
                     f"In a run {CONTINUE}"
                 ) from None
             attempt += 1
             if attempt > access.retries:
                 seconds = time.monotonic() - started
-                raise RemoteError(
+                raise StorageError(
                     f"{url}: cannot be read, {count_of(attempt, 'attempt')} in {seconds:.0f} s failed (data."
                     f"remote_retries, data.remote_timeout); the last one: {reason}. Check server and network; in a run "
                     f"{CONTINUE}"
@@ -164,7 +164,7 @@ def read_range(url: str, start: int, stop: int, access: Access, problem_of: Call
         problem_of: Called with the bytes that came; returns what is wrong with them, and they are asked for again.
 
     Raises:
-        RemoteError: as `ask`, or there is no such file any more.
+        StorageError: as `ask`, or there is no such file any more.
     """
 
     def get() -> bytes:
@@ -182,10 +182,10 @@ def read_range(url: str, start: int, stop: int, access: Access, problem_of: Call
         raise gone(url, error) from None
 
 
-def gone(url: str, error: FileNotFoundError) -> RemoteError:
+def gone(url: str, error: FileNotFoundError) -> StorageError:
     """The error for a file that was there when its source was opened."""
     reason = " ".join(str(error).split())[:200]
-    return RemoteError(f"{url}: is no longer there ({reason}); bring the bucket or file back, and {CONTINUE}")
+    return StorageError(f"{url}: is no longer there ({reason}); bring the bucket or file back, and {CONTINUE}")
 
 
 def list_files(url: str, suffixes: Iterable[str], access: Access) -> list[RemoteFile]:
@@ -193,7 +193,7 @@ def list_files(url: str, suffixes: Iterable[str], access: Access) -> list[Remote
 
     Raises:
         DataError: there is nothing at this address.
-        RemoteError, ConfigError: as `ask`.
+        StorageError, ConfigError: as `ask`.
     """
     protocol = url.partition("://")[0]
 
@@ -234,7 +234,7 @@ def download(file: RemoteFile, target: Path, access: Access, on_block: Callable[
         on_block: Called with each part of the content in order, once.
 
     Raises:
-        RemoteError: as `read_range`, or copies differ each time.
+        StorageError: as `read_range`, or copies differ each time.
         OSError: `target` cannot be written.
     """
     seen: set[str] = set()
@@ -250,7 +250,7 @@ def download(file: RemoteFile, target: Path, access: Access, on_block: Callable[
             break
         seen.add(digest.hexdigest())
     else:
-        raise RemoteError(
+        raise StorageError(
             f"{file.url}: the server sends damaged bytes: {len(seen)} copies differ from each other and from its ETag "
             f"{file.tag}; check the connection, then try again"
         )
