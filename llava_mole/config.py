@@ -283,9 +283,9 @@ class SourceConfig:
     """One dataset of the mixture."""
 
     annotations: str
-    """LLaVA JSON (one list), JSONL, or the directory of a prepared data set. Or what holds its images itself: WebDataset
-    tar shards, parquet files (a file, a folder, a pattern such as `train-*.tar` or `{000..127}.tar`), or a folder that
-    `datasets` saved."""
+    """LLaVA JSON (one list), JSONL, or the directory of a prepared data set. Or what holds its images itself:
+    WebDataset tar shards, parquet files (a file, a folder, a pattern such as `train-*.tar` or `{000..127}.tar`), or a
+    folder that `datasets` saved."""
     image_folder: str = "playground/data"
     """Root of the records' image paths; images outside it are refused. Not read for images inside shards."""
     follow_links: bool = False

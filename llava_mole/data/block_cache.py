@@ -3,8 +3,8 @@
 A block is a file that ends in the CRC-32 of its content, so that a damaged or half-written one is found and fetched
 again. Blocks are spread over folders by the hash of their names. Each folder has its share of the limit and a lock
 under which blocks are added: the least recently used make room first, so the limit holds whatever the number of
-writers, and no process needs to look at the whole cache. Readers take no lock; a block that is removed under a reader was read
-completely or is missing.
+writers, and no process needs to look at the whole cache. Readers take no lock; a
+block that is removed under a reader was read completely or is missing.
 """
 
 import fcntl

@@ -1,7 +1,7 @@
 """The training set: examples at the positions of a plan, and `build_dataset`, which checks all data before a run."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -39,35 +39,28 @@ class SupervisedDataset:
 
     Args:
         records_by_source: Records of each source of the plan.
-        image_folders: Root of the image paths, by source.
+        readers: Reads the images, by source.
         plan: Order of the samples.
         limits: Template, tokenizer, tokens per image, longest sample and length policy.
         image_processor: Converts an image to the input of the vision tower.
         lengths: Tokens of every record, by source; required by the method `lengths` only.
         image_draft: See `DataConfig.image_draft`.
-        follow_links: Sources with `SourceConfig.follow_links`.
-        readers: By source, what reads its images; without one they are read from `image_folders`.
     """
 
     def __init__(
         self,
         records_by_source: Mapping[str, Sequence[Record]],
-        image_folders: Mapping[str, str],
+        readers: Mapping[str, ImageReader],
         plan: TrainingPlan,
         limits: Limits,
         image_processor: ImageProcessor,
         lengths: Mapping[str, npt.NDArray[np.int32]] | None = None,
         *,
         image_draft: bool = False,
-        follow_links: Collection[str] = (),
-        readers: Mapping[str, ImageReader] | None = None,
     ) -> None:
         self.plan = plan
         self._records = dict(records_by_source)
-        self._readers = {
-            name: ImageReader(folder, follow_links=name in follow_links) for name, folder in image_folders.items()
-        }
-        self._readers.update(readers or {})
+        self._readers = dict(readers)
         self._source_index = {name: index for index, name in enumerate(plan.names)}
         self.limits = limits
         self.image_processor = image_processor
@@ -272,11 +265,10 @@ def build_dataset(
     lengths = {name: _lengths_of(records[name], fitted[name]) for name in names} if all_lengths else None
     reading = partial(
         SupervisedDataset,
-        image_folders={},
+        readers=readers,
         limits=limits,
         image_processor=image_processor,
         image_draft=data_config.image_draft,
-        readers=readers,
     )
     dataset = reading(records, plan=plan, lengths=lengths)
     dataset.report = report

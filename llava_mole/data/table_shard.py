@@ -194,16 +194,24 @@ def _rows(
     for row, given in enumerate(batch.select(kept).to_pylist()):
         line += 1
         value = {key: content for key, content in given.items() if content is not None}  # tables have nulls
-        found: list[str] = []
-        for n in images.cells[row] if images is not None else ():
-            own = images.paths[n] if images.paths else None
-            if images.valid[n]:
-                offset, size = int(images.offsets[n]), int(images.offsets[n + 1] - images.offsets[n])
-                check_image_size(size, f"{name}:{line}", own or str(media))
-                found.append(str(Reference(number, group, start + offset, size, own or str(media))))
-            elif own:
-                found.append(own)
+        found = [] if images is None else _places(images, row, start, number, group, f"{name}:{line}", str(media))
         if found:
             value.pop("image", None)
             value["images"] = found
         yield Sample(value, str(line), line)
+
+
+def _places(
+    images: ImageColumn, row: int, start: int, number: int, group: int | None, where: str, media: str
+) -> list[str]:
+    """References to the images of a row, and paths of images that have no bytes."""
+    found = []
+    for n in images.cells[row]:
+        own = images.paths[n] if images.paths else None
+        if images.valid[n]:
+            offset, size = int(images.offsets[n]), int(images.offsets[n + 1] - images.offsets[n])
+            check_image_size(size, where, own or media)
+            found.append(str(Reference(number, group, start + offset, size, own or media)))
+        elif own:
+            found.append(own)
+    return found

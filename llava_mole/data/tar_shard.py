@@ -48,7 +48,7 @@ def tar_members(path: Path, name: str) -> Iterator[Member]:
         try:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedHeader) as opened:
                 while (header := opened.next()) is not None:
-                    opened.members.clear()  # it would keep every header
+                    opened.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                     end = header.offset_data + (header.size + _BLOCK - 1) // _BLOCK * _BLOCK
                     if header.offset_data + header.size > length:
                         raise DataError(

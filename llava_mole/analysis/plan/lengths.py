@@ -10,7 +10,7 @@ import numpy as np
 from llava_mole.analysis.plan.simulation import Samples
 from llava_mole.common.errors import ConfigError
 from llava_mole.config import DataConfig
-from llava_mole.data.store import is_prepared
+from llava_mole.data.sources import is_there
 
 ANSWER_SHARE = 0.5
 """Assumed share of a sample's text that is supervised. Only the language model's head depends on it."""
@@ -91,7 +91,7 @@ def source_lengths(
             text = max(1.0, mean - image_tokens)
             assumption = AssumedSource(records, text, 0.5, 0.0, f"mean {mean:.0f}")
             result.append(assumed_lengths(name, assumption, image_tokens, data.max_length, "given"))
-        elif Path(source.annotations).is_file() or is_prepared(source.annotations):
+        elif is_there(source):
             result.append(measured_lengths(name, data, language_model, image_tokens, sample))
         elif name in KNOWN_SOURCES:
             result.append(assumed_lengths(name, KNOWN_SOURCES[name], image_tokens, data.max_length, "assumed"))
