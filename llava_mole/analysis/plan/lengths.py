@@ -120,10 +120,10 @@ def measured_lengths(name: str, data: DataConfig, language_model: str, image_tok
     """Lengths of up to `sample` records of a source on disk, tokenized as in training if the tokenizer exists."""
     from llava_mole.conversation import render
     from llava_mole.data.chat_template import resolve_template
-    from llava_mole.data.store import read_records
+    from llava_mole.data.sources import open_source
     from llava_mole.data.tokenization import HFTextTokenizer, encode_record, load_tokenizer
 
-    records: Sequence[Any] = read_records(data.sources[name].annotations, name)
+    records: Sequence[Any] = open_source(data, name)[0]
     has_tokenizer = (Path(language_model) / "config.json").is_file()
     tokenizer = HFTextTokenizer(load_tokenizer(language_model), data.special_tokens) if has_tokenizer else None
     template = resolve_template(data.template, tokenizer)
