@@ -310,3 +310,47 @@ def test_follow_links_of_all_sources(tmp_path: Path) -> None:
         build(config(tmp_path, tmp_path / "data.jsonl", **options))
     dataset = build(config(tmp_path, tmp_path / "data.jsonl", follow_links=True, **options))
     assert all(example.replaced_image is None for example in dataset.__getitems__(range(len(dataset))))
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_packed_records_are_the_same(
+    form: str, tmp_path: Path, reference: SupervisedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.examples import pack_shards
+
+    records, out = sets.write_json(tmp_path / "json"), tmp_path / "packed"
+    arguments = ["pack_shards.py", str(records), str(records.parent / "images"), str(out), "--samples", "5"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--form", form])
+    assert pack_shards.main() == 0
+    assert len(list(out.iterdir())) == 3
+    assert_equal(reference, build(config(tmp_path, out)))
+    assert pack_shards.main() == 2, "nothing is overwritten"
+
+
+def test_checks_before_a_run_read_shards(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    from llava_mole.analysis.check import cli
+    from llava_mole.analysis.plan.lengths import source_lengths
+    from llava_mole.config import parse_run_config
+    from llava_mole.study.inputs import Inputs
+    from llava_mole.train.preflight import missing_inputs
+
+    values = yaml.safe_load((world / "config.yaml").read_text())
+    broken = [("x.png", b"no image"), ("x.json", json.dumps(sets.record(0) | {"id": "x"}).encode())]
+    members = [*broken, *(member for index in range(4) for member in sets.tar_members(index))]
+    place = str(sets.write_tar(tmp_path / "a.tar", members))
+    values["data"]["sources"] = {"a": {"annotations": place, "image_folder": "absent"}}
+    values["data"]["mixture"] = {}
+    values["data"]["cache_dir"] = str(tmp_path / "cache")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    run = parse_run_config([str(tmp_path / "run.yaml")])
+    assert not [line for line in missing_inputs(run.model, run.data, None, None) if "data.sources" in line]
+    assert cli.main([str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    found = [json.loads(line) for line in (tmp_path / "out" / "findings.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["where"]) for line in found if "image" in line["kind"]] == [
+        ("corrupt-image", f"{place}:1")
+    ]
+    (lengths,) = source_lengths(run.data, run.model.language_model, 4)
+    assert lengths.records == 5
+    assert Inputs(None).source("a", run.data.sources["a"], images=True) != "missing"
