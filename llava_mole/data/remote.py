@@ -246,7 +246,10 @@ def download(file: RemoteFile, target: Path, access: Access, on_block: Callable[
                 data = read_range(file.url, start, stop, access, lambda _: None)
                 digest.update(data)
                 written.write(data)
-        if not _MD5.fullmatch(file.tag) or digest.hexdigest() in (file.tag, *seen):
+        if not _MD5.fullmatch(file.tag) or digest.hexdigest() == file.tag:
+            break
+        if digest.hexdigest() in seen:
+            logger.info("%s: its ETag is not the MD5 of its content; two equal copies are taken for sound", file.url)
             break
         seen.add(digest.hexdigest())
     else:

@@ -101,7 +101,7 @@ def test_records_and_loose_images_of_a_bucket(tmp_path: Path, places: dict[str, 
     assert sum(proxy.asked.values()) == asked, "all of them are in the cache"
 
 
-FAULTS = {"fail": 5.0, "stall": 0.3, "damage": 5.0, "cut": 5.0}
+FAULTS = {"fail": 5.0, "stall": 0.6, "damage": 5.0, "cut": 5.0}
 """What the server does, and the time limit with which the test does not take long."""
 
 
@@ -123,7 +123,7 @@ def test_a_fault_that_passes_is_survived(
 
 REASONS = {
     "fail": r"4 attempts in \d+ s failed .*; the last one: .*busy.*nothing is lost: continue with --train.resume auto",
-    "stall": r"4 attempts in \d+ s failed .*; the last one: no answer within 0.3 s",
+    "stall": r"4 attempts in \d+ s failed .*; the last one: no answer within 0.6 s",
     "damage": r"4 attempts in \d+ s failed .*the bytes differ from those that were indexed",
     "cut": r"4 attempts in \d+ s failed",
     "expired": r"the server refuses: The provided token has expired.*; check the credentials",
