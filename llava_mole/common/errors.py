@@ -67,6 +67,12 @@ class CheckpointError(UserError):
     """A checkpoint directory is incomplete, damaged or of the wrong kind."""
 
 
+def without_worker(error: UserError) -> UserError:
+    """An error from a data loader's process, which PyTorch wraps in a traceback, with its message alone."""
+    kind = type(error)
+    return kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
+
+
 @contextlib.contextmanager
 def value_errors_as(kind: type[UserError]) -> Iterator[None]:
     """Turn a ValueError of the block into `kind`: the door between commands and `mole/` or PEFT, which raise it."""

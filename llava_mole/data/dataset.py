@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from llava_mole.common.distributed import on_main
+from llava_mole.common.distributed import get_world_size, on_main
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
@@ -289,7 +289,7 @@ def _open_sources(
     data_config: DataConfig, names: Sequence[str]
 ) -> tuple[dict[str, Sequence[Record]], dict[str, ImageReader]]:
     """Records and image readers by source. Rank 0 builds the indexes of shards; without a shared folder, every node."""
-    for name in names:
+    for name in names if get_world_size() > 1 else ():
         if is_sharded(data_config.sources[name].annotations):
             on_main(partial(_index, data_config, name))
     opened = {name: open_source(data_config, name) for name in names}

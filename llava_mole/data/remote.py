@@ -1,13 +1,14 @@
 """Files on servers (`s3://`, `gs://`, `hf://`), through fsspec: listed, and read in ranges of bytes.
 
 Requests fail, stall and are cut short. Each has a time limit here and is tried again after a growing pause; what a
-server refuses (credentials, no such bucket) is not. fsspec's and botocore's own retries are off, so the limits that the
-user sets are those that hold. Credentials and endpoints come from the environment, as each library documents
+server refuses (credentials, no such bucket) is not. The libraries' own retries are off where they can be (s3), so the
+limits that the user sets are those that hold. Credentials and endpoints come from the environment, as each library documents
 (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `HF_TOKEN`), never from a configuration.
 """
 
 import functools
 import hashlib
+import logging
 import os
 import random
 import re
@@ -84,7 +85,7 @@ def _filesystem(protocol: str, _: int) -> Any:
         raise ConfigError(
             f"{protocol}:// needs a package that is not installed ({error}); pip install 'llava_mole[remote]'"
         ) from None
-    if protocol in ("s3", "gs"):
+    if protocol == "s3":
         opened.retries = 1
     return opened
 
@@ -123,7 +124,8 @@ def ask(url: str, function: Callable[[], T], access: Access) -> T:
                     f"remote_retries, data.remote_timeout); the last one: {reason}. Check server and network; in a run "
                     f"{CONTINUE}"
                 ) from None
-        logger.debug("%s: attempt %d: %s", url, attempt, reason)
+        level = logging.WARNING if attempt > 2 else logging.DEBUG  # a run that waits says why
+        logger.log(level, "%s: attempt %d of %d failed: %s", url, attempt, access.retries + 1, reason)
         time.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, cores
-from llava_mole.common.errors import ConfigError, StorageError, UserError, value_errors_as
+from llava_mole.common.errors import ConfigError, StorageError, UserError, value_errors_as, without_worker
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 from llava_mole.config import TrainConfig
@@ -288,5 +288,4 @@ def _next(batches: Iterator[dict]) -> dict:
     try:
         return next(batches)
     except UserError as error:
-        kind = type(error)
-        raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
+        raise without_worker(error) from None
