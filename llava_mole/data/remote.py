@@ -2,8 +2,9 @@
 
 Requests fail, stall and are cut short. Each has a time limit here and is tried again after a growing pause; what a
 server refuses (credentials, no such bucket) is not. The libraries' own retries are off where they can be (s3), so the
-limits that the user sets are those that hold. Credentials and endpoints come from the environment, as each library documents
-(`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `HF_TOKEN`), never from a configuration.
+limits that the user sets are those that hold. Credentials and endpoints come from the environment, as each library
+documents (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `HF_TOKEN`), never from a
+configuration.
 """
 
 import functools
