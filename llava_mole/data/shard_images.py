@@ -106,10 +106,13 @@ class ShardImages:
         """The bytes of an image.
 
         Raises:
+            DataError: there is no such place; a record has made the reference up.
             StorageError: the shard cannot be read, or is not what was indexed.
         """
         if self._process != os.getpid():  # a forked worker
             self._reset()
+        if not self._exists(place):
+            raise DataError(f"image {str(place)!r} does not lie in the shards")
         if place.group is None and not self._remote[place.file]:
             return self._read_local(place)
         stream = self._streams[place.file, place.group]
@@ -126,7 +129,7 @@ class ShardImages:
         self._held = {}
         wanted: dict[Stream, set[int]] = {}
         for place in places:
-            if place.group is None and self._remote[place.file]:
+            if place.group is None and self._exists(place) and self._remote[place.file]:
                 blocks = range(place.offset // BLOCK, -(-(place.offset + place.size) // BLOCK))
                 wanted.setdefault(self._streams[place.file, None], set()).update(blocks)
         runs = [
@@ -138,6 +141,16 @@ class ShardImages:
             with ThreadPoolExecutor(min(REQUESTS, len(runs))) as pool:
                 for fetched in pool.map(lambda job: self._fetch(*job), runs):
                     self._held.update(fetched)
+
+    def _exists(self, place: Reference) -> bool:
+        if place.file >= len(self._files):
+            return False
+        if place.group is None and not self._remote[place.file]:
+            size = self._files[place.file].size
+        else:
+            stream = self._streams.get((place.file, place.group))
+            size = 0 if stream is None else stream.size
+        return place.offset + place.size <= size
 
     def _read_local(self, place: Reference) -> bytes:
         file = self._files[place.file]

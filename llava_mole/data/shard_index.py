@@ -252,7 +252,8 @@ def _is_llava(value: dict[str, Any]) -> bool:
 def _put_together(directory: Path, place: str, source: str, done: list[tuple[ShardFile, Path]]) -> None:
     """Write the index from the parts of all files."""
     streams: list[Stream] = []
-    crcs: list[int] = []
+    crcs = [np.zeros(0, dtype=np.uint32)]
+    blocks = 0
     ignored: dict[str, int] = {}
     first: tuple[str, list[str]] | None = None
     with StoreWriter(directory, name=source) as writer:
@@ -276,14 +277,15 @@ def _put_together(directory: Path, place: str, source: str, done: list[tuple[Sha
                 ignored[kind] = ignored.get(kind, 0) + count
             entries = end["streams"] if end["raw"] is None else [[None, *end["raw"]], *end["streams"]]
             for group, size, found in entries:
-                streams.append(Stream(number, group, size, len(crcs)))
-                crcs += found
+                streams.append(Stream(number, group, size, blocks))
+                crcs.append(np.asarray(found, dtype=np.uint32))
+                blocks += len(found)
         if ignored:
             shown = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
             logger.warning("data: %s: not read or changed in %s: %s", source, place, shown)
         with write_errors(directory), atomic_path(directory.with_name(directory.name + _CRCS)) as new:
             with new.open("wb") as file_of_crcs:
-                np.save(file_of_crcs, np.asarray(crcs, dtype=np.uint32))
+                np.save(file_of_crcs, np.concatenate(crcs))
         files = [asdict(file) for file, _ in done]
         writer.finish({"place": place, "files": files, "streams": [list(stream) for stream in streams]})
 

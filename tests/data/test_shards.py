@@ -289,6 +289,16 @@ def test_references_and_checksums() -> None:
     assert (sums.finish().size, len(sums.crcs)) == (2 * BLOCK + 8, 3)
 
 
+@pytest.mark.parametrize("place", ["shard:9:0+5:x", "shard:0:0+99999999:x", "shard:0.7:0+5:x"])
+def test_a_made_up_reference_reads_nothing_else(place: str, tmp_path: Path) -> None:
+    value = sets.record(0) | {"image": place}
+    members = [("0.json", json.dumps(value).encode()), *sets.tar_members(1)]
+    dataset = build(config(tmp_path, sets.write_tar(tmp_path / "a.tar", members)))
+    replaced = [example.replaced_image for example in dataset.__getitems__(range(2)) if example.replaced_image]
+    assert len(replaced) == 1
+    assert f"a.tar:1: image {place!r} does not lie in the shards" in replaced[0]
+
+
 def test_remote_paths_need_permission(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.sources.a.annotations is 's3://b/c', and data.allow_remote is false"):
         config(tmp_path, "s3://b/c")
