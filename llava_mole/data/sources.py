@@ -104,7 +104,7 @@ class ImageReader:
 def storage_of(data: DataConfig) -> Storage:
     """Cache and time limits of a configuration."""
     access = Access(data.remote_timeout, data.remote_retries)
-    return Storage(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), access)
+    return Storage(Path(data.cache_dir), int(data.cache_gb * 1e9), access)
 
 
 def open_source(data: DataConfig, name: str) -> tuple[Sequence[Record], ImageReader]:

@@ -120,7 +120,7 @@ _NOT_PASSED = ("content-length", "transfer-encoding", "connection", "date", "ser
 
 class FaultyServer:
     """A proxy in front of an S3 server. `fault` decides what becomes of a GET of an object: its name and the number of
-    times it was asked for give None (passed on) or one of `fail`, `stall`, `damage`, `cut`, `expired`."""
+    times it was asked for give None (passed on) or one of `fail`, `stall`, `damage`, `cut`, `expired`, `gone`."""
 
     def __init__(self, target: str) -> None:
         outer = self
@@ -151,6 +151,9 @@ class FaultyServer:
                 elif fault == "expired":
                     status = 403
                     body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+                elif fault == "gone":
+                    status = 404
+                    body = b"<Error><Code>NoSuchBucket</Code><Message>The bucket does not exist</Message></Error>"
                 elif fault == "stall":
                     outer.stalled.wait(20)
                 elif fault == "damage" and body:
