@@ -75,7 +75,7 @@ def ours(place: str, folder: Path, work: Path, **options: Any) -> Callable[[int]
 
 
 def webdataset_loader(shards: list[str]) -> Callable[[int], Iterator[Image.Image]]:
-    """WebDataset's own reader with its shuffle buffer. Raises ImportError."""
+    """WebDataset's own reader with its shuffle buffer."""
     import webdataset
 
     def run(_: int) -> Iterator[Image.Image]:
@@ -87,7 +87,7 @@ def webdataset_loader(shards: list[str]) -> Callable[[int], Iterator[Image.Image
 
 
 def litdata_loader(folder: Path, images: Path) -> Callable[[int], Iterator[Image.Image]]:
-    """LitData's own format and reader, of the same bytes. Raises ImportError."""
+    """LitData's own format and reader, of the same bytes."""
     import litdata
 
     if not folder.exists():
@@ -170,8 +170,11 @@ def main() -> None:
             for title, make in others.items():
                 try:
                     loaders[title] = make()
-                except ImportError as error:
-                    print(f"{title}: not measured, {error}; pip install webdataset litdata", file=sys.stderr)
+                    measure(loaders[title], 0, given.images)
+                except Exception as error:  # whatever another package raises, ours are measured
+                    loaders.pop(title, None)
+                    reason = " ".join(str(error).split())[:300] or type(error).__name__
+                    print(f"{title}: not measured: {reason}; pip install webdataset litdata", file=sys.stderr)
             rates: dict[str, list[float]] = {title: [] for title in loaders}
             for repeat in range(given.repeats + 1):  # the first round fills caches
                 for title in random.Random(repeat).sample(sorted(loaders), len(loaders)):
