@@ -96,7 +96,7 @@ def litdata_loader(folder: Path, images: Path) -> Callable[[int], Iterator[Image
 
     def run(_: int) -> Iterator[Image.Image]:
         for data in litdata.StreamingDataset(str(folder), shuffle=True, seed=0):
-            yield open_image(data)
+            yield open_image(bytes(data))
 
     return run
 
