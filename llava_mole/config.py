@@ -79,6 +79,9 @@ RANGES: dict[str, Range] = {
     "data.max_length": _FROM_1,
     "data.validation_samples": _FROM_0,
     "data.max_bad_image_share": _SHARE,
+    "data.cache_gb": _ABOVE_0,
+    "data.remote_timeout": _ABOVE_0,
+    "data.remote_retries": _FROM_0,
     "tracker.log_every": _FROM_1,
     "train.global_batch_size": _FROM_1,
     "train.pack_length": _FROM_1,
@@ -118,7 +121,7 @@ RANGES: dict[str, Range] = {
 
 PATHS = (
     "model.language_model", "model.vision_tower.name", "model.vision_tower.weights", "data.sources.*.annotations",
-    "data.sources.*.image_folder", "train.output_dir", "train.deepspeed_config", "train.resume",
+    "data.sources.*.image_folder", "data.cache_dir", "train.output_dir", "train.deepspeed_config", "train.resume",
     "check.evaluation_images", "projector_weights", "init_from",
 )  # fmt: skip
 """Keys whose value is a path or a list of paths."""
@@ -129,6 +132,8 @@ MAY_CHANGE = (
     "train.checkpoint_files",
     "train.keep_checkpoints", "train.validate_every", "train.validation_answers", "train.check_ranks_every",
     "train.conflict_every", "train.max_bad_steps", "data.max_bad_image_share", "model.attn_implementation", "device",
+    "data.follow_links", "data.allow_remote", "data.cache_dir", "data.cache_gb", "data.remote_timeout",
+    "data.remote_retries",
     "tracker.*", "check.*",
     # Paths: their contents are compared. Those that a run starts from are not read again.
     "model.language_model", "model.vision_tower.weights", "data.sources.*", "projector_weights", "init_from",
@@ -137,6 +142,30 @@ MAY_CHANGE = (
 rounding of float arithmetic. Every other key is compared, new ones included."""
 _checks: ContextVar[bool] = ContextVar("checks", default=True)
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})")
+
+
+PROTOCOLS = ("s3", "gs", "hf")
+"""Kinds of remote paths that data may have."""
+_ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address such as `s3://bucket/folder`."""
+    return _ADDRESS.match(str(path)) is not None
+
+
+def _check_remote(key: str, path: str, allowed: bool) -> None:
+    """Raise ConfigError for an address of a protocol that is not read, or if remote data are not allowed."""
+    found = _ADDRESS.match(path)
+    if found is None:
+        return
+    if found[1] not in PROTOCOLS:
+        kinds = ", ".join(f"{name}://" for name in PROTOCOLS)
+        raise ConfigError(f"{key} is {path!r}; remote data are read from {kinds}, else name a file or folder")
+    if not allowed:
+        raise ConfigError(
+            f"{key} is {path!r}, and data.allow_remote is false; set it to true to read data from a server"
+        )
 
 
 def expand_path(path: str | os.PathLike[str], key: str) -> str:
@@ -314,9 +343,11 @@ class SourceConfig:
     """One dataset of the mixture."""
 
     annotations: str
-    """LLaVA JSON (one list), JSONL, or the directory of a prepared data set."""
+    """LLaVA JSON (one list), JSONL, or the directory of a prepared data set. Or what holds its images itself:
+    WebDataset tar shards, parquet files (a file, a folder, a pattern such as `train-*.tar` or `{000..127}.tar`), or a
+    folder that `datasets` saved."""
     image_folder: str = "playground/data"
-    """Root of the records' image paths; images outside it are refused."""
+    """Root of the records' image paths; images outside it are refused. Not read for images inside shards."""
     follow_links: bool = False
     """Whether symbolic links below image_folder may lead out of it."""
 
@@ -360,6 +391,20 @@ class DataConfig:
     max_bad_image_share: float = 0.001
     """Share of a source's samples whose image may be unreadable. Such samples are replaced and counted; the run stops
     when they exceed this share and 10 samples. 0 stops at the first."""
+    follow_links: bool = False
+    """`follow_links` of every source."""
+    allow_remote: bool = False
+    """Whether sources may be read from servers: `s3://`, `gs://` and `hf://` (extra `remote`)."""
+    cache_dir: str = ".cache/llava_mole"
+    """Folder for the indexes of shards and for the cache of remote data; best a fast local disk, or a shared one."""
+    cache_gb: float = 50.0
+    """Most gigabytes (10^9 bytes) of data in the cache; what was not used for longest is removed. Indexes do not
+    count."""
+    remote_timeout: float = 60.0
+    """Seconds after which a request to a server counts as failed."""
+    remote_retries: int = 6
+    """How often a failed request is tried again, after pauses of 0.5, 1, 2, ... up to 30 seconds, before the run stops.
+    Refusals (credentials, no such bucket) are not tried again."""
 
     def __post_init__(self) -> None:
         if self.sources or self.mixture:  # `RunConfig` refuses data without sources
@@ -368,6 +413,8 @@ class DataConfig:
         self._check_tiles()
         for name, source in self.sources.items():
             _check_section(source, f"data.sources.{name}.", "data.sources.*.")
+            for key in ("annotations", "image_folder") if _checks.get() else ():
+                _check_remote(f"data.sources.{name}.{key}", getattr(source, key), self.allow_remote)
 
     def _check_tiles(self) -> None:
         pinpoints, tiled = self.image_grid_pinpoints, self.image_aspect_ratio == "anyres"

@@ -28,6 +28,7 @@ OPTIONAL = {
     "matplotlib",
     "skimage",
     "easy_vqa",
+    "fsspec",
     "bitsandbytes",
     "cma",
     "gguf",

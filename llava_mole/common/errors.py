@@ -40,6 +40,10 @@ class DataError(UserError):
     """A record or an image is wrong; the message starts with `file:line`."""
 
 
+class StorageError(UserError):
+    """What holds the data fails (no answer, refusal, damaged bytes, files that changed); the run can be continued."""
+
+
 class PromptError(DataError):
     """A prompt that cannot be answered: `position` is its index in the list, `problem` the rest of the message."""
 
@@ -61,6 +65,12 @@ class WeightsError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint directory is incomplete, damaged or of the wrong kind."""
+
+
+def without_worker(error: UserError) -> UserError:
+    """An error from a data loader's process, which PyTorch wraps in a traceback, with its message alone."""
+    kind = type(error)
+    return kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
 
 
 @contextlib.contextmanager

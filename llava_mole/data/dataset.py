@@ -1,7 +1,7 @@
 """The training set: examples at the positions of a plan, and `build_dataset`, which checks all data before a run."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -10,21 +10,23 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from llava_mole.common.distributed import on_main
+from llava_mole.common.distributed import get_world_size, on_main
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
-from llava_mole.config import DataConfig, check_lambdas
+from llava_mole.config import DataConfig, check_lambdas, is_remote
 from llava_mole.conversation import Template
 from llava_mole.data.anyres import Size, join_tiles
 from llava_mole.data.batching import GroupedPlan, modality_lengths
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
-from llava_mole.data.images import ImageProcessor, Oddity, load_image, resolve_image, warn_odd
+from llava_mole.data.images import ImageProcessor, Oddity, warn_odd
 from llava_mole.data.lengths import Fitted, ImagePlace, Limits, fit_source, image_counts, sample_of
 from llava_mole.data.mixture import TrainingPlan, hold_out
 from llava_mole.data.records import Record, RecordSubset
-from llava_mole.data.store import PreparedRecords, content_digest, read_records
+from llava_mole.data.shard_files import is_sharded
+from llava_mole.data.sources import ImageReader, open_source, source_digest
+from llava_mole.data.store import PreparedRecords
 from llava_mole.data.tokenization import Encoded, TextTokenizer, encode_record, encode_shortened
 
 SUBSTITUTES = 100
@@ -38,36 +40,33 @@ class SupervisedDataset:
 
     Args:
         records_by_source: Records of each source of the plan.
-        image_folders: Root of the image paths, by source.
+        readers: Reads the images, by source.
         plan: Order of the samples.
         limits: Template, tokenizer, tokens per image, longest sample and length policy.
         image_processor: Converts an image to the input of the vision tower.
         lengths: Tokens of every record, by source; required by the method `lengths` only.
         image_draft: See `DataConfig.image_draft`.
-        follow_links: Sources with `SourceConfig.follow_links`.
     """
 
     def __init__(
         self,
         records_by_source: Mapping[str, Sequence[Record]],
-        image_folders: Mapping[str, str],
+        readers: Mapping[str, ImageReader],
         plan: TrainingPlan,
         limits: Limits,
         image_processor: ImageProcessor,
         lengths: Mapping[str, npt.NDArray[np.int32]] | None = None,
         *,
         image_draft: bool = False,
-        follow_links: Collection[str] = (),
     ) -> None:
         self.plan = plan
         self._records = dict(records_by_source)
-        self._image_folders = dict(image_folders)
+        self._readers = dict(readers)
         self._source_index = {name: index for index, name in enumerate(plan.names)}
         self.limits = limits
         self.image_processor = image_processor
         self._lengths = lengths
         self._draft_size = 2 * image_processor.image_size if image_draft else None
-        self._follow_links = follow_links
         self.warned = torch.zeros(len(plan.names), dtype=torch.uint8).share_memory_()
         """By source: whether an image that `llava` alters was logged; shared with the loader's workers."""
         self.validation: SupervisedDataset | None = None
@@ -109,6 +108,16 @@ class SupervisedDataset:
         index = self._source_index[source]
         return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced, shown)
 
+    def __getitems__(self, positions: Sequence[int]) -> list[Example]:
+        """The examples of a batch; images on servers are fetched at once. Raises as `[position]`, and StorageError."""
+        wanted: dict[str, list[str]] = {}
+        for source, sample in map(self.plan.__getitem__, positions):
+            if self._readers[source].is_distant:
+                wanted.setdefault(source, []).extend(self._records[source][sample].images)
+        for source, paths in wanted.items():
+            self._readers[source].prefetch(paths)
+        return [self[position] for position in positions]
+
     def sample(self, position: int) -> tuple[str, Record, list[Image.Image]]:
         """Source, record and decoded images of the sample at a position, replaced as in `__getitem__`.
 
@@ -119,21 +128,19 @@ class SupervisedDataset:
 
     def _readable(self, position: int, draft_size: int | None) -> tuple[str, Record, list[Image.Image], str | None]:
         source, sample = self.plan[position]
-        warned, index = self.warned, self._source_index[source]
+        warned, index, reader = self.warned, self._source_index[source], self._readers[source]
 
         def load(path: str, where: str) -> Image.Image:
             def warn(_: str, oddity: Oddity) -> None:
                 if not warned[index]:
                     warned[index] = 1
-                    warn_odd(f"data: {source}", f"{path!r} ({where})", oddity)
+                    warn_odd(f"data: {source}", f"{reader.name_of(path)!r} ({where})", oddity)
 
-            picture = load_image(
+            picture = reader.load(
                 path,
-                self._image_folders[source],
                 draft_size=draft_size,
                 modes=self.image_processor.modes,
                 on_odd=None if warned[index] else warn,
-                follow_links=source in self._follow_links,
             )
             if self.limits.grid is not None:
                 self.limits.grid.layout(picture.size, path)  # refuses what cannot be shown: the record is replaced
@@ -228,16 +235,15 @@ def build_dataset(
         )
     _warn_about_end_marker(template, tokenizer)
     limits = Limits(template, tokenizer, num_image_tokens, data_config.max_length, data_config.max_length_policy, grid)
-    all_records = {name: read_records(data_config.sources[name].annotations, name) for name in names}
-    image_folders = {name: data_config.sources[name].image_folder for name in names}
+    all_records, readers = _open_sources(data_config, names)
     # A text that is escaped or refused is found by counting: its bytes do not tell.
     all_lengths = batching == "packed" or data_config.validation_samples > 0 or data_config.special_tokens != "keep"
     fitted = {}
     for name in names:
         if not resuming:
-            _check_images(all_records[name], image_folders[name], data_config.sources[name].follow_links)
+            _check_images(all_records[name], readers[name])
         # Rank 0 counts for all ranks.
-        place = ImagePlace(image_folders[name], data_config.sources[name].follow_links, image_processor.modes)
+        place = ImagePlace(readers[name], image_processor.modes)
         fit = partial(
             fit_source, all_records[name], limits, name, all_lengths=all_lengths, store=store_lengths, place=place
         )
@@ -270,15 +276,16 @@ def build_dataset(
     lengths = {name: _lengths_of(records[name], fitted[name]) for name in names} if all_lengths else None
     reading = partial(
         SupervisedDataset,
-        image_folders=image_folders,
+        readers=readers,
         limits=limits,
         image_processor=image_processor,
         image_draft=data_config.image_draft,
-        follow_links=[name for name in names if data_config.sources[name].follow_links],
     )
     dataset = reading(records, plan=plan, lengths=lengths)
     dataset.report = report
-    dataset.digests = on_main(lambda: {name: content_digest(data_config.sources[name].annotations) for name in names})
+    dataset.digests = on_main(
+        lambda: {name: source_digest(all_records[name], data_config.sources[name].annotations) for name in names}
+    )
     if held_out:
         once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
         held_out_lengths = {name: _lengths_of(held_out[name], fitted[name]) for name in names}
@@ -287,6 +294,23 @@ def build_dataset(
         held = count_of(data_config.validation_samples, "sample")
         logger.info("data: held out for validation: %s of each source", held)
     return dataset
+
+
+def _open_sources(
+    data_config: DataConfig, names: Sequence[str]
+) -> tuple[dict[str, Sequence[Record]], dict[str, ImageReader]]:
+    """Records and image readers by source. Rank 0 builds the indexes of shards; without a shared folder, every node."""
+    for name in names if get_world_size() > 1 else ():
+        if is_sharded(data_config.sources[name].annotations):
+            on_main(partial(_index, data_config, name))
+    opened = {name: open_source(data_config, name) for name in names}
+    return {name: records for name, (records, _) in opened.items()}, {
+        name: reader for name, (_, reader) in opened.items()
+    }
+
+
+def _index(data_config: DataConfig, name: str) -> None:
+    open_source(data_config, name)
 
 
 def _lengths_of(records: Sequence[Record], fitted: Fitted) -> npt.NDArray[np.int32]:
@@ -330,16 +354,16 @@ def _warn_about_end_marker(template: Template, tokenizer: TextTokenizer) -> None
         )
 
 
-def _check_images(records: Sequence[Record], folder: str, follow_links: bool) -> None:
+def _check_images(records: Sequence[Record], reader: ImageReader) -> None:
     """Raise DataError for a missing image. `prepare` has checked prepared sets, so only a sample of them is tried."""
     known: set[str] = set()
-    indices = sample_of(len(records)) if isinstance(records, PreparedRecords) else range(len(records))
-    for index in indices:
+    sampled = isinstance(records, PreparedRecords) or is_remote(reader.folder)
+    for index in sample_of(len(records)) if sampled else range(len(records)):
         record = records[int(index)]
         for path in record.images:
             if path not in known:
                 try:
-                    resolve_image(path, folder, follow_links=follow_links)
+                    reader.check(path)
                 except DataError as error:
                     raise DataError(f"{record.where}: {error}") from None
                 known.add(path)

@@ -7,6 +7,7 @@ dropped, the rotation is ignored).
 """
 
 import contextlib
+import io
 import os
 import re
 import struct
@@ -252,8 +253,9 @@ def resolve_image(path: str, root: str | os.PathLike[str], *, follow_links: bool
 
 
 def open_image(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | bytes,
     *,
+    name: str | None = None,
     draft_size: int | None = None,
     modes: ImageModes = "llava",
     on_odd: Callable[[str, Oddity], object] | None = None,
@@ -261,7 +263,8 @@ def open_image(
     """Decode an image file completely and convert it to RGB.
 
     Args:
-        path: File in one of `FORMATS`, whatever its name. The first of several frames is read.
+        path: File in one of `FORMATS`, whatever its name, or its content. The first of several frames is read.
+        name: Of the image, for messages; None takes the path.
         draft_size: Let the JPEG decoder reduce the image, to an eighth at most, if both sides keep this many pixels and
             no size is rounded. The pixels then differ from those of the full decoder: for photos and pages that are
             resized to half of `draft_size`, by up to 3 of 255 on average and 32 at most.
@@ -271,11 +274,13 @@ def open_image(
         DataError: the file is missing, not an image or truncated, has more pixels than Pillow decodes (a
             decompression bomb), or as `decode_rgb`.
     """
-    with image_errors(os.fspath(path)), Image.open(path, formats=FORMATS) as image:
+    source = io.BytesIO(path) if isinstance(path, bytes) else path
+    name = name or ("given" if isinstance(path, bytes) else os.fspath(path))
+    with image_errors(name), Image.open(source, formats=FORMATS) as image:
         if draft_size is not None:
             factor = _draft_factor(image.width, image.height, draft_size)
             image.draft(None, (image.width // factor, image.height // factor))
-        return decode_rgb(image, modes, name=repr(os.fspath(path)), on_odd=on_odd)
+        return decode_rgb(image, modes, name=repr(name), on_odd=on_odd)
 
 
 def _draft_factor(width: int, height: int, smallest: int) -> int:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,6 @@ from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Template, Turn, render
 from llava_mole.data.anyres import Grid, Size
 from llava_mole.data.chat_template import resolve_template
-from llava_mole.data.images import image_size
 from llava_mole.data.records import Record, RecordSubset
 from llava_mole.data.store import PreparedRecords
 from llava_mole.data.tokenization import (
@@ -214,19 +213,23 @@ def add_lengths(
     return int(stored_counts(records, template, tokenizer, processes=processes)[:, 0].sum())
 
 
+class SizeReader(Protocol):
+    """What tells the sizes of a source's images: `data.sources.ImageReader`."""
+
+    def size(self, path: str, modes: ImageModes) -> Size:
+        """Width and height of an image that `modes` makes RGB. Raises DataError."""
+
+
 @dataclass(frozen=True)
 class ImagePlace:
-    """Where the images of a source are, and how they are read; see `load_image`."""
+    """Where the images of a source are, and by which rule they become RGB; see `images.decode_rgb`."""
 
-    folder: str
-    follow_links: bool = False
+    reader: SizeReader
     modes: ImageModes = "llava"
 
     def sizes(self, record: Record) -> tuple[Size, ...]:
         """Width and height of each image of a record, from the files' heads. Raises DataError as `image_size`."""
-        return tuple(
-            [image_size(path, self.folder, modes=self.modes, follow_links=self.follow_links) for path in record.images]
-        )
+        return tuple([self.reader.size(path, self.modes) for path in record.images])
 
 
 def known_sizes(records: Sequence[Record], index: int, place: ImagePlace) -> Sequence[Size]:

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from llava_mole.common.errors import DataError
 from llava_mole.common.files import read_json, sha256_of, sha256_of_json, write_json
-from llava_mole.config import SourceConfig
+from llava_mole.config import SourceConfig, is_remote
+from llava_mole.data.remote import Access
+from llava_mole.data.shard_files import find_shards, is_sharded
 from llava_mole.data.store import is_prepared, read_manifest, read_records
 from llava_mole.eval.benchmarks.benchmark import load_questions
 from llava_mole.eval.benchmarks.registry import get_benchmark
@@ -70,8 +72,15 @@ class Inputs:
         """A data set: its annotations and, with `images`, the contents of the images that they name.
 
         A prepared set is identified by its manifest, which has the digests of its shards; its images are not read.
+        Local shards are read with the images inside them, remote ones are told apart by size and ETag.
         """
         path = Path(source.annotations)
+        if is_sharded(source.annotations):
+            kind, shards = find_shards(source.annotations, Access())
+            if is_remote(source.annotations):  # contents are told apart by what the server says of them
+                return sha256_of_json([kind, [[shard.path, shard.size, shard.tag] for shard in shards]])
+            root = Path(shards[0].path).parent
+            return sha256_of_json([kind, self.files(root, [Path(shard.path) for shard in shards])])
         if not path.exists():
             return self._lost(path)
         if is_prepared(path):

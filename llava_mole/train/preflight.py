@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_mole.common.errors import ConfigError, WeightsError, command, value_errors_as
 from llava_mole.common.text import count_of
 from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, check_batch
-from llava_mole.data.store import is_prepared
+from llava_mole.data.sources import has_folder, is_there
 from llava_mole.model.adapters import adapter_config
 from llava_mole.model.language_model import check_max_length, read_config
 from llava_mole.model.quantization import require_bitsandbytes
@@ -36,9 +36,8 @@ def missing_inputs(
     for name, source in data.sources.items():
         if data.mixture.get(name, 1.0) > 0:
             key = f"data.sources.{name}"
-            there = Path(source.annotations).is_file() or is_prepared(source.annotations)
-            wanted.append((f"{key}.annotations", source.annotations, there))
-            wanted.append((f"{key}.image_folder", source.image_folder, Path(source.image_folder).is_dir()))
+            wanted.append((f"{key}.annotations", source.annotations, is_there(source)))
+            wanted.append((f"{key}.image_folder", source.image_folder, has_folder(source)))
     return [f"{key} = {path}" for key, path, there in wanted if not there]
 
 

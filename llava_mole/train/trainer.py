@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, cores
-from llava_mole.common.errors import ConfigError, UserError, value_errors_as
+from llava_mole.common.errors import ConfigError, StorageError, UserError, value_errors_as, without_worker
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 from llava_mole.config import TrainConfig
@@ -111,20 +112,25 @@ class Trainer:
 
         Raises:
             StopRequested: some rank was asked to stop; the run has saved.
+            StorageError: some rank got no data; the run has saved. Raised on every rank.
             TrainingError: it cannot continue; raised on every rank.
         """
         train, main = self.train, self.strategy.rank == 0
         first, run_started, entry = self.progress.step, time.perf_counter(), None
+        saved = first
         self._check_shards(first)
         batches = iter(self._loader(first))
         self.strategy.engine.train()
         display = ProgressDisplay(self.total_steps, first, self.name, main)
         for step in range(first, self.total_steps):
             started = time.perf_counter()
-            micro_batches = [_next(batches) for _ in self.plan.micro_batches(step, self.strategy.rank)]
+            micro_batches, failure = self._fetch(batches, step)
             waited = time.perf_counter() - started
             rates = set_learning_rates(self.strategy.optimizer, step, self.total_steps, train)
-            stats = self._step(step, micro_batches)
+            stats = self._step(step, micro_batches, failure)
+            if stats is None:
+                display.close()
+                self._end_without_data(failure, saved)
             self._count(stats)
             if self.monitor.due(step + 1):
                 entry = stats.entry(step + 1, rates, time.perf_counter() - started, waited)
@@ -142,6 +148,7 @@ class Trainer:
                 check_ranks_agree({} if self.strategy.shards_weights else self.strategy.parameters, step + 1)
             if saves:
                 self.save(final)
+                saved = step + 1
             if self.guard.stop_requested and not final:
                 display.close()
                 self._close_logs()
@@ -170,19 +177,43 @@ class Trainer:
             self.conflict.sync()
         save_together(self.writer, self.model, state, self.progress, self.train.keep_checkpoints, final, pieces)
 
+    def _fetch(self, batches: Iterator[dict], step: int) -> tuple[list[dict], StorageError | None]:
+        """This rank's micro-batches of a step, or why there are none."""
+        try:
+            return [_next(batches) for _ in self.plan.micro_batches(step, self.strategy.rank)], None
+        except StorageError as error:
+            return [], error
+
+    def _end_without_data(self, failure: StorageError | None, saved: int) -> NoReturn:
+        """Save the steps since step `saved` and end the run on every rank; a collective."""
+        if self.progress.step > saved:
+            check_ranks_agree(self.strategy.parameters, self.progress.step)
+            self.save(final=False)
+        self._close_logs()
+        reasons = [reason for reason in all_gather_objects(failure and str(failure)) if reason]
+        error = StorageError(f"stopped after step {self.progress.step} of {self.total_steps}, saved: {reasons[0]}")
+        error.on_every_rank = True
+        raise error
+
     def _close_logs(self) -> None:
         self.tracker.close()
         if self.conflict is not None:
             self.conflict.close()
 
-    def _step(self, step: int, micro_batches: list[dict]) -> StepStats:
-        """Forward and backward over one step's micro-batches, then the optimizer's update."""
+    def _step(self, step: int, micro_batches: list[dict], failure: StorageError | None) -> StepStats | None:
+        """Forward and backward over one step's micro-batches, then the optimizer's update.
+
+        Returns None on every rank, and does nothing, if one of them has a failure in place of its micro-batches.
+        """
         train, strategy = self.train, self.strategy
         seed = np.random.SeedSequence([train.seed, step, strategy.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         micro_batches = [to_device(batch, strategy.device) for batch in micro_batches]
         targets = sum(int(next_token_targets(batch["labels"])[0].sum()) for batch in micro_batches)
-        global_tokens = float(all_reduce_sum(torch.tensor(float(targets), device=strategy.device)))
+        known = torch.tensor([float(targets), float(failure is not None)], device=strategy.device)
+        global_tokens, failures = all_reduce_sum(known).tolist()
+        if failures:
+            return None
         stats = StepStats(self.dataset.source_names, strategy.device)
         for index, batch in enumerate(micro_batches):
             with strategy.micro_batch(last=index == len(micro_batches) - 1):
@@ -265,5 +296,4 @@ def _next(batches: Iterator[dict]) -> dict:
     try:
         return next(batches)
     except UserError as error:
-        kind = type(error)
-        raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
+        raise without_worker(error) from None

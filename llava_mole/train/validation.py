@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size
-from llava_mole.common.errors import ConfigError, PromptError, value_errors_as
+from llava_mole.common.errors import ConfigError, PromptError, StorageError, value_errors_as, without_worker
 from llava_mole.common.files import write_text
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import plain
@@ -80,6 +80,8 @@ class Validator:
                     continue
                 sums[0].index_add_(0, source_B, losses_B.double())
                 sums[1].index_add_(0, source_B, torch.ones_like(losses_B, dtype=torch.float64))
+        except StorageError as error:
+            raise without_worker(error) from None
         finally:
             model.train(was_training)
         totals, counts = all_reduce_sum(sums).tolist()

@@ -21,6 +21,7 @@ from llava_mole.data.collator import collate
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.data.lengths import ImagePlace, count_tiled
 from llava_mole.data.records import RecordSubset, parse_record
+from llava_mole.data.sources import ImageReader
 from llava_mole.data.store import PreparedRecords, PreparedRow, StoreWriter, read_records
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.engine import EngineLimits
@@ -161,7 +162,7 @@ def test_prepared_sets_give_the_same_tokens(world: Path, built: tuple[Any, Super
                 known = sizes if line % 2 else ()  # `prepare --check-images none` stores none
                 writer.add(PreparedRow(record.id, "red", record.images, record.turns, known, None, record.where))
             writer.finish({})
-    place = ImagePlace(str(folder), modes=modes)
+    place = ImagePlace(ImageReader(str(folder)), modes)
     expected = count_tiled(read_records(folder / "red.json", "red"), grid, place, "red")
     own = PreparedRecords(world / "red-set", "red")
     assert np.array_equal(count_tiled(own, grid, place, "red"), expected)

@@ -12,7 +12,7 @@ from llava_mole.common.errors import ConfigError, command, one_line
 from llava_mole.common.files import atomic_path, write_json
 from llava_mole.common.log import setup_logging
 from llava_mole.common.processes import open_pool
-from llava_mole.config import RunConfig, parse_run_config
+from llava_mole.config import RunConfig, is_remote, parse_run_config
 from llava_mole.data.anyres import Grid
 from llava_mole.data.chat_template import check_template_name
 
@@ -60,6 +60,8 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
     from llava_mole.analysis.check.images import OpenedImages, SourceImages, evaluation_files, find_overlap
     from llava_mole.analysis.check.records import TextLimits, check_records, read_all
     from llava_mole.data.lengths import ImagePlace
+    from llava_mole.data.shard_files import is_sharded
+    from llava_mole.data.sources import ImageReader, open_source
     from llava_mole.model.language_model import check_max_length, read_config
 
     data = config.data
@@ -96,14 +98,20 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
                 continue
             source = report.SourceFindings(name)
             sources.append(source)
-            images = None
+            images, stored, reader = None, None, None
+            if is_sharded(described.annotations) or is_remote(described.image_folder):
+                stored, reader = open_source(data, name)
             if not given.no_images:
-                images = SourceImages(described, data.image_modes, source, findings, opened, pool)
-            records = read_all(described.annotations, source, findings)
+                follow = described.follow_links or data.follow_links
+                images = SourceImages(
+                    described.image_folder, follow, data.image_modes, source, findings, opened, pool, reader
+                )
+            records = read_all(described.annotations, source, findings, stored)
             counting = pool if _size(described.annotations) > ALONE else None
             own = limits
             if limits is not None and limits.grid is not None:
-                place = ImagePlace(described.image_folder, described.follow_links, data.image_modes)
+                follow = described.follow_links or data.follow_links
+                place = ImagePlace(reader or ImageReader(described.image_folder, follow_links=follow), data.image_modes)
                 own = replace(limits, place=place)
             check_records(records, source, findings, own, images, counting)
         evaluated, shared = find_overlap(evaluation, opened.contents)

@@ -12,12 +12,13 @@ from tqdm import tqdm
 from llava_mole.analysis.check.report import FindingsFile, SourceFindings
 from llava_mole.common.errors import DataError
 from llava_mole.common.processes import WorkQueue
-from llava_mole.config import ImageModes, SourceConfig
+from llava_mole.config import ImageModes
 from llava_mole.data.images import REFUSED_BY
 from llava_mole.data.json_stream import iterate_json
 from llava_mole.data.prepare.defects import Issue
 from llava_mole.data.prepare.files import walk
 from llava_mole.data.prepare.images import EXTENSIONS, ImageInfo, ImageRoot, look
+from llava_mole.data.sources import ImageReader
 
 _BATCH = 64
 """Images that a worker process gets at a time."""
@@ -39,12 +40,12 @@ class SeenImage(NamedTuple):
     """`key_of` its content; None if it could not be read."""
 
 
-def look_and_hash(files: list[tuple[str, str]]) -> list[SeenImage]:
-    """Decode files, given as (absolute name, name in messages), and hash their content. Runs in a worker process."""
+def look_and_hash(files: list[tuple[str | bytes, str]]) -> list[SeenImage]:
+    """Decode images, given as (absolute name or content, name in messages), and hash them. Runs in a worker process."""
     seen = []
     for file, name in files:
         try:
-            data = Path(file).read_bytes()
+            data = file if isinstance(file, bytes) else Path(file).read_bytes()
         except OSError as error:
             problem = Issue("corrupt-image", f"{name}: cannot be read: {error.strerror}")
             seen.append(SeenImage(ImageInfo(name, None, problem), None))
@@ -86,40 +87,51 @@ class SourceImages:
     """Opens the images of one source; a file is opened once in a run, but reported for every source that names it.
 
     Args:
-        described: The source.
+        folder: Root of the image paths.
+        follow_links: Whether links may lead out of it.
         modes: See `DataConfig.image_modes`.
         source, findings: Receive the numbers and the list.
         opened: The images that earlier sources opened; this one's are added.
         pool: Decodes the images; None decodes in this process.
+        reader: Reads images that are no local files.
     """
 
     def __init__(
         self,
-        described: SourceConfig,
+        folder: str,
+        follow_links: bool,
         modes: ImageModes,
         source: SourceFindings,
         findings: FindingsFile,
         opened: OpenedImages,
         pool: Executor | None,
+        reader: ImageReader | None = None,
     ) -> None:
-        self._root = ImageRoot(Path(described.image_folder), follow_links=described.follow_links)
+        self._root = ImageRoot(Path(folder), follow_links=follow_links)
+        self._reader = reader
         self._refused = REFUSED_BY[modes]
         self._source, self._findings, self._opened = source, findings, opened
-        self._batch: list[tuple[str, str, str]] = []
-        """(absolute name, path, where) of images waiting for a full batch."""
-        self._queue: WorkQueue[list[tuple[str, str, str]], list[SeenImage]] = WorkQueue(pool, _AHEAD)
+        self._batch: list[_Waiting] = []
+        """Images waiting for a full batch."""
+        self._queue: WorkQueue[list[_Waiting], list[SeenImage]] = WorkQueue(pool, _AHEAD)
 
     def add(self, path: str, where: str) -> None:
         """Check an image that the source names for the first time, in record `where`."""
-        problem = self._root.problem(path)
+        try:
+            data = self._reader.read(path) if self._reader is not None else None
+        except DataError as error:
+            self._findings.add(self._source, "missing-image", where, str(error))
+            return
+        problem = self._root.problem(path) if data is None else None
         if problem is not None:
             self._findings.add(self._source, problem.kind, where, problem.detail)
             return
-        file = os.path.join(self._root.folder, path)
+        root = self._root.folder if data is None else self._source.name
+        file = os.path.join(root, path)
         name = hash(file)
         if name not in self._opened.names:
             self._opened.names.add(name)
-            self._batch.append((file, path, where))
+            self._batch.append(_Waiting(file, path, where, data))
             if len(self._batch) == _BATCH:
                 self._submit()
         elif name in self._opened.reported:
@@ -133,13 +145,14 @@ class SourceImages:
 
     def _submit(self) -> None:
         batch, self._batch = self._batch, []
-        self._settle(self._queue.submit(batch, look_and_hash, [(file, path) for file, path, _ in batch]))
+        files = [(image.data or image.file, image.path) for image in batch]
+        self._settle(self._queue.submit(batch, look_and_hash, files))
 
-    def _settle(self, finished: list[tuple[list[tuple[str, str, str]], list[SeenImage]]]) -> None:
+    def _settle(self, finished: list[tuple[list["_Waiting"], list[SeenImage]]]) -> None:
         for batch, results in finished:
-            for (file, path, where), seen in zip(batch, results, strict=True):
-                self._opened.remember(file, seen)
-                self._report(seen.info, path, where)
+            for image, seen in zip(batch, results, strict=True):
+                self._opened.remember(image.file, seen)
+                self._report(seen.info, image.path, image.where)
 
     def _report(self, info: ImageInfo, path: str, where: str) -> None:
         for issue in info.notes if info.problem is None else (info.problem, *info.notes):
@@ -148,6 +161,17 @@ class SourceImages:
             self._findings.add(self._source, kind, where, path + issue.detail.removeprefix(info.path))
         if self._opened.is_huge(info) and info.size is not None:
             self._findings.add(self._source, "huge-image", where, f"{path}: {info.size[0]} x {info.size[1]}")
+
+
+class _Waiting(NamedTuple):
+    """An image that is not yet decoded."""
+
+    file: str
+    """Absolute name."""
+    path: str
+    where: str
+    data: bytes | None
+    """Its content, if it is no local file."""
 
 
 def evaluation_files(places: Sequence[str]) -> list[Path]:

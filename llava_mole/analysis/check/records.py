@@ -37,14 +37,21 @@ _AHEAD = 8
 """Unfinished batches at a time."""
 
 
-def read_all(path: str, source: SourceFindings, findings: FindingsFile) -> Iterator[Record]:
+def read_all(
+    path: str, source: SourceFindings, findings: FindingsFile, opened: Sequence[Record] | None = None
+) -> Iterator[Record]:
     """Yield every usable record of an annotation file or prepared set, and list the others.
+
+    Args:
+        path: The file, or folder.
+        source, findings: Receive the numbers and the list.
+        opened: The records, if the source is neither.
 
     Raises:
         DataError: the file does not exist, is neither a JSON list nor a prepared set, or holds no record.
     """
-    if is_prepared(path):
-        records = PreparedRecords(path, source.name)
+    if opened is not None or is_prepared(path):
+        records = PreparedRecords(path, source.name) if opened is None else opened
         for index in range(len(records)):
             source.records += 1
             try:

@@ -11,7 +11,7 @@ from llava_mole.analysis.plan.simulation import Samples
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.config import DataConfig
 from llava_mole.data.anyres import Grid, Layout
-from llava_mole.data.store import is_prepared
+from llava_mole.data.sources import is_there
 
 ANSWER_SHARE = 0.5
 """Assumed share of a sample's text that is supervised. Only the language model's head depends on it."""
@@ -96,7 +96,7 @@ def source_lengths(
             text = max(1.0, mean - assumed_image(image_tokens, grid)[0])
             assumption = AssumedSource(records, text, 0.5, 0.0, f"mean {mean:.0f}")
             result.append(assumed_lengths(name, assumption, image_tokens, data.max_length, "given", grid))
-        elif Path(source.annotations).is_file() or is_prepared(source.annotations):
+        elif is_there(source):
             result.append(measured_lengths(name, data, language_model, image_tokens, sample, grid))
         elif name in KNOWN_SOURCES:
             result.append(assumed_lengths(name, KNOWN_SOURCES[name], image_tokens, data.max_length, "assumed", grid))
@@ -143,10 +143,10 @@ def measured_lengths(
     from llava_mole.conversation import render
     from llava_mole.data.chat_template import resolve_template
     from llava_mole.data.lengths import ImagePlace
-    from llava_mole.data.store import read_records
+    from llava_mole.data.sources import open_source
     from llava_mole.data.tokenization import HFTextTokenizer, encode_record, load_tokenizer
 
-    records: Sequence[Any] = read_records(data.sources[name].annotations, name)
+    records, reader = open_source(data, name)
     has_tokenizer = (Path(language_model) / "config.json").is_file()
     tokenizer = HFTextTokenizer(load_tokenizer(language_model), data.special_tokens) if has_tokenizer else None
     template = resolve_template(data.template, tokenizer)
@@ -155,7 +155,7 @@ def measured_lengths(
     images = np.array([len(record.images) for record in chosen], dtype=np.int64)
     each, absent = [[image_tokens] * len(record.images) for record in chosen], 0
     if grid is not None:
-        place = ImagePlace(data.sources[name].image_folder, data.sources[name].follow_links, data.image_modes)
+        place = ImagePlace(reader, data.image_modes)
         for n, index in enumerate(indices):
             layouts, unknown = _layouts(records, index, place, grid)
             each[n], absent = [layout.tokens for layout in layouts], absent + unknown

@@ -64,7 +64,7 @@ def unpack_archive(archive: Path, folder: Path) -> int:
         return 0
     try:
         is_zip = archive.suffix.lower() == ".zip"
-        opening: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=_Header)
+        opening: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(archive, tarinfo=CheckedHeader)
         with opening as opened:
             members = _checked_members(opened, archive, folder, max(_SMALL, LARGEST_RATIO * size))
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit=" files", disable=None, delay=3.0):
@@ -79,11 +79,11 @@ def unpack_archive(archive: Path, folder: Path) -> int:
     return len(members)
 
 
-class _Header(tarfile.TarInfo):
+class CheckedHeader(tarfile.TarInfo):
     """A member's header; a damaged or cut one is an error, which `tarfile` takes for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "CheckedHeader":
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in the stubs
