@@ -1,8 +1,9 @@
 """FLOPs of training, from a model's shape and sums over a batch, and the peaks of known GPUs.
 
 A frozen linear needs its forward product and the gradient of its input, 4 FLOPs per weight and token; a trainable one
-also needs the gradient of its weight, 6 in all. Recomputation and padding are excluded, so that rates from
-`training_flops` are comparable between runs that recompute, pad or pack differently.
+also needs the gradient of its weight, 6 in all. Blocks of the tower that train need the same 6, the others 2.
+Recomputation and padding are excluded, so that rates from `training_flops` are comparable between runs that recompute,
+pad or pack differently.
 """
 
 import re
@@ -47,12 +48,17 @@ class ModelShape:
     image_tokens: int
     """Positions that an image takes in the sequence."""
     tower_flops: float
-    """Forward pass of the vision tower on one image; it has no backward pass."""
+    """Forward pass of the vision tower on one image."""
+    trained_linear_parameters: int = 0
+    """Those of `linear_parameters` that train."""
+    head_trains: bool = False
+    tower_trained_share: float = 0.0
+    """Share of `tower_flops` in blocks that train, the last ones: what is below them has no backward pass."""
 
     @property
     def quadratic_length(self) -> float:
         """Length at which attention costs as much as everything else in the decoder layers."""
-        per_token = 4.0 * self.linear_parameters + 6.0 * self.adapter_parameters
+        per_token = 4.0 * self.linear_parameters + 2.0 * self.trained_linear_parameters + 6.0 * self.adapter_parameters
         return per_token / (6.0 * self.layers * self.attention_width)
 
 
@@ -68,12 +74,14 @@ def training_flops(
         supervised: Positions whose logits are computed.
         images: Images encoded.
     """
-    language_model = (4.0 * shape.linear_parameters + 6.0 * shape.adapter_parameters) * tokens
+    linears = 4.0 * shape.linear_parameters + 2.0 * shape.trained_linear_parameters
+    language_model = (linears + 6.0 * shape.adapter_parameters) * tokens
     # Scores and their product with the values take 4 s^2 w FLOPs, half of it under a causal mask; backward twice that.
     attention = 3.0 * 2.0 * shape.layers * shape.attention_width * squared_tokens
-    head = 4.0 * shape.head_parameters * supervised
+    head = (6.0 if shape.head_trains else 4.0) * shape.head_parameters * supervised
     projector = (6.0 if shape.projector_trains else 2.0) * shape.projector_parameters * shape.image_tokens
-    return language_model + attention + head + (shape.tower_flops + projector) * images
+    tower = (1.0 + 2.0 * shape.tower_trained_share) * shape.tower_flops
+    return language_model + attention + head + (tower + projector) * images
 
 
 def recompute_flops(shape: ModelShape, tokens: Amount, squared_tokens: Amount, layers: int) -> Amount:
@@ -109,7 +117,16 @@ def model_shape(model: LlavaMole) -> ModelShape:
         tower_width=model.vision_tower.hidden_size,
         image_tokens=model.num_image_tokens,
         tower_flops=tower_flops(model.vision_tower),
+        trained_linear_parameters=_linear_parameters(lm, head, trained=True),
+        head_trains=any(p.requires_grad for p in head.parameters()),
+        tower_trained_share=_trained_share(model.vision_tower),
     )
+
+
+def _trained_share(tower: nn.Module) -> float:
+    """Share of the tower's matrices that train."""
+    matrices = [p for p in tower.parameters() if p.ndim >= 2]
+    return sum(p.numel() for p in matrices if p.requires_grad) / max(1, sum(p.numel() for p in matrices))
 
 
 def tower_flops(tower: VisionTower) -> float:
@@ -129,12 +146,16 @@ def _weights(linear: Any) -> int:
     return widths[0] * widths[1] if widths is not None else 0
 
 
-def _linear_parameters(lm: nn.Module, head: nn.Module) -> int:
-    """Weights of the base model's linears, without the head, adapters and PEFT's wrappers around linears."""
+def _linear_parameters(lm: nn.Module, head: nn.Module, *, trained: bool = False) -> int:
+    """Weights of the base model's linears, without the head, adapters and PEFT's wrappers around linears.
+
+    With `trained`, only of those that train.
+    """
     return sum(
         _weights(module)
         for name, module in lm.named_modules()
         if module is not head
+        and (not trained or any(p.requires_grad for p in module.parameters(recurse=False)))
         and not hasattr(module, "base_layer")
         and not any(part.startswith(("lora_", "mole_")) for part in name.split("."))
     )
