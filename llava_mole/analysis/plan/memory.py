@@ -67,6 +67,7 @@ def layer_bytes_per_token(
     norms = 2 * 4.0 * (d + 1)  # both RMSNorms: the input in float32, the reciprocal of its root mean square
     attention = e * (2.0 * shape.attention_width + 2.0 * shape.key_value_width) + 4.0 * shape.attention_heads
     trains = shape.trained_linear_parameters > 0
+    norms += 2.0 * e * d if trains else 0.0  # what the norms' own weights are multiplied with
     if adapter == "none" and not trains:
         return norms + attention + e * 3.0 * f  # gate and its activation, up
     attention += e * d  # input of q, k and v; that of o, the attention's output, is kept anyway
