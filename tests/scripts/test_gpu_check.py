@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh: its parts on a CPU in small, what becomes of a part that fails or hangs, the table, the page."""
+"""scripts/gpu_check.sh: its parts on a CPU in small, what becomes of a part that fails or hangs, the page."""
 
 import argparse
 import json
@@ -14,12 +14,12 @@ from worlds.processes import fork_python
 
 from scripts.docs import gpu_page
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 import gpu_check
 import gpu_parts
 import mole_common
 
+ROOT = Path(__file__).parents[2]
 ARGS = argparse.Namespace(device="cpu", quick=True, threads=1)
 
 
@@ -197,7 +197,9 @@ def test_the_page_is_written_from_a_file(
     file.write_text(json.dumps(recorded()))
     assert gpu_page.main([str(file)]) == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
     assert "NVIDIA H100 80GB HBM3, torch 2.15.0" in text
     assert "| mole K=3 | 250.0 | 1.010 | 1.000 to 1.020 | 16,384 | 51.0% | 51.0% | 40.0 |" in text
     assert "| packing: flash | not available | 4 | flash-attn \\| x |" in text

@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = find_gpu(arguments.gpu)
     slow_share, slow_factor = parse_slow(arguments.slow) if arguments.slow is not None else (0.0, 1.0)
     trains = getattr(config.model, "train", None)
+    tower = getattr(trains, "tower", "none")
+    tower = f"last_{trains.tower_blocks}" if tower == "last_n" else tower  # type: ignore[union-attr]
     options = PlanOptions(
         gpus=arguments.gpus,
         gpu=gpu,
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_projector=config.train_projector,
         trained=Trained(
             arguments.train_language_model or getattr(trains, "language_model", "adapters"),
-            arguments.train_tower or getattr(trains, "tower", "none"),
+            arguments.train_tower or tower,
         ),
         image=ImageSize(arguments.tiles if arguments.tiles is not None else 1.0, arguments.image_tokens),
     )

@@ -266,16 +266,17 @@ class Planner:
 
     def traffic(self, gpus: int) -> Traffic:
         """The collectives of a step on so many GPUs."""
-        overlap = False
-        if gpus > 1 and self.sharing == "zero2":
-            overlap = deepspeed_config(self.train, gpus)["zero_optimization"].get("overlap_comm", False)
+        overlap = True  # DeepSpeed's default for ZeRO-3
+        if gpus > 1 and (self.sharing == "zero2" or self.sharing == self.train.distributed == "zero3"):
+            zero = deepspeed_config(self.train, gpus)["zero_optimization"]
+            overlap = bool(zero.get("overlap_comm", self.sharing == "zero3"))
         return traffic_of(
             self._strategy(gpus),
             self.shape,
             frozen=frozen_bytes(self.shape, self.frozen, self.compute_bytes, self.quantization),
             trainable=self.trainable,
             compute_bytes=self.compute_bytes,
-            overlap_comm=bool(overlap),
+            overlap_comm=overlap,
         )
 
     def memory(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> dict[str, float]:

@@ -121,7 +121,7 @@ def traffic_of(
     Args:
         frozen, trainable: Bytes of the frozen weights (quantised ones are smaller), number of trainable parameters.
         compute_bytes: Size of a number in the compute precision.
-        overlap_comm: DeepSpeed's setting; under ZeRO-1 and 2 nothing is hidden without it.
+        overlap_comm: DeepSpeed's setting; nothing is hidden without it.
     """
     nothing, e = Collectives(), compute_bytes
     buckets = max(1.0, trainable / strategy.bucket_elements)
@@ -133,7 +133,8 @@ def traffic_of(
         # Every layer is gathered for the forward and again for the backward pass; gradients are reduce-scattered.
         gathered, reduced = frozen + e * trainable, (4 if strategy.kind == "fsdp2" else e) * trainable
         calls = (3.0 if trainable else 2.0) * (shape.layers + 1)
-        return Traffic(Collectives(2 * gathered + reduced, calls), True, nothing, nothing)
+        hidden = overlap_comm or strategy.kind == "fsdp2"
+        return Traffic(Collectives(2 * gathered + reduced, calls), hidden, nothing, nothing)
     reduced = e * trainable * (2.0 if strategy.kind == "zero0" else 1.0)
     updated = nothing if strategy.kind == "zero0" else Collectives(e * trainable, buckets)
     return Traffic(Collectives(reduced, buckets), overlap_comm, nothing, updated)

@@ -83,7 +83,7 @@ def scale_text(plan: Plan, rows: list[ScaleRow]) -> str:
     """The rows as a table with the network they assume."""
     options, network, batch = plan.options, plan.options.connection, plan.batch / plan.options.gpus
     header = ("GPUs", "batch", "GiB", "sent a step", "s/step", "h", "tokens/s", "busy", "work", "slow", "data", "binds")
-    table = [header]
+    table: list[tuple[str, ...]] = [header]
     for row in rows:
         step = row.step
         shares = (row.efficiency, *(part / step.seconds for part in (step.stragglers, step.slow, step.communication)))

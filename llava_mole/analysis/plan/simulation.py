@@ -109,7 +109,7 @@ def step_time(
         for part_G in _sample_flops(shape, samples, row_G, padded, recomputed_layers)
     )
     useful, padding, recompute = (float(part.sum()) / len(ranks) for part in (useful_RP, padding_RP, recompute_RP))
-    busy_RP = useful_RP + padding_RP + recompute_RP
+    busy_RP = (useful_RP + padding_RP + recompute_RP).astype(np.float64)
     in_order = _waited(busy_RP, lock_step)
     slowed = in_order if slowness_RP is None else _waited(busy_RP * slowness_RP[:, :passes], lock_step)
     communication = 0.0

@@ -59,7 +59,7 @@ def test_bytes_of_a_step(kind: str, sent: float) -> None:
 
 
 def test_compute_hides_communication_up_to_a_point() -> None:
-    traffic = traffic_of(Strategy("zero3", 4), UNIT, frozen=8e9, trainable=0, compute_bytes=2, overlap_comm=False)
+    traffic = traffic_of(Strategy("zero3", 4), UNIT, frozen=8e9, trainable=0, compute_bytes=2, overlap_comm=True)
     whole = traffic.pass_seconds(FAST, 4)
     assert traffic.exposed(FAST, 4, 0.0, last=True) == pytest.approx(whole)
     assert traffic.exposed(FAST, 4, whole, last=False) == pytest.approx(whole / 2)  # half of the compute hides it
