@@ -54,6 +54,7 @@ PACKING: Columns = (
 )  # fmt: skip
 TABLES: dict[str, Columns] = {
     "training step": STEP,
+    "training step, backends": STEP,
     "training step, recomputed": STEP,
     "training step, NeMo's setting": STEP,
     "decoding": (("sequences", _text("tokens")), ("variant", _text("variant")), ("ms", _ms("median_s")), *RATIO),
