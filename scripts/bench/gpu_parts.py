@@ -394,10 +394,10 @@ def _copy(source: Path, target: Path) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Any], Rows], int]] = {
-    "training step": (step, 150),
-    "training step, backends": (step_backends, 90),
-    "training step, recomputed": (step_recomputed, 45),
-    "training step, NeMo's setting": (step_nemo, 45),
+    "step": (step, 150),
+    "step: backends": (step_backends, 90),
+    "step: recomputed": (step_recomputed, 45),
+    "step: NeMo": (step_nemo, 45),
     "decoding": (decode, 60),
     "packing: sdpa": (packing_sdpa, 30),
     "packing: flash": (packing_flash, 30),

@@ -53,10 +53,10 @@ PACKING: Columns = (
     ("allowed", _number("tolerance", ".0e")),
 )  # fmt: skip
 TABLES: dict[str, Columns] = {
-    "training step": STEP,
-    "training step, backends": STEP,
-    "training step, recomputed": STEP,
-    "training step, NeMo's setting": STEP,
+    "step": STEP,
+    "step: backends": STEP,
+    "step: recomputed": STEP,
+    "step: NeMo": STEP,
     "decoding": (("sequences", _text("tokens")), ("variant", _text("variant")), ("ms", _ms("median_s")), *RATIO),
     "packing: sdpa": PACKING,
     "packing: flash": PACKING,

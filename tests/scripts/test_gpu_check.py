@@ -49,7 +49,7 @@ def test_random_weights_are_complete() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
-    ["training step, NeMo's setting", "decoding", "packing: sdpa", "profile", "resume", "compile", "quantised bases"],
+    ["step: NeMo", "decoding", "packing: sdpa", "profile", "resume", "compile", "quantised bases"],
 )
 def test_a_part_in_small(part: str) -> None:
     rows = gpu_parts.PARTS[part][0](ARGS)
@@ -124,7 +124,7 @@ def test_a_bad_part_does_not_stop_the_others(
     ("given", "message"),
     [
         (["--device", "cpu"], "--device cpu needs --quick"),
-        (["--parts", "packing"], "no part is called 'packing'; there are: training step,"),
+        (["--parts", "packing"], "no part is called 'packing'; there are: step,"),
         (["--device", "cpu", "--quick", "--out", "/nowhere/x.json"], "the folder does not exist"),
     ],
 )
@@ -168,7 +168,7 @@ def recorded() -> dict[str, Any]:
         "predicted_s": 0.26,
     }  # fmt: skip
     parts = [
-        {"name": "training step", "status": "passed", "seconds": 60.0, "rows": [step], "reason": ""},
+        {"name": "step", "status": "passed", "seconds": 60.0, "rows": [step], "reason": ""},
         {"name": "packing: flash", "status": "not available", "seconds": 4.0, "rows": [], "reason": "flash-attn | x"},
         {
             "name": "profile", "status": "passed", "seconds": 9.0, "reason": "",
@@ -203,7 +203,7 @@ def test_the_page_is_written_from_a_file(
     assert "NVIDIA H100 80GB HBM3, torch 2.15.0" in text
     assert "| mole K=3 | 250.0 | 1.010 | 1.000 to 1.020 | 16,384 | 51.0% | 51.0% | 40.0 |" in text
     assert "| packing: flash | not available | 4 | flash-attn \\| x |" in text
-    assert "| training step | mole K=3 | 38.0 | 40.0 | 0.95 | 260.0 | 250.0 |" in text
+    assert "| step | mole K=3 | 38.0 | 40.0 | 0.95 | 260.0 | 250.0 |" in text
     assert "| gemm\\|nt | 224 | 100.00 | 50.0% |" in text
     # A run without a GPU writes nothing.
     file.write_text(json.dumps({**recorded(), "device": "cpu", "quick": True}))
