@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--link-gbs", type=float, metavar="GB/S", help="of a GPU within its node, one way (default: the GPU's NVLink)")
     add("--node-gbs", type=float, metavar="GB/S", help="of a node's network, one way (default 200)")
     add("--overlap", type=float, metavar="SHARE", help="of the compute that communication runs beside (default 0.8)")
-    add("--jitter", type=float, default=0.0, metavar="SHARE", help="variation of a GPU's time (default 0)")
+    add("--jitter", type=float, default=0.0, metavar="SHARE", help="random delays of a GPU (default 0)")
     add("--slow", metavar="SHARE,FACTOR", help="share of GPUs that are slow throughout, and by which factor")
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help=f"folder of {FIGURE} and {SCALE_FIGURE} (default: the run directory if "

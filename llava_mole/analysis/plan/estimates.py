@@ -53,7 +53,7 @@ class PlanOptions:
     network: Network | None = None
     """None takes that of the GPU's usual nodes."""
     jitter: float = 0.0
-    """Relative standard deviation of a rank's time for a micro-batch."""
+    """How much longer a rank takes for a micro-batch now and then; see `draw_slowness`."""
     slow_share: float = 0.0
     """Probability that a GPU is slow throughout."""
     slow_factor: float = 1.1

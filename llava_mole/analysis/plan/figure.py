@@ -1,5 +1,6 @@
 """The figure of a plan: memory of one GPU by item, hours by cause."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,12 @@ def draw_scale(plan: Plan, rows: Sequence[ScaleRow], path: Path) -> Path:
         binding.loglog(*zip(*below, strict=True), color=COLORS[0], marker="s", label=label)
     binding.set_xticks(gpus, [f"{row.gpus:,}" for row in rows])
     binding.minorticks_off()
+    tokens = [size for row in rows for size in (row.tokens_per_pass, row.binds_below or row.tokens_per_pass)]
+    ticks = [2**power for power in range(int(math.log2(min(tokens))), math.ceil(math.log2(max(tokens))) + 1)]
+    binding.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     network = plan.options.connection
-    title = f"Communication: {network.link / 1e9:g} GB/s in a node, {network.node / 1e9:g} GB/s between nodes"
-    tidy(binding, title, "GPUs", "tokens a GPU and micro-batch")
+    rates = f"{network.link / 1e9:g} GB/s in a node, {network.node / 1e9:g} between nodes"
+    tidy(binding, "Where communication binds", f"GPUs ({rates})", "tokens of a micro-batch")
     add_legend(binding)
     return save_figure(figure, path)
 

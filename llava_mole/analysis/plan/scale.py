@@ -26,15 +26,18 @@ class ScaleRow:
     """By one rank in a step."""
     step: StepTime
     tokens_per_pass: float
-    """Mean tokens of a GPU's micro-batch."""
+    """Of the micro-batches that the other ranks wait for, on average; padding and recomputation count as tokens."""
     tokens_per_s: float
     """Of one GPU."""
     hours: float
     binds_below: float | None
-    """Tokens a GPU and micro-batch below which communication takes longer than the compute it may run beside; None if
-    it runs beside nothing."""
-    binds: bool
-    """Whether the run's micro-batches are that short."""
+    """`tokens_per_pass` below which communication takes longer than the compute it may run beside; None if it runs
+    beside nothing."""
+
+    @property
+    def binds(self) -> bool:
+        """Whether the run's micro-batches are that short."""
+        return self.binds_below is not None and self.tokens_per_pass < self.binds_below
 
     @property
     def efficiency(self) -> float:
@@ -58,7 +61,7 @@ def scale_rows(plan: Plan) -> list[ScaleRow]:
         passes = planner.passes(drawn, gpus, batching, best.row_tokens)
         traffic = planner.traffic(gpus)
         waits_for = traffic.pass_seconds(network, gpus)
-        # Compute of a token, from the simulation itself, so that padding and recomputation count.
+        # Compute of a token, from the simulation itself.
         per_token = (step.useful + step.padding + step.recompute) * gpus / tokens
         hides = network.overlap * per_token if traffic.hidden else 0.0
         below = waits_for / hides if hides else None
@@ -69,11 +72,10 @@ def scale_rows(plan: Plan) -> list[ScaleRow]:
                 memory_bytes=sum(planner.memory(gpus, batching, best.policy, best.row_tokens).values()),
                 bytes_sent=traffic.bytes_sent(gpus, passes),
                 step=step,
-                tokens_per_pass=tokens / gpus / passes,
+                tokens_per_pass=(step.seconds - step.slow - step.communication) / passes / per_token,
                 tokens_per_s=tokens / gpus / step.seconds,
                 hours=step.seconds * math.ceil(plan.samples / batch) / 3600,
                 binds_below=below,
-                binds=below is not None and tokens / gpus / passes < below,
             )
         )
     return rows
@@ -99,7 +101,7 @@ def scale_text(plan: Plan, rows: list[ScaleRow]) -> str:
     slow = f"{options.slow_share:.1%} of the GPUs {options.slow_factor:g} x as slow" if options.slow_share else "none"
     return "\n".join(
         [
-            f"{plan.planner.sharing} on 8 to {rows[-1].gpus:,} GPUs, {batch:g} samples a GPU and step "
+            f"{plan.planner.sharing} on 8 to {rows[-1].gpus:,} GPUs, {batch:g} sample{'s' * (batch != 1)} a GPU and step "
             f"({plan.recommended.batching}, rows of {plan.recommended.row_tokens:,} tokens, recompute "
             f"{plan.recommended.policy.name})",
             f"network: {network.gpus_per_node} GPUs a node, {network.link / 1e9:g} GB/s a GPU within it, "
@@ -108,8 +110,8 @@ def scale_text(plan: Plan, rows: list[ScaleRow]) -> str:
             "",
             format_table(table, right=set(range(12))),
             "busy: share of the time in which ranks compute; the rest is waiting for the rank with the most work, for",
-            "slow GPUs and for data. binds: tokens a GPU and micro-batch below which communication takes longer than",
-            "the compute that hides it; ! where the run is below.",
+            "slow GPUs and for data. binds: tokens of a micro-batch, the one that the ranks wait for, below which",
+            "communication takes longer than the compute that hides it; ! where the run is below.",
             f"communication binds from {first:,} GPUs on" if first else "communication binds on none of these numbers",
         ]
     )

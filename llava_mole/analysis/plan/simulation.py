@@ -132,11 +132,12 @@ def draw_slowness(
     """How many times longer ranks take for micro-batches than a GPU without disturbance, `[ranks, passes]`.
 
     Args:
-        jitter: Relative standard deviation of a rank's time; log-normal with mean 1, drawn anew for each micro-batch.
+        jitter: How much longer a rank takes for a micro-batch, as a share: the size of a normal number with this
+            standard deviation, drawn anew each time.
         slow_share: Probability that a GPU is slow throughout.
         slow_factor: Its time over that of the others.
     """
-    noise = np.exp(jitter * generator.standard_normal((ranks, passes)) - jitter**2 / 2)
+    noise = 1.0 + jitter * np.abs(generator.standard_normal((ranks, passes)))
     slow = np.where(generator.random(ranks) < slow_share, slow_factor, 1.0)
     return noise * slow[:, None]
 

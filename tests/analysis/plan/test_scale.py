@@ -94,8 +94,8 @@ def test_slowness_is_seeded_and_has_the_given_spread() -> None:
     assert not np.array_equal(draw(1), draw(2))
     means = draw(1).mean(axis=1)
     assert np.mean(means > 1.25) == pytest.approx(0.1, abs=0.03)
-    assert draw(1)[means < 1.25].mean() == pytest.approx(1.0, abs=0.005)
-    assert draw(1)[means < 1.25].std() == pytest.approx(0.05, rel=0.05)
+    assert draw(1).min() >= 1
+    assert draw(1)[means < 1.25].mean() == pytest.approx(1 + 0.05 * math.sqrt(2 / math.pi), abs=0.002)
 
 
 def test_what_trains_costs_six_flops() -> None:
