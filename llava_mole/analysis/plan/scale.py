@@ -101,7 +101,7 @@ def scale_text(plan: Plan, rows: list[ScaleRow]) -> str:
     slow = f"{options.slow_share:.1%} of the GPUs {options.slow_factor:g} x as slow" if options.slow_share else "none"
     return "\n".join(
         [
-            f"{plan.planner.sharing} on 8 to {rows[-1].gpus:,} GPUs, {batch:g} sample{'s' * (batch != 1)} a GPU and step "
+            f"{plan.planner.sharing} on {rows[0].gpus:,} to {rows[-1].gpus:,} GPUs, samples a GPU and step: {batch:g} "
             f"({plan.recommended.batching}, rows of {plan.recommended.row_tokens:,} tokens, recompute "
             f"{plan.recommended.policy.name})",
             f"network: {network.gpus_per_node} GPUs a node, {network.link / 1e9:g} GB/s a GPU within it, "

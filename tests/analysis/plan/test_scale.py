@@ -128,7 +128,7 @@ def test_the_command_scales_draws_and_writes(world: Path, tmp_path: Path, capsys
     ]  # fmt: skip
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "fsdp2 on 8 to 1,024 GPUs, 2 samples a GPU and step" in printed
+    assert "fsdp2 on 2 to 1,024 GPUs, samples a GPU and step: 2" in printed
     assert "communication binds" in printed
     rows = json.loads((tmp_path / "plan.json").read_text())["scale"]
     assert [row["gpus"] for row in rows] == [2, 8, 16, 32, 64, 128, 256, 512, 1024]
