@@ -49,6 +49,14 @@ class Network:
         if not 0 <= self.overlap <= 1:
             raise ConfigError(f"--overlap is {self.overlap}; it is a share, 0 to 1")
 
+    @property
+    def words(self) -> str:
+        """The network in one phrase."""
+        return (
+            f"{self.gpus_per_node} GPUs a node, {self.link / 1e9:g} GB/s a GPU within it, {self.node / 1e9:g} GB/s a "
+            "node between them"
+        )
+
     def nodes(self, ranks: int) -> int:
         """Nodes that so many ranks occupy."""
         return -(-ranks // self.gpus_per_node)

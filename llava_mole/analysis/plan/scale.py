@@ -104,9 +104,8 @@ def scale_text(plan: Plan, rows: list[ScaleRow]) -> str:
             f"{plan.planner.sharing} on {rows[0].gpus:,} to {rows[-1].gpus:,} GPUs, samples a GPU and step: {batch:g} "
             f"({plan.recommended.batching}, rows of {plan.recommended.row_tokens:,} tokens, recompute "
             f"{plan.recommended.policy.name})",
-            f"network: {network.gpus_per_node} GPUs a node, {network.link / 1e9:g} GB/s a GPU within it, "
-            f"{network.node / 1e9:g} GB/s a node between them; beside {network.overlap:.0%} of the compute",
-            f"GPUs: a micro-batch's time varies by {options.jitter:.1%}; permanently slow: {slow}",
+            f"network: {network.words}; communication runs beside {network.overlap:.0%} of the compute",
+            f"GPUs: random delays of {options.jitter:.1%} (--jitter); permanently slow: {slow}",
             "",
             format_table(table, right=set(range(12))),
             "busy: share of the time in which ranks compute; the rest is waiting for the rank with the most work, for",

@@ -48,6 +48,7 @@ def plan_text(plan: Plan) -> str:
         f"{gpu.name} ({gpu.bf16_flops / 1e12:g} TFLOP/s dense bf16, {gpu.memory_bytes / GIB:g} GiB)",
         *(f"assumed: {assumption}" for assumption in plan.assumptions),
         f"assumed: a rank sustains {options.utilisation:.0%} of its GPU's peak while it computes (--utilisation)",
+        f"assumed: {plan.options.connection.words}; strategy {plan.planner.sharing}",
     ]
     totals = ("total", sum(part[1] for part in plan.parameters), sum(part[2] for part in plan.parameters))
     parts = [(name, f"{some:,}", f"{whole:,}") for name, some, whole in [*plan.parameters, totals]]
