@@ -193,7 +193,7 @@ def quantized(args: Any) -> Rows:
     small = args.quick or not args.device.startswith("cuda")
     width, device = 256 if small else 2048, torch.device(args.device)
     config = LlamaConfig(
-        vocab_size=200, hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=2,
+        vocab_size=200, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
         num_attention_heads=width // 64, num_key_value_heads=width // 64,
     )  # fmt: skip
     dtype = common.precision(args.device)

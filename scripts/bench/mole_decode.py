@@ -30,12 +30,11 @@ def decoding_step(model: nn.Module, x: Tensor, passes: int) -> common.Step:
 
 def cached_step(model: nn.Module, x: Tensor, cache: DynamicCache) -> common.Step:
     """One token for each sequence after the tokens of the cache, which is as it was afterwards."""
-    context = cache.get_seq_length()
 
     def step() -> None:
         with torch.inference_mode():
             model(inputs_embeds=x, past_key_values=cache, use_cache=True)
-            cache.crop(context)
+            cache.crop(-1)
 
     return step
 

@@ -58,7 +58,7 @@ def test_a_part_in_small(part: str) -> None:
     columns = gpu_page.TABLES[part]
     assert all(cell(row) or title in ("MFU", "HFU", "peak GiB") for row in rows for title, cell in columns)
     if "variant" in rows[0] and part != "compile":
-        assert {row["variant"] for row in rows} > {"plain_lora", "mole K=3"}
+        assert {row["variant"] for row in rows} >= {"plain_lora", "mole K=3"}
 
 
 @pytest.mark.parametrize("part", ["packing: flash", "packing: flex", "bf16 and fp32 curves", "tests marked gpu"])
@@ -98,6 +98,7 @@ def test_a_bad_part_does_not_stop_the_others(
 ) -> None:
     (tmp_path / "gpu_parts.py").write_text(FAKE)
     monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    monkeypatch.setattr(gpu_check, "CPU_SLOWER", 1)
     parts = {"bad": 20, "killed": 20, "hangs": 5, "absent": 20, "good": 20}
     monkeypatch.setattr(gpu_check, "PARTS", {name: (None, limit) for name, limit in parts.items()})
     out = tmp_path / "gpu_check.json"
