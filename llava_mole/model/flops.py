@@ -1,8 +1,9 @@
 """FLOPs of training, from a model's shape and sums over a batch, and the peaks of known GPUs.
 
 A frozen linear needs its forward product and the gradient of its input, 4 FLOPs per weight and token; a trainable one
-also needs the gradient of its weight, 6 in all. Recomputation and padding are excluded, so that rates from
-`training_flops` are comparable between runs that recompute, pad or pack differently.
+also needs the gradient of its weight, 6 in all. Blocks of the tower that train need the same 6, the others 2.
+Recomputation and padding are excluded, so that rates from `training_flops` are comparable between runs that recompute,
+pad or pack differently.
 """
 
 import math
@@ -15,7 +16,6 @@ import numpy.typing as npt
 from torch import nn
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.model.adapters import parameter_part
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.multimodal_encoder import VisionTower
 
@@ -50,22 +50,19 @@ class ModelShape:
     image_tokens: int
     """Positions that an image takes in the sequence."""
     tower_flops: float
-    """Forward pass of the vision tower on one image, and the backward pass of its blocks that train."""
-    language_model_trains: bool = False
-    """Whether linears and head train themselves, not only adapters."""
-
-    @property
-    def per_weight(self) -> float:
-        """FLOPs per weight and token of linears and head."""
-        return 6.0 if self.language_model_trains else 4.0
-
+    """Forward pass of the vision tower on one image."""
     image_size: int = 336
     """Side of an image in pixels."""
+    trained_linear_parameters: int = 0
+    """Those of `linear_parameters` that train."""
+    head_trains: bool = False
+    tower_trained_share: float = 0.0
+    """Share of `tower_flops` in blocks that train, the last ones: what is below them has no backward pass."""
 
     @property
     def quadratic_length(self) -> float:
         """Length at which attention costs as much as everything else in the decoder layers."""
-        per_token = self.per_weight * self.linear_parameters + 6.0 * self.adapter_parameters
+        per_token = 4.0 * self.linear_parameters + 2.0 * self.trained_linear_parameters + 6.0 * self.adapter_parameters
         return per_token / (6.0 * self.layers * self.attention_width)
 
 
@@ -81,12 +78,14 @@ def training_flops(
         supervised: Positions whose logits are computed.
         images: Images encoded.
     """
-    language_model = (shape.per_weight * shape.linear_parameters + 6.0 * shape.adapter_parameters) * tokens
+    linears = 4.0 * shape.linear_parameters + 2.0 * shape.trained_linear_parameters
+    language_model = (linears + 6.0 * shape.adapter_parameters) * tokens
     # Scores and their product with the values take 4 s^2 w FLOPs, half of it under a causal mask; backward twice that.
     attention = 3.0 * 2.0 * shape.layers * shape.attention_width * squared_tokens
-    head = shape.per_weight * shape.head_parameters * supervised
+    head = (6.0 if shape.head_trains else 4.0) * shape.head_parameters * supervised
     projector = (6.0 if shape.projector_trains else 2.0) * shape.projector_parameters * shape.image_tokens
-    return language_model + attention + head + (shape.tower_flops + projector) * images
+    tower = (1.0 + 2.0 * shape.tower_trained_share) * shape.tower_flops
+    return language_model + attention + head + (tower + projector) * images
 
 
 def recompute_flops(shape: ModelShape, tokens: Amount, squared_tokens: Amount, layers: int) -> Amount:
@@ -122,10 +121,9 @@ def model_shape(model: LlavaMole) -> ModelShape:
         tower_width=model.projector_input_width,
         image_tokens=model.num_image_tokens,
         tower_flops=tower_flops(model.vision_tower),
-        language_model_trains=any(
-            p.requires_grad and parameter_part(f"language_model.{name}") == "language model"
-            for name, p in model.language_model.named_parameters()
-        ),
+        trained_linear_parameters=_linear_parameters(lm, head, trained=True),
+        head_trains=any(p.requires_grad for p in head.parameters()),
+        tower_trained_share=_trained_share(model.vision_tower),
         image_size=model.vision_tower.image_size,
     )
 
@@ -135,14 +133,17 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _trained_share(tower: nn.Module) -> float:
+    """Share of the tower's matrices that train."""
+    sizes = [(math.prod(shape), p.requires_grad) for p in tower.parameters() if len(shape := whole_shape(p)) >= 2]
+    return sum(size for size, trains in sizes if trains) / max(1, sum(size for size, _ in sizes))
+
+
 def tower_flops(tower: VisionTower) -> float:
-    """FLOPs of the tower on one image: patch embedding and the blocks up to the selected one, forward and, where they
-    train, backward."""
+    """Forward FLOPs of the tower on one image: patch embedding and the blocks up to the selected one."""
     tokens, blocks = tower.num_patches + tower.spec.prefix_tokens, tower.blocks
-    trained = sum(any(p.requires_grad for p in block.parameters()) for block in blocks)
-    passes = 1.0 + 2.0 * trained / len(blocks)
-    weights = passes * sum(math.prod(whole_shape(p)) for p in blocks.parameters() if len(whole_shape(p)) == 2)
-    attention = passes * 4.0 * tokens * tokens * tower.hidden_size * len(blocks)
+    weights = sum(math.prod(whole_shape(p)) for p in blocks.parameters() if len(whole_shape(p)) == 2)
+    attention = 4.0 * tokens * tokens * tower.hidden_size * len(blocks)
     patches = 2.0 * math.prod(whole_shape(tower.patch_embedding.weight)) * tower.num_patches
     return patches + 2.0 * weights * tokens + attention
 
@@ -155,12 +156,16 @@ def _weights(linear: Any) -> int:
     return widths[0] * widths[1] if widths is not None else 0
 
 
-def _linear_parameters(lm: nn.Module, head: nn.Module) -> int:
-    """Weights of the base model's linears, without the head, adapters and PEFT's wrappers around linears."""
+def _linear_parameters(lm: nn.Module, head: nn.Module, *, trained: bool = False) -> int:
+    """Weights of the base model's linears, without the head, adapters and PEFT's wrappers around linears.
+
+    With `trained`, only of those that train.
+    """
     return sum(
         _weights(module)
         for name, module in lm.named_modules()
         if module is not head
+        and (not trained or any(p.requires_grad for p in module.parameters(recurse=False)))
         and not hasattr(module, "base_layer")
         and not any(part.startswith(("lora_", "mole_")) for part in name.split("."))
     )

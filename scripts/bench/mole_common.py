@@ -43,20 +43,39 @@ def precision(device: str) -> torch.dtype:
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
-def decoder(width: int, ffn_width: int, heads: int, device: str) -> LlamaModel:
-    """One random decoder layer with Vicuna's structure; `inputs_embeds` in, hidden states out."""
+def decoder(width: int, ffn_width: int, heads: int, device: str, layers: int = 1) -> LlamaModel:
+    """Random decoder layers with Vicuna's structure; `inputs_embeds` in, hidden states out."""
     config = LlamaConfig(
         vocab_size=8,
         hidden_size=width,
         intermediate_size=ffn_width,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=8192,
     )
+    return random_llama(LlamaModel, config, device).requires_grad_(False)
+
+
+def random_llama(kind: Any, config: LlamaConfig, device: str) -> Any:
+    """A Llama with random weights in the device's precision, made where it stays: seconds for 7B on a GPU.
+
+    It is built on the meta device, so that no weight exists twice or in another precision.
+    """
     torch.manual_seed(0)
-    model = LlamaModel(config).to(device, precision(device))
-    return model.requires_grad_(False)
+    with torch.device("meta"):
+        model = kind(config)
+    model = model.to(precision(device)).to_empty(device=device)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)  # norms
+            else:
+                nn.init.normal_(parameter, std=config.initializer_range)
+        if hasattr(module, "rotary_emb"):  # its tables are buffers, which to_empty leaves undefined
+            with torch.device(device):
+                module.rotary_emb = type(module.rotary_emb)(config)
+    return model
 
 
 def share(model: nn.Module) -> nn.Module:

@@ -4,14 +4,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llava_mole.analysis.plan.memory import Row, Strategy, memory_items
-from llava_mole.analysis.plan.simulation import Rows, Samples, StepTime, grouped_rows, mean_step, padded_rows, step_time
+import numpy as np
+
+from llava_mole.analysis.plan.memory import TOWER_NUMBERS, Row, Strategy, frozen_bytes, memory_items
+from llava_mole.analysis.plan.network import Network, Traffic, network_of, traffic_of
+from llava_mole.analysis.plan.simulation import (
+    Rows,
+    Samples,
+    StepTime,
+    draw_slowness,
+    grouped_rows,
+    mean_step,
+    padded_rows,
+    step_time,
+)
 from llava_mole.config import AdapterConfig, Quantization, TrainConfig, check_batch, deepspeed_config
 from llava_mole.data.batching import assign_step
 from llava_mole.model.flops import GIB, Gpu, ModelShape
 from llava_mole.model.head_loss import CHUNK_ELEMENTS
 
 Batching = Literal["padded", "grouped", "packed"]
+Sharing = Literal["zero2", "zero3", "fsdp2", "ddp"]
+"""How ranks share the model's state, as in `train.distributed`."""
 COMPARED_GPUS = (8, 16, 32, 64)
 """Numbers of GPUs in the table, besides the requested one."""
 ROWS = (1, 2, 4)
@@ -36,6 +50,21 @@ class PlanOptions:
     """Records to tokenize per source."""
     given: Mapping[str, tuple[int, float]] | None = None
     """`(records, mean tokens)` of sources without data."""
+    network: Network | None = None
+    """None takes that of the GPU's usual nodes."""
+    jitter: float = 0.0
+    """How much longer a rank takes for a micro-batch now and then; see `draw_slowness`."""
+    slow_share: float = 0.0
+    """Probability that a GPU is slow throughout."""
+    slow_factor: float = 1.1
+    """Its time over that of the others."""
+    sharing: Sharing | None = None
+    """None takes `train.distributed`."""
+
+    @property
+    def connection(self) -> Network:
+        """The network of the plan."""
+        return self.network or network_of(self.gpu)
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,8 @@ class Estimate:
     hours: float
     mfu: float
     """Useful FLOPs over what the GPUs could do in the time."""
+    bytes_sent: float = 0.0
+    """By one rank in a step."""
 
     @property
     def memory_bytes(self) -> float:
@@ -101,6 +132,18 @@ class Planner:
     total_steps: int
     trainable: int
     frozen: int
+    tower_positions: float = 0.0
+    """Patches of an image times the tower's blocks that train."""
+
+    @property
+    def sharing(self) -> str:
+        """The strategy of the plan: of the options, else of the configuration."""
+        return self.options.sharing or self.train.distributed
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of a number in the compute precision."""
+        return 2 if self.train.precision == "bf16" else 4
 
     def configured(self, gpus: int) -> Estimate:
         """The configuration as it is. Raises ConfigError if its batch cannot be spread over the ranks."""
@@ -170,19 +213,7 @@ class Planner:
     def estimate(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> Estimate:
         """Memory and time of one way to run it. Raises ConfigError if padded batches do not divide."""
         check_batch(batching, self.train.global_batch_size, self.train.micro_batch_size, gpus)
-        times = [
-            step_time(
-                self.shape,
-                samples,
-                self._place(samples.tokens.tolist(), gpus, batching, row_tokens),
-                padded=batching != "packed",
-                recomputed_layers=policy.recomputed_layers,
-                flops_per_s=self.options.gpu.bf16_flops * self.options.utilisation,
-                lock_step=gpus > 1 and self.train.distributed == "zero2",
-            )
-            for samples in self.drawn
-        ]
-        step = mean_step(times)
+        step = mean_step(self.step_times(self.drawn, gpus, batching, policy, row_tokens))
         return Estimate(
             gpus=gpus,
             batching=batching,
@@ -192,6 +223,60 @@ class Planner:
             step=step,
             hours=step.seconds * self.total_steps / 3600,
             mfu=step.useful_share * self.options.utilisation,
+            bytes_sent=self.traffic(gpus).bytes_sent(gpus, self.passes(self.drawn, gpus, batching, row_tokens)),
+        )
+
+    def step_times(
+        self, drawn: Sequence[Samples], gpus: int, batching: Batching, policy: Policy, row_tokens: int
+    ) -> list[StepTime]:
+        """The time of each of the drawn steps."""
+        options, traffic, times = self.options, self.traffic(gpus), []
+        generator = np.random.Generator(np.random.Philox(key=self.train.seed))
+        for samples in drawn:
+            ranks = self._place(samples.tokens.tolist(), gpus, batching, row_tokens)
+            slowness = None
+            if options.jitter or options.slow_share:
+                slowness = draw_slowness(
+                    gpus,
+                    max(len(rows) for rows in ranks),
+                    jitter=options.jitter,
+                    slow_share=options.slow_share,
+                    slow_factor=options.slow_factor,
+                    generator=generator,
+                )
+            times.append(
+                step_time(
+                    self.shape,
+                    samples,
+                    ranks,
+                    padded=batching != "packed",
+                    recomputed_layers=policy.recomputed_layers,
+                    flops_per_s=options.gpu.bf16_flops * options.utilisation,
+                    lock_step=gpus > 1 and self.sharing != "ddp",
+                    exposed=lambda compute, last: traffic.exposed(options.connection, gpus, compute, last=last),
+                    slowness_RP=slowness,
+                )
+            )
+        return times
+
+    def passes(self, drawn: Sequence[Samples], gpus: int, batching: Batching, row_tokens: int) -> float:
+        """Mean number of micro-batches of a rank in the drawn steps."""
+        placed = [self._place(samples.tokens.tolist(), gpus, batching, row_tokens) for samples in drawn]
+        return sum(max(len(rows) for rows in ranks) for ranks in placed) / len(placed)
+
+    def traffic(self, gpus: int) -> Traffic:
+        """The collectives of a step on so many GPUs."""
+        overlap = True  # DeepSpeed's default for ZeRO-3
+        if gpus > 1 and (self.sharing == "zero2" or self.sharing == self.train.distributed == "zero3"):
+            zero = deepspeed_config(self.train, gpus)["zero_optimization"]
+            overlap = bool(zero.get("overlap_comm", self.sharing == "zero3"))
+        return traffic_of(
+            self._strategy(gpus),
+            self.shape,
+            frozen=frozen_bytes(self.shape, self.frozen, self.compute_bytes, self.quantization),
+            trainable=self.trainable,
+            compute_bytes=self.compute_bytes,
+            overlap_comm=overlap,
         )
 
     def memory(self, gpus: int, batching: Batching, policy: Policy, row_tokens: int) -> dict[str, float]:
@@ -200,7 +285,7 @@ class Planner:
             self.shape,
             frozen_parameters=self.frozen,
             trainable_parameters=self.trainable,
-            compute_bytes=2 if self.train.precision == "bf16" else 4,
+            compute_bytes=self.compute_bytes,
             strategy=self._strategy(gpus),
             row=self._row(batching, row_tokens),
             adapter=self.adapter.method,
@@ -208,6 +293,7 @@ class Planner:
             recomputed_layers=policy.recomputed_layers,
             head_chunk=CHUNK_ELEMENTS // self.shape.vocab_size,
             quantization=self.quantization,
+            tower_numbers=TOWER_NUMBERS * self.shape.tower_width * self.tower_positions,
         )
 
     def policies(self) -> list[Policy]:
@@ -226,8 +312,8 @@ class Planner:
         return padded_rows(len(lengths), gpus, self.train.micro_batch_size)
 
     def _strategy(self, gpus: int) -> Strategy:
-        if gpus == 1 or self.train.distributed == "ddp":
-            return Strategy("single" if gpus == 1 else "ddp", gpus)
+        if gpus == 1 or self.sharing != "zero2":
+            return Strategy("single" if gpus == 1 else self.sharing, gpus)
         zero = deepspeed_config(self.train, gpus)["zero_optimization"]
         bucket = zero.get("reduce_bucket_size")
         return Strategy(f"zero{zero['stage']}", gpus, *([bucket] if isinstance(bucket, int) else []))

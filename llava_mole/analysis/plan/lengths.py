@@ -35,17 +35,24 @@ class AssumedSource:
     tail_share: float
     """Share of samples that reach `data.max_length`."""
     origin: str
+    images: int = 1
+    """Of each sample."""
 
 
 KNOWN_SOURCES: dict[str, AssumedSource] = {
     # Record counts: the LLaVA-MoLE paper, section 4.1. Of lengths it only says that many UReader samples reach the
     # context of 4096; the means stand for one caption or question (M3IT), several turns (ShareGPT4V), short
-    # questions (PathVQA) and page texts (UReader).
+    # questions (PathVQA) and page texts (UReader). LLaVA-1.5's counts are those of its files: 558K captions, and 665K
+    # conversations of which 40,688 (ShareGPT) have no image. Its README gives no lengths; the means stand for a short
+    # caption, and for one to ten rounds of short answers beside LLaVA's long ones.
     "m3it": AssumedSource(1_600_000, 160, 0.5, 0.0, "mean 736"),
     "sharegpt4v-instruct": AssumedSource(688_000, 450, 0.6, 0.0, "mean 1026"),
     "ureader": AssumedSource(1_100_000, 424, 0.6, 0.2, "20% at max_length, the others mean 1000"),
     "pathvqa": AssumedSource(19_755, 60, 0.2, 0.0, "mean 636"),
     "sharegpt4v-pt": AssumedSource(1_246_000, 190, 0.3, 0.0, "mean 766"),
+    "llava-pretrain": AssumedSource(558_128, 30, 0.4, 0.0, "mean 606"),
+    "llava-instruct": AssumedSource(624_610, 240, 0.7, 0.0, "mean 816"),
+    "llava-instruct-text": AssumedSource(40_688, 1000, 0.8, 0.0, "mean 1000 before the cut, without images", images=0),
 }
 """By name in `data.sources`."""
 
@@ -124,11 +131,11 @@ def assumed_lengths(
     generator = np.random.Generator(np.random.Philox(key=20240129))
     location = np.log(source.text_tokens) - source.spread**2 / 2
     text = np.exp(location + source.spread * generator.standard_normal(POOL))
-    tokens = np.minimum(np.rint(image_tokens + text), max_length).astype(np.int64)
+    tokens = np.minimum(np.rint(image_tokens * source.images + text), max_length).astype(np.int64)
     tokens[: round(source.tail_share * POOL)] = max_length
     tokens = generator.permutation(tokens)
-    images = np.full(POOL, tiles, dtype=np.int64)
-    supervised = np.rint(ANSWER_SHARE * np.maximum(tokens - image_tokens, 1)).astype(np.int64)
+    images = np.full(POOL, source.images * tiles, dtype=np.int64)
+    supervised = np.rint(ANSWER_SHARE * np.maximum(tokens - image_tokens * source.images, 1)).astype(np.int64)
     basis = f"{how}: {source.origin}" + ("" if grid is None else f", images {ASSUMED_SIZE[0]} x {ASSUMED_SIZE[1]}")
     return SourceLengths(tokens, supervised, images, name, source.records, basis, True)
 

@@ -1,6 +1,6 @@
 """Simulates how long steps last when all ranks wait for the slowest one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class StepTime:
-    """The mean step in seconds; the four causes add up to `seconds`."""
+    """The mean step in seconds; the causes add up to `seconds`."""
 
     seconds: float
     useful: float
@@ -33,12 +33,17 @@ class StepTime:
     padding: float
     recompute: float
     stragglers: float
-    """Ranks waiting for the slowest one."""
+    """Ranks waiting for the one with the most work."""
+    slow: float = 0.0
+    """Ranks waiting for a GPU that is slower than the others."""
+    communication: float = 0.0
+    """Ranks waiting for data, beyond what runs beside the computation."""
 
     @property
     def straggler_efficiency(self) -> float:
         """Share of the time in which ranks compute."""
-        return 1.0 - self.stragglers / self.seconds if self.seconds else 1.0
+        waiting = self.stragglers + self.slow + self.communication
+        return 1.0 - waiting / self.seconds if self.seconds else 1.0
 
     @property
     def useful_share(self) -> float:
@@ -76,6 +81,8 @@ def step_time(
     recomputed_layers: int,
     flops_per_s: float,
     lock_step: bool,
+    exposed: Callable[[float, bool], float] | None = None,
+    slowness_RP: npt.NDArray[np.float64] | None = None,
 ) -> StepTime:
     """The time of one step.
 
@@ -86,6 +93,10 @@ def step_time(
         flops_per_s: what a GPU sustains while it computes.
         lock_step: whether ranks wait for each other after every micro-batch (ZeRO-2 reduces gradients there) or only
             at the end of the step.
+        exposed: seconds that ranks wait for communication in a micro-batch, by its seconds of compute and whether it
+            is the step's last. None: no communication.
+        slowness_RP: how many times longer each rank takes for each micro-batch; more columns than micro-batches are
+            allowed. None: all ranks are equally fast.
     """
     passes = max(len(rows) for rows in ranks)
     shape_RP = (len(ranks), passes)
@@ -98,9 +109,37 @@ def step_time(
         for part_G in _sample_flops(shape, samples, row_G, padded, recomputed_layers)
     )
     useful, padding, recompute = (float(part.sum()) / len(ranks) for part in (useful_RP, padding_RP, recompute_RP))
-    busy_RP = useful_RP + padding_RP + recompute_RP
-    seconds = float(busy_RP.max(axis=0).sum() if lock_step else busy_RP.sum(axis=1).max())
-    return StepTime(seconds, useful, padding, recompute, seconds - useful - padding - recompute)
+    busy_RP = (useful_RP + padding_RP + recompute_RP).astype(np.float64)
+    in_order = _waited(busy_RP, lock_step)
+    slowed = in_order if slowness_RP is None else _waited(busy_RP * slowness_RP[:, :passes], lock_step)
+    communication = 0.0
+    if exposed is not None:
+        each = busy_RP.max(axis=0)
+        communication = sum(exposed(float(each[p]), p == passes - 1) for p in range(passes))
+    stragglers = in_order - useful - padding - recompute
+    total = slowed + communication
+    return StepTime(total, useful, padding, recompute, stragglers, slowed - in_order, communication)
+
+
+def _waited(busy_RP: npt.NDArray[np.float64], lock_step: bool) -> float:
+    """Seconds until the last rank has ended all micro-batches."""
+    return float(busy_RP.max(axis=0).sum() if lock_step else busy_RP.sum(axis=1).max())
+
+
+def draw_slowness(
+    ranks: int, passes: int, *, jitter: float, slow_share: float, slow_factor: float, generator: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """How many times longer ranks take for micro-batches than a GPU without disturbance, `[ranks, passes]`.
+
+    Args:
+        jitter: How much longer a rank takes for a micro-batch, as a share: the size of a normal number with this
+            standard deviation, drawn anew each time.
+        slow_share: Probability that a GPU is slow throughout.
+        slow_factor: Its time over that of the others.
+    """
+    noise = 1.0 + jitter * np.abs(generator.standard_normal((ranks, passes)))
+    slow = np.where(generator.random(ranks) < slow_share, slow_factor, 1.0)
+    return noise * slow[:, None]
 
 
 def _sample_flops(
@@ -121,7 +160,7 @@ def _sample_flops(
 
 def mean_step(times: Sequence[StepTime]) -> StepTime:
     """The mean of every part over steps."""
-    keys = ("seconds", "useful", "padding", "recompute", "stragglers")
+    keys = ("seconds", "useful", "padding", "recompute", "stragglers", "slow", "communication")
     return StepTime(**{key: sum(getattr(time, key) for time in times) / len(times) for key in keys})
 
 

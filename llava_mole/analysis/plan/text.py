@@ -48,6 +48,7 @@ def plan_text(plan: Plan) -> str:
         f"{gpu.name} ({gpu.bf16_flops / 1e12:g} TFLOP/s dense bf16, {gpu.memory_bytes / GIB:g} GiB)",
         *(f"assumed: {assumption}" for assumption in plan.assumptions),
         f"assumed: a rank sustains {options.utilisation:.0%} of its GPU's peak while it computes (--utilisation)",
+        f"assumed: {plan.options.connection.words}; strategy {plan.planner.sharing}",
     ]
     totals = ("total", sum(part[1] for part in plan.parameters), sum(part[2] for part in plan.parameters))
     parts = [(name, f"{some:,}", f"{whole:,}") for name, some, whole in [*plan.parameters, totals]]
@@ -74,7 +75,7 @@ def plan_text(plan: Plan) -> str:
         "",
         _estimates_table(plan),
         "* as configured, > recommended; padded with all recomputed is how LLaVA trains. row: tokens of the largest",
-        "micro-batch. ranks busy: share of the time not spent waiting for the slowest rank. MFU: forward and backward",
+        "micro-batch. ranks busy: share of the time in which ranks compute. MFU: forward and backward",
         "FLOPs of real tokens over what the GPUs could do in the time.",
     ]
     return "\n".join(lines)
@@ -147,7 +148,11 @@ def _estimate_values(estimate: Estimate) -> dict[str, Any]:
         "recomputed_layers": estimate.policy.recomputed_layers,
         "memory_bytes": {name: round(size) for name, size in estimate.memory.items()},
         "total_memory_bytes": round(estimate.memory_bytes),
-        "step_s": {key: getattr(estimate.step, key) for key in ("useful", "padding", "recompute", "stragglers")},
+        "step_s": {
+            key: getattr(estimate.step, key)
+            for key in ("useful", "padding", "recompute", "stragglers", "slow", "communication")
+        },
+        "bytes_sent": round(estimate.bytes_sent),
         "total_step_s": estimate.step.seconds,
         "hours": estimate.hours,
         "gpu_hours": estimate.gpu_hours,

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava_mole.analysis.plan.memory import (
     FRAGMENTATION,
     RESERVE_BYTES,
+    TOWER_NUMBERS,
     Row,
     Strategy,
     activation_bytes,
@@ -32,7 +33,7 @@ def shape(layers: int = 2, method: str = "mole") -> ModelShape:
     )  # fmt: skip
 
 
-def kept_bytes(layers: int, method: str, sample_lengths: list[int] | None = None) -> int:
+def kept_bytes(layers: int, method: str, sample_lengths: list[int] | None = None, *, full: bool = False) -> int:
     """Bytes that a forward pass of a float32 Llama keeps for the backward pass, parameters left out."""
     torch.manual_seed(0)
     lm = LlamaForCausalLM(
@@ -44,7 +45,7 @@ def kept_bytes(layers: int, method: str, sample_lengths: list[int] | None = None
             num_attention_heads=HEADS,
         )
     )
-    lm.requires_grad_(False)
+    lm.requires_grad_(full)
     # On a CPU the automatic backend keeps rank activations of all experts; the formula is that of a GPU.
     options = {"backend": "grouped"} if method == "mole" else {}
     adapted = add_adapter(
@@ -86,6 +87,37 @@ def test_packed_rows_keep_attention_twice(method: str) -> None:
     assert measured == pytest.approx(formula, rel=0.02 if method == "mole" else 1e-6)
 
 
+def test_a_layer_that_trains_keeps_the_inputs_of_its_linears() -> None:
+    measured = (kept_bytes(3, "none", full=True) - kept_bytes(2, "none", full=True)) / TOKENS
+    trains = dataclasses.replace(shape(method="none"), trained_linear_parameters=1)
+    assert measured == pytest.approx(layer_bytes_per_token(trains, "none", RANK, 4), rel=1e-6)
+
+
+def test_a_trained_block_of_the_tower_keeps_so_many_numbers() -> None:
+    import open_clip
+
+    sizes = {"image_size": 32, "width": WIDTH, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    kept = {}
+    for layers in (2, 3):
+        clip = open_clip.CLIP(embed_dim=32, vision_cfg={**sizes, "layers": layers}, text_cfg=text, quick_gelu=True)
+        total, own = 0, {p.untyped_storage().data_ptr() for p in clip.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, own: set[int] = own, seen: dict[int, int] = seen) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            clip.visual(torch.randn(1, 3, 32, 32))
+            total = sum(seen.values())
+        kept[layers] = total
+    # 16 patches and the class token; float32. Norms and attention keep a few statistics more.
+    assert kept[3] - kept[2] == pytest.approx(4 * TOWER_NUMBERS * WIDTH * 17, rel=0.05)
+
+
 def test_vicuna_7b_layer_by_hand() -> None:
     vicuna = ModelShape(4096, 11008, 32, 32, 4096, 4096, 32000, 0, 0, 0.0, 1, True, 0, True, 1024, 576, 0.0)
     norms, attention = 8 * 4097, 2 * 4 * 4096 + 4 * 32 + 2 * 4096
@@ -113,6 +145,8 @@ def test_recomputed_layers_keep_their_input_and_one_unfolds() -> None:
         ("zero0", 2000, 2000, 12000, 2 * 70),
         ("zero1", 2000, 2000, 3000, 2 * 70),
         ("zero2", 2000, 500, 3000, 2 * 70),
+        ("zero3", 500, 500, 3000, 2 * 70 + 2 * 11_000),  # fewer weights than DeepSpeed may hold gathered
+        ("fsdp2", 1000, 1000, 2000, 10 * 500),  # two layers gathered, gradients of one in both precisions
     ],
 )
 def test_what_a_strategy_shards(kind: str, weights: int, gradients: int, optimizer: int, buckets: int) -> None:
@@ -128,7 +162,7 @@ def test_what_a_strategy_shards(kind: str, weights: int, gradients: int, optimiz
         recomputed_layers=0,
         head_chunk=20,
     )
-    assert items["frozen weights"] == 20_000
+    assert items["frozen weights"] == (5000 if kind in ("zero3", "fsdp2") else 20_000)
     assert (items["trainable weights"], items["gradients"]) == (weights, gradients)
     assert (items["optimizer"], items["buckets"]) == (optimizer, buckets)
     assert items["logits"] == 20 * 50 * 16 + 2 * 2 * WIDTH * 30  # a chunk of 20 of 30 positions

@@ -115,7 +115,9 @@ def test_what_is_assumed_is_said(plan: Plan) -> None:
 def test_hours_and_memory_add_up(plan: Plan) -> None:
     for estimate in plan.estimates:
         step = estimate.step
-        assert step.seconds == pytest.approx(step.useful + step.padding + step.recompute + step.stragglers)
+        assert step.seconds == pytest.approx(
+            step.useful + step.padding + step.recompute + step.stragglers + step.slow + step.communication
+        )
         assert estimate.hours == pytest.approx(step.seconds * plan.steps / 3600)
         assert estimate.mfu == pytest.approx(
             plan.sample_teraflops * 1e12 * plan.batch / (step.seconds * estimate.gpus * 312e12), rel=0.1

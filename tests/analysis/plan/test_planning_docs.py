@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_mole import cli
+from llava_mole.analysis.plan.cli import _parser
 from llava_mole.analysis.plan.lengths import KNOWN_SOURCES
 from llava_mole.data.prepare.sources import MODULES
 from llava_mole.model.flops import GPUS
@@ -46,13 +47,18 @@ def test_the_plan_shown_is_the_one_printed(checkout: Path, capsys: pytest.Captur
 
 
 def test_the_other_commands_run(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (_, prepares, source, *_), plan = COMMANDS[1:]
+    (_, prepares, source, *_), plan, scale = COMMANDS[1:]
     assert prepares == "prepare"
     assert source in MODULES
     assert cli.main(plan[1:]) == 0
     assert "measured on 20 of 20 records" in capsys.readouterr().out
     assert json.loads((checkout / "plan.json").read_text())["gpu"] == "rtx-4090"
     assert not (checkout / "plan.png").exists()  # nothing is left where nobody asked for it
+    assert cli.main(scale[1:]) == 0
+    shown = re.search(r"each of them has the same work:\n\n```\n(.*?)```", TEXT, re.S)
+    assert shown
+    assert shown[1] in capsys.readouterr().out
+    assert (checkout / "plans" / "scale.png").is_file()
 
 
 def test_tables_are_those_of_the_code() -> None:
@@ -61,6 +67,6 @@ def test_tables_are_those_of_the_code() -> None:
         name: source.records for name, source in KNOWN_SOURCES.items()
     }
     assert {"a100-80g", "rtx-4090"} <= set(GPUS)
-    for option in re.findall(r"`(--[a-z]+)", TEXT.split("## What is exact")[0]):
-        if option not in ("--key",):
-            assert option in {"--gpus", "--gpu", "--utilisation", "--source", "--sample", "--steps", "--out", "--json"}
+    options = {option for action in _parser()._actions for option in action.option_strings}
+    shown = set(re.findall(r"`(--[a-z-]+)", TEXT.split("## What is exact")[0]))
+    assert shown - {"--key"} == options - {"-h", "--help"}
