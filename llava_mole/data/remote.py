@@ -112,6 +112,9 @@ def ask(url: str, function: Callable[[], T], access: Access) -> T:
             raise
         except Exception as error:
             reason = _reason(error, access)
+            if isinstance(error, NoAnswer | TimeoutError):
+                # Requests that were left waiting still hold their connections, and a client has only a few of them.
+                _filesystem.cache_clear()
             if _is_refusal(error):
                 raise StorageError(
                     f"{url}: the server refuses: {reason}; check the credentials in the environment and the address. "
