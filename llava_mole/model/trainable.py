@@ -74,8 +74,13 @@ def let_train(
 def unfreeze(model: LlavaMole, parts: TrainedPartsConfig) -> None:
     """Let language model and tower train as `parts` says, in place; adapters are there already.
 
-    Raises ConfigError if the tower has fewer blocks than `parts.tower_blocks`.
+    Raises ConfigError if the tower has fewer blocks than `parts.tower_blocks`, or a form in which it is not saved.
     """
+    if parts.tower != "none" and model.vision_tower.spec.layout == "hugging_face":
+        raise ConfigError(
+            f"model.train.tower is {parts.tower!r}, but a tower in a directory of Hugging Face stays frozen, because "
+            "checkpoints hold trained towers as files of open_clip. Take one of open_clip, or set model.train.tower to 'none'"
+        )
     if parts.language_model == "full":
         for name, parameter in model.language_model.named_parameters():
             if parameter_part(f"language_model.{name}") == "language model":

@@ -16,7 +16,7 @@ from worlds.towers import SIZE, dinov2, siglip
 
 from llava_mole.analysis.check.cli import image_tokens
 from llava_mole.analysis.plan.architecture import build_meta_model
-from llava_mole.common.errors import CheckpointError, WeightsError
+from llava_mole.common.errors import CheckpointError, ConfigError, WeightsError
 from llava_mole.config import parse_run_config
 from llava_mole.constants import IMAGE_TOKEN_INDEX
 from llava_mole.inference.predictor import Predictor
@@ -63,6 +63,14 @@ def test_training_counts_the_tokens_behind_the_projector(world: Path, run: Path)
     shape = model_shape(build_meta_model(config.model, config.adapter, train_projector=True).model)
     assert (shape.image_tokens, shape.tower_width, shape.image_size) == (4, 64, SIZE)
     assert load_pretrained_model(run, device="cpu").model.num_image_tokens == 4
+
+
+def test_a_tower_of_hugging_face_stays_frozen(world: Path) -> None:
+    more = ["--model.train.tower", "all", "--train.output_dir", str(world / "unfrozen")]
+    config = parse_run_config([str(world / "config.yaml"), *options(world / "siglip", SHUFFLE), *more])
+    with pytest.raises(ConfigError, match=r"model\.train\.tower is 'all', but a tower in a directory of Hugging Face"):
+        train(config)
+    assert not list((world / "unfrozen").glob("checkpoint-*"))
 
 
 def test_inference_and_overlay_use_the_grid_of_the_tower(run: Path) -> None:
