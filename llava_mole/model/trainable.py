@@ -79,7 +79,7 @@ def unfreeze(model: LlavaMole, parts: TrainedPartsConfig) -> None:
     if parts.tower != "none" and model.vision_tower.spec.layout == "hugging_face":
         raise ConfigError(
             f"model.train.tower is {parts.tower!r}, but a tower in a directory of Hugging Face stays frozen, because "
-            "checkpoints hold trained towers as open_clip's files; take such a tower, or set model.train.tower to 'none'"
+            "checkpoints hold trained towers as open_clip's files; take such a one, or set model.train.tower to 'none'"
         )
     if parts.language_model == "full":
         for name, parameter in model.language_model.named_parameters():
