@@ -61,7 +61,7 @@ def draw_lengths(count: int, seed: int, scale: int) -> list[int]:
 class NoTower(nn.Module):
     """Stands where the vision tower would be; the samples are text."""
 
-    num_patches = 1
+    grid = (1, 1)
 
 
 def make_model(width: int, layers: int) -> LlavaMole:
