@@ -62,6 +62,7 @@ class NoTower(nn.Module):
     """Stands where the vision tower would be; the samples are text."""
 
     grid = (1, 1)
+    trains = False
 
 
 def make_model(width: int, layers: int) -> LlavaMole:
