@@ -475,7 +475,8 @@ def locate_parts(
     if vision_tower is None:
         tower.weights = where(tower.weights, "vision_tower_weights")
     else:
-        weights, own_config = _find_tower(Path(vision_tower), hugging_face=has_file)
+        of_hugging_face = manifest.get("tower_layout") == "hugging_face"
+        weights, own_config = _find_tower(Path(vision_tower), hugging_face=of_hugging_face)
         tower.weights = str(weights)
     if has_file:
         tower.name = str(own_config or where(tower.name, "vision_tower_config"))
@@ -491,7 +492,7 @@ def locate_parts(
 def _find_tower(path: Path, *, hugging_face: bool) -> tuple[Path, Path | None]:
     """Weights and configuration (None if there is none) of the tower that `--vision-tower` names.
 
-    `hugging_face` allows that layout. It does not fit a run whose tower is an open_clip model name.
+    `hugging_face` allows that layout, which fits a run whose tower has it, and no other.
     """
     beside = path / "config.json" if path.is_dir() else path.parent / "config.json"
     is_other = hugging_face and is_hugging_face(str(beside))

@@ -103,7 +103,11 @@ class CheckpointWriter:
         masters = {key[len(prefix) :]: value for key, value in optimizer_state.items() if key.startswith(prefix)}
         weights = {**self.frozen, **masters}
         tower = model.vision_tower
-        fields = {**self._manifest_fields(progress), "pixels": tower.spec.pixels.described(tower.image_size)}
+        fields = {
+            **self._manifest_fields(progress),
+            "pixels": tower.spec.pixels.described(tower.image_size),
+            "tower_layout": tower.spec.layout,
+        }
 
         def write_files(directory: Path) -> dict[str, Any]:
             save_config(self.config, directory / CONFIG_FILE)

@@ -234,7 +234,7 @@ def test_a_prompt_that_fails_does_not_take_others_with_it(served, start, monkeyp
     encode = RowBatch._encode
 
     def faulty(self: RowBatch, pixels: torch.Tensor) -> torch.Tensor:
-        if torch.equal(pixels, jobs[1].pixels[0]):
+        if torch.equal(pixels, jobs[1].images[0].pixels):
             raise RuntimeError("broken")
         return encode(self, pixels)
 
