@@ -34,11 +34,12 @@ def _key(section: ModelConfig | AdapterConfig) -> str:
 def _sizes(model: str, adapter: str) -> tuple[float, float]:
     """Trained parameters of an adapter, and those that one token uses. Arguments are the sections as JSON."""
     from llava_mole.analysis.plan.architecture import build_meta_model
-    from llava_mole.config import VisionTowerConfig
+    from llava_mole.config import TrainedPartsConfig, VisionTowerConfig
     from llava_mole.model.flops import model_shape
 
     values = json.loads(model)
-    sections = ModelConfig(**{**values, "vision_tower": VisionTowerConfig(**values["vision_tower"])})
+    tower = VisionTowerConfig(**values["vision_tower"])
+    sections = ModelConfig(**{**values, "vision_tower": tower, "train": TrainedPartsConfig()})  # only adapters count
     try:
         built = build_meta_model(sections, AdapterConfig(**json.loads(adapter)), train_projector=False).model
     except WeightsError as error:
