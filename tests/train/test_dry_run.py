@@ -111,10 +111,10 @@ def test_ctrl_c_says_what_is_lost_and_how_to_go_on(
     given = arguments(world, name, "--train.max_steps", "5", "--train.save_every", save_every)
     step = Trainer._step
 
-    def interrupted(trainer: Trainer, number: int, batches: list[dict]) -> object:
+    def interrupted(trainer: Trainer, number: int, *given: object) -> object:
         if number == 3:
             raise KeyboardInterrupt
-        return step(trainer, number, batches)
+        return step(trainer, number, *given)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_step", interrupted)
