@@ -305,7 +305,10 @@ def test_run_directories(
                 assert start.checkpoint is None or rank != 4
                 path, run = run_dir / f"checkpoint-{step}", start.run
                 try:
-                    write = lambda inner: (inner / "weights").write_text("new")  # noqa: E731
+
+                    def write(inner: Path) -> None:
+                        (inner / "weights").write_text("new")
+
                     checkpoint.write_checkpoint(path, write, {"step": step}, run=start.run)
                 except FileExistsError:
                     assert entries.get(path.name) not in OURS or run != OWN
