@@ -6,7 +6,8 @@ everything. Image paths in the records are relative to the output folder. The fo
 second call verifies an existing folder and does not change it.
 
 With --facts the splits also hold questions whose answers only training can teach: --facts says how many a domain has,
---convention which share of them the domains answer differently. Data conflict is made of these two.
+--convention which share of them the domains answer differently. Data conflict is made of these two. `SPLIT_facts.jsonl`
+holds the fact questions of `SPLIT_questions.jsonl` alone.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from llava_mole.common.errors import DataError, command
 from llava_mole.common.files import read_json, sha256_of, write_json
 from llava_mole.common.text import HELP_WIDTH
 from llava_mole.data.prepare.sources.tiny import biomedicine, document, general
-from llava_mole.data.prepare.sources.tiny.facts import MOST_FACTS, FactSample, draw, facts
+from llava_mole.data.prepare.sources.tiny.facts import CATEGORIES, MOST_FACTS, FactSample, draw, facts
 from llava_mole.data.prepare.sources.tiny.samples import DOMAINS, Question, Sample, balance, draw_test
 
 SUMMARY = "generated: three small domains, --out playground/data/tiny"
@@ -195,6 +196,9 @@ def write_split(
             line = {"question_id": ident, "image": path, "text": question.text, "category": question.category}
             lines.append(json.dumps(line | {"answer": question.answer}))
         (folder / f"{split}_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if asked is not None:
+            of_facts = [line for line, (_, question) in zip(lines, drawn, strict=True) if question.category in CATEGORIES]
+            (folder / f"{split}_facts.jsonl").write_text("\n".join(of_facts) + "\n", encoding="utf-8")
     write_records(folder / f"{split}.json", records)
     captions = []
     for index in progress(used, f"{domain} {split}", "image"):
