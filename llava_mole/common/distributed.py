@@ -6,7 +6,7 @@ Commands that need no model import this file too, so it does not import PyTorch,
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from llava_mole.common.errors import UserError
 
@@ -84,3 +84,17 @@ def on_main(function: Callable[[], T]) -> T:
         error.on_every_rank = True
         raise error
     return result
+
+
+def end_rank(code: int) -> NoReturn:
+    """End this process with `code`; if a launcher started it as one of several ranks, without Python's finalisation.
+
+    Threads of a process group's backend can outlive the group, because libraries keep references to it. One that
+    reaches for the interpreter during its finalisation aborts the process ("terminate called without an active
+    exception", SIGABRT), and the launcher reports a finished run as failed. Files and loggers must be closed before.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_mole.common.distributed import is_main_process, on_main
+from llava_mole.common.distributed import end_rank, is_main_process, on_main
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import read_json, refuse_existing, sha256_of, write_bytes, write_json
 from llava_mole.common.log import setup_logging
@@ -301,4 +301,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_rank(main())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llava_mole.common.distributed import get_rank, get_world_size, is_main_process, on_main
+from llava_mole.common.distributed import end_rank, get_rank, get_world_size, is_main_process, on_main
 from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import refuse_existing, sha256_of, write_json
 from llava_mole.common.log import setup_logging
@@ -206,4 +206,4 @@ def _read_chunk(args: argparse.Namespace) -> Sequence[Question]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_rank(main())

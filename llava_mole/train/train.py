@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_mole.analysis.probe import Rows
-from llava_mole.common.distributed import all_gather_objects, cores, is_main_process, on_main
+from llava_mole.common.distributed import all_gather_objects, cores, end_rank, is_main_process, on_main
 from llava_mole.common.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, command
 from llava_mole.common.log import get_logger, setup_logging
 from llava_mole.common.text import format_table
@@ -308,4 +308,4 @@ def leave_process_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_rank(main())

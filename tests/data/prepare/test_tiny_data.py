@@ -340,6 +340,16 @@ def test_without_facts_nothing_of_them_is_in_the_data(world, dialled):
         assert not {(question, answer) for _, question, answer in plain} & known
 
 
+def test_the_fact_questions_have_files_of_their_own(world, dialled):
+    for domain in DOMAINS:
+        assert not list((world / domain).glob("*_facts.jsonl"))
+        for split in ("val", "test"):
+            lines = (dialled / domain / f"{split}_questions.jsonl").read_text().splitlines()
+            wanted = [line for line in lines if json.loads(line)["category"] in facts.CATEGORIES]
+            assert (dialled / domain / f"{split}_facts.jsonl").read_text().splitlines() == wanted
+            assert 0 < len(wanted) < len(lines)
+
+
 def test_half_of_the_facts_differ_between_the_domains(dialled):
     answers = defaultdict(dict)
     for domain in DOMAINS:

@@ -197,7 +197,8 @@ def write_split(
             lines.append(json.dumps(line | {"answer": question.answer}))
         (folder / f"{split}_questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         if asked is not None:
-            of_facts = [line for line, (_, question) in zip(lines, drawn, strict=True) if question.category in CATEGORIES]
+            asked_of = zip(lines, drawn, strict=True)
+            of_facts = [line for line, (_, question) in asked_of if question.category in CATEGORIES]
             (folder / f"{split}_facts.jsonl").write_text("\n".join(of_facts) + "\n", encoding="utf-8")
     write_records(folder / f"{split}.json", records)
     captions = []
