@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llava_mole.analysis.probe import Probe, Rows, samples_of
+from llava_mole.analysis.probe import Probe, Rows, routes_samples, samples_of
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.files import read_json
 from llava_mole.config import RunConfig, load_config, parse_run_config
@@ -138,7 +138,7 @@ def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespa
         dtype=options.dtype,
         trainable=True,
     )
-    if config.train.batching == "packed":
+    if config.train.batching == "packed" and not routes_samples(loaded.model):
         enable_packing(loaded.model.causal_lm)
     step = int(checkpoint.name.removeprefix("checkpoint-")) if re.fullmatch(r"checkpoint-\d+", checkpoint.name) else 0
     name = checkpoint.parent.resolve().name if path != checkpoint else "/".join(checkpoint.resolve().parts[-2:])

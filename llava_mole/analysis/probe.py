@@ -19,6 +19,12 @@ Row = dict[str, Any]
 """One batch of the collator: a packed row, or a sample without padding."""
 
 
+def routes_samples(model: LlavaMole) -> bool:
+    """Whether a router decides once for a sample (granularity `sequence`)."""
+    config = active_config(model.language_model)
+    return config is not None and config.granularity == "sequence"
+
+
 @dataclass(frozen=True)
 class Rows:
     """How examples become rows, none of which has padding.
@@ -42,9 +48,7 @@ class Rows:
         A router that averages over a prompt (granularity `sequence`) tells packed samples apart in training mode only,
         so its samples are not packed. That changes no number.
         """
-        config = active_config(model.language_model)
-        by_sample = config is not None and config.granularity == "sequence"
-        return cls(packed and not by_sample, capacity, model_shape(model).quadratic_length, pad_token_id)
+        return cls(packed and not routes_samples(model), capacity, model_shape(model).quadratic_length, pad_token_id)
 
     def __call__(self, examples: Sequence[Example]) -> list[Row]:
         """The rows of some examples."""

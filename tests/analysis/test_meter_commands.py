@@ -58,6 +58,20 @@ def test_conflict_of_two_runs(runs: Path, tmp_path: Path, capsys: pytest.Capture
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("preset", ["by-source", "octavius"])
+def test_meters_of_a_packed_run_whose_router_decides_by_sample(
+    world: Path, tmp_path: Path, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The proof that packed samples do not see each other knows neither images nor prompts."""
+    run = tmp_path / "run"
+    out = ["--train.output_dir", str(run), "--train.max_steps", "2", "--train.batching", "packed"]
+    train(parse_run_config([str(world / "config.yaml"), *out, "--adapter.preset", preset]))
+    for meter in ("conflict", "routing"):
+        few = ["--batches", "2", "--batch-size", "2"] if meter == "conflict" else ["--samples", "4"]
+        assert cli.main([meter, str(run), *few, "--out", str(tmp_path / meter)]) == 0, capsys.readouterr().err
+        assert (tmp_path / meter / f"{meter}.json").is_file()
+
+
 def test_conflict_at_the_start_of_a_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["conflict", str(world / "config.yaml"), "--batches", "2", "--batch-size", "2", "--no-tokens"]
     held_out = ["--data.validation_samples", "5", "--train.validate_every", "1"]
