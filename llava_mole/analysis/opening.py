@@ -141,7 +141,10 @@ def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespa
     if config.train.batching == "packed" and not routes_samples(loaded.model):
         enable_packing(loaded.model.causal_lm)
     step = int(checkpoint.name.removeprefix("checkpoint-")) if re.fullmatch(r"checkpoint-\d+", checkpoint.name) else 0
-    name = checkpoint.parent.resolve().name if path != checkpoint else "/".join(checkpoint.resolve().parts[-2:])
+    folder = checkpoint.parent.resolve()
+    if folder.name == "run":  # of a study's cell, whose name says which run it is
+        folder = folder.parent
+    name = folder.name if path != checkpoint else f"{folder.name}/{checkpoint.resolve().name}"
     given = any(text.startswith("--data") for text in overrides)
     return _subject(name, checkpoint, checkpoint, step, loaded.model, loaded.tokenizer, config, given)
 

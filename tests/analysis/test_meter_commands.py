@@ -70,6 +70,8 @@ def test_meters_of_a_packed_run_whose_router_decides_by_sample(
         few = ["--batches", "2", "--batch-size", "2"] if meter == "conflict" else ["--samples", "4"]
         assert cli.main([meter, str(run), *few, "--out", str(tmp_path / meter)]) == 0, capsys.readouterr().err
         assert (tmp_path / meter / f"{meter}.json").is_file()
+    (measured,) = json.loads((tmp_path / "conflict" / "conflict.json").read_text())["runs"]
+    assert measured["name"] == tmp_path.name  # `run` would be the name of every cell of a study
 
 
 def test_conflict_at_the_start_of_a_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
