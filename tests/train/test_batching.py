@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from worlds.optimizer_state import assert_same_state, optimizer_state
 from worlds.tiny_models import make_world
 
 from llava_mole.common.errors import UserError
@@ -46,9 +46,7 @@ def _assert_same(run: Path, other: Path) -> None:
         assert own["tokens"] == expected["tokens"]
         assert own["supervised_tokens"] == expected["supervised_tokens"]
         assert own.get("expert_load", []) == pytest.approx(expected.get("expert_load", []))
-    masters = load_file(other / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
-    for key, value in load_file(run / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors").items():
-        torch.testing.assert_close(value, masters[key], atol=5e-5, rtol=1e-3, msg=key)
+    assert_same_state(optimizer_state(run, STEPS), optimizer_state(other, STEPS))
 
 
 VARIANTS: dict[str, list[str]] = {
@@ -138,9 +136,7 @@ def test_resume_may_change_the_way_of_batching(world: Path) -> None:
     _train(world, "half", "--train.batching", "padded", "--train.save_every", "2")
     shutil.rmtree(half / f"checkpoint-{STEPS}")
     _train(world, "half", "--train.batching", "packed", *options)
-    masters = load_file(whole / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
-    for key, value in load_file(half / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors").items():
-        torch.testing.assert_close(value, masters[key], atol=5e-5, rtol=1e-3, msg=key)
+    assert_same_state(optimizer_state(half, STEPS), optimizer_state(whole, STEPS))
 
 
 def test_rows_shorter_than_a_sample_are_refused(world: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from worlds.optimizer_state import assert_same_state, optimizer_state
 from worlds.processes import fork_python, launch_environment
 from worlds.tiny_models import make_world
 
@@ -54,7 +54,7 @@ def losses(world: Path, name: str) -> list[float]:
 
 
 def masters(world: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(world / name / f"checkpoint-{STEPS}" / "trainer" / "optimizer.safetensors")
+    return optimizer_state(world / name, STEPS)
 
 
 def assert_same_report(world: Path, name: str, other: str) -> None:
@@ -71,9 +71,7 @@ def assert_same_report(world: Path, name: str, other: str) -> None:
 def assert_same_run(world: Path, name: str, other: str) -> None:
     assert_same_report(world, name, other)
     assert losses(world, name) == pytest.approx(losses(world, other), abs=2e-5)
-    expected = masters(world, other)
-    for key, value in masters(world, name).items():
-        torch.testing.assert_close(value, expected[key], atol=5e-5, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+    assert_same_state(masters(world, name), masters(world, other))
 
 
 @pytest.fixture(scope="module")
