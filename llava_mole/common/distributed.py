@@ -86,6 +86,14 @@ def on_main(function: Callable[[], T]) -> T:
     return result
 
 
+def raise_together(failure: UserError | None) -> None:
+    """Raise the failure of the first rank that has one on every rank; a collective."""
+    failures = [each for each in all_gather_objects(failure) if each is not None]
+    if failures:
+        failures[0].on_every_rank = True
+        raise failures[0]
+
+
 def end_rank(code: int) -> NoReturn:
     """End this process with `code`; if a launcher started it as one of several ranks, without Python's finalisation.
 

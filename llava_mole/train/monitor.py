@@ -6,10 +6,14 @@ from typing import Any
 import torch
 
 from llava_mole.common.distributed import all_reduce_sum
+from llava_mole.common.errors import StorageError
+from llava_mole.common.log import get_logger
 from llava_mole.model.flops import gpu_of_device, model_shape, training_flops
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.strategy import GradientNorms, Strategy
 from llava_mole.train.validation import AnswerCheck, AnswerLog, Validator
+
+logger = get_logger(__name__)
 
 
 class Monitor:
@@ -68,17 +72,23 @@ class Monitor:
         if self._peak is not None:
             entry["mfu"] = entry["flops_per_s"] / (self._peak * self._strategy.world_size)
         if self._validator is not None and self._validates(entry["step"]):
-            started = time.perf_counter()
-            entry["validation_loss"] = self._validator.losses(
-                self._model, self._strategy.engine if self._strategy.shards_weights else None
-            )
-            if self._answer_check is not None:
-                scores = self._answer_check.scores()
-                entry |= {"validation_exact": scores["exact"], "validation_f1": scores["f1"]}
-                if self._answer_log is not None:
-                    self._answer_log.add(entry["step"], self._answer_check.answers)
-            entry["validation_s"] = time.perf_counter() - started
+            try:
+                entry |= self._validation(self._validator, entry["step"])
+            except StorageError as error:  # training goes on as long as its own samples can be read
+                logger.warning("no validation after step %d: %s", entry["step"], error)
         return entry
+
+    def _validation(self, validator: Validator, step: int) -> dict[str, Any]:
+        """What the entry of `step` says about the held-out samples. Raises StorageError on every rank."""
+        started = time.perf_counter()
+        engine = self._strategy.engine if self._strategy.shards_weights else None
+        found: dict[str, Any] = {"validation_loss": validator.losses(self._model, engine)}
+        if self._answer_check is not None:
+            scores = self._answer_check.scores()
+            found |= {"validation_exact": scores["exact"], "validation_f1": scores["f1"]}
+            if self._answer_log is not None:
+                self._answer_log.add(step, self._answer_check.answers)
+        return found | {"validation_s": time.perf_counter() - started}
 
     def _validates(self, step: int) -> bool:
         every = self._validate_every

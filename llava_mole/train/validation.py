@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size
+from llava_mole.common.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size, raise_together
 from llava_mole.common.errors import ConfigError, PromptError, StorageError, value_errors_as, without_worker
 from llava_mole.common.files import write_text
 from llava_mole.common.log import get_logger
@@ -66,24 +66,35 @@ class Validator:
 
         Nothing that training depends on changes: the model's mode is restored, there are no gradients or counts, and
         every step seeds its own generators.
+
+        Raises:
+            StorageError: some rank could not read a sample. Raised on every rank.
         """
         names = self._dataset.source_names
         sums = torch.zeros(2, len(names), dtype=torch.float64, device=model.device)  # losses, samples
         was_training = model.training
         model.eval()
-        batches, own = self._batches(together=engine is not None)
+        loader, own = self._batches(together=engine is not None)
+        batches, failure = iter(loader), None
         try:
-            for number, batch in enumerate(batches):
+            for number in range(len(loader)):
+                try:
+                    batch = next(batches)
+                except StorageError as error:
+                    failure = without_worker(error)
+                if engine is not None:  # the other ranks would wait for this one in their next pass
+                    raise_together(failure)
+                if failure is not None:
+                    break
                 source_B = batch["source_index"].to(model.device)
                 losses_B = self._sample_losses(model, batch, engine or model)
                 if number >= own:  # only for the other ranks, which have more
                     continue
                 sums[0].index_add_(0, source_B, losses_B.double())
                 sums[1].index_add_(0, source_B, torch.ones_like(losses_B, dtype=torch.float64))
-        except StorageError as error:
-            raise without_worker(error) from None
         finally:
             model.train(was_training)
+        raise_together(failure)
         totals, counts = all_reduce_sum(sums).tolist()
         return _means(names, totals, counts)
 
@@ -163,12 +174,15 @@ class AnswerCheck:
 
         `exact` is equality after `plain`, `f1` is `token_f1`. The model's mode is restored, and nothing that training
         depends on changes.
+
+        Raises:
+            StorageError: some rank could not read a sample. Raised on every rank.
         """
         model = self._predictor.loaded.model
         names = self._dataset.source_names
         sums = torch.zeros(3, len(names), dtype=torch.float64, device=model.device)  # exact, f1, samples
         mine, asked = self._positions[get_rank() :: get_world_size()], []
-        was_training = model.training
+        was_training, failure = model.training, None
         model.eval()
         if self._routes:
             set_routing_inputs(model.language_model)
@@ -180,8 +194,11 @@ class AnswerCheck:
                         score = torch.tensor([row["exact"], row["f1"], 1.0], dtype=torch.float64)
                         sums[:, names.index(row["source"])] += score.to(sums)
                         asked.append(row)
+        except StorageError as error:
+            failure = error
         finally:
             model.train(was_training)
+        raise_together(failure)
         self.answers = [row for rows in all_gather_objects(asked) for row in rows]
         exact, f1, counts = all_reduce_sum(sums).tolist()
         return {"exact": _means(names, exact, counts), "f1": _means(names, f1, counts)}
