@@ -53,6 +53,13 @@ def plain(world: Path) -> Path:
     return train(parse_run_config(arguments(world, "plain", *options)))
 
 
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Path:
+    """The same, written whole."""
+    options = [*FULL, "--adapter.method", "none", "--train.weight_decay", "0.1"]
+    return train(parse_run_config(arguments(world, "whole", *options)))
+
+
 def test_what_trains(world: Path) -> None:
     def trained(*options: str) -> set[str]:
         config = parse_run_config(arguments(world, "x", *options))
@@ -143,9 +150,7 @@ def test_a_later_run_starts_from_the_parts(world: Path, run: Path) -> None:
         train(parse_run_config(arguments(world, "other", "--init-from", str(checkpoint), "--train.max_steps", "1")))
 
 
-def test_pieces_are_made_whole(world: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = train(parse_run_config(arguments(
-        world, "whole", *FULL, "--adapter.method", "none", "--train.weight_decay", "0.1")))  # fmt: skip
+def test_pieces_are_made_whole(world: Path, plain: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected, pieces = (TrainerState(directory / "checkpoint-4") for directory in (whole, plain))
     assert expected.is_whole
     assert not pieces.is_whole
@@ -183,10 +188,8 @@ def test_a_lost_piece_is_named(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["llava-hf", "llava", "inference"])
-def test_exports_hold_the_trained_weights(world: Path, layout: str) -> None:
-    source, out = world / "whole", world / f"as-{layout}"
-    if not source.exists():
-        pytest.skip("made by test_pieces_are_made_whole")
+def test_exports_hold_the_trained_weights(world: Path, whole: Path, layout: str) -> None:
+    source, out = whole, world / f"as-{layout}"
     assert convert([str(source), "--to", layout, "--out", str(out)]) == 0
     expected = load_pretrained_model(source, device="cpu").model.causal_lm
     if layout == "inference":
