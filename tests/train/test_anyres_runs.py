@@ -12,6 +12,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from worlds.optimizer_state import assert_same_state, optimizer_state
+from worlds.processes import fork_python
 from worlds.tiny_models import make_world
 
 from llava_mole import cli
@@ -132,6 +134,26 @@ def test_packed_equals_padded_and_the_newline_trains(world: Path, run: Path) -> 
         assert own["tokens"] == other["tokens"]
     first, last = (load_file(run / f"checkpoint-{n}" / "mm_projector.safetensors") for n in (2, 4))
     assert (first["mm_projector.newline.vector"] - last["mm_projector.newline.vector"]).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+def test_two_ranks_equal_one_process(world: Path, run: Path, strategy: str) -> None:
+    """Ranks have different numbers of tiles; under `fsdp2` the language model trains too."""
+    options, single = ["--train.max_steps", "4", "--train.save_every", "2"], run
+    if strategy == "fsdp2":
+        options += ["--model.train.language_model", "full", "--train.learning_rate", "1e-3"]
+        single = world / "full"
+        train(parse_run_config([str(world / "config.yaml"), "--train.output_dir", str(single), *options]))
+    ranks = world / strategy
+    given = [world / "config.yaml", "--train.output_dir", ranks, "--train.distributed", strategy, *options]
+    done = fork_python(Path(__file__).with_name("ranks_worker.py"), *given, ranks=2, timeout_s=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = [read_metrics(folder / "metrics.jsonl") for folder in (ranks, single)]
+    for own, other in zip(*entries, strict=True):
+        assert own["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert own["tokens"] == other["tokens"]
+    assert_same_state(optimizer_state(ranks, 4), optimizer_state(single, 4))
 
 
 def test_stage_2_starts_from_a_projector_without_the_vector(
