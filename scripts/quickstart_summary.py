@@ -1,30 +1,38 @@
 """The end of quickstart.sh: a table and a sentence from its report, `python scripts/quickstart_summary.py DIR`."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.files import read_json
 from llava_mole.common.text import format_table
 
-BASELINE, OURS, BEFORE, ALONE = "LLaVA-Mix", "LLaVA-MoLE", "stage1", "LLaVA-Doc"
+BASELINE, OURS, ALONE = "LLaVA-Mix", "LLaVA-MoLE", "LLaVA-Doc"
 DOMAIN = "document"
 """The domain that `ALONE` was trained on."""
+SEEDS = Path(__file__).parents[1] / "docs" / "images" / "conflict-seeds.json"
+"""Results of `llava-mole study configs/studies/conflict.yaml`: the same runs, in one process each, with five seeds."""
+ARMS = {ALONE: "single-document", BASELINE: "mix", OURS: "by-source"}
 
 
 def table(entry: dict[str, Any]) -> str:
-    """Accuracy in percent of every run and of the commonest answers, by domain and on average."""
-    domains = list(entry["groups"])
-    majority = [entry["groups"][domain]["majority"]["value"] for domain in domains]
-    rows = [("", *domains, "mean"), ("commonest answer", *_shown([*majority, sum(majority) / len(majority)]))]
+    """Accuracy in percent of every run, by domain and on average."""
+    rows = [("", *entry["groups"], "mean")]
     for name, run in entry["runs"].items():
-        values = [run["numbers"][column]["value"] for column in (*domains, entry["primary"])]
-        rows.append((name, *_shown(values)))
+        values = [run["numbers"][column]["value"] for column in (*entry["groups"], entry["primary"])]
+        rows.append((name, *(f"{value:.1f}" for value in values)))
     return format_table(rows)
 
 
-def _shown(values: list[float]) -> list[str]:
-    return [f"{value:.1f}" for value in values]
+def spread(study: dict[str, Any], domains: Iterable[str]) -> str:
+    """Mean over seeds and 95% interval of the same runs in the study; a domain that an arm did not answer is empty."""
+    rows = [("mean of the study's seeds", *domains)]
+    for name, arm in ARMS.items():
+        numbers = study["arms"][arm]["numbers"]
+        shown = [numbers.get(domain) for domain in domains]
+        rows.append((name, *(f"{n['mean']:.1f} ± {n['half_interval']:.1f}" if n else "" for n in shown)))
+    return format_table(rows)
 
 
 def sentence(entry: dict[str, Any]) -> str:
@@ -33,9 +41,9 @@ def sentence(entry: dict[str, Any]) -> str:
     experts = _difference(entry, OURS, BASELINE, entry["primary"])
     total = entry["runs"][OURS]["total"]
     return (
-        f"On {total:,} test questions: with the other domains mixed in, plain LoRA ({BASELINE}) is {mixed} "
-        f"on documents than trained on documents alone ({ALONE}); the mixture of LoRA experts "
-        f"({OURS}) is {experts} than plain LoRA ({BASELINE}) on average."
+        f"On {total:,} test questions about facts that the domains answer differently: with the other domains mixed "
+        f"in, plain LoRA ({BASELINE}) is {mixed} on documents than trained on documents alone ({ALONE}); "
+        f"the mixture of LoRA experts ({OURS}) is {experts} than plain LoRA ({BASELINE}) on average."
     )
 
 
@@ -53,7 +61,8 @@ def _difference(entry: dict[str, Any], one: str, other: str, number: str) -> str
 def main() -> None:
     folder = Path(sys.argv[1])
     (entry,) = read_json(folder / "report.json")["benchmarks"].values()
-    print(f"{table(entry)}\n\n{sentence(entry)}\n\npicture: {folder / 'benchmarks.png'}")
+    print(f"{table(entry)}\n\n{sentence(entry)}\n\n{spread(read_json(SEEDS), list(entry['groups']))}\n")
+    print(f"picture: {folder / 'benchmarks.png'}")
     print(f"details, with all intervals and tests: {folder / 'report.txt'}")
 
 

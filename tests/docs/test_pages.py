@@ -88,7 +88,7 @@ def test_evaluation(mole_run: Path, asked: Path, tmp_path: Path, monkeypatch: py
     Path("my/raw/train.jsonl").write_text(json.dumps({"id": "0", "conversations": turns}) + "\n")
     for command in of_page("evaluation.md", "llava-mole eval RUN --questions", "python -m llava_mole"):
         run_here(command, monkeypatch)
-    for copy in ("runs/mix", "runs/mole", "runs/tiny/pretrain", "runs/tiny/quickstart/llava_mole"):
+    for copy in ("runs/mix", "runs/mole", "runs/tiny/quickstart/llava_mix", "runs/tiny/quickstart/llava_mole"):
         shutil.copytree("RUN", copy)
     for copy in ("A", "B"):
         shutil.copy("RUN/eval/questions.score.json", f"{copy}.score.json")

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from llava_mole import cli
-from scripts.quickstart_summary import sentence
+from scripts.quickstart_summary import SEEDS, sentence
 
 ROOT = Path(__file__).parents[2]
 
 
 def entry(low: float, high: float, first: str = "LLaVA-Mix") -> dict[str, Any]:
     second = "LLaVA-MoLE" if first == "LLaVA-Mix" else "LLaVA-Mix"
-    numbers = {"stage1": (20.0, 30.0), "LLaVA-Doc": (20.0, 61.0), "LLaVA-Mix": (50.0, 60.0), "LLaVA-MoLE": (52.0, 61.0)}
+    numbers = {"LLaVA-Doc": (20.0, 61.0), "LLaVA-Mix": (50.0, 60.0), "LLaVA-MoLE": (52.0, 61.0)}
     return {
         "primary": "mean",
-        "groups": {name: {"majority": {"value": value}} for name, value in (("general", 40.0), ("document", 10.0))},
+        "groups": {"general": {}, "document": {}},
         "runs": {
             run: {
                 "total": 1234,
@@ -33,7 +33,7 @@ def entry(low: float, high: float, first: str = "LLaVA-Mix") -> dict[str, Any]:
             for run, (one, other) in numbers.items()
         },
         "comparisons": [
-            {"first": "stage1", "second": second, "number": "mean", "difference": 1.0, "low": 0.0, "high": 2.0},
+            {"first": "LLaVA-Doc", "second": second, "number": "mean", "difference": 1.0, "low": 0.0, "high": 2.0},
             {
                 "first": "LLaVA-Doc",
                 "second": "LLaVA-Mix",
@@ -69,7 +69,7 @@ def entry(low: float, high: float, first: str = "LLaVA-Mix") -> dict[str, Any]:
 def test_the_sentence_follows_from_the_test(low: float, high: float, first: str, said: str) -> None:
     text = sentence(entry(low, high, first))
     assert text.startswith(
-        "On 1,234 test questions: with the other domains mixed in, plain LoRA (LLaVA-Mix) is neither"
+        "On 1,234 test questions about facts that the domains answer differently: with the other domains mixed in,"
     )
     assert "neither better nor worse (-1.0 points, 95% interval -2.0 to +0.5) on documents than" in text
     assert said in text
@@ -81,8 +81,13 @@ def test_what_is_printed_last(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["general", "document", "mean"]
-    assert lines[2].split() == ["commonest", "answer", "40.0", "10.0", "25.0"]
-    assert lines[6].split() == ["LLaVA-MoLE", "52.0", "61.0", "56.5"]
+    assert lines[2].split() == ["LLaVA-Doc", "20.0", "61.0", "40.5"]
+    assert lines[4].split() == ["LLaVA-MoLE", "52.0", "61.0", "56.5"]
+    study = json.loads(SEEDS.read_text())["arms"]
+    alone, mixed = study["single-document"]["numbers"]["document"], study["mix"]["numbers"]["general"]
+    (first, second) = (line for line in lines[6:] if line.startswith(("LLaVA-Doc", "LLaVA-Mix")))
+    assert first.split() == ["LLaVA-Doc", f"{alone['mean']:.1f}", "±", f"{alone['half_interval']:.1f}"]
+    assert second.split()[1:4] == [f"{mixed['mean']:.1f}", "±", f"{mixed['half_interval']:.1f}"]
     assert f"picture: {tmp_path / 'benchmarks.png'}" in lines
     assert lines[-1] == f"details, with all intervals and tests: {tmp_path / 'report.txt'}"
 

@@ -45,7 +45,7 @@ def progress(items: Iterable[T], label: str, unit: str) -> "tqdm[T]":
     return tqdm(items, desc=label, unit=unit, mininterval=0.2 if terminal else 30, leave=terminal, ascii=not terminal)
 
 
-FORMAT = 2
+FORMAT = 3
 """Increased when the same seed starts to give other data."""
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry")
 MAX_TURNS = 6
