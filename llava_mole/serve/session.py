@@ -141,8 +141,10 @@ class Session:
 
     def routing(self) -> TokenRouting:
         """The experts of the last question and answer. Raises ConfigError or PromptError if there are none."""
-        if not self.rounds or not self.rounds[-1].answer:
+        if not self.rounds:
             raise ConfigError("there is no answer yet whose routing could be shown")
+        if not self.rounds[-1].answer:
+            raise ConfigError("the last answer is empty, so it has no tokens whose routing could be shown")
         images, turns = self.last_prompt()
         with force_expert(self.predictor.loaded.model.language_model, self.expert):
             return route_answer(self.predictor, images, turns, self.rounds[-1].answer)

@@ -24,9 +24,10 @@ from llava_mole.inference.token_routing import route_answer
 from llava_mole.mole import force_expert
 from llava_mole.serve import gradio_app
 from llava_mole.serve.api.images import ImagePolicy
+from llava_mole.serve.session import Round
 from llava_mole.serve.web import pictures
 from llava_mole.serve.web.examples import draw_examples, find_examples
-from llava_mole.serve.web.page import PageLimits, Visits, as_shown, as_written, messages
+from llava_mole.serve.web.page import NO_EXPERTS, PageLimits, Visits, as_shown, as_written, messages, why_no_picture
 from llava_mole.serve.web.visit import Settings, Visit, describe
 
 NEW = 6
@@ -253,6 +254,16 @@ def test_the_panel_shows_what_the_routers_decide(layer: int | None, visit: Visit
     assert not re.search(r"""(?:href|src)=["'](?!data:)""", html)
     widths = re.findall(r"width:([\d.]+)%", html)
     assert sum(map(float, widths)) == pytest.approx(300, abs=0.1)
+
+
+def test_an_empty_answer_is_said_where_its_routing_would_be(visit: Visit, photo: str) -> None:
+    assert why_no_picture(visit, "mole").startswith("Ask something")
+    assert {why_no_picture(visit, name) for name in ("mix", "unknown")} == {NO_EXPERTS}
+    visit.sides["mole"].session.rounds.append(Round("What?", [photo], ""))
+    assert visit.sides["mole"].shown is None
+    assert why_no_picture(visit, "mole").startswith("The last answer is empty")
+    with pytest.raises(ConfigError, match="last answer is empty, so it has no tokens"):
+        visit.sides["mole"].session.routing()
 
 
 def test_markup_in_the_chat_is_text_and_comes_back_from_editing() -> None:

@@ -252,7 +252,6 @@ def test_pictures_of_trained_runs(browser: Any) -> None:
         page.page.wait_for_selector("#box img")
         page.page.locator("#box [data-testid=submit-button]").click()
         page.page.wait_for_selector("#panel .mole-overlay")
-        page.ask("What color is it?")
         page.shoot("runs_light")
         page.page.locator("#layer input[type=range]").press("ArrowRight")
         page.page.wait_for_selector("#panel .mole-about:has-text('layer 1')")

@@ -23,6 +23,7 @@ from llava_mole.serve.web.visit import Settings, Side, Visit, count_experts, des
 STYLE = Path(__file__).with_name("page.css")
 ROUTER = "the router chooses"
 NO_ANSWER = "Ask something. Every patch of the image and every token then takes the colour of its expert."
+EMPTY_ANSWER = "The last answer is empty, so it has no tokens to colour. Ask something else."
 NO_EXPERTS = "This model has no experts: all tokens use the same weights. Open a LLaVA-MoLE run to see routing."
 NOTHING_COMPARED = "The last question is answered again: once as the router chooses, and once by every expert alone."
 RESTARTED = "The server was started again since this page was opened. The conversation begins anew."
@@ -99,6 +100,15 @@ def messages(visit: Visit, name: str) -> tuple[list[dict[str, Any]], list[int]]:
         found.append({"role": "assistant", "content": as_shown(answer)})
         places.append(n)
     return found, places
+
+
+def why_no_picture(visit: Visit, name: str) -> str:
+    """What to say where a side's routing would be shown."""
+    side = visit.sides.get(name)
+    if side is None or not side.num_experts:
+        return NO_EXPERTS
+    is_empty = visit.asked is None and side.session.rounds and not side.session.rounds[-1].answer.strip()
+    return EMPTY_ANSWER if is_empty else NO_ANSWER
 
 
 def build_page(
@@ -208,10 +218,8 @@ def build_page(
 
         def picture(visit: Visit, model: str | None, together: bool, layer: float) -> str:
             side = visit.sides.get(model or "")
-            if side is None or not side.num_experts:
-                return pictures.hint(NO_EXPERTS)
-            if side.shown is None:
-                return pictures.hint(NO_ANSWER)
+            if side is None or side.shown is None:
+                return pictures.hint(why_no_picture(visit, model or ""))
             number = None if together else max(0, min(int(layer), len(side.shown.routing.layers) - 1))
             return pictures.routing_panel(side.shown, number)
 
