@@ -121,10 +121,11 @@ def collect_routing(model: nn.Module, part: str | None = None) -> Routing:
 
 @contextmanager
 def force_expert(model: nn.Module, expert: int | None) -> Iterator[None]:
-    """Let every token use expert `expert` (from 0) with weight 1 inside the block; None changes nothing.
+    """Let every token use expert `expert` (from 0) inside the block, as if the routers were certain of it.
 
-    That is the LoRA that `surgery.to_lora(model, directory, expert=expert)` exports. Router logits are computed and
-    collected as usual; the collected choice is `expert`. Without MoLE only None is allowed.
+    Its weight is 1, or K with `expert_scale` `prob_times_k`; None as `expert` changes nothing. That is the LoRA that
+    `surgery.to_lora(model, directory, expert=expert)` exports. Router logits are computed and collected as usual; the
+    collected choice is `expert`. Without MoLE only None is allowed.
 
     Raises:
         ValueError: the active adapter does not have this expert in every layer.

@@ -354,7 +354,7 @@ class ExpertLayer(nn.Module, AdaptedLayer):
         bias = None if state is None else state.selection_bias()
         found = route(x_BSD, self.router(name), config, self.inputs, self.routing, bias, self.training)
         if self.inputs.forced is not None:
-            found = forced_route(found, self.inputs.forced)
+            found = forced_route(found, self.inputs.forced, config)
         if torch.compiler.is_compiling() or not in_backward():
             self.routing.logits, self.routing.index = found.logits, found.index
         elif config.loss_needs_graph and in_reentrant_checkpoint():

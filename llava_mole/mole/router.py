@@ -153,13 +153,20 @@ class Route:
     """The chosen experts, int64 `[B, S, k]`; in mode `dense` the most probable one."""
 
 
-def forced_route(found: Route, expert: int) -> Route:
-    """The same logits with another choice: every token uses `expert` with weight 1."""
+def certain_weight(config: MoleConfig) -> float:
+    """The weight of an expert whose probability is 1: K for `prob_times_k`, otherwise 1."""
+    has_probabilities = config.granularity != "given" and config.router not in CONTROLS
+    return float(config.num_experts) if has_probabilities and config.expert_scale == "prob_times_k" else 1.0
+
+
+def forced_route(found: Route, expert: int, config: MoleConfig) -> Route:
+    """The same logits with another choice: every token uses `expert`, as if the router were certain of it."""
     if found.weights is None:  # one expert
         return found
     index_BS1 = torch.full_like(found.index[..., :1], expert)
     index_T1 = index_BS1.flatten(0, 1)
-    return Route(ExpertWeights(index_T1, torch.ones_like(index_T1, dtype=found.logits.dtype)), found.logits, index_BS1)
+    weight_T1 = torch.full_like(index_T1, certain_weight(config), dtype=found.logits.dtype)
+    return Route(ExpertWeights(index_T1, weight_T1), found.logits, index_BS1)
 
 
 def route(

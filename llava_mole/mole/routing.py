@@ -86,7 +86,7 @@ class RoutingInputs:
     attention_mask: Tensor | None = None
     """False at padding, `[B, S]`; set by the model itself."""
     forced: int | None = None
-    """The expert that every token uses with weight 1, whatever the router says; see `access.force_expert`."""
+    """The expert that every token uses, whatever the router says; see `access.force_expert`."""
     check_finite: bool = True
     """Whether logits that are not finite raise; see `disable_finite_check`."""
     progress: TrainingProgress = field(default_factory=TrainingProgress)

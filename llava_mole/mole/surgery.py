@@ -23,6 +23,7 @@ from llava_mole.mole.config import MoleConfig
 from llava_mole.mole.discover import routed_experts
 from llava_mole.mole.layer import AdaptedLayer, ExpertLayer, MoleLinear
 from llava_mole.mole.model import MoleModel, find_tuner
+from llava_mole.mole.router import certain_weight
 
 PLAIN = {
     "use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "lora_bias": False,
@@ -78,9 +79,10 @@ def to_lora(
 ) -> Path:
     """Write a plain PEFT LoRA made of the experts of `model` to `directory`.
 
-    The LoRA equals the mixture with every token routed to `expert`, or with these fixed weights (for `mix`
-    `ffn_output` with one expert only; the shared expert has weight 1). It only approximates a mixture that routes token
-    by token.
+    The LoRA equals the mixture with every token routed to `expert` by a router that is certain of it, or the mean of
+    such LoRAs with these weights (for `mix` `ffn_output` with one expert only; the shared expert has weight 1). With
+    `expert_scale` `prob_times_k` the weight of such an expert is K. It only approximates a mixture that routes token by
+    token.
 
     Args:
         model: a model with a MoLE adapter.
@@ -116,7 +118,8 @@ def to_lora(
     by_layer = bool(config.rank_pattern or config.alpha_pattern)  # then names by ending are not enough
     for (name, ffn), weight_K in zip(ffns, weights_LK.tolist(), strict=True):
         for projection in ffn.projections:
-            a_NI, b_NO = _fold(ffn, adapter_name, projection, {k: weight_K[k] for k in kept})
+            weight = certain_weight(ffn.configs[adapter_name])
+            a_NI, b_NO = _fold(ffn, adapter_name, projection, {k: weight * weight_K[k] for k in kept})
             path = ffn.linear_path(name, projection)
             _put(tensors, path, a_NI, b_NO)
             key = path if by_layer else ".".join(path.split(".")[-2:])

@@ -27,6 +27,8 @@ IDS = torch.arange(1, 19).view(2, 9)
         {"top_k": 2, "expert_scale": "topk_renorm"},
         {"expert_scale": "prob", "shared_r": 2, "shared_scale": "complement"},
         {"mode": "dense", "expert_scale": "prob"},
+        {"expert_scale": "prob_times_k"},
+        {"mode": "dense", "expert_scale": "prob_times_k", "experts_by_layer": [4, 3]},
         {"granularity": "sequence", "balance_group": "micro_batch"},
         {"router_scope": "linear"},
         {"router_scope": "model", "granularity": "sequence", "balance_group": "micro_batch"},
@@ -47,6 +49,20 @@ def test_it_equals_the_exported_lora(
     if options.get("router") != "random":
         assert torch.equal(model(IDS).logits, free)
         assert not torch.allclose(free, exported(IDS).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", ["none", "straight_through", "prob", "prob_squared", "prob_times_k", "topk_renorm"])
+def test_it_equals_a_router_that_is_certain(tiny_llama: Make, randomized: Randomize, scale: str) -> None:
+    options: dict[str, Any] = {"expert_scale": scale, "top_k": 2 if scale == "topk_renorm" else 1}
+    model = randomized(get_peft_model(tiny_llama(), MoleConfig(r=4, num_experts=3, router_bias=True, **options))).eval()
+    for name, parameter in model.named_parameters():
+        if "mole_router" in name:
+            parameter.data = torch.tensor([0.0, 200.0, 0.0]) if name.endswith("bias") else torch.zeros_like(parameter)
+    certain = model(IDS).logits
+    with force_expert(model, 1):
+        torch.testing.assert_close(model(IDS).logits, certain, rtol=1e-5, atol=1e-6)
+    with force_expert(model, 2):
+        assert not torch.allclose(model(IDS).logits, certain, atol=1e-3)
 
 
 def test_an_error_inside_ends_the_force(tiny_llama: Make, randomized: Randomize) -> None:
