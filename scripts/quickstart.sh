@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # quickstart.sh: installs the package, then runs both training stages and evaluation on the tiny world, where three
 # domains answer the same questions differently: real images, small models, two ranks with DeepSpeed ZeRO-2 on the CPU;
-# about ten minutes on two cores. What exists already is used again; delete runs/tiny to train anew.
+# about eight minutes on two cores. What exists already is used again; delete runs/tiny to train anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_setup.sh demo

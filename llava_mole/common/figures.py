@@ -1,5 +1,6 @@
 """Figures: matplotlib without a display, shared colours, and a clear error if it is not installed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ def tidy(axes: Any, title: str, x: str = "", y: str = "") -> None:
 
 FAINT = 0.5
 """A line with a lower opacity is faint: it shows what a stronger one of its colour smooths."""
+
+
+def legend_below(figure: Any, handles: Sequence[Any], columns: int, fontsize: float = 8) -> None:
+    """Add a legend of labelled artists under all axes, in at most `columns` columns and no wider than the figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for count in range(max(1, min(columns, len(handles))), 0, -1):
+        place = {"loc": "outside lower center", "ncols": count, "frameon": False, "fontsize": fontsize}
+        legend = figure.legend(handles=handles, **place)
+        if count == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def add_legend(axes: Any, faint: str = "pale: every value", **options: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
+from llava_mole.common.figures import COLORS, legend_below, new_figure, save_figure, tidy
 from llava_mole.common.files import write_json, write_text
 from llava_mole.study.definition import Study
 from llava_mole.study.results import Results, shares
@@ -68,7 +68,7 @@ def draw_bars(study: Study, data: Mapping[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(label=study.label(arm), **style) for arm, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(arms)), frameon=False, fontsize=8)
+    legend_below(figure, handles, columns=5)
     save_figure(figure, path)
 
 
@@ -128,8 +128,7 @@ def draw_shares(study: Study, arm: str, by_label: Mapping[str, Any], title: str,
         axis.set_visible(False)
     for row in range(rows):
         axes[row * columns].set_ylabel("share of tokens")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(8, experts), frameon=False, fontsize=8)
+    legend_below(figure, axes[0].get_legend_handles_labels()[0], columns=8)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
 

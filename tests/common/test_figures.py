@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_mole.common.figures import add_legend, new_figure, tidy
+from llava_mole.common.figures import add_legend, legend_below, new_figure, tidy
 
 pytest.importorskip("matplotlib")
 PACKAGE = Path(__file__).parents[2] / "llava_mole"
@@ -47,3 +47,22 @@ def test_the_last_bar_of_a_histogram_of_lengths_is_whole(tmp_path: Path, monkeyp
     report.draw_lengths([source], 800, tmp_path / "x.png")
     (axes,) = drawn[0].axes
     assert axes.get_xlim()[1] >= max(patch.get_x() + patch.get_width() for patch in axes.patches)
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"), [(["a", "b", "c"], 3), ([f"LLaVA-MoLE, variant {n}" for n in range(9)], 2)]
+)
+def test_a_legend_is_not_wider_than_its_figure(labels: list[str], columns: int) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.patches import Patch
+
+    figure = new_figure(5.0, 3.0)
+    figure.subplots()
+    legend_below(figure, [Patch(label=label) for label in labels], columns=5)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == labels
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = legend.get_window_extent(canvas.get_renderer())
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert len({round(text.get_window_extent(canvas.get_renderer()).x0) for text in legend.get_texts()}) == columns

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.common.figures import COLORS, new_figure, save_figure, tidy
+from llava_mole.common.figures import COLORS, legend_below, new_figure, save_figure, tidy
 from llava_mole.common.log import get_logger
 from llava_mole.eval.report.groups import MAJORITY
 
@@ -62,8 +62,7 @@ def draw_benchmarks(benchmarks: Mapping[str, Any], path: Path) -> bool:
             axis.set_ylim(max(0.0, min(ends) - margin), max(ends) + 0.3 * margin)
     axes[0].set_ylabel("percent, 95% interval")
     shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    place = {"loc": "outside lower center", "ncols": min(4, len(shown)), "frameon": False, "fontsize": 9}
-    figure.legend(list(shown.values()), list(shown), **place)
+    legend_below(figure, list(shown.values()), columns=4, fontsize=9)
     save_figure(figure, path)
     return True
 
