@@ -86,7 +86,7 @@ def test_what_is_printed_last(tmp_path: Path) -> None:
     study = json.loads(SEEDS.read_text())["arms"]
     alone, mixed = study["single-document"]["numbers"]["document"], study["mix"]["numbers"]["general"]
     (first, second) = (line for line in lines[6:] if line.startswith(("LLaVA-Doc", "LLaVA-Mix")))
-    assert first.split() == ["LLaVA-Doc", f"{alone['mean']:.1f}", "±", f"{alone['half_interval']:.1f}"]
+    assert first.split()[-3:] == [f"{alone['mean']:.1f}", "±", f"{alone['half_interval']:.1f}"]
     assert second.split()[1:4] == [f"{mixed['mean']:.1f}", "±", f"{mixed['half_interval']:.1f}"]
     assert f"picture: {tmp_path / 'benchmarks.png'}" in lines
     assert lines[-1] == f"details, with all intervals and tests: {tmp_path / 'report.txt'}"

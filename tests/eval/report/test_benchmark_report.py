@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,12 +160,10 @@ def test_odd_names(name: str, markdown: str, latex: str, runs: Path) -> None:
 
 def test_the_picture_shows_odd_names(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    shown = []
-    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: shown.append(labels))
+    figures: list[Any] = []
+    monkeypatch.setattr("llava_mole.eval.report.figure.save_figure", lambda figure, path: figures.append(figure))
     assert draw_benchmarks(build(f"_a$b$={runs / 'mix'}"), runs / "x.png")
-    assert shown == [[r" _a\$b\$"]]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [r" _a\$b\$"]
 
 
 def test_p_values() -> None:
