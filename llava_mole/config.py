@@ -396,7 +396,8 @@ class DataConfig:
     allow_remote: bool = False
     """Whether sources may be read from servers: `s3://`, `gs://` and `hf://` (extra `remote`)."""
     cache_dir: str = ".cache/llava_mole"
-    """Folder for the indexes of shards and for the cache of remote data; best a fast local disk, or a shared one."""
+    """Folder for the indexes of shards, the token counts of JSON files, and the cache of remote data; best a fast local
+    disk, or a shared one."""
     cache_gb: float = 50.0
     """Most gigabytes (10^9 bytes) of data in the cache; what was not used for longest is removed. Indexes do not
     count."""

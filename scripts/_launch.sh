@@ -26,7 +26,7 @@ if [ "$world" -eq 1 ] && [ -z "${LAUNCHER:-}" ]; then launcher=python; fi
 case "$launcher" in
   python) command=(python) world=1 ;;
   torchrun)
-    command=(torchrun --nproc_per_node "$gpus" --nnodes "$nodes")
+    command=(python -m llava_mole.train.torchrun --nproc_per_node "$gpus" --nnodes "$nodes")
     [ "${MAX_RESTARTS:-0}" = 0 ] || command+=(--max-restarts "$MAX_RESTARTS")
     if [ "$nodes" -gt 1 ]; then
       node=${NODE_RANK:-${SLURM_NODEID:-}}

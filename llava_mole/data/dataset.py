@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from llava_mole.data.batching import GroupedPlan, modality_lengths
 from llava_mole.data.chat_template import resolve_template
 from llava_mole.data.collator import Example
 from llava_mole.data.images import ImageProcessor, Oddity, warn_odd
-from llava_mole.data.lengths import Fitted, ImagePlace, Limits, fit_source, image_counts, sample_of
+from llava_mole.data.lengths import CountPlace, Fitted, ImagePlace, Limits, fit_source, image_counts, sample_of
 from llava_mole.data.mixture import TrainingPlan, hold_out
 from llava_mole.data.records import Record, RecordSubset
 from llava_mole.data.shard_files import is_sharded
@@ -216,8 +217,8 @@ def build_dataset(
         global_batch_size, micro_batch_size: Samples of a step and of a micro-batch, for `grouped`.
         resuming: Whether the run has trained on this data before. Missing images are then not an error; they are
             replaced when they are read, as without a restart.
-        store_lengths: Whether to store the token counts of prepared sets beside them, so that the next run need not
-            count.
+        store_lengths: Whether to store token counts, so that the next run need not count: those of prepared sets beside
+            them, others in `data.cache_dir`.
 
     Raises:
         ConfigError: the template is unknown, the mixture is empty, a lambda is below 0, or `max_length` is too small
@@ -238,14 +239,23 @@ def build_dataset(
     all_records, readers = _open_sources(data_config, names)
     # A text that is escaped or refused is found by counting: its bytes do not tell.
     all_lengths = batching == "packed" or data_config.validation_samples > 0 or data_config.special_tokens != "keep"
+    digests = on_main(
+        lambda: {name: source_digest(all_records[name], data_config.sources[name].annotations) for name in names}
+    )
     fitted = {}
     for name in names:
         if not resuming:
             _check_images(all_records[name], readers[name])
         # Rank 0 counts for all ranks.
-        place = ImagePlace(readers[name], image_processor.modes)
         fit = partial(
-            fit_source, all_records[name], limits, name, all_lengths=all_lengths, store=store_lengths, place=place
+            fit_source,
+            all_records[name],
+            limits,
+            name,
+            all_lengths=all_lengths,
+            store=store_lengths,
+            place=ImagePlace(readers[name], image_processor.modes),
+            count_place=CountPlace(Path(data_config.cache_dir) / "lengths", digests[name]),
         )
         fitted[name] = on_main(fit)
     fitting = {name: fitted[name].select(all_records[name]) for name in names}
@@ -283,9 +293,7 @@ def build_dataset(
     )
     dataset = reading(records, plan=plan, lengths=lengths)
     dataset.report = report
-    dataset.digests = on_main(
-        lambda: {name: source_digest(all_records[name], data_config.sources[name].annotations) for name in names}
-    )
+    dataset.digests = digests
     if held_out:
         once = TrainingPlan({name: len(held_out[name]) for name in names}, {}, seed, epochs=1)
         held_out_lengths = {name: _lengths_of(held_out[name], fitted[name]) for name in names}

@@ -1,8 +1,8 @@
 """Token counts of records, their cache inside a prepared data set, and what becomes of samples that are too long.
 
-Counts exclude image positions, so they hold for every vision tower. A prepared set stores them beside its shards as
-`lengths-<key>.npy`, int32 [rows, 2]. The key covers the JSON of the tokenizer, the strings of the template, the version
-of `tokenization` and the data set.
+Counts exclude image positions, so they hold for every vision tower. They are stored as `lengths-<key>.npy`, int32
+[rows, 2]: those of a prepared set beside its shards, those of a JSON file in `data.cache_dir`. The key covers the JSON
+of the tokenizer, the strings of the template, the version of `tokenization` and the content of the data set.
 """
 
 import hashlib
@@ -56,6 +56,8 @@ _CHUNK = 1024
 """Records in one task of a worker process."""
 _ALONE = 8
 """Up to this many chunks run in-process; more use a pool."""
+_WORTH_KEEPING = 1000
+"""Counts of smaller JSON files are not kept: counting takes less than a second."""
 
 
 def count_record(record: Record, template: Template, tokenizer: TextTokenizer) -> tuple[int, int]:
@@ -143,13 +145,26 @@ def _cpus() -> int:
     return min(16, cores())
 
 
+@dataclass(frozen=True)
+class CountPlace:
+    """Where the counts of one data set are stored."""
+
+    directory: Path
+    digest: str
+    """Of the records' content."""
+
+    def file(self, template: Template, tokenizer: TextTokenizer) -> Path | None:
+        """The file of the counts with this template and tokenizer; None for a tokenizer without a fingerprint."""
+        if not isinstance(tokenizer, HFTextTokenizer):
+            return None
+        parts = (str(VERSION), tokenizer.fingerprint, repr(template), self.digest)
+        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return self.directory / f"lengths-{key}.npy"
+
+
 def lengths_path(records: PreparedRecords, template: Template, tokenizer: TextTokenizer) -> Path | None:
-    """The file for the counts of a prepared set; None for a tokenizer without a fingerprint."""
-    if not isinstance(tokenizer, HFTextTokenizer):
-        return None
-    parts = (str(VERSION), tokenizer.fingerprint, repr(template), records.digest)
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return records.directory / f"lengths-{key}.npy"
+    """The file for the counts of a prepared set, see `CountPlace.file`."""
+    return CountPlace(records.directory, records.digest).file(template, tokenizer)
 
 
 def read_lengths(path: Path | None, rows: int) -> Counts | None:
@@ -179,12 +194,18 @@ def stored_counts(
 
     If the directory cannot be written, a warning is logged. Raises like `count_tokens`.
     """
-    path = lengths_path(records, template, tokenizer)
-    counts = read_lengths(path, len(records))
+    count = partial(count_tokens, records, template, tokenizer, name=records.source, processes=processes)
+    return _kept(lengths_path(records, template, tokenizer), len(records), count, store=store)
+
+
+def _kept(path: Path | None, rows: int, count: Callable[[], Counts], *, store: bool) -> Counts:
+    """The counts in the file `path`, or else those that `count` gives, which are then stored there."""
+    counts = read_lengths(path, rows)
     if counts is None:
-        counts = count_tokens(records, template, tokenizer, name=records.source, processes=processes)
+        counts = count()
         if path is not None and store:
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(path) as temporary, temporary.open("wb") as file:
                     np.save(file, counts)
             except OSError as error:
@@ -389,6 +410,7 @@ def fit_source(
     all_lengths: bool,
     store: bool = True,
     place: ImagePlace | None = None,
+    count_place: CountPlace | None = None,
 ) -> Fitted:
     """Apply the length policy to all records of a source.
 
@@ -397,15 +419,16 @@ def fit_source(
         limits: Template, tokenizer, longest sample and policy.
         name: Name of the source, for messages.
         all_lengths: Whether to count the tokens of every record, or only of those that may be too long.
-        store: Whether to store the counts of a prepared set beside it.
+        store: Whether to store counts for the next run.
         place: Where the images are; needed for images in tiles.
+        count_place: Where the counts of a JSON file are stored; a prepared set has a place of its own.
 
     Raises:
         DataError: the template cannot represent a record; a record is too long (policy `error`); truncation removes
             the answer or the image of a record (`truncate`); the answers of a record render to nothing (all policies
             but `drop`); or no record remains. The message starts with `file:line` if one record is to blame.
     """
-    which, counts = _counted(records, limits, all_lengths, store)
+    which, counts = _counted(records, limits, all_lengths, store, count_place)
     counted = records if which is None else RecordSubset(records, which)
     if limits.grid is None:
         image_tokens = image_counts(counted).astype(np.int64) * limits.num_image_tokens
@@ -452,7 +475,7 @@ def fit_source(
 
 
 def _counted(
-    records: Sequence[Record], limits: Limits, all_lengths: bool, store: bool
+    records: Sequence[Record], limits: Limits, all_lengths: bool, store: bool, count_place: CountPlace | None
 ) -> tuple[npt.NDArray[np.int64] | None, Counts]:
     """Counts of all records (with None), or of the records at the indices that may be too long or lack an answer."""
     template, tokenizer = limits.template, limits.tokenizer
@@ -468,7 +491,8 @@ def _counted(
             [n for n in records.rows_without_answer() if not render_record(records[int(n)], template).answer_spans],
         ).astype(np.int64)
     elif all_lengths:
-        return None, count_tokens(records, template, tokenizer)
+        path = count_place.file(template, tokenizer) if count_place and len(records) >= _WORTH_KEEPING else None
+        return None, _kept(path, len(records), partial(count_tokens, records, template, tokenizer), store=store)
     else:
         which = np.array([n for n, record in enumerate(records) if _may_not_fit(record, limits)], dtype=np.int64)
     return which, count_tokens(RecordSubset(records, which), template, tokenizer)

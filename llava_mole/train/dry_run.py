@@ -18,7 +18,7 @@ from llava_mole.model.builder import build_parts, configured_image_processor
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.checkpointing import read_progress
 from llava_mole.train.optim import announce_schedule
-from llava_mole.train.preflight import check_inputs
+from llava_mole.train.preflight import check_inputs, check_model
 from llava_mole.train.resume import check_same_contents, check_same_plan, check_steps_free, contents_of, find_start
 from llava_mole.train.strategy import check_device
 
@@ -39,13 +39,8 @@ def dry_run(config: RunConfig, make_trainable: Callable[..., None] | None) -> st
     """
     train, world_size = config.train, int(os.environ.get("WORLD_SIZE", "1"))
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, world_size)
-    check_inputs(
-        config.model,
-        config.data,
-        config.adapter,
-        projector_weights=config.projector_weights,
-        init_from=config.init_from,
-    )
+    check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
+    check_model(config.model, config.data, config.adapter)
     if train.distributed in ("zero2", "zero3") and world_size > 1:
         deepspeed_config(train, world_size)
     start = find_start(train, config_to_dict(config), read_only=True)

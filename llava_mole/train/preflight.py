@@ -1,4 +1,4 @@
-"""Checks of a run that need neither the model nor a process group, and take a second."""
+"""Checks of a run before there are models and process groups; those of the command take a second."""
 
 import os
 import sys
@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llava_mole.common.errors import ConfigError, WeightsError, command, value_errors_as
+from llava_mole.common.errors import ConfigError, WeightsError, command
 from llava_mole.common.text import count_of
 from llava_mole.config import AdapterConfig, DataConfig, ModelConfig, check_batch
 from llava_mole.data.sources import has_folder, is_there
-from llava_mole.model.adapters import adapter_config
-from llava_mole.model.language_model import check_max_length, read_config
 from llava_mole.model.quantization import require_bitsandbytes
 from llava_mole.train.arguments import parse_arguments
 
@@ -41,24 +39,14 @@ def missing_inputs(
     return [f"{key} = {path}" for key, path, there in wanted if not there]
 
 
-def check_inputs(
-    model: ModelConfig,
-    data: DataConfig,
-    adapter: AdapterConfig,
-    *,
-    projector_weights: str | None,
-    init_from: str | None,
-) -> None:
-    """Check that the inputs of a run exist and that its adapter is possible.
+def check_inputs(model: ModelConfig, data: DataConfig, *, projector_weights: str | None, init_from: str | None) -> None:
+    """Check that the inputs of a run exist.
 
     Raises:
         WeightsError: an input is missing; the message names all of them, and configurations that need none.
-        ConfigError: bitsandbytes is needed but not installed, an option of the adapter is wrong, or `data.max_length`
-            exceeds the language model's positions.
+        ConfigError: bitsandbytes is needed but not installed.
     """
     require_bitsandbytes(model.quantization)
-    with value_errors_as(ConfigError):
-        adapter_config(**asdict(adapter))
     absent = missing_inputs(model, data, projector_weights, init_from)
     if absent:
         first = f"this run lacks {count_of(len(absent), 'input')}:"
@@ -70,25 +58,41 @@ def check_inputs(
             "after `llava-mole prepare tiny --out playground/data/tiny`.",
         ]
         raise WeightsError("\n".join(lines))
-    check_max_length(read_config(model.language_model), data.max_length, model.language_model)
+
+
+def check_model(model: ModelConfig, data: DataConfig, adapter: AdapterConfig) -> None:
+    """Check that adapter and lengths suit the language model. It imports transformers and PEFT, which takes seconds.
+
+    Raises:
+        ConfigError: an option of the adapter is wrong, or `data.max_length` exceeds the language model's positions.
+            Every rank finds that, and only rank 0 prints it.
+        WeightsError: the language model's configuration cannot be used.
+    """
+    from llava_mole.model.adapters import adapter_config
+    from llava_mole.model.language_model import check_max_length, read_config
+
+    try:
+        adapter_config(**asdict(adapter))
+        check_max_length(read_config(model.language_model), data.max_length, model.language_model)
+    except (ConfigError, ValueError) as error:
+        found = ConfigError(str(error))
+        found.on_every_rank = True
+        raise found from error
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m llava_mole.train.preflight WORLD_SIZE CONFIG [overrides]`: exit code 2 if the run cannot start."""
+    """`python -m llava_mole.train.preflight WORLD_SIZE CONFIG [overrides]`: exit code 2 if the run cannot start.
+
+    What `check_model` finds is left to the ranks: it would make this command as slow as the start of a run.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or not arguments[0].isdigit():
         raise ConfigError("usage: python -m llava_mole.train.preflight WORLD_SIZE CONFIG [--key value ...]")
     config = parse_arguments(arguments[1:])
     train = config.train
     check_batch(train.batching, train.global_batch_size, train.micro_batch_size, int(arguments[0]))
-    check_inputs(
-        config.model,
-        config.data,
-        config.adapter,
-        projector_weights=config.projector_weights,
-        init_from=config.init_from,
-    )
+    check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from llava_mole.train.conflict import ConflictRecord, training_probe
 from llava_mole.train.faults import StepGuard, StopRequested, StopSignal, record_exit_code, tell_interruption
 from llava_mole.train.monitor import Monitor
 from llava_mole.train.optim import announce_schedule, build_optimizer
-from llava_mole.train.preflight import check_inputs
+from llava_mole.train.preflight import check_inputs, check_model
 from llava_mole.train.resume import (
     Start,
     check_same_contents,
@@ -64,13 +64,8 @@ def train(config: RunConfig) -> Path:
         UserError: an input is missing or unusable; nothing is written before model and data are known to be good.
         StopRequested: SIGTERM or SIGUSR1 came; the run has saved.
     """
-    check_inputs(
-        config.model,
-        config.data,
-        config.adapter,
-        projector_weights=config.projector_weights,
-        init_from=config.init_from,
-    )
+    check_inputs(config.model, config.data, projector_weights=config.projector_weights, init_from=config.init_from)
+    check_model(config.model, config.data, config.adapter)
     values, run_dir = config_to_dict(config), Path(config.train.output_dir)
     with StopSignal() as stop:
         strategy = start_strategy(config.train, config.device)

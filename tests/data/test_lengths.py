@@ -16,8 +16,24 @@ from llava_mole.conversation import TEMPLATES, Turn, get_template
 from llava_mole.data import lengths as lengths_module
 from llava_mole.data.dataset import build_dataset
 from llava_mole.data.images import ImageProcessor
-from llava_mole.data.lengths import add_lengths, count_record, count_tokens, most_tokens, stored_counts
-from llava_mole.data.store import PreparedRecords, PreparedRow, StoreWriter, verify_shards
+from llava_mole.data.lengths import (
+    CountPlace,
+    Limits,
+    add_lengths,
+    count_record,
+    count_tokens,
+    fit_source,
+    most_tokens,
+    stored_counts,
+)
+from llava_mole.data.store import (
+    PreparedRecords,
+    PreparedRow,
+    StoreWriter,
+    content_digest,
+    read_records,
+    verify_shards,
+)
 from llava_mole.data.tokenization import HFTextTokenizer, encode_record
 
 TEMPLATE = get_template("vicuna_v1")
@@ -110,6 +126,43 @@ def test_they_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(lengths_module, "VERSION", 99)
     stored_counts(records, TEMPLATE, tokenizer)
     assert len(counted) == 3
+
+
+def test_a_json_file_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its content changes; a small one is counted every time, and a dry run keeps nothing."""
+    counted: list[int] = []
+    original = lengths_module.count_tokens
+
+    def spy(records: Any, *arguments: Any, **options: Any) -> Any:
+        counted.append(len(records))
+        return original(records, *arguments, **options)
+
+    monkeypatch.setattr(lengths_module, "count_tokens", spy)
+    limits = Limits(TEMPLATE, HFTextTokenizer(hf_tokenizer()), 4, 2048)
+
+    def lengths(count: int, question: str, store: bool = True) -> list[int]:
+        entries = [{"id": str(n), "conversations": [{"from": "human", "value": question * (1 + n % 3)},
+                    {"from": "gpt", "value": "yes"}]} for n in range(count)]  # fmt: skip
+        file = tmp_path / "raw.json"
+        file.write_text(json.dumps(entries))
+        place = CountPlace(tmp_path / "cache" / "lengths", content_digest(file))
+        fitted = fit_source(
+            read_records(file, "s"), limits, "s", all_lengths=True, store=store, count_place=place
+        )  # fmt: skip
+        assert fitted.lengths is not None
+        return fitted.lengths.tolist()
+
+    assert len(set(lengths(999, "red "))) == 3
+    assert not (tmp_path / "cache").exists()
+    lengths(1000, "red ", store=False)
+    assert not (tmp_path / "cache").exists()
+    first = lengths(1000, "red ")
+    assert counted == [999, 1000, 1000]
+    assert lengths(1000, "red ") == first
+    assert counted == [999, 1000, 1000]
+    assert lengths(1000, "red or blue ") != first
+    assert lengths(1000, "red ") == first
+    assert counted == [999, 1000, 1000, 1000]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY rubbish", "short", "negative", "pickle"])

@@ -35,6 +35,7 @@ def test_training_scripts_are_short_and_hold_no_hyper_parameter(name: str) -> No
     assert not [line for line in lines if "learning_rate" in line or "batch_size" in line]
 
 
+TORCHRUN = "python -m llava_mole.train.torchrun"
 DRY_RUNS = {
     "one process": (
         {"GPUS_PER_NODE": "1"},
@@ -42,21 +43,21 @@ DRY_RUNS = {
     ),
     "one machine": (
         {"GPUS_PER_NODE": "8"},
-        "torchrun --nproc_per_node 8 --nnodes 1 --standalone -m llava_mole.train.train",
+        f"{TORCHRUN} --nproc_per_node 8 --nnodes 1 --standalone -m llava_mole.train.train",
     ),
     "eight machines": (
         {"GPUS_PER_NODE": "8", "NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "node0"},
-        "torchrun --nproc_per_node 8 --nnodes 8 --rdzv_backend c10d --rdzv_endpoint node0:29500 --rdzv_id llava_mole "
-        "--rdzv_conf is_host=false -m llava_mole.train.train",
+        f"{TORCHRUN} --nproc_per_node 8 --nnodes 8 --rdzv_backend c10d --rdzv_endpoint node0:29500 "
+        "--rdzv_id llava_mole --rdzv_conf is_host=false -m llava_mole.train.train",
     ),
     "first of eight machines": (
         {"GPUS_PER_NODE": "8", "NNODES": "8", "NODE_RANK": "0", "MASTER_ADDR": "n", "RUN_ID": "7", "MAX_RESTARTS": "3"},
-        "torchrun --nproc_per_node 8 --nnodes 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint n:29500 "
+        f"{TORCHRUN} --nproc_per_node 8 --nnodes 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint n:29500 "
         "--rdzv_id 7 --rdzv_conf is_host=true -m llava_mole.train.train",
     ),
     "restarts": (
         {"GPUS_PER_NODE": "8", "MAX_RESTARTS": "2"},
-        "torchrun --nproc_per_node 8 --nnodes 1 --max-restarts 2 --standalone -m llava_mole.train.train",
+        f"{TORCHRUN} --nproc_per_node 8 --nnodes 1 --max-restarts 2 --standalone -m llava_mole.train.train",
     ),
     "hostfile": (
         {"GPUS_PER_NODE": "8", "NNODES": "2", "LAUNCHER": "deepspeed", "HOSTFILE": "hosts"},
@@ -82,8 +83,9 @@ def test_slurm_jobs_print_what_they_run(name: str) -> None:
     asked = f"bash scripts/{name}.sh --train.max_steps 3 --train.resume auto"
     assert step.strip() == f"srun --nodes 8 --ntasks-per-node 1 --wait 120 {asked}"
     assert command.startswith(
-        "torchrun --nproc_per_node 8 --nnodes 8 --max-restarts 3 --rdzv_backend c10d --rdzv_endpoint first-host:20000 "
-        f"--rdzv_id 0.0 --rdzv_conf is_host=true -m llava_mole.train.train configs/{name}.yaml"
+        f"{TORCHRUN} --nproc_per_node 8 --nnodes 8 --max-restarts 3 --rdzv_backend c10d "
+        f"--rdzv_endpoint first-host:20000 --rdzv_id 0.0 --rdzv_conf is_host=true "
+        f"-m llava_mole.train.train configs/{name}.yaml"
     )
     header = [line for line in job.read_text(encoding="utf-8").splitlines() if line.startswith("#SBATCH")]
     for option in ("--nodes=8", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=USR1@300", "--requeue"):

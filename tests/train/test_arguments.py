@@ -126,7 +126,7 @@ def test_missing_inputs_come_one_a_line(tmp_path: Path) -> None:
     places = [f"--model.language_model={tmp_path}/lm", f"--model.vision_tower.weights={tmp_path}/tower"]
     config = parse_run_config([TINY, *places])
     with pytest.raises(WeightsError) as refused:
-        check_inputs(config.model, config.data, config.adapter, projector_weights=None, init_from=None)
+        check_inputs(config.model, config.data, projector_weights=None, init_from=None)
     first, *lines = str(refused.value).splitlines()
     assert re.fullmatch(r"this run lacks \d+ inputs:", first)
     assert f"  model.language_model = {tmp_path}/lm" in lines

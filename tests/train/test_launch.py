@@ -1,6 +1,7 @@
 """Real launches: two torchrun agents as on two machines, a signal to one of them, and ranks that start again."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -100,3 +101,30 @@ def test_torchrun_starts_all_ranks_again_when_one_is_killed(world: Path, single:
     text = log(world, "restarted")
     assert "resuming from" in text
     assert_same_result(world, "restarted", single)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--adapter.options.top_k", "9"], "top_k"),
+        (["--data.max_length", "20"], "behind max_length 20"),
+    ],
+)
+def test_a_mistake_that_the_ranks_find_is_one_line(world: Path, option: list[str], message: str) -> None:
+    run = launch(world, "mistake", *option, GPUS_PER_NODE="2")
+    assert run.wait(120) == 2
+    text = log(world, "mistake")
+    (line,) = [line for line in text.splitlines() if "error: " in line]
+    assert re.search(message, line)
+    assert "Traceback" not in text
+    assert "FAILED" not in text
+    assert not (world / "mistake").exists()
+
+
+def test_a_rank_that_crashes_is_reported_by_torchrun(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DIE_ONCE)
+    run = launch(
+        world, "crashed", GPUS_PER_NODE="2", PYTHONPATH=str(tmp_path), DIE_AFTER=str(world / "crashed" / "checkpoint-4")
+    )
+    assert run.wait(150) == 1
+    assert "ChildFailedError" in log(world, "crashed")
