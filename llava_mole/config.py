@@ -31,7 +31,7 @@ from llava_mole.common.keys import ANY, explained
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import HELP_WIDTH, count_of
 
-AspectRatio = Literal["pad", "square", "anyres"]
+AspectRatio = Literal["pad", "square", "anyres", "native"]
 ImageModes = Literal["strict", "rescale", "llava"]
 Quantization = Literal["none", "8bit", "4bit"]
 TOWER_FILES = (
@@ -364,7 +364,8 @@ class DataConfig:
     """Conversation template; `plain` for stage `pretrain`."""
     image_aspect_ratio: AspectRatio = "pad"
     """`pad`: to a square with the CLIP mean colour (LLaVA stage 2); `square`: centre crop (LLaVA stage 1); `anyres`:
-    the whole image and tiles of it at a higher resolution, as in LLaVA-NeXT (docs/any_resolution.md)."""
+    the whole image and tiles of it at a higher resolution, as in LLaVA-NeXT; `native`: the image in its own shape, for
+    SigLIP2's NaFlex towers (docs/any_resolution.md)."""
     image_grid_pinpoints: list[list[int]] | None = None
     """For `anyres`: the resolutions that an image may be tiled at, pairs of height and width in pixels, multiples of
     the tower's image size. None takes LLaVA-NeXT's: 1 x 2, 2 x 1, 2 x 2, 3 x 1 and 1 x 3 tiles."""
@@ -430,10 +431,10 @@ class DataConfig:
                 f"data.image_grid_pinpoints is for data.image_aspect_ratio 'anyres', which is "
                 f"{self.image_aspect_ratio!r} here; leave it out (null)"
             )
-        if self.image_draft and tiled:
+        if self.image_draft and self.image_aspect_ratio in ("anyres", "native"):
             raise ConfigError(
-                "data.image_draft reduces images before they are tiled, so that 'anyres' would tile a smaller image; "
-                "set it to false"
+                f"data.image_draft reduces images, on whose size the tokens of data.image_aspect_ratio "
+                f"{self.image_aspect_ratio!r} depend; set it to false"
             )
 
 
@@ -651,6 +652,11 @@ class RunConfig:
                     if tiled
                     else f"'+newline' is for 'anyres': set model.projector to {plain!r}, or the ratio to 'anyres'"
                 )
+            )
+        if self.data.image_aspect_ratio == "native" and "+" in self.model.projector:
+            raise ConfigError(
+                f"model.projector is {self.model.projector!r}, but with data.image_aspect_ratio 'native' each patch is "
+                "a token and nothing stands beside them; set it to 'mlp2x_gelu' or another kind without '+'"
             )
         if self.init_from is not None and self.projector_weights is not None:
             raise ConfigError("init_from brings its own projector; leave projector_weights out (null)")

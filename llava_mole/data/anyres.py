@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,9 +32,12 @@ class Tiles(NamedTuple):
     """The pixels of one image, and which features of them fill its positions in the sequence."""
 
     pixels: "torch.Tensor"
-    """uint8 [t, 3, S, S]: the image for `pad` and `square`; for `anyres` the whole image, then its tiles row by row."""
+    """uint8 [t, 3, S, S]: the image for `pad` and `square`; for `anyres` the whole image, then its tiles row by row;
+    for `native` a square with its patches."""
     shows: "torch.Tensor | None" = None
     """int64 [n, 2]: tile and feature of each position; None if they are those of the only tile, in order."""
+    grids: "torch.Tensor | None" = None
+    """int64 [t, 2]: rows and columns of patches that each square of `native` holds; None for the others."""
 
 
 def join_tiles(shown: Sequence[Tiles]) -> Tiles:
@@ -47,7 +50,12 @@ def join_tiles(shown: Sequence[Tiles]) -> Tiles:
         for each, start in zip(shown, starts[:-1], strict=True)
         if each.shows is not None
     ]
-    return Tiles(torch.cat([each.pixels for each in shown]), torch.cat(index) if index else None)
+    grids = [each.grids for each in shown if each.grids is not None]
+    return Tiles(
+        torch.cat([each.pixels for each in shown]),
+        torch.cat(index) if index else None,
+        torch.cat(grids) if grids else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,17 @@ class Layout:
         return torch.from_numpy(np.concatenate([base, index.reshape(-1, 2)]))
 
     def places(self) -> list[tuple[int, int, int] | None]:
-        """For each position: 0 (whole image) or 1 (tiles), row and column of the patch; None for a newline."""
+        """For each position: its view (0 the whole image, 1 the tiles), row and column of the patch; None for a
+        newline."""
         whole = [(0, row, column) for row in range(self.side) for column in range(self.side)]
         rest: list[tuple[int, int, int] | None] = []
         for row in range(self.shown_rows):
             rest += [*((1, row, column) for column in range(self.shown_columns)), None]
         return [*whole, *rest]
+
+    def views(self) -> list[tuple[Literal["whole", "tiles"], int, int]]:
+        """The pictures that the patches lie on, with their rows and columns."""
+        return [("whole", self.side, self.side), ("tiles", self.shown_rows, self.shown_columns)]
 
 
 @dataclass(frozen=True)
@@ -206,12 +219,14 @@ class Grid:
             *(canvas.crop((left, top, left + tile, top + tile)) for left, top in corners),
         ]
 
-    def shown_part(self, image: Image.Image) -> Image.Image:
-        """The part of the tiles that positions show, as one picture. Raises DataError as `layout`."""
+    def shown(self, image: Image.Image, size: int) -> list[Image.Image]:
+        """The pictures that the patches lie on: the whole image in `size` x `size` pixels, and the part of the tiles
+        that positions show. Raises DataError as `layout`."""
         layout, cell = self.layout(image.size), self.tile / self.side
         right, bottom = layout.left + layout.shown_columns, layout.top + layout.shown_rows
         left, top, right, bottom = (round(cell * edge) for edge in (layout.left, layout.top, right, bottom))
-        return self._fit(image).crop((left, top, right, bottom))
+        part = self._fit(image).crop((left, top, right, bottom))
+        return [image.resize((size, size), Image.Resampling.BICUBIC), part]
 
     def _fit(self, image: Image.Image) -> Image.Image:
         """The image in the middle of its best resolution, on black."""

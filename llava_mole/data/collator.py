@@ -28,6 +28,8 @@ class Example:
     """Why this record replaces another one of its source, whose image cannot be read; None if it does not."""
     feature_index: torch.Tensor | None = None
     """int64 [p, 2]: tile and feature that each image position shows, for images in tiles; see `Tiles.shows`."""
+    image_grids: torch.Tensor | None = None
+    """int64 [n, 2]: rows and columns of patches of each image, for `native`; see `Tiles.grids`."""
 
 
 def collate(
@@ -41,8 +43,8 @@ def collate(
     Returns:
         `input_ids` int64 [N, L]; `labels` int64 [N, L]; `attention_mask` bool [N, L], true at tokens; `images`
         uint8 [M, 3, S, S] of all examples in order, or None; `feature_index` int64 [P, 2], the image and feature that
-        each of the P image positions shows, for images in tiles, else None; `has_image` bool [N]; `source_index` int64
-        [N];
+        each of the P image positions shows, for images in tiles and `native`, else None; `image_grids` int64 [M, 2] for
+        `native`, else None; `has_image` bool [N]; `source_index` int64 [N];
         `sample_index` int64 [N, L], the example of each position; `sample_lengths` None; `ids` and `sources`, N
         strings each; `replaced_images`, `(source, problem)` for each example that replaces another record.
     """
@@ -88,11 +90,12 @@ def collate_packed(examples: Sequence[Example], *, pad_token_id: int) -> dict[st
 
 
 def _per_example(examples: Sequence[Example]) -> dict[str, Any]:
-    shown = [Tiles(example.images, example.feature_index) for example in examples if example.images is not None]
-    images, feature_index = join_tiles(shown) if shown else (None, None)
+    shown = [Tiles(e.images, e.feature_index, e.image_grids) for e in examples if e.images is not None]
+    images, feature_index, image_grids = join_tiles(shown) if shown else (None, None, None)
     return {
         "images": images,
         "feature_index": feature_index,
+        "image_grids": image_grids,
         "has_image": torch.tensor([example.images is not None for example in examples], dtype=torch.bool),
         "source_index": torch.tensor([example.source_index for example in examples], dtype=torch.int64),
         "ids": [example.id for example in examples],

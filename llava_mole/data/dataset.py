@@ -103,11 +103,11 @@ class SupervisedDataset:
         """
         source, record, pictures, replaced = self._readable(position, self._draft_size)
         encoded = self._encode(record, [picture.size for picture in pictures])
-        images, shown = None, None
-        if pictures:
-            images, shown = join_tiles([self.image_processor.tiles(picture) for picture in pictures])
         index = self._source_index[source]
-        return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced, shown)
+        images, shown, grids = None, None, None
+        if pictures:
+            images, shown, grids = join_tiles([self.image_processor.tiles(picture) for picture in pictures])
+        return Example(record.id, source, index, encoded.input_ids, encoded.labels, images, replaced, shown, grids)
 
     def __getitems__(self, positions: Sequence[int]) -> list[Example]:
         """The examples of a batch; images on servers are fetched at once. Raises as `[position]`, and StorageError."""

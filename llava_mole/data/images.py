@@ -24,7 +24,8 @@ from llava_mole.common.log import get_logger
 from llava_mole.common.text import is_text
 from llava_mole.config import AspectRatio, ImageModes
 from llava_mole.constants import CLIP_MEAN, CLIP_STD
-from llava_mole.data.anyres import Grid, Size, Tiles
+from llava_mole.data.anyres import Size, Tiles
+from llava_mole.data.native import ImageGrid, NativeLayout
 
 if TYPE_CHECKING:
     import torch
@@ -83,10 +84,10 @@ class ImageProcessor:
         mean: Per channel, from 0 to 1; `int(255 * mean)` is the colour of the padding.
         std: Per channel, from 0 to 1.
         aspect_ratio: `pad` centres the image on a square (LLaVA stage 2); `square` crops the centre (LLaVA stage 1);
-            `anyres` shows the whole image and tiles of it (LLaVA-NeXT).
+            `anyres` shows the whole image and tiles of it (LLaVA-NeXT); `native` keeps its shape (SigLIP2's NaFlex).
         modes: How unusual images become RGB, see `DataConfig.image_modes`.
         resample: Filter of the resize, one of Pillow's.
-        grid: The tiles of `anyres`; None for the others.
+        grid: The tiles of `anyres`, or the patches of `native`; None for the others.
 
     Raises:
         ConfigError: the aspect ratio or `modes` is unknown, or the size is below 1.
@@ -100,7 +101,7 @@ class ImageProcessor:
         aspect_ratio: AspectRatio = "pad",
         modes: ImageModes = "llava",
         resample: int = Image.Resampling.BICUBIC,
-        grid: Grid | None = None,
+        grid: ImageGrid | None = None,
     ) -> None:
         if aspect_ratio not in ASPECT_RATIOS:
             raise ConfigError(f"image aspect ratio {aspect_ratio!r} does not exist; choose one of {ASPECT_RATIOS}")
@@ -114,8 +115,8 @@ class ImageProcessor:
         self.aspect_ratio = aspect_ratio
         self.modes: ImageModes = modes
         self.resample = resample
-        if (grid is not None) != (aspect_ratio == "anyres"):
-            raise ValueError(f"aspect ratio {aspect_ratio!r} with grid {grid}; a grid is what 'anyres' needs")
+        if (grid is not None) != (aspect_ratio in ("anyres", "native")):
+            raise ValueError(f"aspect ratio {aspect_ratio!r} with grid {grid}; 'anyres' and 'native' need one")
         self.grid = grid
         self._warned = False
 
@@ -147,7 +148,7 @@ class ImageProcessor:
     def pixels(self, image: Image.Image) -> "torch.Tensor":
         """The image as uint8 [3, S, S], a quarter of the bytes; the vision tower normalises it.
 
-        For `anyres` this is the whole image, resized to a square; `tiles` has all that the model sees.
+        For `anyres` and `native` this is the whole image, resized to a square; `tiles` has what the model sees.
         """
         image = decode_rgb(image, self.modes)
         if self.grid is not None:
@@ -156,7 +157,7 @@ class ImageProcessor:
         return _as_tensor(square)
 
     def tiles(self, image: Image.Image, name: str = "given") -> Tiles:
-        """All that the model sees of an image; one tile unless the aspect ratio is `anyres`.
+        """All that the model sees of an image; one tile without `shows` unless the processor has a grid.
 
         Args:
             image: In any Pillow mode.
@@ -171,7 +172,8 @@ class ImageProcessor:
 
         image = decode_rgb(image, self.modes)
         layout = self.grid.layout(image.size, name)
-        return Tiles(torch.stack([_as_tensor(picture) for picture in self.grid.pictures(image)]), layout.index())
+        grids = torch.tensor([[layout.rows, layout.columns]]) if isinstance(layout, NativeLayout) else None
+        return Tiles(torch.stack([_as_tensor(picture) for picture in self.grid.pictures(image)]), layout.index(), grids)
 
     def _padded_square(self, image: Image.Image) -> Image.Image:
         """The image centred on a square of the padding colour, S x S."""

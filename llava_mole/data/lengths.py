@@ -28,8 +28,9 @@ from llava_mole.common.text import count_of
 from llava_mole.config import ImageModes
 from llava_mole.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Template, Turn, render
-from llava_mole.data.anyres import Grid, Size
+from llava_mole.data.anyres import Size
 from llava_mole.data.chat_template import resolve_template
+from llava_mole.data.native import ImageGrid
 from llava_mole.data.records import Record, RecordSubset
 from llava_mole.data.store import PreparedRecords
 from llava_mole.data.tokenization import (
@@ -264,7 +265,7 @@ def known_sizes(records: Sequence[Record], index: int, place: ImagePlace) -> Seq
     return place.sizes(records[index])
 
 
-def tiled_tokens(images: int, sizes: Callable[[], Sequence[Size]], grid: Grid) -> tuple[int, int]:
+def tiled_tokens(images: int, sizes: Callable[[], Sequence[Size]], grid: ImageGrid) -> tuple[int, int]:
     """The tokens of the images of a record in tiles, and the tiles that the tower encodes.
 
     An image that cannot be read, or not be shown, counts as one of a single tile: the record will be replaced.
@@ -280,7 +281,7 @@ def tiled_tokens(images: int, sizes: Callable[[], Sequence[Size]], grid: Grid) -
 
 
 def count_tiled(
-    records: Sequence[Record], grid: Grid, place: ImagePlace, name: str, *, processes: int | None = None
+    records: Sequence[Record], grid: ImageGrid, place: ImagePlace, name: str, *, processes: int | None = None
 ) -> npt.NDArray[np.int32]:
     """`tiled_tokens` of every record, int32 [n, 2].
 
@@ -299,7 +300,7 @@ def count_tiled(
     return map_records(records, count, f"reading image sizes {name}".strip(), processes=processes)
 
 
-def _stored_tiled(records: PreparedRecords, grid: Grid) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+def _stored_tiled(records: PreparedRecords, grid: ImageGrid) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """`tiled_tokens` of every record by the sizes in the set, int32 [n, 2], and which records have none there."""
     images, (known, sizes) = records.column("num_images"), records.image_sizes()
     distinct, which = np.unique(sizes, axis=0, return_inverse=True)
@@ -311,7 +312,7 @@ def _stored_tiled(records: PreparedRecords, grid: Grid) -> tuple[npt.NDArray[np.
     return counts, images != known
 
 
-def _tiled_of(record: Record, grid: Grid, place: ImagePlace) -> tuple[int, int]:
+def _tiled_of(record: Record, grid: ImageGrid, place: ImagePlace) -> tuple[int, int]:
     return tiled_tokens(len(record.images), lambda: place.sizes(record), grid)
 
 
@@ -362,8 +363,8 @@ class Limits:
     num_image_tokens: int
     max_length: int
     policy: LengthPolicy = "truncate"
-    grid: Grid | None = None
-    """For images in tiles, whose tokens depend on their sizes."""
+    grid: ImageGrid | None = None
+    """For images in tiles or of native shape, whose tokens depend on their sizes."""
 
     @property
     def most_image_tokens(self) -> int:

@@ -16,11 +16,13 @@ from llava_mole.common.errors import ConfigError, ContextError, DataError, Promp
 from llava_mole.common.text import UNPAIRED_SURROGATE, is_text
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN
 from llava_mole.conversation import Template, Turn, place_image_first, render
-from llava_mole.data.anyres import Layout, Tiles, join_tiles
+from llava_mole.data.anyres import Tiles, join_tiles
+from llava_mole.data.native import ImageLayout
 from llava_mole.data.records import marker_problem
 from llava_mole.data.tokenization import encode
 from llava_mole.inference.inputs import ImagesLike, OneImage, Prompt, as_images, as_turns, open_any, size_any
 from llava_mole.model.builder import LoadedModel
+from llava_mole.model.llava_arch import LlavaMole
 
 
 class Shown(NamedTuple):
@@ -78,7 +80,7 @@ def place_images(prompt: Prompt, num_images: int, position: int) -> list[Turn]:
 
 
 def image_tokens(loaded: LoadedModel, images: ImagesLike, position: int) -> list[int]:
-    """Positions of each image of prompt `position`. Images in tiles are opened for their sizes, not decoded.
+    """Positions of each image of prompt `position`. If they depend on its size, it is opened for that, not decoded.
 
     Raises:
         PromptError: an image cannot be read, or the model cannot see one of this size.
@@ -87,8 +89,8 @@ def image_tokens(loaded: LoadedModel, images: ImagesLike, position: int) -> list
     return [fixed if layout is None else layout.tokens for layout in layouts]
 
 
-def image_layouts(loaded: LoadedModel, images: ImagesLike, position: int) -> list[Layout | None]:
-    """How each image is tiled, or None for each if the model sees no tiles. Raises as `image_tokens`."""
+def image_layouts(loaded: LoadedModel, images: ImagesLike, position: int) -> list[ImageLayout | None]:
+    """How each image becomes tokens, or None for each if all take the same. Raises as `image_tokens`."""
     processor, shown = loaded.image_processor, as_images(images)
     if processor.grid is None:
         return [None] * len(shown)
@@ -180,7 +182,7 @@ def batches(
         if new:
             tiles = [read_tiles(loaded, *distinct[key]) for key in new]
             with torch.inference_mode():
-                encoded = loaded.model.encode_images(join_tiles(tiles).pixels.to(loaded.model.device))
+                encoded = encode_tiles(loaded.model, join_tiles(tiles))
             parts = encoded.split([len(each.pixels) for each in tiles])
             features |= {key: Shown(part, own.shows) for key, part, own in zip(new, parts, tiles, strict=True)}
         own = [images[n] for n in members]
@@ -189,6 +191,12 @@ def batches(
             remaining[key] -= 1
             if not remaining[key]:  # no later batch shows it
                 del features[key]
+
+
+def encode_tiles(model: LlavaMole, tiles: Tiles) -> torch.Tensor:
+    """Features [t, P, D] of tiles, on the model's device."""
+    grids = None if tiles.grids is None else tiles.grids.to(model.device)
+    return model.encode_images(tiles.pixels.to(model.device), grids)
 
 
 def _distinct(images: Sequence[ImagesLike], members: Sequence[int]) -> dict[object, tuple[OneImage, int]]:

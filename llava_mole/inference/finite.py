@@ -13,7 +13,7 @@ from torch import nn
 
 from llava_mole.common.errors import PromptError
 from llava_mole.data.anyres import join_tiles
-from llava_mole.inference.batching import Batch, read_tiles
+from llava_mole.inference.batching import Batch, encode_tiles, read_tiles
 from llava_mole.inference.decoding import RowStop
 from llava_mole.inference.inputs import as_images
 from llava_mole.model.builder import LoadedModel
@@ -120,7 +120,7 @@ def _first_module(loaded: LoadedModel, ids_L: torch.Tensor, batch: Batch, row: i
             features = index = None
             if images:
                 shown = join_tiles([read_tiles(loaded, image, batch.members[row]) for image in images])
-                features, index = model.encode_images(shown.pixels.to(model.device)), shown.shows
+                features, index = encode_tiles(model, shown), shown.shows
             inputs_1LD = model.embed(ids_L[None], features=features, feature_index=index)
             model.causal_lm(inputs_embeds=inputs_1LD, use_cache=False, logits_to_keep=1)
         except FloatingPointError:

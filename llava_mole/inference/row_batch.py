@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from llava_mole.common.errors import ConfigError, value_errors_as
 from llava_mole.common.log import get_logger
 from llava_mole.data.anyres import Tiles, join_tiles
+from llava_mole.inference.batching import encode_tiles
 from llava_mole.inference.decoding import AnswerDecoder, Decoding, draw_tokens
 from llava_mole.inference.predictor import Predictor
 from llava_mole.inference.row_cache import RowCache, check_cache
@@ -169,7 +170,7 @@ class RowBatch:
         longest, pad_id = max(lengths), self.predictor.loaded.tokenizer.pad_token_id
         ids_nL = torch.tensor([[pad_id] * (longest - len(job.ids)) + job.ids for job in jobs], device=self._device)
         shown = [image for job in jobs for image in job.images]
-        features = torch.cat([self._encode(image.pixels) for image in shown]) if shown else None
+        features = torch.cat([self._encode(image) for image in shown]) if shown else None
         index = join_tiles(shown).shows if shown else None
         arguments: dict[str, Any] = {}
         if min(lengths) < longest:
@@ -245,11 +246,14 @@ class RowBatch:
                 found[n] = TokenLogprob(chosen[n], float(logprobs_V[chosen[n]]), top)
         return found
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode(self, tiles: Tiles) -> Tensor:
         """Features [t, P, D] of an image's tiles, computed alone so that they do not depend on other images."""
-        key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
+        content = hashlib.blake2b(tiles.pixels.numpy().tobytes(), digest_size=16)
+        if tiles.grids is not None:  # the same patches may stand in another grid
+            content.update(tiles.grids.numpy().tobytes())
+        key = content.digest()
         if key not in self._features:
-            self._features[key] = self._model.encode_images(pixels.to(self._device))
+            self._features[key] = encode_tiles(self._model, tiles)
             if len(self._features) > KEPT_IMAGES:
                 self._features.popitem(last=False)
         self._features.move_to_end(key)

@@ -13,7 +13,7 @@ import torch
 from llava_mole.common.errors import ConfigError
 from llava_mole.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_mole.conversation import Turn, render
-from llava_mole.data.anyres import Layout
+from llava_mole.data.native import ImageLayout
 from llava_mole.inference.batching import batches, encode_prompt, image_layouts, image_tokens, place_images
 from llava_mole.inference.inputs import ImagesLike, Prompt, as_images
 from llava_mole.inference.predictor import Predictor, encode_continuation
@@ -64,8 +64,8 @@ class TokenRouting:
     probs: torch.Tensor
     """float32 [L, T, K]: what the router gives each expert; 0 for those that a layer does not have. Rows sum to 1.
     Under `force_expert` they are the router's own still."""
-    layouts: tuple[Layout | None, ...] = ()
-    """How each image is tiled; None for each if the model sees no tiles."""
+    layouts: tuple[ImageLayout | None, ...] = ()
+    """How each image becomes tokens; None for each if all take the same."""
 
     @property
     def num_experts(self) -> int:
@@ -127,12 +127,13 @@ class TokenRouting:
                     )
                 found.append(View(number, "whole", rows, columns, tuple(places)))
                 continue
-            parts: dict[Part, list[int]] = {"whole": [], "tiles": []}
+            views = layout.views()
+            tokens: list[list[int]] = [[] for _ in views]
             for token, place in zip(places, layout.places(), strict=True):
                 if place is not None:
-                    parts["tiles" if place[0] else "whole"].append(token)
-            found.append(View(number, "whole", layout.side, layout.side, tuple(parts["whole"])))
-            found.append(View(number, "tiles", layout.shown_rows, layout.shown_columns, tuple(parts["tiles"])))
+                    tokens[place[0]].append(token)
+            for own, (part, rows, columns) in zip(tokens, views, strict=True):
+                found.append(View(number, part, rows, columns, tuple(own)))
         return found
 
     def _votes(self) -> torch.Tensor:

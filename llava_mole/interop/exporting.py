@@ -316,6 +316,11 @@ def export_checkpoint(path: Path, out: Path, options: ExportOptions, layout: Lay
             f"{own.path} is a mixture of experts, which cannot be merged or written as one LoRA; --expert k, uniform "
             "or usage writes an approximation, --to peft the mixture itself"
         )
+    if own.aspect_ratio == "native" and layout is not LAYOUTS["peft"]:
+        raise ConfigError(
+            f"{own.path} sees images in their own shape (data.image_aspect_ratio 'native'), for which {layout.title} "
+            "has no place; export its adapter with --to peft"
+        )
     if own.grid is not None and not layout.tiled:
         raise ConfigError(
             f"{own.path} sees images in tiles (data.image_aspect_ratio 'anyres'), for which {layout.title} has no "

@@ -51,7 +51,7 @@ class OwnCheckpoint:
 
     @property
     def aspect_ratio(self) -> str:
-        """`pad`, `square` or `anyres`."""
+        """`pad`, `square`, `anyres` or `native`."""
         return self.config.data.image_aspect_ratio
 
 

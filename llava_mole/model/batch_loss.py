@@ -41,6 +41,7 @@ def forward_losses(
         attention_mask=batch["attention_mask"],
         images=batch["images"],
         feature_index=batch.get("feature_index"),
+        image_grids=batch.get("image_grids"),
         sample_lengths=batch["sample_lengths"],
         loss_mask=loss_mask_BL,
         targets=targets_n,

@@ -26,6 +26,7 @@ from llava_mole.config import (
 )
 from llava_mole.data.anyres import Grid
 from llava_mole.data.images import ImageProcessor
+from llava_mole.data.native import ImageGrid, NativeGrid
 from llava_mole.data.tokenization import HFTextTokenizer, load_tokenizer
 from llava_mole.model.adapters import add_adapter, trainable_parameters
 from llava_mole.model.checkpoint import read_manifest, resolve_checkpoint
@@ -43,7 +44,7 @@ from llava_mole.model.multimodal_encoder import (
 )
 from llava_mole.model.multimodal_projector import NEWLINE_KEY, build_projector
 from llava_mole.model.quantization import quantize_linears, require_bitsandbytes
-from llava_mole.model.tower_files import find_open_clip_config, is_hugging_face
+from llava_mole.model.tower_files import TowerSpec, find_open_clip_config, is_hugging_face
 
 PROJECTOR_FILE = "mm_projector.safetensors"
 PROJECTOR_PREFIX = "mm_projector."
@@ -424,15 +425,34 @@ def build_image_processor(
 ) -> ImageProcessor:
     """The image preprocessing that the model's tower expects; `pinpoints` are `DataConfig.image_grid_pinpoints`.
 
-    Raises ConfigError if the tower cannot see images in tiles, or not in these.
+    Raises ConfigError if the tower cannot see images in tiles, or not in these, or not in their own shape.
     """
-    tower, grid = model.vision_tower, None
+    tower = model.vision_tower
     pixels = tower.spec.pixels
-    if aspect_ratio == "anyres":
-        grid = Grid.of_tower(tower.image_size, model.num_image_tokens, pinpoints)
+    grid = grid_of(aspect_ratio, tower.spec, model.num_image_tokens, pinpoints)
     return ImageProcessor(
         tower.image_size, pixels.mean, pixels.std, aspect_ratio, modes, resample=pixels.resample, grid=grid
     )
+
+
+def grid_of(
+    aspect_ratio: AspectRatio, tower: TowerSpec, image_tokens: int, pinpoints: Sequence[Sequence[int]] | None
+) -> ImageGrid | None:
+    """The grid of `anyres` or `native` for a tower that gives `image_tokens` tokens of a square image; else None.
+
+    Raises ConfigError as `Grid.of_tower`, or the tower takes images of one shape only.
+    """
+    if aspect_ratio == "anyres":
+        return Grid.of_tower(tower.image_size, image_tokens, pinpoints)
+    if aspect_ratio != "native":
+        return None
+    if not tower.takes_any_grid:
+        raise ConfigError(
+            f"data.image_aspect_ratio 'native' needs a tower that takes images of any shape, which is "
+            f"Siglip2VisionModel (SigLIP2's NaFlex checkpoints); {tower.name} is a {tower.kind} for "
+            f"{tower.image_size} x {tower.image_size} pixels; use 'pad', 'square' or 'anyres'"
+        )
+    return NativeGrid(tower.image_size, tower.grid[0], tower.pixels.resample)
 
 
 def configured_image_processor(model: LlavaMole, data: DataConfig) -> ImageProcessor:

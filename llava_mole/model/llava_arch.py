@@ -74,12 +74,13 @@ class LlavaMole(nn.Module):
     def _first_linear(self) -> nn.Linear:
         return cast(nn.Linear, self.projector[int(self._shuffles)])
 
-    def encode_images(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, images_NCHW: torch.Tensor, image_grids: torch.Tensor | None = None) -> torch.Tensor:
         """Projected features [N, P, D] of images [N, 3, S, S], uint8 pixels or normalised floats.
 
-        A projector with a newline vector gives P + 1 features, that vector last.
+        A projector with a newline vector gives P + 1 features, that vector last. With `image_grids` (int64 [N, 2]) the
+        pixels are squares of patches, see `data.native`; the features behind those of an image's patches mean nothing.
         """
-        return self.projector(self.vision_tower(images_NCHW).to(self._first_linear.weight.dtype))
+        return self.projector(self.vision_tower(images_NCHW, image_grids).to(self._first_linear.weight.dtype))
 
     def embed(
         self,
@@ -89,13 +90,15 @@ class LlavaMole(nn.Module):
         *,
         features: torch.Tensor | None = None,
         feature_index: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Input embeddings [B, L, D]: token embeddings, with image features at the placeholder positions.
 
         Features fill the placeholders in order: image 0 the first P, image 1 the next P, and so on. With
         `image_index` (int64 [M]) the m-th P placeholders show image `image_index[m]`: an image that several samples
         share is encoded once. With `feature_index` (int64 [n, 2]) the n-th placeholder shows one feature of one image,
-        see `data.anyres`. `features` [N, P, D] are what `encode_images` gave, instead of the images.
+        see `data.anyres`; `image_grids` goes to `encode_images`. `features` [N, P, D] are what that gave, instead of
+        the images.
 
         Raises:
             DataError: The number of placeholders does not match the features.
@@ -123,7 +126,7 @@ class LlavaMole(nn.Module):
             raise DataError("this model sees images in tiles; give their `feature_index` (`ImageProcessor.tiles`)")
         text_BLD = self.causal_lm.get_input_embeddings()(ids_BL.masked_fill(is_image_BL, 0))
         if images_NCHW is not None:
-            features = self.encode_images(images_NCHW)
+            features = self.encode_images(images_NCHW, image_grids)
         if features is not None:
             features_NPD = features.to(text_BLD.dtype)
             if image_index is not None:
@@ -151,6 +154,7 @@ class LlavaMole(nn.Module):
         images: torch.Tensor | None = None,
         *,
         feature_index: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         sample_lengths: Sequence[int] | None = None,
         loss_mask: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
@@ -161,7 +165,8 @@ class LlavaMole(nn.Module):
             input_ids: int64 [B, L], IMAGE_TOKEN_INDEX at image positions.
             attention_mask: bool [B, L], False at padding.
             images: uint8 or normalised float [N, 3, S, S] in the order of their placeholders, or None.
-            feature_index: int64 [n, 2], for images in tiles; see `embed`.
+            feature_index: int64 [n, 2], for images in tiles or of native shape; see `embed`.
+            image_grids: int64 [N, 2], for images of native shape; see `encode_images`.
             sample_lengths: for one row (B = 1) that holds several samples, their lengths, which add up to L. Each
                 sample sees itself only, at positions that start from 0. `packed_attention.enable_packing` comes first.
             loss_mask: bool [B, L], the positions whose next token is supervised. The head runs there only.
@@ -173,7 +178,7 @@ class LlavaMole(nn.Module):
         Raises:
             ValueError: `sample_lengths` do not describe the row, or packing is not enabled: samples would leak.
         """
-        inputs_BLD = self.embed(input_ids, images, feature_index=feature_index)
+        inputs_BLD = self.embed(input_ids, images, feature_index=feature_index, image_grids=image_grids)
         arguments = self._decoder_arguments(attention_mask, sample_lengths)
         causal_lm = self.causal_lm
         if loss_mask is None or targets is None:
@@ -213,12 +218,13 @@ class LlavaMole(nn.Module):
         images: torch.Tensor | None = None,
         *,
         feature_index: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
         """Continue left-padded prompts with a KV cache; greedy unless `do_sample=True` is given.
 
         Args:
-            input_ids, attention_mask, images, feature_index: as in `forward`, padded on the left.
+            input_ids, attention_mask, images, feature_index, image_grids: as in `forward`, padded on the left.
             generate_kwargs: passed to transformers' `generate` (max_new_tokens, do_sample, temperature, ...).
 
         Returns:
@@ -227,7 +233,7 @@ class LlavaMole(nn.Module):
         if bool((~attention_mask[:, -1]).any()):
             raise DataError("generate() needs prompts padded on the left; a row ends in padding")
         return self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, images, feature_index=feature_index),
+            inputs_embeds=self.embed(input_ids, images, feature_index=feature_index, image_grids=image_grids),
             attention_mask=attention_mask,
             **generate_kwargs,
         )

@@ -90,18 +90,25 @@ class VisionTower(nn.Module):
         """Whether any of its weights train."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Patch features [N, P, W], in the tower's dtype, of uint8 pixels or normalised floats [N, 3, S, S]."""
+    def forward(self, images_NCHW: torch.Tensor, image_grids: torch.Tensor | None = None) -> torch.Tensor:
+        """Patch features [N, P, W], in the tower's dtype, of uint8 pixels or normalised floats [N, 3, S, S].
+
+        `image_grids` (int64 [N, 2]) says that the pixels are squares of patches, see `data.native`, and how many rows
+        and columns of patches each image has; it is for towers that take any (`takes_any_grid`).
+        """
         if images_NCHW.dtype == torch.uint8:
             images_NCHW = normalise_pixels(images_NCHW, self.image_mean, self.image_std)
         images_NCHW = images_NCHW.to(self.patch_embedding.weight.dtype)
         # A frozen tower needs no graph; in one that trains, the graph begins at the first weight that does.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
-            return self._features(images_NCHW)
+            return self._features(images_NCHW, image_grids)
 
-    def _features(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+    def _features(self, images_NCHW: torch.Tensor, image_grids: torch.Tensor | None) -> torch.Tensor:
+        if image_grids is not None and not self.spec.takes_any_grid:
+            raise ValueError(f"{self.spec.kind} takes images of one size; image_grids are for NaFlex towers")
         if self.spec.layout == "hugging_face":
-            inputs = self._naflex(images_NCHW) if "Siglip2" in self.spec.kind else {"pixel_values": images_NCHW}
+            takes_patches = self.spec.takes_any_grid
+            inputs = self._naflex(images_NCHW, image_grids) if takes_patches else {"pixel_values": images_NCHW}
             # The norm behind the blocks is gone, so this is the output of the selected block.
             return self.visual(**inputs).last_hidden_state[:, self.spec.prefix_tokens :]
         out = self.visual.forward_intermediates(
@@ -109,15 +116,17 @@ class VisionTower(nn.Module):
         )
         return out["image_intermediates"][0]
 
-    def _naflex(self, images_NCHW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images as SigLIP2's NaFlex models take them: patches [N, P, p * p * 3] of a full grid."""
+    def _naflex(self, images_NCHW: torch.Tensor, image_grids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Images as SigLIP2's NaFlex models take them: patches [N, P, p * p * 3], by default of a full grid."""
         count, (rows, columns), side = len(images_NCHW), self.grid, self.spec.config.patch_size
         cut = images_NCHW.reshape(count, 3, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
-        device = images_NCHW.device
+        if image_grids is None:
+            image_grids = torch.tensor([[rows, columns]], device=images_NCHW.device).expand(count, 2)
+        places = torch.arange(rows * columns, device=images_NCHW.device)
         return {
             "pixel_values": cut.reshape(count, rows * columns, -1),
-            "pixel_attention_mask": torch.ones(count, rows * columns, dtype=torch.int64, device=device),
-            "spatial_shapes": torch.tensor([[rows, columns]], device=device).expand(count, 2),
+            "pixel_attention_mask": (places < image_grids.prod(dim=1, keepdim=True)).long(),
+            "spatial_shapes": image_grids,
         }
 
 

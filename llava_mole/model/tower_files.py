@@ -45,12 +45,16 @@ class Family:
     class_tokens: int
     any_size: bool = False
     """Whether it interpolates its position embeddings, so that the image size is free."""
+    any_grid: bool = False
+    """Whether the images of a batch may have grids of any shape (NaFlex)."""
 
 
 FAMILIES = {
     "clip_vision_model": Family("CLIPVisionModel", "encoder.layers", "post_layernorm", 1),
     "siglip_vision_model": Family("SiglipVisionModel", "encoder.layers", "post_layernorm", 0),
-    "siglip2_vision_model": Family("Siglip2VisionModel", "encoder.layers", "post_layernorm", 0),
+    "siglip2_vision_model": Family(
+        "Siglip2VisionModel", "encoder.layers", "post_layernorm", 0, any_size=True, any_grid=True
+    ),
     "dinov2": Family("Dinov2Model", "encoder.layer", "layernorm", 1, any_size=True),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "encoder.layer", "layernorm", 1, any_size=True),
 }
@@ -99,6 +103,8 @@ class TowerSpec:
     """Builds the module on the current default device, its values unset or random."""
     config: Any
     """open_clip's configuration as a dict, or that of transformers."""
+    takes_any_grid: bool = False
+    """Whether it takes images as patches of any grid, so that they can keep their shape."""
 
     @property
     def num_patches(self) -> int:
@@ -117,8 +123,8 @@ def read_tower(
     Args:
         name: an open_clip model name, or a JSON file of open_clip or of Hugging Face.
         image_size, image_mean, image_std: what the run's configuration says. They complete files that do not say it.
-            The image size of a DINOv2 tower is free. In all other cases a value that differs from the files' is an
-            error.
+            The image size of a DINOv2 or SigLIP2 NaFlex tower is free. In all other cases a value that differs from
+            the files' is an error.
 
     Raises:
         WeightsError: the file does not exist.
@@ -395,7 +401,7 @@ def _hugging_face(name: str, content: Mapping[str, Any], wanted_size: int | None
     patch = config.patch_size
     if not isinstance(patch, int) or patch < 1:
         raise ConfigError(f"{name}: patch_size is {patch!r}; it must be a whole number above 0")
-    if config.model_type == "siglip2_vision_model":  # NaFlex: patches of any shape; used here at its square
+    if family.any_grid:  # its files know a number of patches; it has a size only as a square of them
         side = round(config.num_patches**0.5)
         if side * side != config.num_patches:
             raise ConfigError(f"{name}: num_patches {config.num_patches} is no square, so there is no fixed image size")
@@ -407,7 +413,12 @@ def _hugging_face(name: str, content: Mapping[str, Any], wanted_size: int | None
         size = wanted_size or said.get("size") or own
         if size < patch:
             raise ConfigError(f"{_KEY}.image_size is {size}, below the patch of {patch} pixels of {name}")
-    elif config.model_type != "siglip2_vision_model" and said.get("size") not in (None, own):
+        if family.any_grid and size % patch:
+            raise ConfigError(
+                f"{_KEY}.image_size is {size}, but {name} takes whole patches of {patch} pixels; give "
+                f"{size // patch * patch} or {-(-size // patch) * patch}"
+            )
+    elif said.get("size") not in (None, own):
         raise ConfigError(
             f"{name}: image_size is {own}, but {PREPROCESSOR_FILE} makes images of {said['size']} pixels; "
             "correct the file that is wrong"
@@ -434,6 +445,7 @@ def _hugging_face(name: str, content: Mapping[str, Any], wanted_size: int | None
         pixels=Pixels(CLIP_MEAN, CLIP_STD),
         make=make,
         config=config,
+        takes_any_grid=family.any_grid,
     )
     return spec, said
 

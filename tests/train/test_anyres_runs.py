@@ -280,8 +280,8 @@ def test_prompts_about_images_that_cannot_be_shown_are_refused(predictor: Predic
         (["--model.projector", "mlp2x_gelu+newline"], "'+newline' is for 'anyres'"),
         ([*TILES, "--data.image_grid_pinpoints", "[[16]]"], "give pairs of height and width"),
         (["--data.image_grid_pinpoints", "[[16, 32]]"], "is for data.image_aspect_ratio 'anyres'"),
-        ([*TILES, "--data.image_draft", "true"], "data.image_draft reduces images before they are tiled"),
-        (["--data.image_aspect_ratio", "native"], "anyres"),
+        ([*TILES, "--data.image_draft", "true"], "data.image_draft reduces images, on whose size the tokens of"),
+        (["--data.image_aspect_ratio", "original"], "anyres"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options: list[str], message: str, tmp_path: Path) -> None:

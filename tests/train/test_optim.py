@@ -111,8 +111,9 @@ def test_a_warm_up_above_a_fifth_is_warned_about(
 
 def test_shipped_configurations_arrive() -> None:
     """The schedule of every shipped run, with the records of its data, or 300 of the user's own for a task."""
-    mixture = ("finetune_mole", "finetune_lora", "finetune_mole_siglip", "finetune_mole_anyres", "finetune")
-    captions = ("pretrain", "pretrain_siglip", "pretrain_sharegpt4v")
+    mixture = ("finetune_mole", "finetune_lora", "finetune_mole_siglip", "finetune_mole_anyres", "finetune_mole_native",
+               "finetune")  # fmt: skip
+    captions = ("pretrain", "pretrain_siglip", "pretrain_native", "pretrain_sharegpt4v")
     sizes = dict.fromkeys(mixture, 3_000_000 // 64) | dict.fromkeys(captions, 1_000_000 // 256)
     for path in [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/tiny").glob("*.yaml")]:
         train = load_config(path).train

@@ -13,8 +13,8 @@ from llava_mole.common.files import atomic_path, write_json
 from llava_mole.common.log import setup_logging
 from llava_mole.common.processes import open_pool
 from llava_mole.config import RunConfig, is_remote, parse_run_config
-from llava_mole.data.anyres import Grid
 from llava_mole.data.chat_template import check_template_name
+from llava_mole.data.native import ImageGrid
 
 EXIT_FAILED = 1
 REPORT, FINDINGS, FIGURE = "check_data.json", "findings.jsonl", "token_lengths.png"
@@ -77,7 +77,7 @@ def check(config: RunConfig, given: argparse.Namespace) -> int:
             data.max_length,
             data.max_length_policy,
             data.special_tokens,
-            tile_grid(config),
+            image_grid(config),
         )
     # Listed first: a wrong place is then reported before minutes of decoding.
     evaluation = [] if given.no_images else evaluation_files(config.check.evaluation_images)
@@ -138,11 +138,14 @@ def image_tokens(config: RunConfig) -> int:
     return image_positions(config.model.projector, _tower_files(config).grid)
 
 
-def tile_grid(config: RunConfig) -> Grid | None:
-    """The tiles of images, None for square ones. Raises WeightsError, or ConfigError for pinpoints that do not fit."""
-    if config.data.image_aspect_ratio != "anyres":
+def image_grid(config: RunConfig) -> ImageGrid | None:
+    """How images become tokens by their sizes, None for square ones. Raises WeightsError, or as `grid_of`."""
+    from llava_mole.model.builder import grid_of
+
+    data = config.data
+    if data.image_aspect_ratio in ("pad", "square"):
         return None
-    return Grid.of_tower(_tower_files(config).image_size, image_tokens(config), config.data.image_grid_pinpoints)
+    return grid_of(data.image_aspect_ratio, _tower_files(config), image_tokens(config), data.image_grid_pinpoints)
 
 
 def _tower_files(config: RunConfig) -> Any:

@@ -19,8 +19,8 @@ from llava_mole.common.errors import DataError
 from llava_mole.common.processes import WorkQueue
 from llava_mole.common.text import shorten
 from llava_mole.conversation import any_of
-from llava_mole.data.anyres import Grid
 from llava_mole.data.json_stream import iterate_json
+from llava_mole.data.native import ImageGrid
 from llava_mole.data.prepare.defects import OVERLONG_RECORD, REFUSED_RECORD, Defects, SkipRecord
 from llava_mole.data.prepare.sources.llava import first_folder, to_sample
 from llava_mole.data.records import Record, parse_record
@@ -99,7 +99,7 @@ class TextLimits:
     max_length: int
     policy: LengthPolicy = "truncate"
     special_tokens: SpecialTokens = "keep"
-    grid: Grid | None = None
+    grid: ImageGrid | None = None
     """For images in tiles, whose tokens depend on their sizes."""
     place: Any = None
     """`ImagePlace` of the source, for images in tiles."""

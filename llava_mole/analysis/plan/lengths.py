@@ -10,7 +10,7 @@ import numpy as np
 from llava_mole.analysis.plan.simulation import Samples
 from llava_mole.common.errors import ConfigError, DataError
 from llava_mole.config import DataConfig
-from llava_mole.data.anyres import Grid, Layout
+from llava_mole.data.native import ImageGrid, ImageLayout
 from llava_mole.data.sources import is_there
 
 ANSWER_SHARE = 0.5
@@ -73,7 +73,7 @@ def source_lengths(
     language_model: str,
     image_tokens: int,
     *,
-    grid: Grid | None = None,
+    grid: ImageGrid | None = None,
     sample: int = 2000,
     given: Mapping[str, tuple[int, float]] | None = None,
 ) -> list[SourceLengths]:
@@ -115,7 +115,7 @@ def source_lengths(
     return result
 
 
-def assumed_image(image_tokens: int, grid: Grid | None) -> tuple[int, int]:
+def assumed_image(image_tokens: int, grid: ImageGrid | None) -> tuple[int, int]:
     """Tokens of an image whose size is not known, and the images that the tower encodes for it."""
     if grid is None:
         return image_tokens, 1
@@ -124,7 +124,7 @@ def assumed_image(image_tokens: int, grid: Grid | None) -> tuple[int, int]:
 
 
 def assumed_lengths(
-    name: str, source: AssumedSource, image_tokens: int, max_length: int, how: str, grid: Grid | None = None
+    name: str, source: AssumedSource, image_tokens: int, max_length: int, how: str, grid: ImageGrid | None = None
 ) -> SourceLengths:
     """A fixed draw of `POOL` lengths from an assumed distribution, cut at `max_length`."""
     image_tokens, tiles = assumed_image(image_tokens, grid)
@@ -141,7 +141,7 @@ def assumed_lengths(
 
 
 def measured_lengths(
-    name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int, grid: Grid | None = None
+    name: str, data: DataConfig, language_model: str, image_tokens: int, sample: int, grid: ImageGrid | None = None
 ) -> SourceLengths:
     """Lengths of up to `sample` records of a source on disk, tokenized as in training if the tokenizer exists.
 
@@ -186,7 +186,7 @@ def measured_lengths(
     return SourceLengths(tokens, supervised, images, name, len(records), basis, False)
 
 
-def _layouts(records: Sequence[Any], index: int, place: Any, grid: Grid) -> tuple[list[Layout], bool]:
+def _layouts(records: Sequence[Any], index: int, place: Any, grid: ImageGrid) -> tuple[list[ImageLayout], bool]:
     """How the images of a record are tiled, and whether that is assumed because they cannot be read."""
     from llava_mole.data.lengths import known_sizes
 

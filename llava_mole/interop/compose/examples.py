@@ -65,6 +65,7 @@ class Base:
                 **inputs,
                 images=moved["images"],
                 feature_index=moved["feature_index"],
+                image_grids=moved["image_grids"],
                 loss_mask=mask_BL,
                 targets=targets_n,
             )
@@ -158,10 +159,11 @@ def _records(file: Path, loaded: LoadedModel, image_folder: Path) -> Iterator[Ex
             ]
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from None
-        images, index = join_tiles(shown) if shown else (None, None)
+        images, index, grids = join_tiles(shown) if shown else (None, None, None)
         tokens = [loaded.model.num_image_tokens if each.shows is None else len(each.shows) for each in shown]
         encoded = encode_record(record, template, loaded.tokenizer, tokens, loaded.context_length)
-        yield Example(record.id, "examples", 0, encoded.input_ids, encoded.labels, images, feature_index=index)
+        ids, labels = encoded.input_ids, encoded.labels
+        yield Example(record.id, "examples", 0, ids, labels, images, feature_index=index, image_grids=grids)
 
 
 def _completions(file: Path, base: Base) -> Iterator[Example]:

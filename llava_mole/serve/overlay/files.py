@@ -49,12 +49,13 @@ def strength(certainty: float, num_experts: int) -> float:
 def shown_images(processor: ImageProcessor, image: OneImage) -> list[Image]:
     """The image as the model sees it, in a size for people: one picture for each of its `TokenRouting.views`.
 
-    It is padded or cropped to a square; in tiles it is resized to one, and the part that the tiles show follows.
+    It is padded or cropped to a square; in tiles it is resized to one, and the part that the tiles show follows. With
+    `native` it keeps its shape.
     Raises DataError.
     """
     opened = open_any(image, processor)
     if processor.grid is not None:
-        return [opened.resize((SHOWN_SIZE, SHOWN_SIZE), pil.Resampling.BICUBIC), processor.grid.shown_part(opened)]
+        return processor.grid.shown(opened, SHOWN_SIZE)
     larger = ImageProcessor(SHOWN_SIZE, processor.mean, processor.std, processor.aspect_ratio, processor.modes)
     return [pil.fromarray(np.ascontiguousarray(larger.pixels(opened).permute(1, 2, 0).numpy()))]
 
