@@ -7,6 +7,7 @@ documents (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTI
 configuration.
 """
 
+import base64
 import functools
 import hashlib
 import logging
@@ -225,15 +226,17 @@ def list_files(url: str, suffixes: Iterable[str], access: Access) -> list[Remote
 
 
 def tag_of(info: dict[str, Any]) -> str:
-    """What tells one content of a file from another, of fsspec's `info`."""
-    keys = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime", "updated")
+    """What tells one content of a file from another, of fsspec's `info`: an MD5 digest in hex where there is one."""
+    if info.get("md5Hash"):  # Google's, in base64
+        return base64.b64decode(info["md5Hash"]).hex()
+    keys = ("ETag", "etag", "blob_id", "LastModified", "mtime", "updated")
     return next((str(info[key]).strip('"') for key in keys if info.get(key)), "")
 
 
 def download(file: RemoteFile, target: Path, access: Access, on_block: Callable[[bytes], object]) -> None:
     """Copy a file to `target`.
 
-    An ETag that looks like an MD5 digest is one, unless the server encrypts with its own keys. So a copy with another
+    A tag that looks like an MD5 digest is one, unless the server encrypts with its own keys. So a copy with another
     digest is made again, and two equal copies are taken for sound.
 
     Args:
