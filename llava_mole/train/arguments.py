@@ -58,7 +58,7 @@ LLAVA_FLAGS = {
     # The data
     "data_path": Flag("data.sources.NAME.annotations", "one source for each file"),
     "image_folder": Flag("data.sources.NAME.image_folder"),
-    "image_aspect_ratio": Flag("data.image_aspect_ratio", "`pad`, `square` or `anyres`"),
+    "image_aspect_ratio": Flag("data.image_aspect_ratio", "`pad`, `square`, `anyres` or `native`"),
     "image_grid_pinpoints": Flag("data.image_grid_pinpoints", "for `anyres`; pairs of height and width, where LLaVA "
         "has width and height"),
     "is_multimodal": Flag("", "a record with an image is recognised"),
