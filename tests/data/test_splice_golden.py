@@ -34,7 +34,7 @@ class Spliced(LlavaMole):
         super().__init__(nn.Module(), nn.Sequential(nn.Linear(1, 1)), language_model)  # type: ignore[arg-type]
         self.requires_grad_(False)
 
-    def encode_images(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, images_NCHW: torch.Tensor, image_grids: torch.Tensor | None = None) -> torch.Tensor:
         return images_NCHW
 
 

@@ -104,8 +104,8 @@ def test_the_module_is_named(fresh: Predictor, name: str, value: float, request:
 def test_a_fault_of_one_image_is_that_of_its_prompt(fresh: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = LlavaMole.encode_images
 
-    def overflow(self: LlavaMole, images: torch.Tensor) -> torch.Tensor:
-        features = encode(self, images)
+    def overflow(self: LlavaMole, images: torch.Tensor, grids: torch.Tensor | None = None) -> torch.Tensor:
+        features = encode(self, images, grids)
         features[images.float().mean(dim=(2, 3))[:, 2] > 200] = NAN  # blue ones
         return features
 
