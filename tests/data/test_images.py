@@ -273,7 +273,7 @@ def test_decompression_bomb_is_refused(tmp_path: Path) -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'native' does not exist"):
-        ImageProcessor(8, aspect_ratio="native")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'original' does not exist"):
+        ImageProcessor(8, aspect_ratio="original")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at least 1"):
         ImageProcessor(0)

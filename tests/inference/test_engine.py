@@ -13,6 +13,7 @@ from PIL import Image
 from worlds.eval_models import colors, make_checkpoint
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.data.anyres import Tiles
 from llava_mole.inference.batching import encode_prompt, read_tiles
 from llava_mole.inference.decoding import Decoding
 from llava_mole.inference.engine import BusyError, ClosedError, Engine, EngineLimits
@@ -233,10 +234,10 @@ def test_a_prompt_that_fails_does_not_take_others_with_it(served, start, monkeyp
     jobs = [make_job(predictor, image, "What?", new=4) for image in IMAGES]
     encode = RowBatch._encode
 
-    def faulty(self: RowBatch, pixels: torch.Tensor) -> torch.Tensor:
-        if torch.equal(pixels, jobs[1].images[0].pixels):
+    def faulty(self: RowBatch, tiles: Tiles) -> torch.Tensor:
+        if torch.equal(tiles.pixels, jobs[1].images[0].pixels):
             raise RuntimeError("broken")
-        return encode(self, pixels)
+        return encode(self, tiles)
 
     monkeypatch.setattr(RowBatch, "_encode", faulty)
     running = start({"mole": predictor})
