@@ -1,7 +1,5 @@
 """Runs on images in tiles: lengths known before training, packed rows, answers, meters, checks and the plan follow."""
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from worlds.image_shapes import data_url, make_shapes, noise
 from worlds.optimizer_state import assert_same_state, optimizer_state
 from worlds.processes import fork_python
-from worlds.tiny_models import make_world
 
 from llava_mole import cli
 from llava_mole.common.errors import ConfigError, PromptError
@@ -45,34 +43,12 @@ NARROW = (1, 400)
 TILES = ("--data.image_aspect_ratio", "anyres", "--model.projector", "mlp2x_gelu+newline")
 
 
-def noise(size: tuple[int, int], seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources of 12 records with images of all sizes: some text only, two with a second image, one narrow."""
     directory = tmp_path_factory.mktemp("tiles")
-    config = yaml.safe_load(make_world(directory, samples=12, text_only_every=6).read_text())
-    for name, source in config["data"]["sources"].items():
-        raw = Path(source["annotations"])
-        records = json.loads(raw.read_text())
-        for n, record in enumerate(records):
-            if "image" in record:
-                narrow = name == "blue" and n == 3
-                noise(NARROW if narrow else SIZES[n % len(SIZES)], n).save(raw.parent / record["image"])
-        noise((20, 50), 99).save(raw.parent / "images" / "second.png")
-        for record in records[4:6]:
-            record["image"] = [record["image"], "images/second.png"]
-            record["conversations"][0]["value"] = "What color is <image> and what color is <image>?"
-        raw.write_text(json.dumps(records))
+    narrow = ("blue", 3)
+    config = make_shapes(directory, lambda name, n: NARROW if (name, n) == narrow else SIZES[n % len(SIZES)])
     config["data"] |= {"image_aspect_ratio": "anyres", "max_bad_image_share": 1.0}
     config["model"]["projector"] = "mlp2x_gelu+newline"
     (directory / "config.yaml").write_text(yaml.safe_dump(config))

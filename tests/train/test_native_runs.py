@@ -1,16 +1,14 @@
 """Runs on images in their own shape: lengths known before training, packed rows, ranks, answers, routing, the plan."""
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from worlds.image_shapes import data_url, make_shapes, noise
 from worlds.interop_tools import convert, refused
 from worlds.optimizer_state import assert_same_state, optimizer_state
 from worlds.processes import fork_python
@@ -40,34 +38,12 @@ SIDE = 6
 """Patches in a row of the square, twice as many as the tower's own: an image has up to 36."""
 
 
-def noise(size: tuple[int, int], seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources of 12 records with images of all shapes: some text only, two with a second image."""
     directory = tmp_path_factory.mktemp("native")
     siglip2(directory / "siglip2")
-    config = yaml.safe_load(make_world(directory, samples=12, text_only_every=6).read_text())
-    for source in config["data"]["sources"].values():
-        raw = Path(source["annotations"])
-        records = json.loads(raw.read_text())
-        for n, record in enumerate(records):
-            if "image" in record:
-                noise(SIZES[n % len(SIZES)], n).save(raw.parent / record["image"])
-        noise((20, 50), 99).save(raw.parent / "images" / "second.png")
-        for record in records[4:6]:
-            record["image"] = [record["image"], "images/second.png"]
-            record["conversations"][0]["value"] = "What color is <image> and what color is <image>?"
-        raw.write_text(json.dumps(records))
+    config = make_shapes(directory, lambda _, n: SIZES[n % len(SIZES)])
     config["data"]["image_aspect_ratio"] = "native"
     config["model"]["vision_tower"] = {
         "name": str(directory / "siglip2"), "weights": str(directory / "siglip2" / "model.safetensors"),
