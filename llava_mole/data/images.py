@@ -188,13 +188,9 @@ class ImageProcessor:
             image = image.resize((size, height), self.resample)
         if width != height:
             red, green, blue = (int(255 * value) for value in self.mean)
-            left, top = (0, (side - height) // 2) if width > height else ((side - width) // 2, 0)
-            right, bottom = left + image.width, top + height
-            whole = (image.width, side) if width > height else (side, side)
-            # Cropping beyond the edges is faster than pasting into a new image that is first filled everywhere.
-            image = image.crop((-left, -top, whole[0] - left, whole[1] - top))
-            for band in ((0, 0, left, side), (right, 0, *whole), (0, 0, whole[0], top), (0, bottom, *whole)):
-                image.paste((red, green, blue), band)
+            square = Image.new("RGB", (image.width if width > height else side, side), (red, green, blue))
+            square.paste(image, ((square.width - image.width) // 2, (side - height) // 2))
+            image = square
         return image.resize((size, size), self.resample)
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
