@@ -19,10 +19,10 @@ from typing import Any, Literal
 from llava_mole import __version__
 from llava_mole.common.errors import ConfigError, value_errors_as
 from llava_mole.common.files import sha256_of_json
-from llava_mole.config import MAY_CHANGE, RunConfig, config_to_dict, parse_run_config
+from llava_mole.config import MAY_CHANGE, RunConfig, TrainConfig, config_to_dict, parse_run_config
 from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.scoring.score import SCORE_SUFFIX
-from llava_mole.study.definition import Base, Study, absolute_rank
+from llava_mole.study.definition import Base, Study, absolute_rank, times_of
 from llava_mole.study.inputs import Inputs
 
 Kind = Literal["pretrain", "finetune", "eval"]
@@ -81,6 +81,8 @@ class Plan:
     """(arm, seed) -> the base's name of a benchmark -> its cell."""
     missing: list[str] = field(default_factory=list)
     """Inputs that do not exist; the digests of the cells that need them are provisional."""
+    remarks: list[str] = field(default_factory=list)
+    """What a reader of the results must know."""
 
     def add(self, cell: Cell) -> Cell:
         """Add a cell, or return the same one."""
@@ -107,13 +109,13 @@ def plan_study(study: Study, out: Path, inputs: Inputs) -> Plan:
     Raises:
         ConfigError: an arm's configuration is refused; the message names the arm.
     """
-    plan = Plan()
+    plan, configs = Plan(), dict[str, RunConfig]()
     for arm in study.arms:
         base = study.bases[arm]
         first = stage_one(base, out, inputs)
         if first is not None:
             plan.add(first)
-        config = arm_config(study, arm)
+        config = configs[arm] = arm_config(study, arm)
         for seed in study.seeds[arm]:
             run = plan.add(_stage_two(config, seed, base, first, out, inputs))
             plan.runs[arm, seed] = run.name
@@ -121,7 +123,32 @@ def plan_study(study: Study, out: Path, inputs: Inputs) -> Plan:
             for own, benchmark in base.benchmarks[study.split].items():
                 evaluations[own] = plan.add(evaluation_cell(run, own, benchmark, base, inputs)).name
     plan.missing = list(dict.fromkeys(inputs.missing))
+    plan.remarks = _equal_runs(configs)
     return plan
+
+
+def _equal_runs(configs: Mapping[str, RunConfig]) -> list[str]:
+    """What to say of arms whose lambdas are multiples of each other and whose number of steps is fixed.
+
+    A mixture of [2, 2] is meant to train on twice the samples. With `train.max_steps` it trains on as many as [1, 1].
+    """
+    first: dict[str, str] = {}
+    remarks = []
+    for arm, config in configs.items():
+        if config.train.max_steps is None:
+            continue
+        lambdas = config.data.mixture
+        ratios = {name: round(value / max(lambdas.values()), 9) for name, value in lambdas.items()}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=ratios))
+        other = first.setdefault(json.dumps(config_to_dict(config), sort_keys=True), arm)
+        shown = [[f"{v:g}" for v in configs[name].data.mixture.values()] for name in (other, arm)]
+        if shown[0] != shown[1]:
+            remarks.append(
+                f"the arms {other!r} and {arm!r} train alike: their lambdas are multiples, [{', '.join(shown[0])}] and "
+                f"[{', '.join(shown[1])}], and train.max_steps {config.train.max_steps} fixes the steps of both; "
+                "`steps: 2x` doubles an arm's steps"
+            )
+    return remarks
 
 
 def arm_config(study: Study, arm: str) -> RunConfig:
@@ -162,10 +189,20 @@ def arm_config(study: Study, arm: str) -> RunConfig:
         config = _read_config(base.beside(base.stage2), {**base.set, **changes, **settings.set, **study.settings})
         sources = {name: source for name, source in config.data.sources.items() if name in mixture}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources, mixture=mixture))
+        config = dataclasses.replace(config, train=_more_steps(config.train, settings.steps))
         check_adapter(config)
         return config
     except ConfigError as error:
         raise ConfigError(f"{study.path}: arm {arm!r}: {error}") from None
+
+
+def _more_steps(train: TrainConfig, steps: str) -> TrainConfig:
+    """The training settings with `steps` (`2x`) times as many steps."""
+    key = "epochs" if train.max_steps is None else "max_steps"
+    value = times_of(steps, "steps", "steps") * getattr(train, key)
+    if value != int(value):
+        raise ConfigError(f"steps is {steps!r}, which makes train.{key} {value:g}; it must be a whole number")
+    return dataclasses.replace(train, **{key: int(value)})
 
 
 def check_adapter(config: RunConfig) -> None:

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = Inputs(out / "digests.json")
     plan = plan_study(study, out, inputs)
     inputs.save()
+    for remark in plan.remarks:
+        print(f"note: {remark}", file=sys.stderr)
     if action == "status":
         from llava_mole.study.results import progress
         from llava_mole.study.tables import status_table

@@ -101,6 +101,8 @@ class Arm:
     rank: object = "1x"
     """A number; `2x`: twice the base's; `{parameters_of: ARM}` or `{compute_of: ARM}`: the rank of plain LoRA with as
     many trained parameters, or as much computation a token, as the adapter of another arm."""
+    steps: str = "1x"
+    """`2x`: twice the base's steps: of `train.max_steps` if that is set, else of `train.epochs`."""
     experts: object = "domains"
     """K: a number; `domains` or `sources`: as many as the mixture has."""
     gate: str | None = None
@@ -413,6 +415,7 @@ def _check(study: Study) -> None:
         if not study.seeds[name] or len(set(study.seeds[name])) < len(study.seeds[name]):
             fail(f"arm {name!r}: seeds are {study.seeds[name]}; give at least one, each once")
         _check_rank(study, name, fail)
+        times_of(arm.steps, "steps", f"{study.path}: arm {name!r}")
         if not (arm.experts in ("domains", "sources") or (isinstance(arm.experts, int) and arm.experts > 0)):
             fail(f"arm {name!r}: experts is {arm.experts!r}; give a number, `domains` or `sources`")
         if arm.paper is not None and study.published.row(arm.paper) is None:
@@ -453,6 +456,14 @@ def absolute_rank(rank: object, base: Base, where: str) -> int:
             f"({base.rank}), as `2x`"
         )
     return int(value)
+
+
+def times_of(text: str, key: str, where: str) -> float:
+    """The factor that `2x` means. Raises ConfigError unless it is a number above 0 with an `x`."""
+    times = _TIMES.fullmatch(text)
+    if times is None or not float(times[1]):
+        raise ConfigError(f"{where}: {key} is {text!r}; give a multiple of the base's, such as `2x`")
+    return float(times[1])
 
 
 def matching(study: Study, patterns: Sequence[str]) -> list[tuple[str, int]]:

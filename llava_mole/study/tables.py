@@ -49,7 +49,7 @@ def main_table(results: Results) -> Table:
     remarks = ["measured: percent, mean over seeds ± 95% interval (Student's t); without ± there is one seed"]
     if taken and paper_columns:
         remarks.append(f"paper: {study.published.source}; its benchmarks and its model, one run each")
-    remarks += [f"{study.split} questions", *study.notes]
+    remarks += [f"{study.split} questions", *study.notes, *results.plan.remarks]
     return Table(study.title, header, rows, spans, remarks=remarks)
 
 

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from worlds.study_world import write_study
 
+from llava_mole.common.errors import ConfigError
 from llava_mole.study.cells import Plan, arm_config, plan_study
 from llava_mole.study.definition import Study, read_study
 from llava_mole.study.inputs import Inputs
@@ -161,6 +162,28 @@ def test_ranks_of_equal_parameters_and_equal_compute(folder: Path) -> None:
     assert ranks["same"] == round((4 * (3 * ffn + attention) + router) / per_rank)
     assert ranks["cheap"] == round((4 * (ffn + attention) + router) / per_rank)
     assert ranks["shared-cheap"] == round((4 * (ffn + attention) + 8 * ffn + router) / per_rank)
+
+
+def test_steps_of_an_arm_multiply_those_of_the_base(folder: Path) -> None:
+    """Of `train.max_steps` if it is set, else the epochs."""
+    path = write_study(folder, arms={"a": {}, "b": {"steps": "2x"}, "half": {"steps": "0.5x"}, "c": {"steps": "1.0x"}})
+    study = read_study(path, settings={"train.max_steps": 6})
+    assert [arm_config(study, arm).train.max_steps for arm in study.arms] == [6, 12, 3, 6]
+    study = read_study(path, settings={"train.max_steps": None, "train.epochs": 2})
+    assert [arm_config(study, arm).train.epochs for arm in study.arms] == [2, 4, 1, 2]
+    study = read_study(path, settings={"train.max_steps": 5})
+    with pytest.raises(ConfigError, match=r"arm 'half': steps is '0.5x', which makes train.max_steps 2.5; it must be"):
+        arm_config(study, "half")
+
+
+def test_mixtures_that_only_the_steps_would_tell_apart_are_pointed_out(folder: Path) -> None:
+    arms = {"mix": {}, "twice": {"mixture": [2, 2]}, "other": {"mixture": [1, 2]}, "again": {"mixture": [1, 1]},
+            "longer": {"mixture": [2, 2], "steps": "2x"}, "mole": {"method": "mole", "mixture": [3, 3]}}  # fmt: skip
+    path = write_study(folder, arms=arms)
+    (remark,) = plan(path, settings={"train.max_steps": 4}).remarks
+    assert "'mix' and 'twice' train alike" in remark
+    assert "[1, 1] and [2, 2], and train.max_steps 4" in remark
+    assert not plan(path, settings={"train.max_steps": None}).remarks  # twice the samples are twice the steps
 
 
 def test_validation_and_test_are_different_cells_of_the_same_run(folder: Path) -> None:

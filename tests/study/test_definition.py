@@ -76,6 +76,8 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "rank of nothing": ({"arms": {"a": {"rank": {"parameters_of": "b"}}}}, "with an arm of this study"),
     "rank of itself": ({"arms": {"a": {"rank": {"parameters_of": "a"}}}}, "whose rank is a number"),
     "preset of lora": ({"arms": {"a": {"preset": "coupled"}}}, "need method 'mole', not 'lora'"),
+    "steps": ({"arms": {"a": {"steps": "twice"}}}, "arm 'a': steps is 'twice'; give a multiple of the base's"),
+    "no steps": ({"arms": {"a": {"steps": "0x"}}}, "steps is '0x'"),
     "experts": ({"arms": {"a": {"method": "mole", "experts": "many"}}}, "experts is 'many'"),
     "seeds": ({"seeds": [1, 1]}, "give at least one, each once"),
     "split": ({"split": "train"}, "split is 'train'; .* has benchmarks for test, validation"),
@@ -167,9 +169,9 @@ def test_patterns_choose_arms_and_seeds(folder: Path) -> None:
     assert len(matching(study, [])) == 6
 
 
-@pytest.mark.parametrize("base", ["tiny", "7b"])
+@pytest.mark.parametrize("base", ["tiny", "tiny-facts", "7b"])
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-def test_every_shipped_study_has_runs_on_both_bases(path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_study_has_runs_on_every_base(path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     study = read_study(path, base=base)
     for arm in study.arms:
