@@ -223,3 +223,15 @@ def test_the_table_of_the_docs_is_that_of_the_presets() -> None:
         for name, options in rows
     }
     assert values == {name: options for name, options in PRESETS.items() if name not in NOT_RELATED}
+
+
+def test_every_related_preset_has_a_section_of_the_docs_with_its_source() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "related-methods.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (.+)\n([\s\S]*?)(?=^## |\Z)", text, re.M))
+    names = {re.sub(r"[^a-z]", "", title.lower()): title for title in sections}
+    for preset in PRESETS.keys() - NOT_RELATED:
+        name = {"moelora-task": "moelorabytask"}.get(preset, re.sub(r"[^a-z]", "", preset))
+        body = sections[names[name]]
+        assert all(body.count(f"- {entry}: ") == 1 for entry in ("Routed", "Source")), preset
+        assert body.startswith("\n")
+        assert body.endswith("\n\n")
