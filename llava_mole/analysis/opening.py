@@ -14,7 +14,7 @@ from llava_mole.common.files import read_json
 from llava_mole.config import RunConfig, load_config, parse_run_config
 from llava_mole.data.dataset import SupervisedDataset, build_dataset
 from llava_mole.data.tokenization import HFTextTokenizer
-from llava_mole.model.adapters import parameter_part, trainable_parameters
+from llava_mole.model.adapters import peak_rates, trainable_parameters
 from llava_mole.model.builder import (
     CONFIG_FILE,
     build_parts,
@@ -22,11 +22,11 @@ from llava_mole.model.builder import (
     load_pretrained_model,
     select_device,
 )
-from llava_mole.model.checkpoint import OPTIMIZER_FILE, STATE_FILE, resolve_checkpoint
+from llava_mole.model.checkpoint import OPTIMIZER_FILE, PIECES, STATE_FILE, TRAINER_DIR, resolve_checkpoint
 from llava_mole.model.language_model import set_recompute
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.model.packed_attention import enable_packing
-from llava_mole.model.trainable import let_train
+from llava_mole.model.trainable import let_train, unfreeze
 from llava_mole.mole import disable_finite_check, leave_balance_loss_to_caller
 
 CHANGEABLE = ("data", "train")
@@ -80,21 +80,24 @@ class Subject:
 
     def rates(self) -> dict[str, float]:
         """Parameter name -> the run's peak learning rate."""
-        train = self.config.train
-        own = {
-            "projector": train.projector_learning_rate,
-            "router": train.router_learning_rate,
-            "language model": train.language_model_learning_rate,
-            "vision tower": train.tower_learning_rate,
-        }
-        rates = {name: own.get(parameter_part(name)) for name in self.parameters}
-        return {name: train.learning_rate if rate is None else rate for name, rate in rates.items()}
+        return peak_rates(self.parameters, self.config.train)
 
     def second_moments(self) -> dict[str, torch.Tensor] | None:
-        """Parameter name -> AdamW's second moment, bias-corrected; None if there is no optimizer state."""
+        """Parameter name -> AdamW's second moment, bias-corrected; None if there is no optimizer state.
+
+        Raises ConfigError if the state is in the pieces of several ranks.
+        """
         from safetensors.torch import load_file
 
-        if self.checkpoint is None or not (self.checkpoint / OPTIMIZER_FILE).is_file():
+        if self.checkpoint is None:
+            return None
+        if not (self.checkpoint / OPTIMIZER_FILE).is_file():
+            if any((self.checkpoint / TRAINER_DIR).glob(PIECES)):
+                raise ConfigError(
+                    f"{self.checkpoint} holds the optimizer's state in pieces (train.checkpoint_files sharded), and "
+                    f"the interference matrix needs it whole; run `llava-mole consolidate {self.checkpoint}` first, or "
+                    "give --no-interference"
+                )
             return None
         state = read_json(self.checkpoint / STATE_FILE)
         correction = 1 - ADAM_BETA2 ** max(1, state["step"] - state["skipped_steps"])
@@ -129,6 +132,9 @@ def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespa
                 f"--{key} cannot change a model that is trained; {' and '.join(CHANGEABLE)} can be changed for a "
                 "measurement. For a start with other settings give a configuration file"
             )
+    given = any(text.startswith("--data.sources.") for text in overrides)
+    if given:  # what the run holds out of its own data says nothing of others
+        overrides = [*overrides, "--data.validation_samples", "0", "--train.validate_every", "0"]
     config = load_config(checkpoint / CONFIG_FILE, overrides)
     loaded = load_pretrained_model(
         checkpoint,
@@ -138,6 +144,9 @@ def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespa
         dtype=options.dtype,
         trainable=True,
     )
+    unfreeze(loaded.model, config.model.train)
+    for parameter in trainable_parameters(loaded.model).values():
+        parameter.data = parameter.data.float()
     if config.train.batching == "packed" and not routes_samples(loaded.model):
         enable_packing(loaded.model.causal_lm)
     step = int(checkpoint.name.removeprefix("checkpoint-")) if re.fullmatch(r"checkpoint-\d+", checkpoint.name) else 0
@@ -145,7 +154,6 @@ def open_subject(path: Path, overrides: Sequence[str], options: argparse.Namespa
     if folder.name == "run":  # of a study's cell, whose name says which run it is
         folder = folder.parent
     name = folder.name if path != checkpoint else f"{folder.name}/{checkpoint.resolve().name}"
-    given = any(text.startswith("--data") for text in overrides)
     return _subject(name, checkpoint, checkpoint, step, loaded.model, loaded.tokenizer, config, given)
 
 

@@ -94,15 +94,27 @@ class Probe:
         Raises:
             ConfigError: the source has too few samples.
             DataError: an image cannot be read, nor those of the records after it.
+            StorageError: the storage of an image cannot be reached.
         """
         if (number, source) not in self._kept:
             chosen = self.positions[source][number * self.batch_size : (number + 1) * self.batch_size]
-            self._kept[number, source] = self.rows([self.dataset[position] for position in chosen])
+            self._kept[number, source] = self.rows(self.dataset.__getitems__(chosen))
         return self._kept[number, source]
+
+    def load(self, first: int, every: int) -> None:
+        """Read the batches number `first`, `first + every`, ... of all sources, if they are not in memory yet.
+
+        Raises what `batch` does.
+        """
+        for number in range(first, self.batches, every):
+            for source in range(len(self.sources)):
+                self.batch(number, source)
 
 
 def first_positions(dataset: SupervisedDataset, count: int) -> list[list[int]]:
-    """For each source the positions of its first `count` samples in the order of the plan.
+    """For each source the positions of its first `count` different samples in the order of the plan.
+
+    A sample that comes again, as with a lambda above 1, counts once.
 
     Raises:
         ConfigError: a source has fewer.
@@ -110,11 +122,14 @@ def first_positions(dataset: SupervisedDataset, count: int) -> list[list[int]]:
     names = dataset.source_names
     number = {name: index for index, name in enumerate(names)}
     found: list[list[int]] = [[] for _ in names]
+    taken: list[set[int]] = [set() for _ in names]
     missing = len(names)
     for position in range(len(dataset)):
-        own = found[number[dataset.plan[position][0]]]
-        if len(own) < count:
+        name, sample = dataset.plan[position]
+        own, seen = found[number[name]], taken[number[name]]
+        if len(own) < count and sample not in seen:
             own.append(position)
+            seen.add(sample)
             missing -= len(own) == count
             if not missing:
                 return found

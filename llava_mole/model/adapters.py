@@ -2,12 +2,15 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.common.text import shorten
+from llava_mole.config import DataConfig, TrainConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -64,6 +67,24 @@ def adapter_config(
     return MoleConfig.from_preset(preset, r=rank, task_type="CAUSAL_LM", **options)
 
 
+def check_sources(config: "PeftConfig | None", data: DataConfig) -> None:
+    """Raise ConfigError if an adapter that numbers the sources of the mixture knows fewer of them than it has."""
+    from llava_mole.mole import MoleConfig
+
+    if not isinstance(config, MoleConfig) or config.numbered_input is None:
+        return
+    active = [name for name in data.sources if data.mixture.get(name, 1.0) > 0]
+    needed, known = list(data.sources).index(active[-1]) + 1, config.numbered_input[1]
+    if needed > known:
+        way = {"task": "raise num_tasks"}.get(config.required_input or "", "raise num_experts")
+        if config.required_input is None and config.balance_kind == "groups":
+            way = "set balance_coef to 0 (balance_kind 'groups' knows two types of samples)"
+        raise ConfigError(
+            f"the adapter uses the sources of samples and can tell {known} apart, but the mixture has {needed} "
+            f"({shorten(active, 8)}); {way}, or leave sources out"
+        )
+
+
 def add_adapter(language_model: nn.Module, method: str, **fields: Any) -> nn.Module:
     """Wrap a causal LM in a PEFT model; `method` and `fields` are the arguments of `adapter_config`.
 
@@ -112,6 +133,41 @@ def parameter_part(name: str) -> str:
     if lora:
         return "attention LoRA" if _ATTENTION.search(linear) else "FFN LoRA"
     return "language model"
+
+
+OWN_RATES = {
+    "projector_learning_rate": "projector",
+    "router_learning_rate": "router",
+    "language_model_learning_rate": "language model",
+    "tower_learning_rate": "vision tower",
+}
+"""Key of `train` -> the part of the model, and group of the optimizer, that has a rate of its own."""
+_BLOCK = re.compile(r"\.(?:resblocks|blocks|layers?)\.(\d+)\.")
+
+
+def own_rate(part: str, config: TrainConfig) -> float:
+    """The peak rate of a part of the model (`parameter_part`); of the tower that of its last block."""
+    rate = next((getattr(config, key) for key, owner in OWN_RATES.items() if owner == part), None)
+    return config.learning_rate if rate is None else rate
+
+
+def peak_rates(names: Iterable[str], config: TrainConfig) -> dict[str, float]:
+    """Parameter name -> the peak learning rate that training gives it.
+
+    With `tower_layer_decay` the rate of a tower's block is that of the block above times the decay. What comes before
+    the blocks counts as one more below.
+    """
+    parts = {name: parameter_part(name) for name in names}
+    depths = {name: _depth(name) for name, part in parts.items() if part == "vision tower"}
+    top = max(depths.values(), default=0)
+    decay = config.tower_layer_decay
+    return {name: own_rate(part, config) * decay ** (top - depths.get(name, top)) for name, part in parts.items()}
+
+
+def _depth(name: str) -> int:
+    """The block of a tower's parameter, from 0; -1 below the blocks."""
+    match = _BLOCK.search(name)
+    return int(match[1]) if match else -1
 
 
 def weight_count(parameter: torch.Tensor) -> int:

@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 OWNER_FILE = "run.json"
 TRAINER_DIR = "trainer"
 OPTIMIZER_FILE = f"{TRAINER_DIR}/optimizer.safetensors"
+PIECES = "optimizer-*-of-*.safetensors"
+"""The same in pieces, one of each rank, in `TRAINER_DIR`."""
 STATE_FILE = f"{TRAINER_DIR}/state.json"
 SELF_HASH = "manifest_sha256"
 LEFTOVER = re.compile(r"\.(tmp|old|gone)-(checkpoint-\d+)-\d+")

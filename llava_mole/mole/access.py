@@ -47,12 +47,7 @@ def set_routing_inputs(model: nn.Module, **values: Tensor | None) -> None:
     inputs, config = shared_inputs(model), active_config(model)
     if inputs is None or config is None:
         return
-    name = config.required_input
-    limit = config.num_tasks if name == "task" else config.num_experts
-    if name is None and config.balance_kind == "groups":
-        name, limit = "source", 2
-    elif name is None and config.source_coef > 0:
-        name = "source"
+    name, limit = config.numbered_input or (None, 0)
     value = None if name is None else values.get(name)
     if value is not None and not value.is_floating_point() and value.numel() > 0:
         low, high = int(value.min()), int(value.max())

@@ -299,6 +299,18 @@ class MoleConfig(PeftConfig):
         by_granularity = {"given": "experts", "task": "task"}.get(self.granularity)
         return by_granularity or ("source" if self.router == "oracle" else None)
 
+    @property
+    def numbered_input(self) -> tuple[str, int] | None:
+        """The routing input by which training tells samples apart, and n, the number of its values (0 to n - 1).
+
+        Besides `required_input` these are the samples' sources that a loss of the router uses.
+        """
+        if (name := self.required_input) is not None:
+            return name, self.num_tasks if name == "task" else self.num_experts
+        if self.balance_kind == "groups" and self.balance_coef > 0:
+            return "source", 2
+        return ("source", self.num_experts) if self.source_coef > 0 else None
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

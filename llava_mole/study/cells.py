@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,6 +50,8 @@ class Cell:
     """Name of the benchmark it evaluates."""
     threads: int | None = None
     gpus: int | None = None
+    missing: tuple[str, ...] = ()
+    """Inputs of its own that do not exist, so its digest is provisional."""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -79,14 +81,17 @@ class Plan:
     """(arm, seed) -> its stage-2 cell."""
     evaluations: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
     """(arm, seed) -> the base's name of a benchmark -> its cell."""
-    missing: list[str] = field(default_factory=list)
-    """Inputs that do not exist; the digests of the cells that need them are provisional."""
     remarks: list[str] = field(default_factory=list)
     """What a reader of the results must know."""
 
     def add(self, cell: Cell) -> Cell:
         """Add a cell, or return the same one."""
         return self.cells.setdefault(cell.name, cell)
+
+    def missing(self, names: Iterable[str] | None = None) -> list[str]:
+        """Inputs of these cells, or of all, that do not exist."""
+        cells = self.cells if names is None else names
+        return list(dict.fromkeys(path for name in cells for path in self.cells[name].missing))
 
     def with_needs(self, names: Sequence[str]) -> dict[str, Cell]:
         """These cells and all that they need, in order."""
@@ -122,7 +127,6 @@ def plan_study(study: Study, out: Path, inputs: Inputs) -> Plan:
             evaluations = plan.evaluations.setdefault((arm, seed), {})
             for own, benchmark in base.benchmarks[study.split].items():
                 evaluations[own] = plan.add(evaluation_cell(run, own, benchmark, base, inputs)).name
-    plan.missing = list(dict.fromkeys(inputs.missing))
     plan.remarks = _equal_runs(configs)
     return plan
 
@@ -201,16 +205,16 @@ def _more_steps(train: TrainConfig, steps: str) -> TrainConfig:
     key = "epochs" if train.max_steps is None else "max_steps"
     value = times_of(steps, "steps", "steps") * getattr(train, key)
     if value != int(value):
-        raise ConfigError(f"steps is {steps!r}, which makes train.{key} {value:g}; it must be a whole number")
+        raise ConfigError(f"steps is {steps!r}, which makes train.{key} {float(value):g}; it must be a whole number")
     return dataclasses.replace(train, **{key: int(value)})
 
 
 def check_adapter(config: RunConfig) -> None:
     """Raise ConfigError for adapter options that the run would refuse, before any run of the study starts."""
-    from llava_mole.model.adapters import adapter_config
+    from llava_mole.model.adapters import adapter_config, check_sources
 
     with value_errors_as(ConfigError):
-        adapter_config(**vars(config.adapter))
+        check_sources(adapter_config(**vars(config.adapter)), config.data)
 
 
 def _read_config(file: Path, settings: Mapping[str, object]) -> RunConfig:
@@ -248,6 +252,7 @@ def training_cell(
     kind: Kind, title: str, config: RunConfig, base: Base, first: Cell | None, out: Path, inputs: Inputs
 ) -> Cell:
     """The cell of a training run; `first` is the stage 1 that it starts from."""
+    known = len(inputs.missing)
     read: dict[str, str] = {"language_model": inputs.model(config.model.language_model)}
     tower = config.model.vision_tower
     read["vision_tower"] = inputs.file(tower.weights)
@@ -279,12 +284,13 @@ def training_cell(
         config=dataclasses.replace(config, train=train),
         threads=base.threads,
         gpus=base.gpus,
+        missing=tuple(inputs.missing[known:]),
     )
 
 
 def evaluation_cell(run: Cell, own: str, benchmark: str, base: Base, inputs: Inputs) -> Cell:
     """The cell that evaluates a run on a benchmark."""
-    config = run.config
+    config, known = run.config, len(inputs.missing)
     assert config is not None
     local = base.beside(benchmark)
     benchmark = str(local) if benchmark.endswith((".yaml", ".yml")) and local.is_file() else benchmark
@@ -313,6 +319,7 @@ def evaluation_cell(run: Cell, own: str, benchmark: str, base: Base, inputs: Inp
         benchmark=get_benchmark(benchmark).name,
         threads=base.threads,
         gpus=base.gpus,
+        missing=tuple(inputs.missing[known:]),
     )
 
 

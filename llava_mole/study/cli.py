@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     # They import torch, which takes seconds.
     from llava_mole.study.cells import plan_study
-    from llava_mole.study.definition import matching, read_study
+    from llava_mole.study.definition import matching, read_study, variant
     from llava_mole.study.inputs import Inputs
 
     study = read_study(
@@ -57,31 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = status_table(study, plan)
         print(format_table([table.header, *table.rows]))
         print(f"\n{study.title}: {progress(study, plan)}, in {out / 'cells'}")
-        say_missing(plan.missing)
+        say_missing(plan.missing())
         return 0
     if action == "report":
         from llava_mole.study.report import write_report
         from llava_mole.study.results import collect
 
-        folder = Path(args.out) if args.out else out / "reports" / study.name
+        folder = report_folder(args, out / "reports" / variant(study), plan.missing())
         given = shlex.join(["llava-mole", "study", "report", *arguments])
         text, files = write_report(collect(study, plan), folder, given)
         print(text)
         print(f"\nreport: {', '.join(map(str, files))}")
         return 0
-    chosen = [plan.runs[pair] for pair in matching(study, args.only)]
-    chosen += [name for name in plan.cells if args.only and name in args.only]
-    if not chosen:
-        raise ConfigError(
-            f"--only {' '.join(args.only)}: nothing has such a name; arms are {shorten([*study.arms], 8)}"
-        )
+    for pattern in args.only:
+        if not matching(study, [pattern]) and pattern not in plan.cells:
+            raise ConfigError(f"--only {pattern}: nothing has such a name; arms are {shorten([*study.arms], 8)}")
+    named = [plan.runs[pair] for pair in matching(study, args.only)] if args.only else list(plan.runs.values())
+    chosen = [*named, *(name for name in plan.cells if name in args.only)]
     evaluations = [name for name, cell in plan.cells.items() if cell.kind == "eval" and set(cell.needs) & set(chosen)]
     cells = plan.with_needs([*chosen, *evaluations])
     if args.submit:
         from llava_mole.study.submit import write_jobs
 
-        refuse_missing(plan.missing)
-        folder = out / "jobs" / study.name
+        refuse_missing(plan.missing(cells))
+        folder = out / "jobs" / variant(study)
         paths = write_jobs(study, plan, _identifying(args), folder, args.submit, [*chosen, *evaluations])
         print(f"{count_of(len(paths), 'job')} in {folder}; start them with: bash {folder / 'submit.sh'}")
         return 0
@@ -89,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.dry_run:
         print("\n".join(commands_of([cell for cell in cells.values() if not is_done(cell)])))
-        say_missing(plan.missing)
+        say_missing(plan.missing(cells))
         return 0
-    refuse_missing(plan.missing)
+    refuse_missing(plan.missing(cells))
     return Runner(cells, jobs=args.jobs, wait=not args.no_wait, break_lock=args.break_lock).run()
 
 
@@ -154,6 +153,24 @@ def _identifying(args: argparse.Namespace) -> list[str]:
         options += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
     options += ["--seeds", *map(str, args.seeds)] if args.seeds else []
     return options + (["--set", *args.set] if args.set else [])
+
+
+def report_folder(args: argparse.Namespace, usual: Path, missing: Sequence[str]) -> Path:
+    """Where the report goes: `--out`, or its usual place.
+
+    Raises:
+        DataError: inputs are missing, so finished cells may not be recognised, and an earlier report would be replaced.
+    """
+    say_missing(missing)
+    if args.out:
+        return Path(args.out)
+    if missing and usual.exists():
+        raise DataError(
+            f"{usual} has a report, and {count_of(len(missing), 'input')} of the study "
+            f"{'is' if len(missing) == 1 else 'are'} missing now, so a new one could have less in it; put back what is "
+            "missing, or give another folder with --out"
+        )
+    return usual
 
 
 def say_missing(missing: Sequence[str]) -> None:

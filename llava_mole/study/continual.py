@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_mole.common.errors import ConfigError
-from llava_mole.common.text import shorten
 from llava_mole.config import RunConfig
 from llava_mole.eval.benchmarks.benchmark import load_yaml
 from llava_mole.study.cells import RUN, Cell, Plan, arm_config, check_adapter, evaluation_cell, stage_one, training_cell
-from llava_mole.study.definition import SPLITS, Arm, Base, Published, Study, base_file, read_base
+from llava_mole.study.definition import SPLITS, Arm, Base, Published, Study, base_file, check_arm, read_base
 from llava_mole.study.inputs import Inputs
 
 SCHEDULES = {
@@ -123,7 +122,9 @@ def read_continual(
     )
     continual = Continual(study, found.methods, tasks)
     _check(continual)
-    return continual
+    mixture = [float(domain in tasks) for domain in own.domains]  # what `experts: domains` and `sources` count
+    arms = {name: dataclasses.replace(method, mixture=mixture) for name, method in found.methods.items()}
+    return dataclasses.replace(continual, study=dataclasses.replace(study, arms=arms))
 
 
 def _check(continual: Continual) -> None:
@@ -156,8 +157,7 @@ def _check(continual: Continual) -> None:
             )
         if not 0 <= method.replay < float("inf") or (method.replay and method.schedule == "joint"):
             fail(f"{where}: replay is {method.replay}; it is a lambda, at least 0, and 0 for schedule 'joint'")
-        if len(set(study.seeds[name])) < len(study.seeds[name]):
-            fail(f"{where}: seeds are {shorten([str(s) for s in study.seeds[name]], 8)}; give each once")
+        check_arm(study, name, "method")
 
 
 def plan_continual(continual: Continual, out: Path, inputs: Inputs) -> Steps:
@@ -176,6 +176,7 @@ def plan_continual(continual: Continual, out: Path, inputs: Inputs) -> Steps:
         steps.plan.add(first)
     for name in continual.methods:
         whole = arm_config(study, name)
+        _check_sources(continual, name, whole)
         for seed in study.seeds[name]:
             before: Cell | None = None
             for number, trained in enumerate(continual.steps(name)):
@@ -190,8 +191,28 @@ def plan_continual(continual: Continual, out: Path, inputs: Inputs) -> Steps:
                     cell = steps.plan.add(evaluation_cell(run, own, benchmark, base, inputs))
                     steps.evaluations.setdefault(run.name, {})[own] = cell.name
                 before = run
-    steps.plan.missing = list(dict.fromkeys(inputs.missing))
     return steps
+
+
+def _check_sources(continual: Continual, name: str, whole: RunConfig) -> None:
+    """Raise ConfigError if the adapter would take every task for the same source (`whole` has been checked).
+
+    A run numbers its sources from 0, and a step has one task's. With replay, the earlier tasks come first, so each
+    keeps its number.
+    """
+    from llava_mole.model.adapters import adapter_config
+
+    method = continual.methods[name]
+    built = adapter_config(**vars(whole.adapter))
+    needed = getattr(built, "required_input", None) is not None
+    learned = getattr(built, "source_coef", 0.0) > 0 and not method.replay
+    if method.schedule == "joint" or not (needed or learned):
+        return
+    why = "routes by the number of a sample's source" if needed else "learns its router from a sample's source"
+    raise ConfigError(
+        f"{continual.study.path}: method {name!r}: the adapter {why}, and a step trains on the sources of one task, "
+        f"which would all be number 0; use {'' if needed else 'replay above 0, or '}schedule: joint"
+    )
 
 
 def _step_config(continual: Continual, name: str, whole: RunConfig, number: int, seed: int) -> RunConfig:

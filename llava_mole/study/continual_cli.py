@@ -18,7 +18,7 @@ from llava_mole.common.errors import ConfigError, command
 from llava_mole.common.files import write_errors
 from llava_mole.common.log import setup_logging
 from llava_mole.common.text import format_table
-from llava_mole.study.cli import ACTIONS, base_parser, refuse_missing, say_missing, settings_of
+from llava_mole.study.cli import ACTIONS, base_parser, refuse_missing, report_folder, say_missing, settings_of
 
 
 @command
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     # They import torch, which takes seconds.
     from llava_mole.study.continual import plan_continual, read_continual
+    from llava_mole.study.definition import variant
     from llava_mole.study.inputs import Inputs
     from llava_mole.study.runner import Runner, commands_of, is_done, state_of
 
@@ -55,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(format_table(rows))
         done = sum(is_done(cell) for cell in plan.cells.values())
         print(f"\n{continual.study.title}: {done} of {len(plan.cells)} cells finished, in {out / 'cells'}")
-        say_missing(plan.missing)
+        say_missing(plan.missing())
         return 0
     if action == "report":
         from llava_mole.study.continual_results import write_continual_report
 
-        folder = Path(args.out) if args.out else out / "reports" / continual.study.name
+        folder = report_folder(args, out / "reports" / variant(continual.study), plan.missing())
         given = shlex.join(["llava-mole", "continual", "report", *arguments])
         text, files = write_continual_report(continual, steps, folder, given)
         print(text)
@@ -73,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = plan.with_needs([*chosen, *(cell for run in chosen for cell in steps.evaluations[run].values())])
     if args.dry_run:
         print("\n".join(commands_of([cell for cell in cells.values() if not is_done(cell)])))
-        say_missing(plan.missing)
+        say_missing(plan.missing(cells))
         return 0
-    refuse_missing(plan.missing)
+    refuse_missing(plan.missing(cells))
     return Runner(cells, jobs=args.jobs, wait=not args.no_wait, break_lock=args.break_lock).run()
 
 

@@ -68,7 +68,9 @@ class Measured:
     """The number in percent, of the sums of one model's fields."""
 
 
-def resample(measured: Measured, *, resamples: int = RESAMPLES, seed: int = SEED) -> tuple[Array, Array]:
+def resample(
+    measured: Measured, *, resamples: int = RESAMPLES, seed: int | Sequence[int] = SEED
+) -> tuple[Array, Array]:
     """The number of every model, `[M]`, and in resamples of the questions, `[B, M]`.
 
     One draw of questions serves all models, so differences between them are paired.

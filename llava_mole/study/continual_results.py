@@ -1,5 +1,6 @@
 """What a study of continual learning has found: accuracy matrices, their numbers with intervals, and a picture."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from llava_mole.common.errors import ConfigError
 from llava_mole.common.figures import new_figure, save_figure, tidy
-from llava_mole.common.files import write_errors, write_json, write_text
+from llava_mole.common.files import read_json, write_errors, write_json, write_text
 from llava_mole.common.text import format_seconds, format_table
 from llava_mole.eval.report.compare import stored_benchmark
 from llava_mole.eval.scoring.aggregate import Units, statistic
@@ -18,7 +19,7 @@ from llava_mole.eval.scoring.score import read_score_file
 from llava_mole.study.continual import Continual, Steps
 from llava_mole.study.continual_metrics import NUMBERS, Measured, continual_numbers, resample
 from llava_mole.study.results import estimate, read_cost
-from llava_mole.study.runner import is_done, versions
+from llava_mole.study.runner import DONE, is_done
 
 NOTHING = "-"
 
@@ -34,6 +35,11 @@ class Matrix:
     """`[B, S, N, T]`: the same in resamples of the questions, drawn once for all methods."""
     cost: Mapping[str, Any]
     """Sums over the steps, means over the seeds: `steps`, `samples`, `seconds`; `trainable` of the last step."""
+
+    def of_seeds(self, seeds: Sequence[int]) -> "Matrix":
+        """The same of some of its seeds; its cost stays that of all."""
+        index = [list(self.seeds).index(seed) for seed in seeds]
+        return Matrix(list(seeds), self.observed[index], self.drawn[:, index], self.cost)
 
     @property
     def mean(self) -> Array:
@@ -112,7 +118,8 @@ def _accuracies(
             )
         measured = Measured(units, statistic(name, numbers, list(units[0].fields)))
         try:
-            parts.append(resample(measured, resamples=resamples, seed=seed))
+            # One draw for all numbers of a benchmark, and independent draws for different benchmarks.
+            parts.append(resample(measured, resamples=resamples, seed=(seed, zlib.crc32(own.encode()))))
         except ValueError as error:
             raise ConfigError(f"{own}: {error}; evaluate them again on the same question files") from None
     return np.mean([values for values, _ in parts], axis=0), np.mean([drawn for _, drawn in parts], axis=0)
@@ -124,13 +131,16 @@ def _cost(steps: Steps, chains: Sequence[Sequence[str]]) -> dict[str, Any]:
     return sums | {"trainable": costs[0][-1]["trainable"]}
 
 
-def to_json(continual: Continual, matrices: Mapping[str, Matrix], command: str) -> dict[str, Any]:
-    """Everything that the report shows, as plain values."""
+def to_json(
+    continual: Continual, matrices: Mapping[str, Matrix], command: str, run_versions: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+    """Everything that the report shows, as plain values; `run_versions` are the different ones of the finished runs."""
     first = next(iter(matrices), None)
     return {
         "title": continual.study.title,
         "command": command,
-        "versions": versions(),
+        "versions": run_versions,
+        "notes": list(continual.study.notes),
         "tasks": list(continual.tasks),
         "split": continual.study.split,
         "numbers": NUMBERS,
@@ -159,14 +169,21 @@ def _entry(by_seed: Array, drawn: Array) -> dict[str, Any]:
     return {"value": over_seeds.mean, "low": low, "high": high, "by_seed": by_seed.tolist(), "half": over_seeds.half}
 
 
-def differences(first: Matrix, second: Matrix) -> dict[str, dict[str, float]]:
-    """Number -> `second - first` with its interval over questions, paired: one draw of questions served both."""
-    one, two = first.numbers(), second.numbers()
+def differences(first: Matrix, second: Matrix) -> dict[str, dict[str, Any]]:
+    """Number -> `second - first` over the seeds that both have, with its interval over questions.
+
+    The differences are paired: one draw of questions served both. Empty if the methods have no seed in common.
+    """
+    seeds = [seed for seed in first.seeds if seed in second.seeds]
+    if not seeds:
+        return {}
+    one, two = first.of_seeds(seeds).numbers(), second.of_seeds(seeds).numbers()
     found = {}
     for key in two:
         if key in one:
             low, high = percentile_interval(two[key][1] - one[key][1])
-            found[key] = {"value": float(two[key][0].mean() - one[key][0].mean()), "low": low, "high": high}
+            value = float(two[key][0].mean() - one[key][0].mean())
+            found[key] = {"value": value, "low": low, "high": high, "seeds": seeds}
     return found
 
 
@@ -194,13 +211,15 @@ def report_text(values: Mapping[str, Any], open_steps: int) -> str:
     rest = [method for method in values["methods"].values() if method["minus_first"]]
     if rest:
         first = next(iter(values["methods"].values()))["label"]
-        rows = [["method", *NUMBERS]]
+        rows = [["method", "seeds", *NUMBERS]]
         for method in rest:
-            shown = (method["minus_first"].get(key) for key in NUMBERS)
-            rows.append([method["label"], *(NOTHING if d is None else f"{d['value']:+.1f} [{d['low']:+.1f}, "
-                         f"{d['high']:+.1f}]" for d in shown)])  # fmt: skip
-        parts += [f"differences to {first}, paired over questions", format_table(rows), ""]
-    parts += [f"{values['split']} questions"] + ([f"{open_steps} runs are not finished yet"] if open_steps else [])
+            shown = [method["minus_first"].get(key) for key in NUMBERS]
+            shared = next(len(d["seeds"]) for d in shown if d is not None)
+            cells = [NOTHING if d is None else f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for d in shown]
+            rows.append([method["label"], str(shared), *cells])
+        parts += [f"differences to {first}, over the seeds of both, paired over questions", format_table(rows), ""]
+    parts += [f"{values['split']} questions", *values["notes"]]
+    parts += [f"{open_steps} runs are not finished yet"] if open_steps else []
     return "\n".join(parts)
 
 
@@ -253,7 +272,9 @@ def write_continual_report(continual: Continual, steps: Steps, folder: Path, com
             f"{continual.study.path}: no method is finished yet ({open_steps} of {len(steps.evaluations)} runs are "
             "open); `llava-mole continual status` shows them"
         )
-    values = to_json(continual, matrices, command)
+    records = [read_json(steps.plan.cells[run].folder / DONE) for run in steps.evaluations if _finished(steps, run)]
+    versions = list({str(record["versions"]): record["versions"] for record in records}.values())
+    values = to_json(continual, matrices, command, versions)
     text = report_text(values, open_steps)
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,12 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.common.files import sha256_of_json
 from llava_mole.common.text import shorten
 from llava_mole.eval.benchmarks.benchmark import load_yaml, read_value
 
@@ -350,6 +352,11 @@ def expand_grid(entry: Mapping[str, Any], where: str) -> dict[str, Arm]:
     combinations = (
         [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
     )
+    for part in exclude:
+        unknown = [key for key in part if key not in {f.name for f in dataclasses.fields(Arm)}]
+        if unknown or not any(c | single == c | single | part for c in combinations):
+            reason = f"an arm has no {unknown[0]!r}" if unknown else "no combination of the grid has these values"
+            raise ConfigError(f"{where}: exclude has {part!r}, which leaves nothing out: {reason}")
     kept = [c for c in combinations if not any(c | single == c | single | part for part in exclude)]
     arms: dict[str, Arm] = {}
     for values in [*kept, *include]:
@@ -400,9 +407,14 @@ def _check(study: Study) -> None:
         base = study.bases[name]
         if not _NAME.fullmatch(name):
             fail(f"the arm {name!r}: use letters, digits and any of . _ + = , - in its name")
-        for key, rule in (("domains", list(base.domains)), ("columns", list(base.columns))):
-            if rule != list(getattr(study.base, key)):
+        for key in ("domains", "columns"):
+            if _compared(getattr(base, key)) != _compared(getattr(study.base, key)):
                 fail(f"arm {name!r}: {base.path} has other {key} than {study.base.path}, so no table could hold both")
+        if list(base.benchmarks.get(study.split, ())) != list(study.base.benchmarks[study.split]):
+            fail(
+                f"arm {name!r}: {base.path} has other benchmarks for the split {study.split!r} than {study.base.path}, "
+                "so no table could hold both"
+            )
         if arm.mixture is not None and (
             len(arm.mixture) != len(base.domains) or min(arm.mixture) < 0 or not any(arm.mixture)
         ):
@@ -410,14 +422,7 @@ def _check(study: Study) -> None:
                 f"arm {name!r}: mixture is {arm.mixture}; give a lambda of at least 0 for each of "
                 f"{', '.join(base.domains)}, not all 0"
             )
-        if arm.method != "mole" and (arm.gate or arm.mode or arm.options or arm.preset != "paper"):
-            fail(f"arm {name!r}: preset, gate, mode and options need method 'mole', not {arm.method!r}")
-        if not study.seeds[name] or len(set(study.seeds[name])) < len(study.seeds[name]):
-            fail(f"arm {name!r}: seeds are {study.seeds[name]}; give at least one, each once")
-        _check_rank(study, name, fail)
-        times_of(arm.steps, "steps", f"{study.path}: arm {name!r}")
-        if not (arm.experts in ("domains", "sources") or (isinstance(arm.experts, int) and arm.experts > 0)):
-            fail(f"arm {name!r}: experts is {arm.experts!r}; give a number, `domains` or `sources`")
+        check_arm(study, name, "arm")
         if arm.paper is not None and study.published.row(arm.paper) is None:
             fail(f"arm {name!r}: paper is {arm.paper!r}, and the file of published numbers has no such TABLE.ROW")
     if study.published.shown is not None and study.published.shown not in study.published.tables:
@@ -429,28 +434,46 @@ def _check(study: Study) -> None:
             fail(f"{key} names {name!r}; arms are {shorten(list(study.arms), 8)}")
 
 
-def _check_rank(study: Study, name: str, fail: Any) -> None:
-    rank = study.arms[name].rank
-    if isinstance(rank, dict):
-        ((kind, other), *more) = rank.items() or [("", "")]
-        target = study.arms.get(str(other))
-        if more or kind not in ("parameters_of", "compute_of") or target is None or isinstance(target.rank, dict):
-            fail(
-                f"arm {name!r}: rank is {rank!r}; write {{parameters_of: ARM}} or {{compute_of: ARM}}, with an arm of "
-                "this study whose rank is a number"
-            )
-        if study.arms[name].method != "lora":
-            fail(f"arm {name!r}: rank {rank!r} is for method 'lora', not {study.arms[name].method!r}")
-    else:
-        absolute_rank(rank, study.bases[name], f"{study.path}: arm {name!r}")
+def _compared(value: Mapping[str, Any]) -> list[Any]:
+    """What must be equal for two bases to share a table: the names of domains; of columns, their numbers too."""
+    return [(name, vars(item)) if isinstance(item, Column) else name for name, item in value.items()]
+
+
+def check_arm(study: Study, name: str, word: str) -> None:
+    """Raise ConfigError for settings of one arm that have no meaning; `word` is what the study calls an arm."""
+    arm, where = study.arms[name], f"{word} {name!r}"
+
+    def fail(problem: str) -> None:
+        raise ConfigError(f"{study.path}: {where}: {problem}")
+
+    if arm.method != "mole" and (arm.gate or arm.mode or arm.options or arm.preset != "paper"):
+        fail(f"preset, gate, mode and options need method 'mole', not {arm.method!r}")
+    if not study.seeds[name] or len(set(study.seeds[name])) < len(study.seeds[name]):
+        fail(f"seeds are {shorten([str(s) for s in study.seeds[name]], 8)}; give at least one, each once")
+    if not (arm.experts in ("domains", "sources") or (type(arm.experts) is int and arm.experts > 0)):
+        fail(f"experts is {arm.experts!r}; give a number, `domains` or `sources`")
+    times_of(arm.steps, "steps", f"{study.path}: {where}")
+    rank = arm.rank
+    if not isinstance(rank, dict):
+        absolute_rank(rank, study.bases[name], f"{study.path}: {where}")
+        return
+    ((kind, other), *more) = rank.items() or [("", "")]
+    target = study.arms.get(str(other))
+    if more or kind not in ("parameters_of", "compute_of") or target is None or isinstance(target.rank, dict):
+        fail(
+            f"rank is {rank!r}; write {{parameters_of: NAME}} or {{compute_of: NAME}}, with the name of another {word} "
+            "of this study whose rank is a number"
+        )
+    if arm.method != "lora":
+        fail(f"rank {rank!r} is for method 'lora', not {arm.method!r}")
 
 
 def absolute_rank(rank: object, base: Base, where: str) -> int:
     """The rank that an arm's `rank` means on a base. Raises ConfigError unless it is a whole number of at least 1."""
     times = _TIMES.fullmatch(rank) if isinstance(rank, str) else None
-    value = float(times[1]) * base.rank if times else rank
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
-        shown = f"{rank!r} = {value:g}" if times else repr(rank)
+    value = Fraction(times[1]) * base.rank if times else rank
+    if isinstance(value, bool) or not isinstance(value, int | float | Fraction) or value < 1 or value != int(value):
+        shown = f"{rank!r} = {float(value):g}" if isinstance(value, Fraction) else repr(rank)
         raise ConfigError(
             f"{where}: rank is {shown}; it must be a whole number of at least 1, or such a multiple of the base's rank "
             f"({base.rank}), as `2x`"
@@ -458,12 +481,21 @@ def absolute_rank(rank: object, base: Base, where: str) -> int:
     return int(value)
 
 
-def times_of(text: str, key: str, where: str) -> float:
+def times_of(text: str, key: str, where: str) -> Fraction:
     """The factor that `2x` means. Raises ConfigError unless it is a number above 0 with an `x`."""
     times = _TIMES.fullmatch(text)
-    if times is None or not float(times[1]):
+    if times is None or not Fraction(times[1]):
         raise ConfigError(f"{where}: {key} is {text!r}; give a multiple of the base's, such as `2x`")
-    return float(times[1])
+    return Fraction(times[1])
+
+
+def variant(study: Study) -> str:
+    """The name of a study's results: with the split if it is not `test`, and the keys set on the command line."""
+    parts = [study.name, *([] if study.split == "test" else [study.split])]
+    changed = ",".join(f"{key}={value}" for key, value in study.settings.items())
+    if len(changed) > 60:
+        changed = f"set-{sha256_of_json(dict(study.settings))[:10]}"
+    return "-".join([*parts, *([re.sub(r"[^A-Za-z0-9._+=,-]", "-", changed)] if changed else [])])
 
 
 def matching(study: Study, patterns: Sequence[str]) -> list[tuple[str, int]]:

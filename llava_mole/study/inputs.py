@@ -16,7 +16,7 @@ from llava_mole.common.files import read_json, sha256_of, sha256_of_json, write_
 from llava_mole.config import SourceConfig, is_remote
 from llava_mole.data.remote import Access
 from llava_mole.data.shard_files import find_shards, is_sharded
-from llava_mole.data.store import is_prepared, read_manifest, read_records
+from llava_mole.data.store import SELF_HASH, is_prepared, read_manifest, read_records
 from llava_mole.eval.benchmarks.benchmark import load_questions
 from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.questions import parse_named_file
@@ -24,6 +24,8 @@ from llava_mole.eval.questions import parse_named_file
 MISSING = "missing"
 UNSCORED = ("title", "position", "notes", "published")
 """Keys of a benchmark that no answer and no score depends on."""
+UNREAD = ("made_by", "report", SELF_HASH)
+"""Keys of a prepared set's manifest that say when it was made, and differ if it is made again."""
 
 
 class Inputs:
@@ -35,6 +37,7 @@ class Inputs:
 
     def __init__(self, cache: Path | None = None):
         self.missing: list[str] = []
+        """Every time that something was looked for in vain."""
         self._cache_file = cache
         self._known: dict[str, str] = {}
         self._fresh: dict[str, str] = {}  # results within this process
@@ -84,7 +87,7 @@ class Inputs:
         if not path.exists():
             return self._lost(path)
         if is_prepared(path):
-            return sha256_of_json(read_manifest(path))
+            return sha256_of_json({k: v for k, v in read_manifest(path).items() if k not in UNREAD})
         annotations = self.file(str(path))
         if not images:
             return annotations
@@ -95,7 +98,7 @@ class Inputs:
     def benchmark(self, name: str, data_root: Path, *, images: bool) -> str:
         """A benchmark: how it asks and scores, its questions with their answers, training splits and images."""
         benchmark = get_benchmark(name)
-        key = f"benchmark {name}"
+        key = f"benchmark {name} below {data_root}, {images}"
         if key not in self._fresh:
             try:
                 loaded = load_questions(benchmark, data_root=data_root)
@@ -120,7 +123,8 @@ class Inputs:
             stats = [(path, path.stat()) for path in paths]
         except OSError as error:
             return self._lost(Path(error.filename or root))
-        signature = sha256_of_json([[str(p.absolute()), s.st_size, s.st_mtime_ns] for p, s in stats])
+        named = [[str(p.absolute()), s.st_size, s.st_mtime_ns] for p, s in stats]
+        signature = sha256_of_json([str(root.absolute()), named])
         if signature not in self._known:
             digest = hashlib.sha256()
             for path in _shown(paths, f"reading {root}"):
@@ -129,8 +133,7 @@ class Inputs:
         return self._known[signature]
 
     def _lost(self, path: Path) -> str:
-        if str(path) not in self.missing:
-            self.missing.append(str(path))
+        self.missing.append(str(path))
         return MISSING
 
 

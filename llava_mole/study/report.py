@@ -38,6 +38,7 @@ def write_report(results: Results, folder: Path, command: str) -> tuple[str, lis
         ConfigError: the folder has other files, or cannot be written.
     """
     check_folder(folder)
+    earlier = set(read_json(folder / RESULTS).get("files", ())) if (folder / RESULTS).is_file() else set()
     study = results.study
     comparisons = compare_arms(results)
     tables = [
@@ -55,8 +56,10 @@ def write_report(results: Results, folder: Path, command: str) -> tuple[str, lis
     if study.split == "validation" and (chosen := best_arm(results)):
         facts.append(chosen)
     files = _figures(results, folder)
-    values = as_values(results, comparisons, command)
+    values = as_values(results, comparisons, command) | {"files": sorted(path.name for path in files)}
     write_json(folder / RESULTS, values)
+    for name in earlier - set(values["files"]):  # of an arm that is gone, or that has nothing to show now
+        (folder / Path(name).name).unlink(missing_ok=True)
     pictures = [(_heading(path), path) for path in files if path.suffix == ".png"]
     write_text(folder / "report.md", _markdown(study.title, facts, tables, pictures))
     commands = "\n".join(commands_of(list(results.plan.cells.values())))
@@ -112,7 +115,9 @@ def best_arm(results: Results) -> str | None:
         found[arm] = sum(by_domain) / len(by_domain)
     best = max(found, key=lambda arm: found[arm])
     listed = ", ".join(f"{arm} {value:.2f}" for arm, value in sorted(found.items(), key=lambda item: -item[1]))
-    return f"Chosen by the validation split (mean over domains): {best}. All arms: {listed}."
+    unseen = [domain for domain in study.base.domains if domain not in domains]
+    over = f"mean over {', '.join(domains)}; no questions of {', '.join(unseen)}" if unseen else "mean over domains"
+    return f"Chosen by the validation split ({over}): {best}. All arms: {listed}."
 
 
 def as_values(results: Results, comparisons: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:

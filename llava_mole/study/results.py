@@ -46,9 +46,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_t(differences: Sequence[float]) -> float | None:
-    """p of the two-sided paired t-test over seeds; None where it has no meaning (one seed, or no variation)."""
+    """p of the two-sided paired t-test over seeds; None where it has no meaning (one seed, or no variation).
+
+    Equal differences of scores `100 k / n` vary by rounding, which is no variation.
+    """
     spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
-    if spread == 0.0:
+    if spread <= 1e-9 * max(1.0, *map(abs, differences)):
         return None
     t = float(np.mean(differences)) / (spread / math.sqrt(len(differences)))
     return 2.0 * float(_student().sf(abs(t), len(differences) - 1))

@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ TICK_S = 0.2
 """Seconds between two looks at the running commands."""
 WAIT_S = 2.0
 """Seconds between two looks at cells that other processes run."""
+SAVING_S = 280
+"""Seconds that torchrun gives its ranks to save after a signal, within the 300 s of a Slurm job (`submit`)."""
+GPU_CLAIMS = Path(tempfile.gettempdir()) / f"llava_mole-{os.getuid()}"
+"""Where the commands of all studies of a user on this machine claim their GPUs."""
 TAIL_LINES = 6
 """Last lines of a failed command's log that are shown."""
 PACKAGES = ("torch", "transformers", "peft", "numpy", "open_clip_torch")
@@ -118,7 +123,11 @@ class Runner:
             )
 
     def run(self) -> int:
-        """Run everything. Returns 0, `EXIT_STOPPED` after a signal, or 1 if a cell failed."""
+        """Run everything.
+
+        Returns:
+            0; 1 if a cell failed or is left to other processes; `EXIT_STOPPED` after a signal.
+        """
         self._done = {name for name, cell in self.cells.items() if is_done(cell)}
         logger.info("%s, %d of them finished already", count_of(len(self.cells), "cell"), len(self._done))
         with _handled(self._signal), contextlib.closing(self._bar()) as bar:
@@ -147,10 +156,12 @@ class Runner:
         for name, reason in self.failed.items():
             logger.error("%s failed: %s", name, reason)
         blocked = len(left) - len(self._busy) - len(self.failed)
+        if left and not self.failed:
+            logger.error("%s not finished, because other processes have them", count_of(len(left), "cell"))
         if self.failed:
             more = f", and {count_of(blocked, 'cell')} cannot run without them" if blocked > 0 else ""
             logger.error("%s failed%s; the same command tries them again", count_of(len(self.failed), "cell"), more)
-        return 1 if self.failed else 0
+        return 1 if left else 0
 
     def _open_cells(self) -> list[Cell]:
         """The cells that could start now."""
@@ -168,7 +179,7 @@ class Runner:
         for cell in self._open_cells():
             if self._has_gpus and (cell.gpus or 0) > len(self._gpus):
                 continue  # until a running command gives some back
-            claim = contextlib.ExitStack()
+            claim, gpus = contextlib.ExitStack(), list[str]()
             try:
                 with write_errors(cell.folder):
                     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +188,8 @@ class Runner:
                     if lock.parent.is_dir():
                         with locked(lock, f"cell {cell.name}", "--break-lock", self.break_lock):
                             pass
+                if self._has_gpus and cell.gpus and not is_done(cell):
+                    gpus = self._claim_gpus(cell.gpus, claim)
             except LockedError as busy:
                 claim.close()
                 self._busy[cell.name] = str(busy)
@@ -186,14 +199,29 @@ class Runner:
                 self._done.add(cell.name)
                 return True
             try:
-                self._running.append(self._launch(cell, claim))
+                self._running.append(self._launch(cell, claim, gpus))
             except BaseException:
                 claim.close()
                 raise
             return True
         return False
 
-    def _launch(self, cell: Cell, claim: contextlib.ExitStack) -> _Running:
+    def _claim_gpus(self, count: int, claim: contextlib.ExitStack) -> list[str]:
+        """Claim GPUs that no command of another study on this machine has. Raises LockedError if there are too few."""
+        with write_errors(GPU_CLAIMS):
+            GPU_CLAIMS.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found: list[str] = []
+        job = os.environ.get("SLURM_JOB_ID", "")  # Slurm numbers the GPUs of every job from 0
+        for gpu in self._gpus:
+            if len(found) < count:
+                with contextlib.suppress(LockedError):
+                    claim.enter_context(locked(GPU_CLAIMS / f"gpu-{job}-{gpu}", f"GPU {gpu}"))
+                    found.append(gpu)
+        if len(found) < count:
+            raise LockedError(f"it needs {count_of(count, 'GPU')}, and other studies on this machine use the others")
+        return found
+
+    def _launch(self, cell: Cell, claim: contextlib.ExitStack, gpus: list[str]) -> _Running:
         """Write the cell's files and start its command."""
         known = _record(cell.folder / CELL)
         if known and known.get("digest") != cell.digest:
@@ -208,7 +236,8 @@ class Runner:
         environment = dict(os.environ)
         if cell.threads is not None:
             environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(cell.threads))
-        gpus = [self._gpus.pop(0) for _ in range(cell.gpus or 0)] if self._has_gpus else []
+        # torchrun kills its ranks this long after it was asked to stop; a large checkpoint takes longer than its 30 s.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with write_errors(cell.folder / LOG):
@@ -228,6 +257,7 @@ class Runner:
             raise ConfigError(
                 f"{cell.command[0]} cannot be started: {error.strerror}; check `launch` of the base"
             ) from None
+        self._gpus = [gpu for gpu in self._gpus if gpu not in gpus]
         logger.info("%s: started", cell.name)
         return _Running(cell, process, log, claim, time.monotonic(), time.strftime("%Y-%m-%d %H:%M:%S"), gpus)
 

@@ -22,9 +22,9 @@ def main_table(results: Results) -> Table:
     shown = study.published.shown
     if shown is not None:  # every row of that table, in its order; then the arms that it does not have
         order = [f"{shown}.{row}" for row in study.published.tables[shown].rows]
-        by_row = {reference: arm for arm, reference in places if reference is not None}
         rest = [(arm, reference) for arm, reference in places if reference not in order]
-        places = [*((by_row.get(reference, ""), reference) for reference in order), *rest]
+        by_row = [[place for place in places if place[1] == reference] or [("", reference)] for reference in order]
+        places = [*(place for row in by_row for place in row), *rest]
     published = {reference: study.published.row(reference) for _, reference in places if reference is not None}
     paper_columns = [c for c in study.published.columns if any(r and c in r.values for r in published.values())]
     rows = []

@@ -9,13 +9,17 @@ import torch
 from llava_mole.analysis.conflict.gradients import Reduction
 from llava_mole.analysis.conflict.meter import measure_conflict
 from llava_mole.analysis.probe import Probe, Rows, samples_of
-from llava_mole.common.errors import ConfigError
+from llava_mole.common.distributed import get_rank, get_world_size, raise_together
+from llava_mole.common.errors import ConfigError, StorageError
+from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 from llava_mole.data.dataset import SupervisedDataset
 from llava_mole.model.llava_arch import LlavaMole
 from llava_mole.train.tracker import CONFLICT_FILE, StepLog
 
 BATCHES = 4
+
+logger = get_logger(__name__)
 
 
 def training_probe(dataset: SupervisedDataset, global_batch_size: int, rows: Rows) -> Probe:
@@ -27,7 +31,10 @@ def training_probe(dataset: SupervisedDataset, global_batch_size: int, rows: Row
         ConfigError: a source has fewer than two samples.
     """
     chosen, held_out = samples_of(dataset)
-    name, fewest = min(chosen.plan.counts.items(), key=lambda item: item[1])
+    plan = chosen.plan
+    # Different samples: a lambda above 1 and further epochs repeat them.
+    different = {name: min(plan.sizes[name], count // plan.epochs) for name, count in plan.counts.items()}
+    name, fewest = min(different.items(), key=lambda item: item[1])
     if fewest < 2:
         raise ConfigError(
             f"train.conflict_every needs two samples of every source, and {name!r} has {count_of(fewest, 'sample')}"
@@ -81,6 +88,16 @@ class ConflictRecord:
     def measure(self, step: int) -> None:
         """Measure after optimizer step `step`; a collective."""
         started = time.perf_counter()
+        failure = None
+        try:
+            self._probe.load(get_rank(), get_world_size())
+        except StorageError as error:
+            failure = error
+        try:
+            raise_together(failure)
+        except StorageError as error:  # training goes on as long as its own samples can be read
+            logger.warning("no conflict after step %d: %s", step, error)
+            return
         found = measure_conflict(self._model, self._probe, self._parameters, self._reduction)
         if self._log is not None:
             self._log.write({"step": step, **found, "seconds": time.perf_counter() - started})

@@ -1,7 +1,6 @@
 """Optimizer groups and the learning-rate schedule."""
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
@@ -10,28 +9,12 @@ from llava_mole.common.errors import ConfigError
 from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 from llava_mole.config import TrainConfig
-from llava_mole.model.adapters import DECAYED, parameter_part
+from llava_mole.model.adapters import DECAYED, OWN_RATES, parameter_part, peak_rates
 
 LONG_WARMUP = 0.2
 """Share of a run's steps above which a warm-up is warned about."""
 
 logger = get_logger(__name__)
-
-
-OWN_RATES = {
-    "projector_learning_rate": "projector",
-    "router_learning_rate": "router",
-    "language_model_learning_rate": "language model",
-    "tower_learning_rate": "vision tower",
-}
-"""Key of `train` -> the part of the model, and group of the optimizer, that has a rate of its own."""
-_BLOCK = re.compile(r"\.(?:resblocks|blocks|layers?)\.(\d+)\.")
-
-
-def own_rate(part: str, config: TrainConfig) -> float:
-    """The peak rate of a part of the model (`parameter_part`)."""
-    rate = next((getattr(config, key) for key, owner in OWN_RATES.items() if owner == part), None)
-    return config.learning_rate if rate is None else rate
 
 
 def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -41,27 +24,18 @@ def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainC
     With `tower_layer_decay` every block of the tower has a group, whose peak is that of the block above times the
     decay; what comes before the blocks counts as one more below.
     """
-    depths = {name: _depth(name) for name in parameters if parameter_part(name) == "vision tower"}
-    top = max(depths.values(), default=0)
-    groups: dict[tuple[str, bool, int], list[torch.nn.Parameter]] = {}
+    rates = peak_rates(parameters, config)
+    groups: dict[tuple[str, bool, float], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         part = parameter_part(name)
         group = part if part in OWN_RATES.values() else "adapter"
         decays = parameter.ndim >= 2 and part in DECAYED
-        below = top - depths[name] if name in depths and config.tower_layer_decay < 1 else 0
-        groups.setdefault((group, decays and config.weight_decay > 0, below), []).append(parameter)
+        groups.setdefault((group, decays and config.weight_decay > 0, rates[name]), []).append(parameter)
     settings = []
-    for (group, decays, below), members in groups.items():
-        peak = own_rate(group, config) * config.tower_layer_decay**below
+    for (group, decays, peak), members in groups.items():
         decay = config.weight_decay if decays else 0.0
         settings.append({"params": members, "name": group, "lr": peak, "peak_lr": peak, "weight_decay": decay})
     return torch.optim.AdamW(settings, betas=(0.9, 0.999), eps=1e-8)
-
-
-def _depth(name: str) -> int:
-    """The block of a tower's parameter, from 0; -1 below the blocks."""
-    match = _BLOCK.search(name)
-    return int(match[1]) if match else -1
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:

@@ -68,11 +68,11 @@ def check_model(model: ModelConfig, data: DataConfig, adapter: AdapterConfig) ->
             Every rank finds that, and only rank 0 prints it.
         WeightsError: the language model's configuration cannot be used.
     """
-    from llava_mole.model.adapters import adapter_config
+    from llava_mole.model.adapters import adapter_config, check_sources
     from llava_mole.model.language_model import check_max_length, read_config
 
     try:
-        adapter_config(**asdict(adapter))
+        check_sources(adapter_config(**asdict(adapter)), data)
         check_max_length(read_config(model.language_model), data.max_length, model.language_model)
     except (ConfigError, ValueError) as error:
         found = ConfigError(str(error))

@@ -25,6 +25,7 @@ from llava_mole.common.log import get_logger
 from llava_mole.common.text import count_of
 from llava_mole.config import MAY_CHANGE, TrainConfig, config_to_dict, load_config
 from llava_mole.conversation import Template
+from llava_mole.model.adapters import OWN_RATES
 from llava_mole.model.builder import CONFIG_FILE
 from llava_mole.model.checkpoint import (
     STATE_FILE,
@@ -36,7 +37,6 @@ from llava_mole.model.checkpoint import (
     resolve_checkpoint,
 )
 from llava_mole.train.checkpointing import ENVIRONMENT_FILE, SUMMARY_FILE, Progress
-from llava_mole.train.optim import OWN_RATES
 from llava_mole.train.tracker import CONFLICT_FILE, METRICS_FILE, read_metrics
 from llava_mole.train.validation import ANSWERS_FILE
 

@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from llava_mole.common.distributed import all_gather_objects, get_rank, get_world_size, on_main
 from llava_mole.common.errors import CheckpointError
 from llava_mole.common.files import sync
-from llava_mole.model.checkpoint import OPTIMIZER_FILE, TRAINER_DIR
+from llava_mole.model.checkpoint import OPTIMIZER_FILE, PIECES, TRAINER_DIR
 from llava_mole.train.strategy import Strategy
 from llava_mole.train.trained_parts import trained_parts
 
-PIECES = "optimizer-*-of-*.safetensors"
 _PLACES = "fragments"
 
 

@@ -142,7 +142,7 @@ def train(
         if chosen:
             stack, losses, meters = _train_stack(world, cell, seed, chosen, recipe, asked, single)
             accuracy = validate(world, stack, asked, recipe.validation, seed, "validation")
-            stacks["single" if single else "mixed"] = {name: p.detach() for name, p in stack.parameters.items()}
+            stacks["single" if single else "mixed"] = stack.state()
             for row, name in enumerate(chosen):
                 results[name] = {
                     **accuracy[row],

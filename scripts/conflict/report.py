@@ -59,9 +59,10 @@ def by_cell(jobs: Sequence[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], S
     for job in jobs:
         cell, seed = job["settings"]["cell"], job["settings"]["seed"]
         _, scores = cells.setdefault(cell_name(cell), (cell, defaultdict(dict)))
-        singles = {d: job["arms"][f"single {d}"][d] for d in DOMAINS if f"single {d}" in job["arms"]}
-        if len(singles) == len(DOMAINS):
-            scores["single"][seed] = statistics.mean(singles.values())
+        for way in {name.partition(" @ ")[1:] for name in job["arms"] if name.startswith("single ")}:
+            singles = {d: arm[d] for d in DOMAINS if (arm := job["arms"].get("".join((f"single {d}", *way))))}
+            if len(singles) == len(DOMAINS):
+                scores["".join(("single", *way))][seed] = statistics.mean(singles.values())
         for name, arm in job["arms"].items():
             if not name.startswith("single "):
                 scores[name][seed] = statistics.mean(arm[d] for d in DOMAINS)

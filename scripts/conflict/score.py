@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 arms = arms_of(job.arms, single)
                 stack = build_stack(world, cell, job.seed, arms)
-                stack.parameters = parameters
+                stack.load_state(parameters)
                 for arm, accuracy in zip(arms, validate(world, stack, asked, SAMPLES, job.seed, "test"), strict=True):
                     rows.append(
                         {"job": path.stem, "cell": vars(cell), "seed": job.seed, "arm": arm, "accuracy": accuracy}

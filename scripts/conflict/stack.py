@@ -11,7 +11,7 @@ K experts, N rank slots (all experts' ranks and the shared expert's, side by sid
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -221,6 +221,15 @@ class Stack:
         routed.probs.append(probs)
         routed.chosen.append(chosen)
         return torch.baddbmm(self.always, mixed, self.slots_of_expert)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a trained stack answers with: its parameters, and the routers' biases of load-free balancing."""
+        return {"bias": self.bias, **{name: p.detach() for name, p in self.parameters.items()}}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned. Raises KeyError for a state without biases."""
+        self.bias = state["bias"]
+        self.parameters = {name: value for name, value in state.items() if name != "bias"}
 
     def _temperature(self, progress: float) -> Tensor:
         over = min(1.0, progress * 2)

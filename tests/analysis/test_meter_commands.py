@@ -1,5 +1,6 @@
 """`llava-mole conflict` and `routing` on runs, checkpoints and configurations; what they refuse; their page."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -10,8 +11,10 @@ import pytest
 
 from llava_mole import cli
 from llava_mole.analysis.conflict.cli import _parser as conflict_parser
+from llava_mole.analysis.opening import open_subject
 from llava_mole.config import parse_run_config
 from llava_mole.serve.overlay.cli import _parser as routing_parser
+from llava_mole.train.optim import build_optimizer
 from llava_mole.train.plot import draw_run
 from llava_mole.train.train import train
 
@@ -84,6 +87,83 @@ def test_conflict_at_the_start_of_a_run(world: Path, tmp_path: Path, capsys: pyt
     assert run["parts"]["experts B"]["norm"][0] > 0
     assert run["interference"]["step"] == "AdamW without state"
     assert "tokens" not in run
+
+
+@pytest.fixture(scope="module")
+def full(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which language model and tower train too, with two checkpoints."""
+    run = tmp_path_factory.mktemp("full") / "run"
+    out = ["--train.output_dir", str(run), "--train.max_steps", "2", "--train.save_every", "1"]
+    train(parse_run_config([str(world / "config.yaml"), *out, *FULL]))
+    return run
+
+
+FULL = ["--model.train.language_model", "full", "--model.train.tower", "all", "--train.learning_rate", "2e-3",
+        "--train.tower_learning_rate", "1e-3", "--train.tower_layer_decay", "0.5"]  # fmt: skip
+
+
+def test_all_that_trained_is_measured(world: Path, full: Path, tmp_path: Path) -> None:
+    """Of a run as of the configuration that it starts from: tower and language model too, at the rates of training."""
+    few = ["--batches", "2", "--batch-size", "2", "--no-tokens"]
+    found = {}
+    for name, subject in (("run", [str(full)]), ("config", [str(world / "config.yaml"), *FULL])):
+        assert cli.main(["conflict", *subject, *few, "--out", str(tmp_path / name)]) == 0
+        (found[name],) = json.loads((tmp_path / name / "conflict.json").read_text())["runs"]
+    assert set(found["run"]["parts"]) == set(found["config"]["parts"]) > {"vision tower", "language model"}
+    for part in ("vision tower", "language model"):
+        assert found["run"]["parts"][part]["norm"][0] > 0
+    options = argparse.Namespace(model_base=None, vision_tower=None, device="cpu", dtype="float32")
+    subject = open_subject(full, [], options)
+    optimizer = build_optimizer(dict(subject.parameters), subject.config.train)
+    rates = {id(p): group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert subject.rates() == {name: rates[id(parameter)] for name, parameter in subject.parameters.items()}
+    assert len(set(rates.values())) > 3
+    assert found["run"]["interference"]["rates"] == sorted(set(rates.values()))
+
+
+def test_checkpoints_of_another_base_are_left_out(
+    full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every checkpoint of a run that trains its language model has another base."""
+    few = ["--samples", "3", "--permutations", "5", "--no-interventions", "--out", str(tmp_path / "routing")]
+    assert cli.main(["routing", str(full), *few]) == 0
+    assert "checkpoint-1 is left out: its language model or vision tower" in capsys.readouterr().err
+    assert json.loads((tmp_path / "routing" / "routing.json").read_text())["drift"] == []
+    assert cli.main(["routing", str(full), *few, "--against", str(full / "checkpoint-1")]) == 2
+    assert "was trained on another base" in capsys.readouterr().err
+
+
+def test_optimizer_state_in_pieces_is_not_taken_for_none(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    out = ["--train.output_dir", str(run), "--train.max_steps", "1", "--train.checkpoint_files", "sharded"]
+    train(parse_run_config([str(world / "config.yaml"), *out]))
+    command = ["conflict", str(run), "--batches", "2", "--batch-size", "2", "--no-tokens", "--out", str(tmp_path / "c")]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "holds the optimizer's state in pieces" in said
+    assert cli.main([*command, "--no-interference"]) == 0
+    advised = shlex.split(re.search(r"run `llava-mole (.*?)` first", said)[1])  # type: ignore[index]
+    assert cli.main(advised) == 0, capsys.readouterr().err
+    assert cli.main(command) == 0
+    (measured,) = json.loads((tmp_path / "c" / "conflict.json").read_text())["runs"]
+    assert measured["interference"]["step"] == "AdamW with the run's second moments"
+
+
+def test_other_data_are_measured_whole(world: Path, tmp_path: Path) -> None:
+    """What the run held out of its own data says nothing of a test set."""
+    run, few = tmp_path / "run", ["--batches", "2", "--batch-size", "6", "--no-tokens", "--no-interference"]
+    held_out = ["--data.validation_samples", "3", "--train.validate_every", "1"]
+    train(parse_run_config([str(world / "config.yaml"), "--train.output_dir", str(run), "--train.max_steps", "1",
+                            *held_out]))  # fmt: skip
+    others = [f"--data.sources.{name}.annotations={world / name / name}.json" for name in ("blue", "red")]
+    flags = [part for text in others for part in text.split("=")]
+    for name, more, origin in (("given", flags, "data given"), ("own", ["--data.image_draft", "true"], "held out")):
+        smaller = few if name == "given" else [*few, "--batch-size", "1"]
+        assert cli.main(["conflict", str(run), *smaller, "--out", str(tmp_path / name), *more]) == 0
+        (measured,) = json.loads((tmp_path / name / "conflict.json").read_text())["runs"]
+        assert measured["samples_from"] == origin
 
 
 def test_routing_of_a_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,3 +135,20 @@ def test_equals_the_package(base: LlamaForCausalLM) -> None:
 def test_an_option_that_is_not_computed_is_refused(base: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="shared_a"):
         Stack(FrozenLlama(copy.deepcopy(base), S), [Member(MoleConfig(shared_a=True))], [0])
+
+
+def test_a_state_answers_as_the_stack_that_it_was_taken_from(base: LlamaForCausalLM) -> None:
+    """Its parameters alone do not: load-free balancing keeps biases outside of them."""
+    options = OPTIONS["bias"] | {"add_balance_loss": False, "r": 2}
+    members = [Member(MoleConfig(**{"num_experts": K, **options}))]  # type: ignore[arg-type]
+    stack, again = (Stack(FrozenLlama(copy.deepcopy(base), S), members, [0]) for _ in range(2))
+    stack.bias = torch.randn(stack.bias.shape, generator=torch.Generator().manual_seed(0))
+    for value in stack.parameters.values():
+        value.data.normal_(generator=torch.Generator().manual_seed(1))
+    x, source = torch.randn(1, B, S, D, generator=torch.Generator().manual_seed(2)), torch.zeros(1, B, dtype=torch.long)
+    with torch.no_grad():
+        logits, _ = stack.forward(x, source, images=1)
+        again.load_state(stack.state())
+        assert torch.equal(again.forward(x, source, images=1)[0], logits)
+        again.bias = torch.zeros_like(again.bias)
+        assert not torch.equal(again.forward(x, source, images=1)[0], logits)

@@ -25,3 +25,9 @@ def folder(study_world: Path, tmp_path: Path) -> Path:
     for file in study_world.glob("*.yaml"):
         shutil.copy(file, tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def own_gpu_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that run side by side do not share the GPUs that they make up."""
+    monkeypatch.setattr("llava_mole.study.runner.GPU_CLAIMS", tmp_path / "gpus")

@@ -1,16 +1,19 @@
 """The cells of a study: what they share, and which of them a changed input makes new."""
 
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
-from worlds.study_world import write_study
+from worlds.study_world import write_questions, write_study
 
 from llava_mole.common.errors import ConfigError
+from llava_mole.config import SourceConfig
 from llava_mole.study.cells import Plan, arm_config, plan_study
 from llava_mole.study.definition import Study, read_study
 from llava_mole.study.inputs import Inputs
@@ -21,7 +24,7 @@ KINDS = ("pretrain", "finetune", "eval")
 def plan(path: Path, **options: object) -> Plan:
     study = read_study(path, **options)  # type: ignore[arg-type]
     found = plan_study(study, path.parent / "out", Inputs(path.parent / "digests.json"))
-    assert not found.missing
+    assert not found.missing()
     return found
 
 
@@ -202,8 +205,8 @@ def test_missing_inputs_are_collected(folder: Path) -> None:
     study = read(write_study(folder, seeds=[0]))
     inputs = Inputs()
     found = plan_study(study, folder / "out", inputs)
-    assert len(found.missing) == 1
-    assert "red_test.jsonl: no such file" in found.missing[0]
+    assert len(found.missing()) == 1
+    assert "red_test.jsonl: no such file" in found.missing()[0]
 
 
 def test_contents_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,3 +218,58 @@ def test_contents_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     second = plan_study(read(path), folder / "out", Inputs(folder / "digests.json"))
     assert not read_files
     assert list(first.cells) == list(second.cells)
+
+
+def test_what_is_missing_is_known_by_cell(folder: Path) -> None:
+    """An arm that does not need it can run."""
+    stage2 = yaml.safe_load((folder / "stage2.yaml").read_text())
+    stage2["data"]["sources"]["blue"]["annotations"] = str(folder / "nowhere.json")
+    (folder / "stage2.yaml").write_text(yaml.safe_dump(stage2))
+    found = plan_study(read(write_study(folder, seeds=[0])), folder / "out", Inputs())
+    assert not found.missing(found.with_needs([found.runs["red", 0]]))
+    for arm in ("mix", "mole"):
+        assert found.missing([found.runs[arm, 0]]) == [str(folder / "nowhere.json")]
+    assert found.missing() == [str(folder / "nowhere.json")]
+
+
+def test_a_prepared_set_made_again_is_the_same_input(tmp_path: Path) -> None:
+    digests = []
+    for name, words in (("a", "red"), ("b", "red"), ("c", "blue")):
+        path = prepared_set(tmp_path / name, words)
+        digests.append(Inputs().source("x", SourceConfig(annotations=str(path), image_folder=""), images=False))
+    assert json.loads((tmp_path / "a/set/train/manifest.json").read_text())["made_by"]["time"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def prepared_set(folder: Path, words: str) -> Path:
+    """A prepared set of one record, converted at another time than the one before."""
+    from llava_mole.data.prepare.cli import main as prepare
+
+    folder.mkdir()
+    record = {"id": "1", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": words}]}
+    (folder / "raw").mkdir()
+    (folder / "raw" / "all.json").write_text(json.dumps([record]))
+    time.sleep(1.01)
+    assert prepare(["llava-json", "--raw", str(folder / "raw"), "--out", str(folder / "set")]) == 0
+    return folder / "set" / "train"
+
+
+def test_a_digest_knows_where_names_begin(tmp_path: Path) -> None:
+    """The same file seen from two roots has two names; a cache does not confuse them."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    inputs = Inputs()
+    one = inputs.files(tmp_path, [tmp_path / "a" / "x"])
+    assert one != inputs.files(tmp_path / "a", [tmp_path / "a" / "x"])
+    assert one == Inputs().files(tmp_path, [tmp_path / "a" / "x"])
+
+
+def test_a_benchmark_is_known_by_where_its_data_are(folder: Path, tmp_path: Path) -> None:
+    """Two bases may have the same benchmark with data of their own."""
+    root = Path(yaml.safe_load((folder / "base.yaml").read_text())["data_root"])
+    other = tmp_path / "other"
+    shutil.copytree(root, other, ignore=shutil.ignore_patterns("out", "language_model"))
+    write_questions(other, "test", 3)
+    inputs, benchmark = Inputs(), str(folder / "colors_test.yaml")
+    digests = [inputs.benchmark(benchmark, place, images=images) for place in (root, other) for images in (True, False)]
+    assert len(set(digests)) == 4

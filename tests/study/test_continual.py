@@ -25,9 +25,9 @@ from llava_mole.eval.scoring.score import read_score_file
 from llava_mole.study.cells import CONFIG, RUN, Cell
 from llava_mole.study.continual import Continual, Steps, plan_continual, read_continual
 from llava_mole.study.continual_metrics import continual_numbers
-from llava_mole.study.continual_results import collect_continual, write_continual_report
+from llava_mole.study.continual_results import Matrix, collect_continual, differences, write_continual_report
 from llava_mole.study.inputs import Inputs
-from llava_mole.study.runner import DONE, is_done
+from llava_mole.study.runner import DONE, is_done, versions
 
 TASKS = ["red", "blue", "green"]
 METHODS: dict[str, Any] = {
@@ -99,7 +99,7 @@ def write_study(folder: Path, name: str = "study", **changes: object) -> Path:
 def plan(path: Path) -> tuple[Continual, Steps]:
     continual = read_continual(path)
     steps = plan_continual(continual, path.parent / "out", Inputs())
-    assert not steps.plan.missing
+    assert not steps.plan.missing()
     return continual, steps
 
 
@@ -114,7 +114,7 @@ def run_cells(cells: Iterable[Cell]) -> list[str]:
             save_config(cell.config, cell.folder / CONFIG)
         module, *arguments = cell.command[cell.command.index("-m") + 1 :]
         assert importlib.import_module(module).main(arguments) == 0, cell.name
-        write_json(cell.folder / DONE, {"digest": cell.digest, "seconds": 1.0})
+        write_json(cell.folder / DONE, {"digest": cell.digest, "seconds": 1.0, "versions": versions()})
         ran.append(cell.name)
     return ran
 
@@ -225,7 +225,11 @@ def test_status_and_report(finished: tuple[Continual, Steps], study: Path, capsy
     assert "24 of 24 cells finished" in printed
     assert llava_mole(["continual", "report", str(study), *where]) == 0
     printed = capsys.readouterr().out
-    for text in ("LoRA (seed 0): accuracy in percent", "forgetting", "differences to LoRA, paired over questions"):
+    for text in (
+        "LoRA (seed 0): accuracy in percent",
+        "forgetting",
+        "differences to LoRA, over the seeds of both, paired over questions",
+    ):
         assert text in printed
     folder = study.parent / "out" / "reports" / "study"
     values = json.loads((folder / "continual.json").read_text())
@@ -257,6 +261,26 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda v: v.update(methods={"grow": {**METHODS["grow"], "options": {"shared_a": True}}}),
         "method 'grow', step 2: .*shared_a",
     ),
+    "options of lora": (
+        lambda v: v["methods"]["lora"].update(preset="by-source"),
+        "method 'lora': preset, gate, mode and options need",
+    ),
+    "experts": (lambda v: v["methods"]["mole"].update(experts="foo"), "method 'mole': experts is 'foo'"),
+    "rank of nothing": (
+        lambda v: v["methods"]["lora"].update(rank={"parameters_of": "nobody"}),
+        "name of another method of this study",
+    ),
+    "steps": (lambda v: v["methods"]["lora"].update(steps="2"), "method 'lora': steps is '2'"),
+    "sources unseen": (
+        lambda v: v["methods"]["mole"].update(preset="by-source"),
+        "method 'mole': the adapter learns its router from a sample's source.* use replay above 0, or schedule: joint",
+    ),
+    "sources needed": (
+        lambda v: v["methods"]["mole"].update(
+            preset="paper", replay=0.5, options={"router": "oracle", "balance_coef": 0.0}
+        ),
+        "method 'mole': the adapter routes by the number of a sample's source.*all be number 0; use schedule: joint",
+    ),
     "unknown key": (lambda v: v["methods"]["lora"].update(reply=0.1), "reply"),
 }
 
@@ -268,6 +292,33 @@ def test_mistakes_are_named(study: Path, name: str) -> None:
     change(values)
     with pytest.raises(ConfigError, match=message):
         plan(write_study(study.parent, "mistake", **values))
+
+
+def test_experts_are_counted_over_the_tasks(study: Path) -> None:
+    """Not over the domains of the base; and with replay a source keeps its number."""
+    methods = {"mole": METHODS["mole"], "kept": {"method": "mole", "preset": "by-source", "replay": 0.5}}
+    continual, steps = plan(write_study(study.parent, "two", methods=methods, tasks=["green", "red"]))
+    for name in methods:
+        configs = [steps.plan.cells[run].config for run in steps.runs[name, 0]]
+        assert [c.adapter.num_experts for c in configs if c is not None] == [2, 2]
+    (first, second) = (steps.plan.cells[run].config for run in steps.runs["kept", 0])
+    assert first is not None
+    assert second is not None
+    assert list(first.data.sources) == ["green"]
+    assert list(second.data.sources) == ["green", "red"]
+    assert continual.methods["kept"].replay == 0.5
+
+
+def test_differences_are_over_the_seeds_of_both() -> None:
+    generator = np.random.default_rng(0)
+    observed, drawn = generator.random((3, 2, 2)), generator.random((50, 3, 2, 2))
+    first = Matrix([0, 1, 2], observed, drawn, {})
+    second = Matrix([2], observed[2:] + 0.25, drawn[:, 2:] + 0.25, {})
+    found = differences(first, second)
+    assert found["last"]["seeds"] == [2]
+    for number in ("last", "average", "learned"):
+        assert [found[number][key] for key in ("value", "low", "high")] == pytest.approx([0.25] * 3)
+    assert differences(first, Matrix([7], observed[:1], drawn[:, :1], {})) == {}
 
 
 def test_shipped_studies_are_read() -> None:

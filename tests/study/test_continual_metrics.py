@@ -1,11 +1,13 @@
 """The numbers of continual learning against sums written out by hand, and the bootstrap against one of single draws."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from llava_mole.eval.scoring.aggregate import Units
+from llava_mole.study import continual_results
 from llava_mole.study.continual_metrics import Measured, continual_numbers, resample
 
 
@@ -80,3 +82,36 @@ def test_different_questions_are_refused() -> None:
     one, other = hits([1, 0, 1])[0], hits([1, 0])[0]
     with pytest.raises(ValueError, match="different questions"):
         resample(Measured([one, other], share))
+
+
+@pytest.mark.parametrize("models", [1, 4, 5])
+def test_benchmarks_are_resampled_independently(models: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two benchmarks of one study: the mean of both has the variance of independent means, whatever their sizes."""
+    generator = np.random.default_rng(1)
+    answers = {own: [generator.integers(0, 2, 200).tolist() for _ in range(models)] for own in ("one", "two")}
+    units = {own: hits(*columns) for own, columns in answers.items()}
+    drawn = {}
+
+    class Task:
+        base = None
+
+        def numbers(self, task: str) -> list[str]:
+            return [f"{task}.hit"]
+
+    monkeypatch.setattr(continual_results, "stored_benchmark", lambda file: Benchmark())
+    monkeypatch.setattr(continual_results, "statistic", lambda *_: share)
+    monkeypatch.setattr(continual_results.Units, "from_dict", lambda unit, _: unit)
+    for own in answers:
+        files = [{own: {"per_question": unit, "score_file": ""}} for unit in units[own]]
+        _, drawn[own] = continual_results._accuracies(Task(), own, files, 4000, 0)  # type: ignore[arg-type]
+    for m in range(models):
+        assert abs(np.corrcoef(drawn["one"][:, m], drawn["two"][:, m])[0, 1]) < 0.08
+
+
+class Benchmark:
+    """Stands for the definition that a score file holds."""
+
+    groups = ("g",)
+
+    def expand_numbers(self, groups: Sequence[str]) -> dict[str, None]:
+        return {"hit": None}

@@ -55,6 +55,11 @@ GRIDS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"rnk": [1, 2]}, "arm 'rnk=1': unknown key rnk"),
     "same name": ({"rank": [1, 2], "name": "x"}, "two combinations are called 'x'"),
     "bad name": ({"rank": [1, 2], "name": "{alpha}"}, "name is '{alpha}', which cannot be filled in"),
+    "exclude of an unknown key": (
+        {"rank": [1, 2], "exclude": [{"rnk": 2}]},
+        "exclude has .*'rnk': 2.*leaves nothing out: an arm has no 'rnk'",
+    ),
+    "exclude of another value": ({"rank": [1, 2], "exclude": [{"rank": "2x"}]}, "no combination of the grid has these"),
     "bad exclude": ({"rank": [1, 2], "exclude": ["a"]}, "exclude and include are lists of settings"),
 }
 
@@ -73,7 +78,7 @@ STUDY_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "mixture": ({"arms": {"a": {"mixture": [1]}}}, r"arm 'a': mixture is \[1.0\]; give a lambda .* red, blue"),
     "all 0": ({"arms": {"a": {"mixture": [0, 0]}}}, "not all 0"),
     "rank": ({"arms": {"a": {"rank": "0.3x"}}}, r"rank is '0.3x' = 0.6; it must be a whole number"),
-    "rank of nothing": ({"arms": {"a": {"rank": {"parameters_of": "b"}}}}, "with an arm of this study"),
+    "rank of nothing": ({"arms": {"a": {"rank": {"parameters_of": "b"}}}}, "with the name of another arm of"),
     "rank of itself": ({"arms": {"a": {"rank": {"parameters_of": "a"}}}}, "whose rank is a number"),
     "preset of lora": ({"arms": {"a": {"preset": "coupled"}}}, "need method 'mole', not 'lora'"),
     "steps": ({"arms": {"a": {"steps": "twice"}}}, "arm 'a': steps is 'twice'; give a multiple of the base's"),
@@ -100,6 +105,36 @@ def test_mistakes_in_a_study_are_named(folder: Path, name: str) -> None:
         read_study(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_multiple_is_exact(folder: Path) -> None:
+    """1.15 times 100 is 115, which it is not in binary floating-point numbers."""
+    base = yaml.safe_load((folder / "base.yaml").read_text())
+    (folder / "base.yaml").write_text(yaml.safe_dump(base | {"rank": 100}))
+    study = read_study(write_study(folder, arms={"a": {"rank": "1.15x", "steps": "1.15x"}}),
+                       settings={"train.max_steps": 100})  # fmt: skip
+    assert arm_config(study, "a").adapter.rank == 115
+    assert arm_config(study, "a").train.max_steps == 115
+
+
+OTHER_BASES: dict[str, tuple[dict[str, Any], str]] = {
+    "no such split": ({"benchmarks": {"validation": {"colors": "x"}}}, "has other benchmarks for the split 'test'"),
+    "other names": (
+        {"benchmarks": {"test": {"colours": "x"}}, "routing": {},
+         "columns": {c: {"domain": c, "number": f"colours.{c}"} for c in ("red", "blue")}},
+        "has other columns",
+    ),
+    "other domains": ({"domains": {"blue": ["blue"], "red": ["red"]}}, "has other domains"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_BASES)
+def test_an_arm_on_another_base_fits_into_the_same_table(folder: Path, name: str) -> None:
+    change, message = OTHER_BASES[name]
+    base = yaml.safe_load((folder / "base.yaml").read_text())
+    (folder / "other.yaml").write_text(yaml.safe_dump(base | change, sort_keys=False))
+    with pytest.raises(ConfigError, match=f"arm 'b': .*other.yaml {message}"):
+        read_study(write_study(folder, arms={"a": {}, "b": {"base": "other.yaml"}}))
 
 
 BASE_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

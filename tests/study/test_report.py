@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from worlds.study_world import write_study
 
@@ -21,10 +22,11 @@ from llava_mole.eval.benchmarks.registry import get_benchmark
 from llava_mole.eval.scoring.score import score_benchmark, write_score_file
 from llava_mole.study.cells import Plan, plan_study
 from llava_mole.study.cli import main
-from llava_mole.study.definition import read_study
+from llava_mole.study.definition import read_study, variant
 from llava_mole.study.inputs import Inputs
 from llava_mole.study.results import collect, compare_arms, estimate, paired_t
 from llava_mole.study.runner import is_done, versions
+from llava_mole.study.tables import main_table
 
 RIGHT = {"red": {0: (6, 0), 1: (4, 1)}, "mix": {0: (3, 3), 1: (4, 2)}, "mole": {0: (5, 6), 1: (5, 4)}}
 """Arm -> seed -> how many of the six red and the six blue questions are answered rightly."""
@@ -133,6 +135,11 @@ def test_the_t_test_is_the_tail_of_students_density(differences: list[float]) ->
 def test_there_is_no_t_test_without_variation() -> None:
     assert paired_t([3.0]) is None
     assert paired_t([3.0, 3.0]) is None
+    # Two of 66 questions more, with each of two seeds: equal differences that rounding makes unequal.
+    rounded = [100 * 5 / 66 - 100 * 3 / 66, 100 * 43 / 66 - 100 * 41 / 66]
+    assert rounded[0] != rounded[1]
+    assert paired_t(rounded) is None
+    assert paired_t([1e-3, 2e-3]) is not None
 
 
 def naive_holm(p_values: list[float]) -> list[float]:
@@ -274,6 +281,59 @@ def test_other_files_are_not_replaced(folder: Path, capsys: pytest.CaptureFixtur
     assert (folder / "mine" / "report.md").read_text() == "mine"
 
 
+def test_arms_with_the_same_row_of_the_paper_stand_beside_it_together(folder: Path) -> None:
+    arms = {"a": {"label": "One", "paper": "t.1"}, "b": {"label": "Two", "paper": "t.1", "rank": "2x"}}
+    right = {"a": {0: (3, 3)}, "b": {0: (4, 5)}}
+    path, plan = prepared(folder, right, arms=arms, compare=[], figure3=[], paper_table="t")
+    rows = main_table(collect(read_study(path), plan)).rows
+    assert [(row[0], row[1]) for row in rows] == [("0", "Other"), ("1", "One"), ("1", "Two"), ("2", "MoLE")]
+
+
+def test_a_report_is_not_replaced_while_inputs_are_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The finished cells that need them would not be recognised."""
+    path, _ = prepared(folder)
+    assert main(["report", *arguments(path)]) == 0
+    report = folder / "out" / "reports" / "study" / "report.md"
+    before = report.read_text()
+    text = (folder / "base.yaml").read_text()
+    (folder / "base.yaml").write_text(text.replace("data_root: ", "data_root: /nowhere"))
+    capsys.readouterr()
+    assert main(["report", *arguments(path)]) == 2
+    said = capsys.readouterr().err
+    assert "missing: " in said
+    assert "1 input of the study is missing now" in said
+    assert report.read_text() == before
+    assert main(["report", *arguments(path), "--out", str(folder / "other")]) == 0
+    assert "missing: " in capsys.readouterr().err
+
+
+def test_a_report_of_other_questions_or_settings_has_a_place_of_its_own(folder: Path) -> None:
+    path, _ = prepared(folder)
+    study = read_study(path)
+    assert variant(study) == "study"
+    assert variant(read_study(path, split="validation")) == "study-validation"
+    assert variant(read_study(path, settings={"train.max_steps": 20})) == "study-train.max_steps=20"
+    many = {f"train.key_{n}": "x" * n for n in range(9)}
+    assert re.fullmatch(r"study-set-[0-9a-f]{10}", variant(read_study(path, settings=many)))
+    assert main(["report", *arguments(path)]) == 0
+    assert main(["report", *arguments(path), "--split", "validation"]) == 0
+    assert {p.name for p in (folder / "out" / "reports").iterdir()} == {"study", "study-validation"}
+
+
+def test_figures_of_the_report_before_are_gone(folder: Path) -> None:
+    """Those of an arm that is no longer shown; other files stay."""
+    path, _ = prepared(folder)
+    assert main(["report", *arguments(path)]) == 0
+    report = folder / "out" / "reports" / "study"
+    assert (report / "figure3-mole.png").is_file()
+    (report / "mine.txt").write_text("mine")
+    write_study(folder, figure3=[], compare=[["mole", "mix"]])
+    assert main(["report", *arguments(path)]) == 0
+    assert not list(report.glob("figure3*"))
+    assert (report / "mine.txt").is_file()
+    assert (report / "figure1.png").is_file()
+
+
 def test_names_from_files_are_escaped(folder: Path) -> None:
     path, _ = prepared(folder, {"x": {0: (3, 3)}}, arms={"x": {"label": "<b>A & |B|</b>"}}, compare=[], figure3=[])
     assert main(["report", *arguments(path)]) == 0
@@ -289,6 +349,19 @@ def test_validation_names_the_best_arm(folder: Path, capsys: pytest.CaptureFixtu
     path, _ = prepared(folder, split="validation")
     assert main(["report", *arguments(path)]) == 0
     assert "Chosen by the validation split (mean over domains): mole. All arms: mole 83.33" in capsys.readouterr().out
+
+
+def test_the_choice_names_domains_without_validation_questions(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = yaml.safe_load((folder / "base.yaml").read_text())
+    base["benchmarks"] = {"test": {"colors": "colors_test.yaml", "more": "colors_val.yaml"},
+                          "validation": {"colors": "colors_test.yaml"}}  # fmt: skip
+    base["columns"]["blue"]["number"] = "more.blue"
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    path, _ = prepared(folder, split="validation")
+    assert main(["report", *arguments(path)]) == 0
+    assert "(mean over red; no questions of blue): " in capsys.readouterr().out
 
 
 def test_digests_are_those_of_the_identity(folder: Path) -> None:

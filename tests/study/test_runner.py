@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from worlds.study_world import write_study
 
+from llava_mole.common.locks import locked
+from llava_mole.study import runner
 from llava_mole.study.cli import main
 
 FORK = multiprocessing.get_context("fork")
@@ -147,11 +149,12 @@ def test_a_cell_of_another_machine_is_left_to_it(
 ) -> None:
     write_study(folder, seeds=[0])
     path = claim(folder, "finetune-lora-r2-1-0")
-    assert main([*cells(folder), "--no-wait", "--jobs", "2"]) == 0
+    assert main([*cells(folder), "--no-wait", "--jobs", "2"]) == 1
     said = capsys.readouterr().err
     assert path.parent.name not in count(journal, "start")
     assert len(count(journal, "end")) == NUM_CELLS - 2  # without its evaluation
     assert "is in use by process 1 on elsewhere since now" in said
+    assert "2 cells not finished, because other processes have them" in said
     assert main(["status", *cells(folder)]) == 0
     assert "process 1 on elsewhere" in capsys.readouterr().out
     assert main([*cells(folder), "--break-lock"]) == 0
@@ -224,12 +227,14 @@ def test_a_cell_without_its_results_runs_again(folder: Path, journal: Path) -> N
     assert sorted(count(journal, "start").values()) == [1] * 6 + [2]
 
 
-def test_only_some_arms(folder: Path, journal: Path) -> None:
+def test_only_some_arms(folder: Path, journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(folder)
     assert main([*cells(folder), "--only", "mo*/1"]) == 0
     assert len(count(journal, "end")) == 3  # stage 1, the run, its evaluation
     assert main([*cells(folder), "--only", "mix"]) == 0
     assert len(count(journal, "end")) == 3 + 4
+    assert main([*cells(folder), "--only", "mix", "mole-typo/0"]) == 2
+    assert "--only mole-typo/0: nothing has such a name; arms are red, mix, mole" in capsys.readouterr().err
 
 
 def test_jobs_for_a_cluster(folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +285,7 @@ def test_every_job_has_its_own_gpus(folder: Path, journal: Path, monkeypatch: py
     base = (folder / "base.yaml").read_text()
     (folder / "base.yaml").write_text(base + "gpus: 2\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7,8")
-    monkeypatch.setenv("STEP_S", "0.05")
+    monkeypatch.setenv("STEP_S", "0.3")
     assert main([*cells(folder), "--jobs", "3"]) == 0
     used = [line[2] for line in events(journal) if line[1] == "gpus"]
     assert set(used) == {"5,6", "7,8"}
@@ -294,6 +299,28 @@ def test_every_job_has_its_own_gpus(folder: Path, journal: Path, monkeypatch: py
             running.remove(names[line[0]])
     (folder / "base.yaml").write_text(base + "gpus: 5\n")
     assert main([*cells(folder), "--only", "mix", "--cells", str(folder / "again")]) == 2
+
+
+def test_two_studies_on_one_machine_share_its_gpus(
+    folder: Path, journal: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four GPUs, two for each command, and another study has one of them: one command runs at a time."""
+    write_study(folder, seeds=[0])
+    base = (folder / "base.yaml").read_text()
+    (folder / "base.yaml").write_text(base + "gpus: 2\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7,8")
+    monkeypatch.setenv("STEP_S", "0.05")
+    runner.GPU_CLAIMS.mkdir(parents=True)
+    with locked(runner.GPU_CLAIMS / "gpu--6", "GPU 6"):
+        assert main([*cells(folder), "--jobs", "3"]) == 0
+        assert {line[2] for line in events(journal) if line[1] == "gpus"} == {"5,7"}
+        with locked(runner.GPU_CLAIMS / "gpu--7", "GPU 7"), locked(runner.GPU_CLAIMS / "gpu--8", "GPU 8"):
+            assert main([*cells(folder), "--cells", str(folder / "again"), "--no-wait"]) == 1
+    assert "it needs 2 GPUs, and other studies on this machine use the others" in capsys.readouterr().err
+    assert not list(runner.GPU_CLAIMS.iterdir())
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # whose GPUs are its own, whatever their numbers
+    with locked(runner.GPU_CLAIMS / "gpu--5", "GPU 5"), locked(runner.GPU_CLAIMS / "gpu--6", "GPU 6"):
+        assert main([*cells(folder), "--cells", str(folder / "job")]) == 0
 
 
 def test_dry_run_prints_the_commands(folder: Path, journal: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,15 +4,19 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from worlds.processes import fork_python
 from worlds.tiny_models import make_world
 
-from llava_mole.common.errors import ConfigError
+from llava_mole.analysis.probe import Probe, first_positions
+from llava_mole.common.errors import ConfigError, StorageError
 from llava_mole.config import parse_run_config
+from llava_mole.data.mixture import TrainingPlan
 from llava_mole.train.tracker import read_metrics
 from llava_mole.train.train import train
 
@@ -148,7 +152,58 @@ def test_two_ranks_are_undisturbed_too(world: Path, strategy: str) -> None:
         )
         assert done.returncode == 0, done.stderr[-4000:]
     assert_same(world / f"{strategy}-on", world / f"{strategy}-off")
-    alone = run(world, f"{strategy}-alone", *common, "--adapter.dropout", "0", "--train.conflict_every", "1")
-    entries = [read_metrics(world / name / "conflict.jsonl")[0] for name in (f"{strategy}-on", alone.name)]
     assert len(read_metrics(world / f"{strategy}-on" / "conflict.jsonl")) == STEPS
-    assert entries[0]["all"].keys() == entries[1]["all"].keys()
+    # Without noise two ranks train as one process does, and their sums are its measurement.
+    still = [*common, "--adapter.dropout", "0", "--train.conflict_every", "1"]
+    done = fork_python(program, *arguments(world, f"{strategy}-still", *still), ranks=2, timeout_s=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = run(world, f"{strategy}-alone", *still)
+    both, one = (read_metrics(world / name / "conflict.jsonl") for name in (f"{strategy}-still", alone.name))
+    for ours, theirs in zip(both, one, strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+        for key in ("cosine", "norm"):
+            assert np.array(ours["all"][key], float) == pytest.approx(np.array(theirs["all"][key], float), rel=1e-3)
+
+
+def test_a_measurement_that_cannot_be_read_is_left_out(
+    world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on, as without the meter; the next measurement reads again."""
+    whole, load, calls = run(world, "readable", "--train.conflict_every", "2"), Probe.load, []
+
+    def fail_once(self: Probe, *given: int) -> None:
+        calls.append(given)
+        if len(calls) == 1:
+            raise StorageError("s3://bucket/x.tar: is no longer there")
+        load(self, *given)
+
+    monkeypatch.setattr(Probe, "load", fail_once)
+    lost = run(world, "unreadable", "--train.conflict_every", "2")
+    assert caplog.text.count("no conflict after step 2: s3://bucket/x.tar: is no longer there") == 1
+    assert_same(lost, whole)
+    first, second = read_metrics(whole / "conflict.jsonl")
+    (found,) = read_metrics(lost / "conflict.jsonl")
+    assert (first["step"], second["step"], found["step"]) == (2, 4, 4)
+    assert found["all"] == second["all"]
+
+
+def test_a_sample_is_measured_once(world: Path) -> None:
+    """A lambda above 1 repeats samples; the meter compares different ones."""
+    more = ["--data.mixture.blue", "3", "--train.epochs", "2", "--train.global_batch_size", "28",
+            "--train.conflict_every", "1", "--train.max_steps", "1"]  # fmt: skip
+    (entry,) = read_metrics(run(world, "repeated", *more) / "conflict.jsonl")
+    assert entry["batches"] * entry["batch_size"] <= 15
+
+
+@pytest.mark.parametrize(("count", "enough"), [(20, True), (21, False)])
+def test_the_first_positions_are_different_samples(count: int, enough: bool) -> None:
+    plan = TrainingPlan({"a": 20, "b": 90}, {"a": 4.0, "b": 0.5}, 0, epochs=2)
+    dataset: Any = type("Dataset", (), {"plan": plan, "source_names": plan.names, "__len__": lambda _: len(plan)})()
+    if not enough:
+        with pytest.raises(ConfigError, match="source 'a' has 20 samples to measure on, and 21 of each"):
+            first_positions(dataset, count)
+        return
+    for name, own in zip(plan.names, first_positions(dataset, count), strict=True):
+        assert own == sorted(own)
+        assert [plan[position][0] for position in own] == [name] * count
+        assert len({plan[position][1] for position in own}) == count

@@ -114,7 +114,7 @@ def _measure(subject: "Subject", arguments: argparse.Namespace) -> dict[str, Any
 
 def _others(subject: "Subject", given: Sequence[Path] | None) -> Iterator[Path]:
     """The checkpoints to compare with, in order of their steps: those given, or the run's others that verify."""
-    from llava_mole.model.checkpoint import list_checkpoints, resolve_checkpoint, verify_checkpoint
+    from llava_mole.model.checkpoint import list_checkpoints, read_manifest, resolve_checkpoint, verify_checkpoint
 
     if given is not None:
         yield from (resolve_checkpoint(path) for path in given)
@@ -123,6 +123,8 @@ def _others(subject: "Subject", given: Sequence[Path] | None) -> Iterator[Path]:
         if path.resolve() != subject.path.resolve():
             try:
                 verify_checkpoint(path)
+                if read_manifest(path)["fingerprints"] != read_manifest(subject.path)["fingerprints"]:
+                    raise CheckpointError("its language model or vision tower, which train along, have other weights")
             except CheckpointError as error:
                 logger.warning("%s is left out: %s", path.name, error)
             else:

@@ -29,7 +29,9 @@ def group_sums(groups: Mapping[str, Array]) -> dict[str, Array]:
     return {name: rows.sum(axis=0, keepdims=True) for name, rows in groups.items()}
 
 
-def bootstrap_sums(groups: Mapping[str, Array], *, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, Array]:
+def bootstrap_sums(
+    groups: Mapping[str, Array], *, resamples: int = RESAMPLES, seed: int | Sequence[int] = SEED
+) -> dict[str, Array]:
     """Return the sums, `[resamples, F]` each, of resamples of groups of questions `[n, F]`.
 
     Questions are drawn with replacement within each group; the groups' sizes are part of the benchmark.
