@@ -95,8 +95,8 @@ class Subject:
             if any((self.checkpoint / TRAINER_DIR).glob(PIECES)):
                 raise ConfigError(
                     f"{self.checkpoint} holds the optimizer's state in pieces (train.checkpoint_files sharded), and "
-                    f"the interference matrix needs it whole; run `llava-mole consolidate {self.checkpoint}` first, or "
-                    "give --no-interference"
+                    "the interference matrix needs it whole; measure the result of `llava-mole consolidate "
+                    f"{self.checkpoint} --out DIR`, or give --no-interference"
                 )
             return None
         state = read_json(self.checkpoint / STATE_FILE)

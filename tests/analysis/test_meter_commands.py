@@ -144,9 +144,10 @@ def test_optimizer_state_in_pieces_is_not_taken_for_none(
     said = capsys.readouterr().err
     assert "holds the optimizer's state in pieces" in said
     assert cli.main([*command, "--no-interference"]) == 0
-    advised = shlex.split(re.search(r"run `llava-mole (.*?)` first", said)[1])  # type: ignore[index]
-    assert cli.main(advised) == 0, capsys.readouterr().err
-    assert cli.main(command) == 0
+    advised = re.search(r"result of `llava-mole (.*? --out) DIR`", said)
+    assert advised
+    assert cli.main([*shlex.split(advised[1]), str(tmp_path / "whole")]) == 0
+    assert cli.main(["conflict", str(tmp_path / "whole"), *command[2:]]) == 0
     (measured,) = json.loads((tmp_path / "c" / "conflict.json").read_text())["runs"]
     assert measured["interference"]["step"] == "AdamW with the run's second moments"
 

@@ -76,3 +76,41 @@ def test_answers_in_validation_are_refused_for_presets_that_need_a_task(world: P
     more = ("--data.validation_samples", "2", "--train.validate_every", "1", "--train.validation_answers", "1")
     with pytest.raises(ConfigError, match="cannot be used with adapter.options.granularity 'task'"):
         parse_run_config(arguments(world, "mocle", *more))
+
+
+def three_sources(world: Path) -> list[str]:
+    """A third source: the records of the first again."""
+    data = world / "red" / "red.json"
+    return ["--data.sources", json.dumps({
+        name: {"annotations": str(data), "image_folder": str(world / "red")} for name in ("red", "blue", "green")
+    })]  # fmt: skip
+
+
+def test_groups_without_their_loss_ask_for_no_types(world: Path) -> None:
+    """The preset's `balance_coef` is 0, so a mixture of three sources trains, though LoRAMoE knows two types."""
+    given = [*arguments(world, "loramoe", *three_sources(world)), "--adapter.options", "{}"]
+    run = train(parse_run_config([*given, "--train.output_dir", str(world / "three")]))
+    assert all(entry["auxiliary_loss"] == 0 for entry in read_metrics(run / "metrics.jsonl"))
+
+
+MORE_SOURCES = {
+    "types": (["--adapter.preset", "loramoe", "--adapter.options", '{"balance_coef": 0.1}'], "set balance_coef to 0"),
+    "tasks": (["--adapter.preset", "moelora-task", "--adapter.options", '{"num_tasks": 2}'], "raise num_tasks"),
+    "source loss": (["--adapter.preset", "by-source", "--adapter.num_experts", "2"], "raise num_experts"),
+    "oracle": (
+        ["--adapter.options", '{"router": "oracle", "balance_coef": 0.0}', "--adapter.num_experts", "2"],
+        "raise num_experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MORE_SOURCES)
+def test_more_sources_than_the_adapter_knows_are_refused_at_the_start(world: Path, name: str) -> None:
+    options, advice = MORE_SOURCES[name]
+    out = world / name.replace(" ", "-")
+    start = [str(world / "config.yaml"), "--train.output_dir", str(out), "--adapter.num_experts", "4"]
+    with pytest.raises(ConfigError, match=f"can tell 2 apart, but the mixture has 3 .*; {advice}"):
+        train(parse_run_config([*start, "--adapter.preset", "paper", *three_sources(world), *options]))
+    assert not list(out.glob("checkpoint*"))
+    left_out = ["--data.mixture", '{"red": 1, "blue": 1, "green": 0}', "--train.max_steps", "1"]
+    train(parse_run_config([*start, "--adapter.preset", "paper", *three_sources(world), *options, *left_out]))
