@@ -206,7 +206,8 @@ def _more_steps(train: TrainConfig, steps: str) -> TrainConfig:
     value = times_of(steps, "steps", "steps") * getattr(train, key)
     if value != int(value):
         raise ConfigError(f"steps is {steps!r}, which makes train.{key} {float(value):g}; it must be a whole number")
-    return dataclasses.replace(train, **{key: int(value)})
+    changed: dict[str, Any] = {key: int(value)}
+    return dataclasses.replace(train, **changed)
 
 
 def check_adapter(config: RunConfig) -> None:
