@@ -4,7 +4,8 @@ A tiny model spends most of a step in the calls between products, not in the pro
 stacked along a first axis, so that R runs cost little more calls than one. Each adapter is described by a `MoleConfig`
 and computes what `get_peft_model` with that configuration computes; tests/scripts/test_conflict.py compares losses and
 parameters after several steps with the package's own layers. Rows of one stack do not influence one another: every
-loss, clipping norm and update belongs to one adapter.
+loss, clipping norm and update belongs to one adapter. The one exception are the experts that router `random` draws: one
+generator serves all rows and all passes, so its draws depend on the other arms and on how often the meters look.
 
 Shape legend: R adapters, L layers, B samples, S positions, T = B S tokens, D hidden size, F size inside the FFN,
 K experts, N rank slots (all experts' ranks and the shared expert's, side by side), V words.
