@@ -160,7 +160,7 @@ def test_two_ranks_are_undisturbed_too(world: Path, strategy: str) -> None:
     alone = run(world, f"{strategy}-alone", *still)
     both, one = (read_metrics(world / name / "conflict.jsonl") for name in (f"{strategy}-still", alone.name))
     for ours, theirs in zip(both, one, strict=True):
-        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         for key in ("cosine", "norm"):
             assert np.array(ours["all"][key], float) == pytest.approx(np.array(theirs["all"][key], float), rel=1e-3)
 
