@@ -58,7 +58,8 @@ def test_a_choice_by_validation_reads_no_test_file_and_repeats_to_the_digit(tmp_
         values = json.loads(summary.read_text())
         assert set(values["trainable_parameters"]) == {"projector", "experts", "attention LoRA"}
         assert values["peak_memory_bytes"]["host"] > 1e8
-        shares = json.loads((tmp_path / name / "reports" / "study-validation" / "figure3.json").read_text())["mole"]["3"]
+        report = tmp_path / name / "reports" / "study-validation"
+        shares = json.loads((report / "figure3.json").read_text())["mole"]["3"]
         assert [shares[group]["mean"][0] for group in ("red", "blue")] == [[0, 1], [1, 0]]  # the oracle's experts
     assert found[0] == found[1]
     names = opened.read_text().splitlines()
